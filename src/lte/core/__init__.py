@@ -1,0 +1,1 @@
+"""Pure functions on tensors: grouping, selection, losses, accounting."""

@@ -1,0 +1,1 @@
+"""The sparse FFN as ``nn.Module``: router, selection in three modes, and recording of scores."""

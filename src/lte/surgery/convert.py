@@ -1,0 +1,127 @@
+"""Converting a model in place: group its neurons, make experts contiguous, put in routers, switch modes."""
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lte.core.grouping import grouping_permutation
+from lte.modules.recording import sparse_layers
+from lte.modules.sparse_ffn import Mode, Roles, SparseActivation, SparseFFN
+from lte.surgery.architectures import become_lte_
+from lte.surgery.method import Method
+from lte.surgery.sites import Site, find_sites
+
+_MAX_RECORDED_TOKENS = 4096
+
+
+def sparsify_(
+    model: PreTrainedModel,
+    method: Method,
+    data: Iterable[dict[str, Tensor]] | None = None,
+    progress: Callable[[Iterable[Site]], Iterable[Site]] = iter,
+) -> PreTrainedModel:
+    """Give every FFN of ``model`` experts and a router, in place. The function stays the same (mode dense).
+
+    Neurons are reordered so that each expert is contiguous, routers are initialised from the
+    method's seed, and the model's class becomes ``LTE...`` so that it saves under its own name.
+    Parameter names stay as Hugging Face has them; only ``router.*`` is new.
+
+    Args:
+        model: a Hugging Face model of a known family (see ``lte.Family``), with any head.
+        method: which method, e.g. ``lte.LTEConfig(expert_size=32)``; its type picks it.
+        data: batches for the model, needed by a method that groups by co-activation.
+        progress: wraps the iteration over FFNs, e.g. in a progress bar.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: unknown family, expert size that does not divide d_ff, already sparse, data missing.
+    """
+    if hasattr(model.config, "lte"):
+        raise ValueError("the model is sparse already: load the dense checkpoint to convert it again")
+    sites = find_sites(model, model.config.model_type)
+    activations = _record_activations(model, sites, data) if method.needs_activations else [None] * len(sites)
+    orders = [
+        grouping_permutation(method.group(site, recorded, index))
+        for index, (site, recorded) in enumerate(zip(progress(sites), activations, strict=True))
+    ]  # all before the first change, so that an error leaves the model as it was
+    generator = torch.Generator().manual_seed(method.seed)
+    for site, order in zip(sites, orders, strict=True):
+        site.permute_neurons(order)
+        install_(site, method).router.reset(generator=generator)
+    become_lte_(model, {**method.to_dict(), "mode": "dense"})
+    return model
+
+
+def install_(site: Site, method: Method) -> SparseFFN | SparseActivation:
+    """Put a sparse FFN where the dense one is. Neurons must be in order; the router is left uninitialised."""
+    weight = site.first.weight
+    assert isinstance(weight, Tensor)
+    router = method.build_router(site, weight.device).to(weight.dtype)
+    family = site.family
+    if family.site is None:
+        sparse = SparseActivation(site.module(family.act), site.module(family.up), router, method.tau)
+        place = family.act
+    else:
+        child = {
+            role: path.rpartition(".")[2]
+            for role in ("up", "down", "act", "gate", "hidden_dropout", "output_dropout")
+            if (path := getattr(family, role))
+        }
+        roles = Roles(**child, fused_gate_up=family.fused_gate_up)
+        sparse = SparseFFN(site.module(family.site), roles, router, method.tau)
+        place = family.site
+    sparse.train(site.layer.training)
+    parent, _, name = place.rpartition(".")
+    setattr(site.layer.get_submodule(parent), name, sparse)
+    return sparse
+
+
+def set_mode_(model: nn.Module, mode: Mode) -> None:
+    """Switch every sparse FFN to ``"dense"``, ``"soft"`` or ``"hard"``. The mode is saved with the model.
+
+    Raises:
+        ValueError: unknown mode, or a model without sparse FFNs.
+    """
+    for layer in sparse_layers(model).values():
+        layer.set_mode(mode)
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "lte"):
+        config.lte["mode"] = mode
+
+
+@torch.no_grad()
+def _record_activations(
+    model: PreTrainedModel, sites: list[Site], data: Iterable[dict[str, Tensor]] | None
+) -> list[Tensor]:
+    """Neurons of every FFN on up to 4096 tokens of ``data``: one ``[T, F]`` a site, on the CPU."""
+    if data is None:
+        raise ValueError("grouping by co-activation needs data: pass sparsify_(model, config, data=batches)")
+    recorded: list[list[Tensor]] = [[] for _ in sites]
+    was_training = model.training
+    model.eval()
+    with ExitStack() as hooks:
+        mask: list[Tensor | None] = [None]
+        for site, parts in zip(sites, recorded, strict=True):
+
+            def keep(_module: nn.Module, args: tuple[Tensor, ...], parts: list[Tensor] = parts) -> None:
+                hidden_TF = args[0].flatten(0, -2)
+                if mask[0] is not None and mask[0].numel() == len(hidden_TF):
+                    hidden_TF = hidden_TF[mask[0].flatten().bool()]
+                parts.append(hidden_TF.half().cpu())
+
+            hooks.callback(site.down.register_forward_pre_hook(keep).remove)
+        for batch in data:
+            mask[0] = batch.get("attention_mask")
+            model(**{name: value.to(model.device) for name, value in batch.items()})
+            if sum(len(part) for part in recorded[0]) >= _MAX_RECORDED_TOKENS:
+                break
+    model.train(was_training)
+    if not recorded[0]:
+        raise ValueError("grouping by co-activation got no batch: data is empty")
+    return [torch.cat(parts)[:_MAX_RECORDED_TOKENS].float() for parts in recorded]

@@ -1,0 +1,92 @@
+"""Loading a model and its tokenizer from a folder, a hub id or a GGUF file."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+Head = Literal["causal", "seq2seq", "classification"]
+
+_AUTO: dict[Head, Any] = {
+    "causal": AutoModelForCausalLM,
+    "seq2seq": AutoModelForSeq2SeqLM,
+    "classification": AutoModelForSequenceClassification,
+}
+
+
+def load_config(name: str) -> PretrainedConfig:
+    """The config of a model, without its weights. Arguments and errors as :func:`load_model`."""
+    path, kwargs = _locate(name)
+    return _explained(name, lambda: AutoConfig.from_pretrained(path, **kwargs))
+
+
+def load_model(name: str, head: Head = "causal", dtype: torch.dtype | str = "auto", **kwargs: Any) -> PreTrainedModel:
+    """A model, dense or sparse.
+
+    Args:
+        name: a local folder, a ``.gguf`` file (dequantised on loading), or a hub id.
+        head: which head it gets.
+        dtype: of its weights; ``"auto"`` keeps the checkpoint's.
+        kwargs: passed to ``from_pretrained``, e.g. ``num_labels``.
+
+    Raises:
+        FileNotFoundError: no such folder or file, and the hub has no such id or cannot be reached.
+        ValueError: the folder holds no model, or a damaged one.
+    """
+    path, gguf = _locate(name)
+    if gguf and dtype == "auto":
+        dtype = torch.float32
+    return _explained(name, lambda: _AUTO[head].from_pretrained(path, dtype=dtype, **gguf, **kwargs))
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a model. Arguments and errors as :func:`load_model`."""
+    path, kwargs = _locate(name)
+    return _explained(name, lambda: AutoTokenizer.from_pretrained(path, **kwargs))
+
+
+def _locate(name: str) -> tuple[str, dict[str, str]]:
+    """Path or hub id, and the GGUF file's name if it is one."""
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(f"{name}: no such file")
+        try:
+            import gguf  # noqa: F401
+        except ImportError as error:
+            raise ImportError('reading a GGUF file needs the package gguf: pip install "lte[gguf]"') from error
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_file():
+        raise ValueError(f"{name} is a file: give the folder that holds config.json, a .gguf file or a hub id")
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{name} has no config.json: it is not a model saved by save_pretrained")
+        return str(path), {}
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"{name}: no such folder")
+    return name, {}
+
+
+def _explained(name: str, load: Any) -> Any:
+    try:
+        return load()
+    except OSError as error:
+        if Path(name).expanduser().exists():
+            raise ValueError(f"{name}: {_first_line(error)}") from error
+        raise FileNotFoundError(
+            f"{name}: no such folder, and the hub has no such model or cannot be reached ({_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,66 @@
+"""What a method is to surgery: a frozen dataclass that groups neurons and builds routers. Its type is the choice."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lte.modules.router import Router
+from lte.surgery.sites import Site
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods. A subclass names itself and is then known to saving and loading.
+
+    Subclasses say how neurons are grouped (:meth:`group`) and what routes to the groups
+    (:meth:`build_router`); both are called once an FFN.
+    """
+
+    name: ClassVar[str] = ""
+    _by_name: ClassVar[dict[str, type["Method"]]] = {}
+
+    expert_size: int = 32
+    tau: float = 0.5
+    seed: int = 0
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Method._by_name[cls.name] = cls
+
+    def group(self, site: Site, activations_TF: Tensor | None, layer_index: int) -> Tensor:
+        """Labels ``[F]``: the expert of each neuron."""
+        raise NotImplementedError
+
+    def build_router(self, site: Site, device: torch.device) -> Router:
+        """A router for this FFN, not yet initialised."""
+        raise NotImplementedError
+
+    @property
+    def needs_activations(self) -> bool:
+        """Whether :meth:`group` wants neurons recorded on data."""
+        return False
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"method": self.name, **asdict(self)}
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> "Method":
+        """The method that :meth:`to_dict` described.
+
+        Raises:
+            ValueError: unknown method, unknown or missing option.
+        """
+        values = dict(values)
+        name = values.pop("method", None)
+        cls = Method._by_name.get(name or "")
+        if cls is None:
+            raise ValueError(f"unknown method {name!r}: this version of lte knows {', '.join(sorted(Method._by_name))}")
+        unknown = values.keys() - {field.name for field in fields(cls)}
+        if unknown:
+            raise ValueError(
+                f"unknown option {', '.join(sorted(unknown))} for method {name!r}: "
+                f"it has {', '.join(field.name for field in fields(cls))}"
+            )
+        return cls(**values)

@@ -1,0 +1,118 @@
+"""Finding FFNs in a model, and reordering their neurons. Works on ``nn.Linear`` and GPT-2's ``Conv1D``."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lte.surgery.families import Family, family_rows
+
+
+@dataclass(frozen=True)
+class Site:
+    """One FFN of a model: a layer, its name in the model, and the family row that describes it."""
+
+    name: str
+    layer: nn.Module
+    family: Family
+
+    def module(self, path: str) -> nn.Module:
+        return self.layer.get_submodule(path)
+
+    @property
+    def first(self) -> nn.Module:
+        """The projection whose rows are the neurons' features: the gate in a gated FFN."""
+        return self.module(self.family.gate or self.family.up)
+
+    @property
+    def down(self) -> nn.Module:
+        return self.module(self.family.down)
+
+    @property
+    def d_ff(self) -> int:
+        return _sizes(self.down)[0]
+
+    @property
+    def d_model(self) -> int:
+        return _sizes(self.first)[0]
+
+    @property
+    def gated(self) -> bool:
+        return self.family.gate is not None or self.family.fused_gate_up
+
+    @property
+    def num_weights(self) -> int:
+        """Weights of all its matrices, biases not counted."""
+        sizes = (_sizes(linear) for linear in self.projections())
+        return sum(d_in * d_out for d_in, d_out in sizes)
+
+    def projections(self) -> list[nn.Module]:
+        paths = (self.family.gate, self.family.up, self.family.down)
+        return [self.module(path) for path in paths if path]
+
+    def feature_rows(self) -> Tensor:
+        """``[F, D]``: one row a neuron, from the first FFN weight (of a fused gate and up: the gate's half)."""
+        linear = self.first
+        weight = linear.weight
+        assert isinstance(weight, Tensor)
+        rows = weight.T if isinstance(linear, Conv1D) else weight
+        return rows[: self.d_ff].detach()
+
+    @torch.no_grad()
+    def permute_neurons(self, order_F: Tensor) -> None:
+        """Reorder the neurons in every projection. The FFN computes the same function."""
+        family = self.family
+        up_order = torch.cat([order_F, order_F + self.d_ff]) if family.fused_gate_up else order_F
+        if family.gate:
+            _reorder(self.module(family.gate), order_F, "out")
+        _reorder(self.module(family.up), up_order, "out")
+        _reorder(self.down, order_F, "in")
+
+
+def find_sites(model: nn.Module, model_type: str) -> list[Site]:
+    """The FFNs of a dense model, in the order of its layers.
+
+    Raises:
+        ValueError: unknown family, or a known one whose FFNs are not where its row says.
+    """
+    rows = family_rows(model_type)
+    sites = list(_matching(model, rows))
+    if not sites:
+        raise ValueError(
+            f"no FFN found in {type(model).__name__}: no layer of class "
+            f"{' or '.join(sorted({row.layer for row in rows}))} has {rows[0].up}, {rows[0].down} and {rows[0].act}; "
+            f"correct the row with lte.register_family({model_type!r}, ..., replace=True)"
+        )
+    return sites
+
+
+def _matching(model: nn.Module, rows: tuple[Family, ...]) -> Iterator[Site]:
+    for name, module in model.named_modules():
+        row = next((row for row in rows if row.fits(module)), None)
+        if row is not None:
+            yield Site(name, module, row)
+
+
+def _sizes(linear: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer."""
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    if weight.ndim != 2 or not weight.is_floating_point():
+        raise ValueError(
+            f"{type(linear).__name__} holds quantised weights of shape {tuple(weight.shape)}: "
+            "load the model unquantised (or from GGUF, which is dequantised on loading)"
+        )
+    d_out, d_in = weight.shape[::-1] if isinstance(linear, Conv1D) else weight.shape
+    return d_in, d_out
+
+
+def _reorder(linear: nn.Module, order: Tensor, side: str) -> None:
+    weight, bias = linear.weight, linear.bias
+    assert isinstance(weight, Tensor)
+    dim = int((side == "in") != isinstance(linear, Conv1D))
+    order = order.to(weight.device)
+    weight.copy_(weight.index_select(dim, order))
+    if side == "out" and isinstance(bias, Tensor):
+        bias.copy_(bias[order])

@@ -1,0 +1,1 @@
+"""Training: data, the stages, the sparsity controller, and ``LTETrainer`` on ``transformers.Trainer``."""

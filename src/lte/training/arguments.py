@@ -1,0 +1,123 @@
+"""Arguments of ``LTETrainer``: Hugging Face's, and the recipe."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import TrainingArguments
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a recipe decides; each field can be overridden in :class:`LTETrainingArguments`."""
+
+    separability_weight: float
+    router_learning_rate: float
+    router_weight_decay: float
+    router_bias: float
+    temperature: float
+    distillation_weight: float
+
+
+RECIPES = {
+    # the paper, literally: fixed eta, separability from the start, no bias, nothing else
+    "paper": Recipe(
+        separability_weight=0.5,
+        router_learning_rate=1e-2,
+        router_weight_decay=0.1,
+        router_bias=0.0,
+        temperature=1.0,
+        distillation_weight=0.0,
+    ),
+    "default": Recipe(
+        separability_weight=0.0,
+        router_learning_rate=5e-3,
+        router_weight_decay=0.0,
+        router_bias=1.0,
+        temperature=10.0,
+        distillation_weight=0.9,
+    ),
+}
+
+
+@dataclass
+class LTETrainingArguments(TrainingArguments):
+    """Everything of ``transformers.TrainingArguments``, and how to make the model sparse.
+
+    Steps (``max_steps`` or epochs) count all stages together. The learning rate warms up and decays
+    once a stage, and each stage starts with a fresh optimizer.
+
+    Raises:
+        ValueError: unknown recipe; default recipe without ``target_sparsity``, paper recipe with it.
+    """
+
+    warmup_steps: float = field(
+        default=0.06, metadata={"help": "Warm-up of each stage: steps, or below 1 a share of the stage (paper: 0.06)."}
+    )
+    recipe: str = field(
+        default="default", metadata={"help": "default: meets a target sparsity. paper: its text, with eta."}
+    )
+    target_sparsity: float | None = field(
+        default=None, metadata={"help": "Fraction of inactive neurons to reach, in (0, 1); default recipe."}
+    )
+    eta: float | None = field(
+        default=None, metadata={"help": "Weight of the efficiency loss, 0 to 2 in the paper; paper recipe."}
+    )
+    dense_fraction: float = field(
+        default=0.25,
+        metadata={"help": "Share of the steps that fine-tune the dense model first; 0 to skip."},
+    )
+    hard_fraction: float = field(default=0.25, metadata={"help": "Share of the steps in the hard stage, at the end."})
+    separability_weight: float | None = field(default=None, metadata={"help": "Weight of the separability loss."})
+    separability_floor: float = field(
+        default=1e-4, metadata={"help": "Smallest (score - tau)^2 that the separability loss divides by."}
+    )
+    router_learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate of the routers."})
+    router_weight_decay: float | None = field(default=None, metadata={"help": "Weight decay of the routers."})
+    router_bias: float | None = field(
+        default=None, metadata={"help": "Bias of the routers at the start of the soft stage; 0 freezes it there."}
+    )
+    temperature: float | None = field(
+        default=None, metadata={"help": "Sharpness of the sigmoid at the end of the soft stage; it starts at 1."}
+    )
+    distillation_weight: float | None = field(
+        default=None, metadata={"help": "Share of the task loss that is KL to the dense model's outputs, in [0, 1]."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.recipe not in RECIPES:
+            raise ValueError(f"recipe is {self.recipe!r}, but it is one of {', '.join(sorted(RECIPES))}")
+        for one in fields(Recipe):
+            if getattr(self, one.name) is None:
+                setattr(self, one.name, getattr(RECIPES[self.recipe], one.name))
+        if self.recipe == "default":
+            if self.target_sparsity is None or not 0 < self.target_sparsity < 1:
+                raise ValueError(
+                    f"target_sparsity is {self.target_sparsity}, but the default recipe needs a fraction "
+                    "between 0 and 1, e.g. 0.5 (or take recipe='paper' with eta)"
+                )
+            if self.eta is not None:
+                raise ValueError("eta is set, but the default recipe finds eta itself: drop it, or take recipe='paper'")
+        else:
+            if self.target_sparsity is not None:
+                raise ValueError("recipe='paper' has no target_sparsity, its sparsity is an outcome of eta: set eta")
+            if self.eta is None or self.eta < 0:
+                raise ValueError(f"eta is {self.eta}, but recipe='paper' needs an eta >= 0 (the paper: 0 to 2)")
+        if not self.separability_floor > 0:
+            raise ValueError(f"separability_floor is {self.separability_floor}, but it must be > 0, e.g. 1e-4")
+        if not 0 <= self._get("distillation_weight") <= 1:
+            raise ValueError(f"distillation_weight is {self.distillation_weight}, but it is a share in [0, 1]")
+        if self._get("temperature") < 1:
+            raise ValueError(f"temperature is {self.temperature}, but it grows from 1, so it is at least 1")
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = True  # frozen routers, and a dense stage that has none in its graph
+        if self.gradient_checkpointing:
+            kwargs: dict[str, Any] = dict(self.gradient_checkpointing_kwargs or {})
+            if kwargs.setdefault("use_reentrant", False):
+                raise ValueError("gradient checkpointing must be non-reentrant here: set use_reentrant to false")
+            self.gradient_checkpointing_kwargs = kwargs
+        super().__post_init__()
+
+    def _get(self, name: str) -> float:
+        value = getattr(self, name)
+        assert value is not None
+        return value

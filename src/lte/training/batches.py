@@ -1,0 +1,128 @@
+"""The datasets a `transformers.Trainer` reads: packed blocks and padded rows, and holding part of them out.
+
+Shapes: B rows a batch, S tokens a block, L tokens of a row, or of the longest row of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+IGNORED = -100  # a label the loss leaves out
+
+
+class PackedBlocks(Dataset[dict[str, Tensor]]):
+    """Token ids cut into blocks of S; the last incomplete block is left out.
+
+    Row: {"input_ids": (S,) int64, "labels": (S,) int64}, equal; the model shifts the labels. No
+    attention_mask, as every token is real. `ids` is one array (tokens,) of uint16 or uint32, maybe a file.
+    """
+
+    label_names = None
+
+    def __init__(self, ids: np.ndarray, sequence_length: int):
+        if len(ids) < sequence_length:
+            raise ValueError(
+                f"the sources hold {len(ids)} tokens, fewer than one block of sequence_length="
+                f"{sequence_length}: give more text or a sequence_length of at most {len(ids)}"
+            )
+        self.sequence_length = sequence_length
+        self.ids = ids[: len(ids) // sequence_length * sequence_length]
+
+    def __len__(self) -> int:
+        return len(self.ids) // self.sequence_length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"block {index} of {len(self)}")
+        start = index % len(self) * self.sequence_length
+        block = torch.from_numpy(self.ids[start : start + self.sequence_length].astype(np.int64))
+        return {"input_ids": block, "labels": block.clone()}
+
+    @staticmethod
+    def collator(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Stack rows of (S,) to (B, S)."""
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+class PaddedRows(Dataset[dict[str, Tensor]]):
+    """Rows of different lengths, kept as small arrays and padded by `collator` only when batched.
+
+    Row: {"input_ids": (L,), "labels": (L,) or ()} int64, and "token_type_ids" (L,) where the tokenizer has
+    them. `label_names` are the labels in order of their ids for classification, None for generation.
+    """
+
+    def __init__(
+        self,
+        columns: Mapping[str, Sequence[Any]],
+        collator: PaddingCollator,
+        label_names: tuple[str, ...] | None = None,
+    ):
+        self.columns = {
+            name: [np.asarray(value, dtype=np.int32) for value in values] for name, values in columns.items()
+        }
+        self.collator = collator
+        self.label_names = label_names
+
+    def __len__(self) -> int:
+        return len(self.columns["labels"])
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: torch.as_tensor(values[index].astype(np.int64)) for name, values in self.columns.items()}
+
+    def select(self, indices: Iterable[int]) -> PaddedRows:
+        """A dataset of the rows at `indices`, in that order."""
+        order = list(indices)
+        columns = {name: [values[i] for i in order] for name, values in self.columns.items()}
+        return PaddedRows(columns, self.collator, self.label_names)
+
+
+@dataclass(frozen=True)
+class PaddingCollator:
+    """Pad rows on the right to the longest: input_ids with `pad_token_id`, labels with -100, the rest 0.
+
+    Gives (B, L) int64 for each, labels (B,) where they are classes, and attention_mask (B, L), 0 on padding.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        padding = {"input_ids": self.pad_token_id, "labels": IGNORED}
+        batch: dict[str, Tensor] = {}
+        for name in rows[0]:
+            values = [row[name] for row in rows]
+            batch[name] = (
+                pad_sequence(values, batch_first=True, padding_value=padding.get(name, 0))
+                if values[0].dim()
+                else torch.stack(values)
+            )
+        real = [torch.ones_like(row["input_ids"]) for row in rows]
+        return {**batch, "attention_mask": pad_sequence(real, batch_first=True)}
+
+
+AnyTaskDataset = TypeVar("AnyTaskDataset", PackedBlocks, PaddedRows)
+
+
+def split_held_out(dataset: AnyTaskDataset, held_out: float, seed: int = 0) -> tuple[AnyTaskDataset, AnyTaskDataset]:
+    """(training, held-out) parts of a dataset; `held_out` below 1 is a fraction, else a count.
+
+    Of packed blocks the last ones are held out, so that no document but one has a part in both; of rows, a
+    random choice by `seed`. Rows that share a prompt may fall on both sides. ValueError when a part is empty.
+    """
+    total = len(dataset)
+    count = max(1, round(held_out * total)) if 0 < held_out < 1 else int(held_out)
+    if not 0 < count < total or (held_out >= 1 and count != held_out):
+        raise ValueError(f"cannot hold out {held_out} of {total} rows: give a fraction or 1 to {total - 1}")
+    if isinstance(dataset, PackedBlocks):
+        size = dataset.sequence_length
+        edge = (total - count) * size
+        return PackedBlocks(dataset.ids[:edge], size), PackedBlocks(dataset.ids[edge:], size)
+    order = np.random.default_rng(seed).permutation(total).tolist()
+    return dataset.select(sorted(order[count:])), dataset.select(sorted(order[:count]))

@@ -1,0 +1,71 @@
+"""The stages of training and their length: dense (optional), soft, hard."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import get_scheduler
+
+Stage = Literal["dense", "soft", "hard"]
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """How many optimizer steps each stage takes.
+
+    dense: fine-tune without routers. soft: model and routers together, experts scaled by score.
+    hard: routers frozen, experts kept or dropped (LTE paper, section 4.2).
+    """
+
+    dense: int
+    soft: int
+    hard: int
+
+    @staticmethod
+    def split(total: int, dense_fraction: float, hard_fraction: float) -> "StagePlan":
+        """Divide ``total`` steps; soft takes what dense and hard leave.
+
+        Raises:
+            ValueError: fractions that leave the soft stage no step, or out of range.
+        """
+        dense, hard = round(total * dense_fraction), round(total * hard_fraction)
+        if min(dense, hard) < 0 or dense + hard >= total:
+            raise ValueError(
+                f"{total} steps with dense_fraction {dense_fraction} and hard_fraction {hard_fraction} "
+                "leave the soft stage none: make the fractions smaller, or train for more steps"
+            )
+        return StagePlan(dense, total - dense - hard, hard)
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.soft + self.hard
+
+    def at(self, step: int) -> tuple[Stage, float]:
+        """The stage that optimizer step ``step`` (from 0) belongs to, and how far it is through it, in [0, 1]."""
+        if step < self.dense:
+            return "dense", step / self.dense
+        if step < self.dense + self.soft:
+            return "soft", (step - self.dense) / self.soft
+        return "hard", min(1.0, (step - self.dense - self.soft) / max(1, self.hard))
+
+    def lr_lambda(self, scheduler: str, warmup: Callable[[int], int], kwargs: dict[str, Any]) -> Callable[[int], float]:
+        """A learning rate factor that warms up and decays once a stage, by a Hugging Face schedule's name."""
+        starts = {0: self.dense, self.dense: self.soft, self.dense + self.soft: self.hard}
+        lambdas = {
+            start: _lr_lambda(scheduler, warmup(steps), steps, kwargs) for start, steps in starts.items() if steps
+        }
+
+        def factor(step: int) -> float:
+            start = max(start for start in lambdas if start <= step)
+            return lambdas[start](step - start)
+
+        return factor
+
+
+def _lr_lambda(name: str, warmup_steps: int, steps: int, kwargs: dict[str, Any]) -> Callable[[int], float]:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
+    scheduler = get_scheduler(name, optimizer, warmup_steps, steps, kwargs)
+    if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        raise ValueError(f"lr_scheduler_type {name!r} cannot restart with each stage: use linear, cosine or constant")
+    return scheduler.lr_lambdas[0]

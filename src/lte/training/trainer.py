@@ -1,0 +1,337 @@
+"""``LTETrainer``: the stages of LTE on top of ``transformers.Trainer``, in one run that can be resumed."""
+
+import copy
+import logging
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from lte.core.accounting import count_active
+from lte.core.grouping import grouping_permutation
+from lte.core.losses import efficiency_loss, separability_loss
+from lte.modules.recording import Recording, SparsityMeter, record_scores, sparse_layers, track_sparsity
+from lte.surgery.convert import set_mode_
+from lte.surgery.method import Method
+from lte.surgery.sites import find_sites
+from lte.training.arguments import LTETrainingArguments
+from lte.training.checkpoints import last_complete_checkpoint
+from lte.training.controller import SparsityController, threshold_shift
+from lte.training.stages import Stage, StagePlan
+
+logger = logging.getLogger(__name__)
+
+_NEAR_TAU = 0.1
+_SHIFT_GAIN = 0.1  # how much of a batch's threshold error the hard stage corrects at once
+_TEACHER = "dense"
+
+
+class LTETrainer(Trainer):
+    """Trains a model made sparse by ``lte.sparsify_``: dense (optional), soft and hard stage in one ``train()``.
+
+    Takes what ``transformers.Trainer`` takes; batches may be ragged, padding (attention mask 0) counts
+    in no loss and no sparsity. Logs at each logging step ``task_loss``, ``efficiency_loss``,
+    ``separability_loss``, ``eta``, ``sparsity``, ``sparsity/layer_NN`` and ``near_tau`` (share of scores
+    within 0.1 of tau).
+
+    Raises:
+        ValueError: a dense model, or arguments of another class.
+    """
+
+    args: LTETrainingArguments
+
+    def __init__(self, model: Any = None, args: LTETrainingArguments | None = None, **kwargs: Any):
+        if not isinstance(args, LTETrainingArguments):
+            raise ValueError("LTETrainer needs args=lte.LTETrainingArguments(output_dir, target_sparsity=...)")
+        sparse_layers(model)  # says what to do if there are none
+        super().__init__(model=model, args=args, **kwargs)
+        self.plan = StagePlan(0, 0, 0)
+        self.stage: Stage | None = None
+        self.progress = 0.0
+        self.teacher: nn.Module | None = None
+        self.eta = args.eta or 0.0
+        self.controller = SparsityController(args.target_sparsity or 0.0)
+        self._step_meter = SparsityMeter()
+        self._shift: list[Tensor] = []
+        self._logged: dict[str, list[Tensor]] = {}
+        self.add_callback(_Stages(self))
+
+    # ---- the stages
+
+    def begin(self, max_steps: int, resumed: dict[str, Any] | None) -> None:
+        """Called when training begins, with what a checkpoint remembers of the run, or None."""
+        self.stage = None
+        if resumed:
+            self.eta = resumed["eta"]
+            self.controller.integral = resumed["integral"]
+            self._switch(resumed["stage"])
+            if self.stage != "dense" and self.args.distillation_weight:
+                self.teacher = self._load_teacher()
+
+    def begin_step(self, step: int) -> None:
+        """Called before each optimizer step: change the stage when it is time, sharpen the routers."""
+        stage, self.progress = self.plan.at(step)
+        if stage != self.stage:
+            self._enter(stage)
+        if stage == "soft":
+            temperature = cast(float, self.args.temperature) ** self.progress
+            for layer in self._layers.values():
+                layer.router.temperature.fill_(temperature)
+
+    def end_step(self) -> None:
+        """Called after each optimizer step: move eta (soft) or the threshold (hard) toward the target."""
+        if self.stage == "dense":
+            return
+        sparsity = self._mean_over_ranks(self._step_meter.overall)
+        self._note("sparsity", torch.tensor(sparsity))
+        for index, share in enumerate(self._step_meter.by_layer):
+            self._note(f"sparsity/layer_{index:02d}", torch.tensor(share))
+        if self.args.target_sparsity is not None and self.stage == "soft":
+            self.eta = self.controller.step(sparsity, self.progress)
+        if self._shift:
+            shift = self._mean_over_ranks(torch.stack(self._shift).mean().item())
+            for layer in self._layers.values():
+                layer.router.bias.data.sub_(_SHIFT_GAIN * shift)
+        self._step_meter, self._shift = SparsityMeter(), []
+
+    def memory(self) -> dict[str, Any]:
+        """What a checkpoint has to remember to go on."""
+        return {"stage": self.stage, "eta": self.eta, "integral": self.controller.integral, "plan": asdict(self.plan)}
+
+    @torch.no_grad()
+    def _enter(self, stage: Stage) -> None:
+        """Begin a stage for the first time (not on resuming inside it)."""
+        before = self.stage
+        model = self._unwrapped
+        if stage == "soft":
+            if before == "dense":
+                self._regroup()
+            if self.args.distillation_weight:
+                self.teacher = self._make_teacher()
+            generator = torch.Generator().manual_seed(self.args.seed)
+            for layer in self._layers.values():
+                layer.router.reset(cast(float, self.args.router_bias), generator)
+        if stage == "hard":
+            for layer in self._layers.values():
+                layer.router.fold_temperature()
+        if before is not None and self.optimizer is not None:
+            self.optimizer.state.clear()
+        self._switch(stage)
+        logger.info("stage %s begins at step %d of %s", stage, self.state.global_step, model.__class__.__name__)
+
+    def _switch(self, stage: Stage) -> None:
+        """The settings of a stage, without its once-only actions."""
+        self.stage = stage
+        set_mode_(self._unwrapped, stage)
+        for layer in self._layers.values():
+            layer.router.weight.requires_grad_(stage == "soft")
+            layer.router.bias.requires_grad_(stage == "soft" and self.args.router_bias != 0)
+
+    def _regroup(self) -> None:
+        """Group the neurons again, on the weights that the dense stage left (LTE paper, section 4.1)."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "the dense stage cannot be followed by regrouping when parameters are sharded: "
+                "fine-tune first, then lte.sparsify_, then train with dense_fraction=0"
+            )
+        model = self._unwrapped
+        method = Method.from_dict({k: v for k, v in model.config.lte.items() if k != "mode"})
+        if method.needs_activations:
+            return  # grouped on recorded activations before training; those are not at hand here
+        for index, site in enumerate(find_sites(model, model.config.model_type)):
+            order = grouping_permutation(method.group(site, None, index))
+            if self.args.world_size > 1:
+                torch.distributed.broadcast(order := order.to(self.args.device), src=0)
+            site.permute_neurons(order)
+
+    # ---- the teacher
+
+    def _make_teacher(self) -> nn.Module:
+        """A copy of the model as the dense stage left it, also kept on disk for resuming."""
+        set_mode_(self._unwrapped, "dense")
+        folder = Path(self.args.output_dir) / _TEACHER
+        if self.args.should_save:
+            partial = folder.with_name(f"{_TEACHER}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            self._unwrapped.save_pretrained(partial)
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+        return copy.deepcopy(self._unwrapped).eval().requires_grad_(False)
+
+    def _load_teacher(self) -> nn.Module:
+        folder = Path(self.args.output_dir) / _TEACHER
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is missing: resuming needs the dense model that this run distils from")
+        teacher = type(self._unwrapped).from_pretrained(folder, dtype=self._unwrapped.dtype)
+        set_mode_(teacher, "dense")
+        return teacher.to(self.args.device).eval().requires_grad_(False)
+
+    # ---- what Trainer asks for
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As ``Trainer.train``; ``resume_from_checkpoint=True`` takes the last checkpoint that is whole.
+
+        With no such checkpoint the run starts from its beginning.
+        """
+        if resume_from_checkpoint is True:
+            found = last_complete_checkpoint(self.args.output_dir)
+            if found is None:
+                logger.warning("no whole checkpoint in %s: training starts from the beginning", self.args.output_dir)
+            resume_from_checkpoint = str(found) if found else None
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            optimizer = super().create_optimizer(*args, **kwargs)
+            router = [layer.router for layer in self._layers.values()]
+            ids = {id(p) for one in router for p in one.parameters()}
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in ids]
+            for parameters, decay in (
+                ([one.weight for one in router], self.args.router_weight_decay),
+                ([one.bias for one in router], 0.0),
+            ):
+                optimizer.add_param_group(
+                    {"params": parameters, "lr": self.args.router_learning_rate, "weight_decay": decay}
+                )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        self.plan = StagePlan.split(num_training_steps, self.args.dense_fraction, self.args.hard_fraction)
+        if self.lr_scheduler is None:
+            factor = self.plan.lr_lambda(
+                self.args.lr_scheduler_type, self.args.get_warmup_steps, dict(self.args.lr_scheduler_kwargs or {})
+            )
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        if not model.training or self.stage not in ("soft", "hard"):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        with record_scores(self._unwrapped) as recording:
+            task, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss = self._distil(task, outputs, inputs, num_items_in_batch if scaled else None)
+        extra = self._extra_losses(recording)
+        if scaled:  # a mean over this micro-batch, while the task loss is already a share of the whole batch
+            extra = extra / self.current_gradient_accumulation_steps
+        self._note("task_loss", task * (self.current_gradient_accumulation_steps if scaled else 1))
+        loss = loss + extra
+        return (loss, outputs) if return_outputs else loss
+
+    def _extra_losses(self, recording: Recording) -> Tensor:
+        layers = self._layers
+        tau = next(iter(layers.values())).tau
+        masks = {name: recording.mask(name) for name in recording.scores}
+        efficiency = torch.stack([efficiency_loss(s, masks[n]) for n, s in recording.scores.items()]).mean()
+        floor = self.args.separability_floor
+        separability = torch.stack(
+            [separability_loss(s, tau, floor, masks[n]) for n, s in recording.scores.items()]
+        ).mean()
+        with torch.no_grad():
+            self._step_meter.add(layers, recording)
+            near = [count_active(s.sub(tau).abs() <= _NEAR_TAU, masks[n]) for n, s in recording.scores.items()]
+            self._note("near_tau", torch.stack([share / total for share, total in near]).mean())
+            self._note("efficiency_loss", efficiency)
+            self._note("separability_loss", separability)
+            if self.stage == "hard" and self.args.target_sparsity is not None:
+                scores = [s.detach() for s in recording.scores.values()]
+                self._shift.append(threshold_shift(scores, list(masks.values()), self.args.target_sparsity, tau))
+        if self.stage == "hard":
+            return efficiency.new_zeros(())
+        return self.eta * efficiency + cast(float, self.args.separability_weight) * separability
+
+    def _distil(self, task: Tensor, outputs: Any, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
+        """Mix the task loss with KL to the teacher's outputs, over the positions that have a label."""
+        if self.teacher is None:
+            return task
+        with torch.no_grad():
+            teacher = self.teacher(**{k: v for k, v in inputs.items() if k != "num_items_in_batch"})["logits"]
+        student, labels = outputs["logits"], inputs.get("labels")
+        if student.ndim == 3 and labels is not None:
+            shift = not getattr(self._unwrapped.config, "is_encoder_decoder", False)
+            keep = (F.pad(labels[:, 1:], (0, 1), value=-100) if shift else labels).ne(-100)
+            student, teacher = student[keep], teacher[keep]
+        per_row = F.kl_div(
+            student.float().log_softmax(-1), teacher.float().log_softmax(-1), log_target=True, reduction="none"
+        ).sum(-1)
+        kl = per_row.mean() if num_items is None else per_row.sum() / num_items * self._ranks_scale
+        self._note("distillation_loss", kl * (1 if num_items is None else self.current_gradient_accumulation_steps))
+        share = cast(float, self.args.distillation_weight)
+        return (1 - share) * task + share * kl
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self._logged and "loss" in logs:
+            means = [torch.stack(values).mean().to(self.args.device) for values in self._logged.values()]
+            reduced = cast(Tensor, self.accelerator.reduce(torch.stack(means), reduction="mean"))
+            logs = {**logs, "eta": self.eta, **dict(zip(self._logged, reduced.tolist(), strict=True))}
+            self._logged = {}
+        super().log(logs, *args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As ``Trainer.evaluate``, in the model's present mode; adds ``eval_sparsity`` of this process's share."""
+        prefix = kwargs.get("metric_key_prefix", args[2] if len(args) > 2 else "eval")
+        with track_sparsity(self._unwrapped) as meter:
+            metrics = super().evaluate(*args, **kwargs)
+        metrics[f"{prefix}_sparsity"] = meter.overall
+        return metrics
+
+    # ---- small things
+
+    @property
+    def _unwrapped(self) -> Any:
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def _layers(self) -> dict[str, Any]:
+        return sparse_layers(self._unwrapped)
+
+    @property
+    def _ranks_scale(self) -> int:
+        """``num_items_in_batch`` counts all ranks, gradients are averaged over them."""
+        return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+
+    def _note(self, name: str, value: Tensor) -> None:
+        self._logged.setdefault(name, []).append(value.detach().float())
+
+    def _mean_over_ranks(self, value: float) -> float:
+        if self.args.world_size == 1:
+            return value
+        return self.accelerator.reduce(torch.tensor(value, device=self.args.device), reduction="mean").item()
+
+
+class _Stages(TrainerCallback, ExportableState):
+    """Tells the trainer where training is, and keeps its memory in checkpoints."""
+
+    def __init__(self, trainer: LTETrainer):
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
+        self.trainer.begin(state.max_steps, saved["attributes"] if isinstance(saved, dict) else None)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.begin_step(state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.end_step()
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": self.trainer.memory()}
