@@ -1,5 +1,8 @@
 """Learn To be Efficient: train a language model to use few of its feed-forward neurons."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from lte.core.accounting import Cost, Shape
 from lte.core.grouping import balanced_kmeans
 from lte.core.losses import efficiency_loss, separability_loss
@@ -8,8 +11,12 @@ from lte.modules.recording import record_scores, track_sparsity
 from lte.surgery.convert import set_mode_, sparsify_
 from lte.surgery.cost import cost_per_token
 from lte.surgery.families import Family, register_family
-from lte.training.arguments import LTETrainingArguments
-from lte.training.trainer import LTETrainer
+
+if TYPE_CHECKING:
+    from lte.training.arguments import LTETrainingArguments
+    from lte.training.trainer import LTETrainer
+
+__version__ = "0.1.0"
 
 __all__ = [
     "Cost",
@@ -28,3 +35,16 @@ __all__ = [
     "sparsify_",
     "track_sparsity",
 ]
+
+_ON_DEMAND = {"LTETrainer": "lte.training.trainer", "LTETrainingArguments": "lte.training.arguments"}
+"""Imported when first asked for: ``transformers.Trainer`` brings datasets, peft and pandas along."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ON_DEMAND:
+        return getattr(import_module(_ON_DEMAND[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,11 +2,11 @@
 
 Every grouping is `labels_F`, the expert of each neuron; `grouping_permutation` turns it into an order.
 
-The paper runs balanced k-means with an exact assignment step (a min-cost flow). We minimise the same objective
-by swapping neurons between experts, which keeps every expert at N, needs only the Gram matrix, runs as a few
-hundred rounds of batched tensor operations, and ends lower: k-means compares a row with a centroid of which the
-row itself is 1/N, and where rows are close to orthogonal that share alone keeps it where it is. A swap's gain
-below is exact, so it has no such bias.
+The paper runs balanced k-means with an exact assignment step (a min-cost flow). We minimise the same
+objective by swapping neurons between experts. That keeps every expert at N, needs only the rows' inner
+products, runs as some hundred rounds of batched tensor operations, and ends lower: k-means compares a row with
+a centroid of which the row itself is 1/N, and where rows are nearly orthogonal this share alone keeps it where
+it is. The gain of a swap, below, is exact and has no such bias.
 
 The objective: with S_e the sum of the rows of expert e, squared distances to centroids sum to
 sum_i |x_i|^2 - sum_e |S_e|^2 / N. Swapping i of expert a with j of expert b raises sum_e |S_e|^2 by twice
@@ -30,7 +30,7 @@ def balanced_kmeans(weight_FD: Tensor, num_clusters: int, seed: int = 0) -> Tens
     """Balanced k-means of the rows of an FFN's first weight (the gate in a gated FFN).
 
     Rows count by direction only: they are L2-normalised (a zero row stays zero), in fp32 whatever the dtype.
-    Returns labels_F, int64 on the weight's device, each of `num_clusters` labels exactly F/num_clusters times.
+    Returns labels_F, int64 on the weight's device, each of the labels exactly F/num_clusters times.
     The same seed gives the same labels on the same device; the global RNG is neither read nor altered.
     Holds one F x F fp32 matrix: 0.5 GB for F = 11008.
 
@@ -46,11 +46,11 @@ def balanced_kmeans(weight_FD: Tensor, num_clusters: int, seed: int = 0) -> Tens
 def coactivation_grouping(activations_TF: Tensor, num_clusters: int, seed: int = 0) -> Tensor:
     """Balanced grouping of neurons that fire together, from activations recorded on data.
 
-    The feature of a neuron is its column of |activation| over the T tokens, L2-normalised, so that two neurons'
-    similarity is the cosine of how hard they fire. Columns are not centred: neurons that are always on belong
-    together, as their expert can never be skipped. Each token is first scaled to norm 1, because a
-    router chooses within a token, and a few tokens with huge activations (often a text's first) would otherwise
-    decide alone. Only the F x F cosines are kept, so cost after one pass does not depend on T.
+    The feature of a neuron is its column of |activation| over the T tokens, L2-normalised, so two neurons are
+    as similar as the cosine of how hard they fire. Columns are not centred: neurons that are always on belong
+    together, as their expert can never be skipped. Each token is first scaled to norm 1: a router chooses
+    within a token, and a few tokens with huge activations (often a text's first) would else decide alone.
+    Only the F x F cosines are kept: after one pass over the tokens the cost does not depend on T.
 
     Returns labels_F as `balanced_kmeans` does, which also has the same guarantees and errors.
     Source: the co-activation split of MoEfication (Zhang et al., 2022), by cosine in place of counts.
@@ -68,7 +68,7 @@ def coactivation_grouping(activations_TF: Tensor, num_clusters: int, seed: int =
 
 
 def random_grouping(num_neurons: int, num_clusters: int, seed: int = 0) -> Tensor:
-    """Neurons dealt to experts at random: the baseline of the paper's ablation. Returns labels_F (int64, CPU).
+    """Neurons dealt to experts at random, the paper's baseline. Returns labels_F (int64, on the CPU).
 
     Raises ValueError if `num_clusters` does not divide `num_neurons`.
     """
@@ -78,7 +78,7 @@ def random_grouping(num_neurons: int, num_clusters: int, seed: int = 0) -> Tenso
 
 
 def grouping_permutation(labels_F: Tensor) -> Tensor:
-    """The order_F that makes experts contiguous: `weight_FD[order_F]` has expert 0's neurons first, and so on.
+    """The order_F that makes experts contiguous: `weight_FD[order_F]` starts with expert 0's neurons, and so on.
 
     Inside an expert, neurons keep their order. int64, on the labels' device.
     Raises ValueError unless each label 0..E-1 occurs equally often.
@@ -92,7 +92,7 @@ def grouping_permutation(labels_F: Tensor) -> Tensor:
 
 
 def check_divisible(num_neurons: int, expert_size: int) -> int:
-    """Number of experts of `expert_size` neurons; ValueError naming the sizes that would do if there is none."""
+    """Number of experts of `expert_size` neurons; a ValueError names the sizes that would do if it does not."""
     if expert_size > 0 and num_neurons > 0 and num_neurons % expert_size == 0:
         return num_neurons // expert_size
     divisors = _divisors(num_neurons)
@@ -104,7 +104,7 @@ def _group_by_gram(gram_FF: Tensor, num_clusters: int, seed: int) -> Tensor:
     """Labels from the rows' inner products: swap from a random start, then reshuffle the loosest experts.
 
     Swaps alone stop where only a cycle of three would help (three experts, each half of one true cluster and
-    half of the next). Those experts are the loosest, so dealing their neurons anew and swapping again frees them.
+    half of the next). Such experts are the loosest; dealing their neurons anew and swapping again frees them.
     """
     generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device starts alike
     order_F = torch.randperm(gram_FF.shape[0], generator=generator).to(gram_FF.device)
@@ -124,10 +124,10 @@ def _group_by_gram(gram_FF: Tensor, num_clusters: int, seed: int) -> Tensor:
 def _swap_until_converged(gram_FF: Tensor, members_EN: Tensor) -> tuple[Tensor, Tensor]:
     """Swap neurons between pairs of experts until no candidate swap gains. Returns members_EN and |S_e|^2.
 
-    In each round the candidates of a pair (a, b) are the neuron of a that most wants to b and the one of b that
-    most wants to a. Pairs that are each other's best are taken, at most one an expert, so no swap spoils another
-    and every round raises the objective. An expert without a partner swaps with itself: nothing changes, and no
-    data-dependent shape makes the device wait.
+    In each round the candidates of a pair (a, b) are the neuron of a that most wants to b and the one of b
+    that most wants to a. Pairs that are each other's best are taken, at most one an expert, so no swap spoils
+    another and every round raises the objective. An expert without a partner swaps with itself: nothing
+    changes, and no data-dependent shape makes the device wait.
     """
     E, N = members_EN.shape
     experts = torch.arange(E, device=gram_FF.device)
@@ -154,7 +154,7 @@ def _swap_until_converged(gram_FF: Tensor, members_EN: Tensor) -> tuple[Tensor, 
 
 
 def _match(gain_EE: Tensor, least_gain: float) -> Tensor:
-    """A partner for each expert (itself if none): pairs that are each other's best, then again among the rest."""
+    """A partner for each expert, or itself: pairs that are each other's best, then again among the rest."""
     experts = torch.arange(len(gain_EE), device=gain_EE.device)
     partner_E = experts
     for _ in range(MATCHINGS_PER_ROUND):

@@ -1,8 +1,10 @@
 """Recording router scores during forward passes, and the sparsity they amount to. Padding is left out."""
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,41 +26,67 @@ def sparse_layers(model: nn.Module) -> dict[str, Selecting]:
     return found
 
 
+class TokenMasks:
+    """Which tokens of a forward pass are real: what the model was told by its masks and labels."""
+
+    def __init__(self, model: nn.Module) -> None:
+        configs = (getattr(part, "config", None) for part in model.modules())  # under DDP or a LoRA wrapper too
+        self.encoder_decoder = any(getattr(config, "is_encoder_decoder", False) for config in configs)
+        self._masks: dict[str, Tensor | None] = {}
+
+    def see(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Take the masks from the arguments of a forward pass."""
+        given = dict(kwargs)
+        if args:
+            given |= inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        decoder_mask = given.get("decoder_attention_mask")
+        labels = given.get("labels")
+        if decoder_mask is None and self.encoder_decoder and isinstance(labels, Tensor) and labels.ndim == 2:
+            decoder_mask = labels.ne(-100)  # the decoder reads the labels shifted right
+        self._masks = {"encoder": given.get("attention_mask"), "decoder": decoder_mask}
+
+    def of(self, name: str, leading: torch.Size) -> Tensor | None:
+        """The real tokens of layer ``name``, in the ``leading`` shape of its tokens; None where all are."""
+        is_decoder = self.encoder_decoder and "decoder" in name.split(".")
+        mask = self._masks.get("decoder" if is_decoder else "encoder")
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            return None
+        length = leading.numel() // mask.shape[0]
+        return mask[:, -length:].reshape(leading)  # with a KV cache the mask is longer than the new tokens
+
+
 class Recording:
     """What one forward pass showed: scores by layer (with gradient), and which tokens are real."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.scores: dict[str, Tensor] = {}
-        self._masks: dict[str, Tensor | None] = {}
-
-    def _on_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.scores.clear()
-        given = dict(kwargs)
-        if args:
-            given |= inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-        decoder_mask = given.get("decoder_attention_mask")
-        if decoder_mask is None and given.get("labels") is not None:
-            decoder_mask = given["labels"].ne(-100)  # the decoder reads the labels shifted right
-        self._masks = {"encoder": given.get("attention_mask"), "decoder": decoder_mask}
-
-    def _on_scores(self, name: str, scores: Tensor) -> None:
-        before = self.scores.get(name)  # set already when the model runs its FFN in chunks of the sequence
-        self.scores[name] = scores if before is None else torch.cat([before, scores], dim=-2)
+        self._masks = TokenMasks(model)
+        self._running: nn.Module | None = None
+        self._after: list[Callable[[], None]] = []
 
     def mask(self, name: str) -> Tensor | None:
         """The tokens of layer ``name`` that are not padding, shaped like its scores without the last dimension.
 
         None when the model was given no 2-D attention mask: every token counts.
         """
-        is_decoder = self._encoder_decoder and "decoder" in name.split(".")
-        mask = self._masks["decoder" if is_decoder else "encoder"]
-        if mask is None or mask.ndim != 2:
-            return None
-        leading = self.scores[name].shape[:-1]
-        length = leading.numel() // mask.shape[0]
-        return mask[:, -length:].reshape(leading)  # with a KV cache the mask is longer than the new tokens
+        return self._masks.of(name, self.scores[name].shape[:-1])
 
-    _encoder_decoder = False
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self._running is None:
+            self._running = module
+            self.scores.clear()
+            self._masks.see(module, args, kwargs)
+
+    def _end(self, module: nn.Module, _args: tuple, output: Any) -> None:
+        if self._running is module:
+            self._running = None
+            if output is not None:  # None: the forward pass raised
+                for call in self._after:
+                    call()
+
+    def _on_scores(self, name: str, scores: Tensor) -> None:
+        before = self.scores.get(name)  # set already when the model runs its FFN in chunks of the sequence
+        self.scores[name] = scores if before is None else torch.cat([before, scores], dim=-2)
 
 
 @contextmanager
@@ -67,21 +95,41 @@ def record_scores(model: nn.Module) -> Iterator[Recording]:
 
     Scores are ``[..., E]`` a layer, of the last forward pass, and carry gradient. Layers in mode
     dense record scores of 1. Safe with non-reentrant gradient checkpointing when the recording is
-    read before ``backward`` and left by then.
+    read before ``backward`` and left by then. May be nested.
     """
-    recording = Recording()
-    recording._encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     layers = sparse_layers(model)
-    hook = model.register_forward_pre_hook(recording._on_forward, with_kwargs=True, prepend=True)
+    recording = Recording(model)
     before = {name: layer.recorder for name, layer in layers.items()}
-    for name, layer in layers.items():
-        layer.recorder = lambda scores, name=name: recording._on_scores(name, scores)
-    try:
-        yield recording
-    finally:
-        hook.remove()
+    with ExitStack() as hooks:
+        for module in _entries(model, recording._masks.encoder_decoder):
+            begin = module.register_forward_pre_hook(recording._begin, with_kwargs=True, prepend=True)
+            end = module.register_forward_hook(recording._end, always_call=True)
+            hooks.callback(begin.remove)
+            hooks.callback(end.remove)
         for name, layer in layers.items():
-            layer.recorder = before[name]
+            layer.recorder = _chain(partial(recording._on_scores, name), layer.recorder)
+        try:
+            yield recording
+        finally:
+            for name, layer in layers.items():
+                layer.recorder = before[name]
+
+
+def _entries(model: nn.Module, encoder_decoder: bool) -> list[nn.Module]:
+    """The modules that start a forward pass: the model, and an encoder, which ``generate`` calls on its own."""
+    get_encoder = getattr(model, "get_encoder", None)
+    return [model, get_encoder()] if encoder_decoder and get_encoder is not None else [model]
+
+
+def _chain(first: Callable[[Tensor], None], then: Callable[[Tensor], None] | None) -> Callable[[Tensor], None]:
+    if then is None:
+        return first
+
+    def both(scores: Tensor) -> None:
+        first(scores)
+        then(scores)
+
+    return both
 
 
 class SparsityMeter:
@@ -122,8 +170,5 @@ def track_sparsity(model: nn.Module) -> Iterator[SparsityMeter]:
     layers = sparse_layers(model)
     meter = SparsityMeter()
     with record_scores(model) as recording:
-        hook = model.register_forward_hook(lambda *_: meter.add(layers, recording))
-        try:
-            yield meter
-        finally:
-            hook.remove()
+        recording._after.append(lambda: meter.add(layers, recording))
+        yield meter

@@ -51,7 +51,8 @@ class Router(nn.Module):
         self.temperature.fill_(1.0)
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        with torch.autocast(x_TD.device.type, enabled=False):
+        device_type = x_TD.device.type if torch.amp.is_autocast_available(x_TD.device.type) else "cpu"  # meta has none
+        with torch.autocast(device_type, enabled=False):
             logits_TE = nn.functional.linear(x_TD.float(), self.weight.float(), self.bias.float())
             return logits_TE * self.temperature.float()
 

@@ -15,13 +15,20 @@ Mode = Literal["dense", "soft", "hard"]
 
 
 class Selecting(nn.Module):
-    """What both places of selection share: a router, a threshold, a mode, and a recorder of scores."""
+    """What both places of selection share: a router, a threshold, a mode, and a recorder of scores.
+
+    Attributes:
+        hardness: in mode soft, how far an expert's weight has moved from its score (0, the paper's) to the
+            0 or 1 of hard selection (1, straight-through). The gradient is the score's throughout. Training
+            raises it, so that the model meets hard selection before the hard stage does.
+    """
 
     def __init__(self, router: Router, tau: float):
         super().__init__()
         self.router = router
         self.tau = tau
         self.mode: Mode = "dense"
+        self.hardness = 0.0
         self.recorder: Callable[[Tensor], None] | None = None
 
     def set_mode(self, mode: Mode) -> None:
@@ -43,7 +50,12 @@ class Selecting(nn.Module):
         scores_TE = self.router(x_TD)
         if self.recorder is not None:
             self.recorder(scores_TE)
-        return scale_experts(hidden_TF, scores_TE if self.mode == "soft" else threshold(scores_TE, self.tau))
+        if self.mode == "hard":
+            return scale_experts(hidden_TF, threshold(scores_TE, self.tau))
+        if self.hardness:
+            kept_TE = threshold(scores_TE, self.tau).to(scores_TE.dtype)
+            scores_TE = scores_TE + self.hardness * (kept_TE - scores_TE).detach()
+        return scale_experts(hidden_TF, scores_TE)
 
     def extra_repr(self) -> str:
         return f"mode={self.mode!r}, tau={self.tau}"
@@ -76,6 +88,9 @@ class SparseFFN(Selecting):
         self.roles = roles
         for name, child in dense.named_children():
             self.add_module(name, child)
+        for name in (roles.hidden_dropout, roles.output_dropout):
+            if name and not hasattr(self, name):  # some models keep the probability instead of a module
+                self.add_module(name, nn.Dropout(getattr(dense, name)))
 
     def forward(self, x_TD: Tensor) -> Tensor:
         roles = self.roles
@@ -109,8 +124,8 @@ class SparseFFN(Selecting):
 class SparseActivation(Selecting):
     """Selection for a model whose FFN is not a module of its own (OPT, BERT): it stands where the activation did.
 
-    The projections stay where they are, under their own names. ``watch`` is the module that sees the
-    FFN's input first; a hook there shows the router that input.
+    The projections stay where they are, under their own names. ``watch`` is the first projection; a
+    hook there shows the router the FFN's input.
 
     Shapes: ``[..., F]`` -> ``[..., F]``.
     """

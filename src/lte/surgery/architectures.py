@@ -1,11 +1,14 @@
 """Saving and loading: ``LTE...`` classes, made on demand from Hugging Face's, known to the Auto classes.
 
-``LTELlamaForCausalLM`` is ``LlamaForCausalLM`` whose FFNs are replaced before weights are loaded.
-Its ``config.json`` has ``model_type: lte``, so that code which does not know ``lte`` refuses it
-instead of running it densely; ``base_model_type`` says what it is made from. Every class is an
-attribute of this module, under its own name, which makes it picklable and reachable from ``auto_map``.
+``LTELlamaForCausalLM`` is ``LlamaForCausalLM`` whose FFNs are replaced before weights are loaded. In
+memory its config is a Llama config with a section ``lte``. On disk ``config.json`` has
+``model_type: lte`` and ``base_model_type: llama``, so that code which does not know ``lte`` refuses it
+instead of running it densely; a stock class named outright, ``LlamaForCausalLM.from_pretrained``,
+stumbles over ``transformers_weights``, which holds the reason where a file name belongs. Every class
+is an attribute of this module, under its own name, which makes it picklable and reachable from ``auto_map``.
 """
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -17,10 +20,13 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lte.surgery.method import Method
+from lte.surgery.sites import find_sites
 
 MODEL_TYPE = "lte"
 CODE_FILE = "modeling_lte"
-_CLASSES: dict[str, type] = {}
+REFUSAL = "this model is sparse and stock classes would run it densely: pip install lte, import lte, use AutoModel..."
+_ON_DISK = ("base_model_type", "auto_map", "transformers_weights")
+_CLASSES: dict[type, type] = {}
 
 AUTO_CLASSES = (
     "AutoModel",
@@ -36,27 +42,28 @@ AUTO_CLASSES = (
 
 
 class LTEConfigMixin:
-    """What an ``LTE...Config`` adds to Hugging Face's: its own model type on disk, and ``config.lte``."""
+    """What an ``LTE...Config`` adds to Hugging Face's: the section ``lte``, and its own model type on disk."""
 
     lte: dict[str, Any]
 
-    def to_dict(self) -> dict[str, Any]:
-        values = super().to_dict()  # pyright: ignore[reportAttributeAccessIssue]
-        values["base_model_type"] = self.model_type  # pyright: ignore[reportAttributeAccessIssue]
-        values["model_type"] = MODEL_TYPE
-        values["auto_map"] = _auto_map(type(self))
-        return values
+    def to_json_file(self, json_file_path: Any, use_diff: bool = True) -> None:
+        values = json.loads(self.to_json_string(use_diff=use_diff))  # pyright: ignore[reportAttributeAccessIssue]
+        values |= {
+            "model_type": MODEL_TYPE,
+            "base_model_type": self.model_type,  # pyright: ignore[reportAttributeAccessIssue]
+            "auto_map": _auto_map(type(self)),
+            "transformers_weights": REFUSAL,
+        }
+        Path(json_file_path).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> Any:
         values, rest = super().get_config_dict(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        if values.get("model_type") == MODEL_TYPE:
-            values["model_type"] = cls.model_type  # pyright: ignore[reportAttributeAccessIssue]
-        return values, rest
+        return (_in_memory(values) if values.get("model_type") == MODEL_TYPE else values), rest
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Nothing to do: ``auto_map`` is written by :meth:`to_dict`."""
+        """Nothing to do: ``auto_map`` is written by :meth:`to_json_file`."""
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
         result = super().save_pretrained(save_directory, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
@@ -75,19 +82,30 @@ class LTEAutoConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        base_type = config_dict.get("base_model_type")
-        if base_type not in CONFIG_MAPPING or "lte" not in config_dict:
-            raise ValueError(
-                "config.json says model_type lte, but its base_model_type is "
-                f"{base_type!r} and its section lte is {'there' if 'lte' in config_dict else 'missing'}: "
-                "the file is damaged, save the model again with save_pretrained"
-            )
-        config_class = lte_config_class(CONFIG_MAPPING[base_type])
-        return config_class.from_dict({**config_dict, "model_type": base_type}, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        values = _in_memory(config_dict)
+        return lte_config_class(CONFIG_MAPPING[values["model_type"]]).from_dict(values, **kwargs)  # pyright: ignore
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
         """Nothing to do: ``auto_map`` is written by the config of the base model type."""
+
+
+def _in_memory(values: dict[str, Any]) -> dict[str, Any]:
+    """The content of a ``config.json``, as its base model type has it."""
+    base_type, method = values.get("base_model_type"), values.get("lte")
+    if not isinstance(base_type, str) or not isinstance(method, dict):
+        section = "lte" if isinstance(base_type, str) else "base_model_type"
+        raise ValueError(
+            f"config.json says model_type {MODEL_TYPE}, but its section {section} is missing or damaged: "
+            "save the model again with save_pretrained"
+        )
+    if base_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"config.json has base_model_type {base_type!r}, which transformers does not know: update transformers, "
+            f"or make your own architecture known with AutoConfig.register({base_type!r}, ...) before loading"
+        )
+    Method.from_dict({name: value for name, value in method.items() if name != "mode"})  # so that errors come early
+    return {**{name: value for name, value in values.items() if name not in _ON_DISK}, "model_type": base_type}
 
 
 class LTEModelMixin:
@@ -96,7 +114,6 @@ class LTEModelMixin:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # pyright: ignore[reportCallIssue]
         from lte.surgery.convert import install_, set_mode_  # they build on this module
-        from lte.surgery.sites import find_sites
 
         if not hasattr(config, "lte"):
             raise ValueError(f"{type(self).__name__} needs a config with a section lte; make one with lte.sparsify_")
@@ -111,30 +128,41 @@ class LTEModelMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As Hugging Face's, but files that lack weights of the model, or are cut short, are an error.
+        """As Hugging Face's, but a weight file that is damaged or does not fit the model is an error.
+
+        A head that the checkpoint does not have is initialised, as ever; everything else must be there.
 
         Raises:
-            ValueError: truncated or damaged weight file, missing weights.
+            ValueError: truncated or damaged weight file, missing weights, weights of another shape.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        allowed = kwargs.pop("ignore_mismatched_sizes", False)
         try:
             model, info = super().from_pretrained(  # pyright: ignore[reportAttributeAccessIssue]
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+                pretrained_model_name_or_path,
+                *args,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # judged below, with a message that fits on a line
+                **kwargs,
             )
         except SafetensorError as error:
             raise ValueError(
                 f"{pretrained_model_name_or_path}: a .safetensors file is cut short or damaged ({error}); copy it again"
             ) from error
-        same_head = cls.__name__ in (model.config.architectures or [])
-        missing = sorted(
-            name
-            for name in info["missing_keys"]
-            if same_head or name.startswith(f"{cls.base_model_prefix}.")  # pyright: ignore[reportAttributeAccessIssue]
-        )
+        new_head = cls.__name__ not in (model.config.architectures or [])
+        layers = tuple(f"{name}." for name in _layers_of(model))
+        missing = sorted(name for name in info["missing_keys"] if not new_head or name.startswith(layers))
         if missing:
             raise ValueError(
                 f"{pretrained_model_name_or_path}: {len(missing)} weights are missing, first {missing[0]}; "
                 "the checkpoint is incomplete, save or copy it again"
+            )
+        mismatched = sorted(entry for entry in info["mismatched_keys"] if not allowed or entry[0].startswith(layers))
+        if mismatched:
+            name, found, needed = mismatched[0]
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: {len(mismatched)} weights have the wrong shape, first {name} with "
+                f"{tuple(found)} where the config asks for {tuple(needed)}; they do not belong together"
             )
         return (model, info) if wants_info else model
 
@@ -143,41 +171,50 @@ class LTEModelMixin:
         """Nothing to do: ``auto_map`` is written by the config."""
 
 
+def _layers_of(model: nn.Module) -> list[str]:
+    """Names of the layers that hold an FFN."""
+    return [site.name for site in find_sites(model, model.config.model_type)]  # pyright: ignore
+
+
 def lte_config_class(base: type) -> type[PretrainedConfig]:
     """``LTE<base>``, registered with every Auto class that has a model for ``base``."""
-    name = f"LTE{base.__name__}"
-    if name not in _CLASSES:
-        _CLASSES[name] = type(name, (LTEConfigMixin, base), {"__module__": __name__, "__doc__": LTEConfigMixin.__doc__})
+    if base not in _CLASSES:
+        _CLASSES[base] = _subclass(LTEConfigMixin, base)
         for auto_name, model_class in _models_of(base).items():
-            getattr(transformers, auto_name).register(_CLASSES[name], lte_model_class(model_class))
-    return _CLASSES[name]
+            getattr(transformers, auto_name).register(_CLASSES[base], lte_model_class(model_class))
+    return _CLASSES[base]
 
 
 def lte_model_class(base: type) -> type[PreTrainedModel]:
     """``LTE<base>``: the same head on a model with sparse FFNs."""
-    name = f"LTE{base.__name__}"
-    if name not in _CLASSES:
-        members = {"__module__": __name__, "__doc__": LTEModelMixin.__doc__}
-        _CLASSES[name] = type(name, (LTEModelMixin, base), members)
-        _CLASSES[name].config_class = lte_config_class(base.config_class)  # pyright: ignore[reportAttributeAccessIssue]
-    return _CLASSES[name]
+    config_class = lte_config_class(base.config_class)  # pyright: ignore[reportAttributeAccessIssue]
+    if base not in _CLASSES:
+        _CLASSES[base] = _subclass(LTEModelMixin, base)
+        _CLASSES[base].config_class = config_class  # pyright: ignore[reportAttributeAccessIssue]
+    return _CLASSES[base]
+
+
+def _subclass(mixin: type, base: type) -> type:
+    return type(f"LTE{base.__name__}", (mixin, base), {"__module__": __name__, "__doc__": mixin.__doc__})
 
 
 def become_lte_(model: PreTrainedModel, lte: dict[str, Any]) -> None:
-    """Change a converted model's class and config to their LTE forms, in place."""
-    config_class = lte_config_class(type(model.config))
-    model_class = lte_model_class(type(model))
+    """Change a converted model's class and config to their LTE forms. The config object it had is left alone."""
+    base, copies = type(model.config), {}
+    part: Any
     for part in model.modules():  # the head and the backbone share one config object, or hold copies of it
-        if isinstance(config := getattr(part, "config", None), PretrainedConfig) and not hasattr(config, "lte"):
-            config.__class__ = lte_config_class(type(config))
-            config.lte = lte  # pyright: ignore[reportAttributeAccessIssue]
-    assert isinstance(model.config, config_class)
-    model.__class__ = model_class
-    if getattr(model, "hf_quantizer", None) is not None:  # set by GGUF loading, though the weights are plain floats
-        model.hf_quantizer = None
-        model.is_quantized = False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+        if isinstance(config := getattr(part, "config", None), PretrainedConfig):
+            part.config = copy.deepcopy(config, copies)
+            if type(config) is base:
+                part.config.__class__ = lte_config_class(base)
+                part.config.lte = lte
+    model.__class__ = lte_model_class(type(model))
+    loaded: Any = model
+    if getattr(loaded, "hf_quantizer", None) is not None:  # set by GGUF loading, though the weights are plain floats
+        loaded.hf_quantizer = None
+        loaded.is_quantized = False
+    if hasattr(loaded.config, "quantization_config"):
+        del loaded.config.quantization_config
 
 
 def _models_of(config_class: type) -> dict[str, type]:
@@ -199,6 +236,9 @@ def _auto_map(config_class: type) -> dict[str, str]:
 
 def __getattr__(name: str) -> type:
     """``LTELlamaConfig``, ``LTELlamaForCausalLM`` and so on, made when first asked for."""
+    made = next((made for made in _CLASSES.values() if made.__name__ == name), None)
+    if made is not None:
+        return made
     base = getattr(transformers, name.removeprefix("LTE"), None) if name.startswith("LTE") else None
     if isinstance(base, type) and issubclass(base, PretrainedConfig):
         return lte_config_class(base)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lte.core.grouping import grouping_permutation
-from lte.modules.recording import sparse_layers
-from lte.modules.sparse_ffn import Mode, Roles, SparseActivation, SparseFFN
-from lte.surgery.architectures import become_lte_
+from lte.modules.recording import TokenMasks, sparse_layers
+from lte.modules.sparse_ffn import Mode, Roles, Selecting, SparseActivation, SparseFFN
+from lte.surgery.architectures import become_lte_, lte_model_class
 from lte.surgery.method import Method
 from lte.surgery.sites import Site, find_sites
 
@@ -42,14 +42,20 @@ def sparsify_(
     Raises:
         ValueError: unknown family, expert size that does not divide d_ff, already sparse, data missing.
     """
-    if hasattr(model.config, "lte"):
+    if any(isinstance(module, Selecting) for module in model.modules()):
         raise ValueError("the model is sparse already: load the dense checkpoint to convert it again")
     sites = find_sites(model, model.config.model_type)
+    for site in sites:
+        site.check()
+    weights = [linear.weight for site in sites for linear in site.projections()]
+    if len({id(weight) for weight in weights}) < len(weights):
+        raise ValueError(f"{type(model).__name__} shares FFN weights between layers: that is not supported")
+    lte_model_class(type(model))  # made now, so that an error leaves the model as it was
     activations = _record_activations(model, sites, data) if method.needs_activations else [None] * len(sites)
     orders = [
         grouping_permutation(method.group(site, recorded, index))
         for index, (site, recorded) in enumerate(zip(progress(sites), activations, strict=True))
-    ]  # all before the first change, so that an error leaves the model as it was
+    ]  # all before the first change, for the same reason
     generator = torch.Generator().manual_seed(method.seed)
     for site, order in zip(sites, orders, strict=True):
         site.permute_neurons(order)
@@ -65,7 +71,7 @@ def install_(site: Site, method: Method) -> SparseFFN | SparseActivation:
     router = method.build_router(site, weight.device).to(weight.dtype)
     family = site.family
     if family.site is None:
-        sparse = SparseActivation(site.module(family.act), site.module(family.up), router, method.tau)
+        sparse = SparseActivation(site.module(family.act), site.first, router, method.tau)
         place = family.act
     else:
         child = {
@@ -103,25 +109,25 @@ def _record_activations(
     if data is None:
         raise ValueError("grouping by co-activation needs data: pass sparsify_(model, config, data=batches)")
     recorded: list[list[Tensor]] = [[] for _ in sites]
+    masks = TokenMasks(model)
     was_training = model.training
     model.eval()
     with ExitStack() as hooks:
-        mask: list[Tensor | None] = [None]
+        hooks.callback(model.train, was_training)
+        hooks.callback(model.register_forward_pre_hook(masks.see, with_kwargs=True).remove)
         for site, parts in zip(sites, recorded, strict=True):
 
-            def keep(_module: nn.Module, args: tuple[Tensor, ...], parts: list[Tensor] = parts) -> None:
-                hidden_TF = args[0].flatten(0, -2)
-                if mask[0] is not None and mask[0].numel() == len(hidden_TF):
-                    hidden_TF = hidden_TF[mask[0].flatten().bool()]
-                parts.append(hidden_TF.half().cpu())
+            def keep(_module: nn.Module, args: tuple[Tensor, ...], site: Site = site, parts: list = parts) -> None:
+                hidden_TF = args[0]
+                mask = masks.of(site.name, hidden_TF.shape[:-1])
+                real_TF = hidden_TF.flatten(0, -2) if mask is None else hidden_TF[mask.to(hidden_TF.device).bool()]
+                parts.append(real_TF.bfloat16().cpu())  # half the memory, and the largest neurons do not overflow
 
             hooks.callback(site.down.register_forward_pre_hook(keep).remove)
         for batch in data:
-            mask[0] = batch.get("attention_mask")
             model(**{name: value.to(model.device) for name, value in batch.items()})
             if sum(len(part) for part in recorded[0]) >= _MAX_RECORDED_TOKENS:
                 break
-    model.train(was_training)
     if not recorded[0]:
         raise ValueError("grouping by co-activation got no batch: data is empty")
     return [torch.cat(parts)[:_MAX_RECORDED_TOKENS].float() for parts in recorded]

@@ -4,7 +4,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
@@ -29,21 +35,25 @@ def model_shape(model: PreTrainedModel, expert_size: int = 32) -> Shape:
     routers = routers or [site.d_model * check_divisible(site.d_ff, expert_size) for site in sites]
     ffn = {id(linear) for site in sites for linear in site.projections()}
     blocks = {_block(site.name) for site in sites}
-    attention, embedding = 0, 0
     head = model.get_output_embeddings()
-    head_weights = head.weight.numel() if isinstance(head, nn.Linear) else 0
-    tied = head is not None and head.weight is model.get_input_embeddings().weight
+    attention, head_weights, embedding = 0, 0, 0
+    counted = set()  # a weight tied to another is there once; to the head, it is the head's
+    if isinstance(head, nn.Linear):
+        head_weights, counted = head.weight.numel(), {id(head.weight)}
     for name, module in model.named_modules():
+        if (
+            not isinstance(module, nn.Embedding | nn.Linear | Conv1D)
+            or id(module) in ffn
+            or id(module.weight) in counted
+        ):
+            continue
+        counted.add(id(module.weight))
         if isinstance(module, nn.Embedding):
             embedding += module.weight.numel()
-        if not isinstance(module, nn.Linear | Conv1D) or id(module) in ffn or module is head:
-            continue
-        if any(name.startswith(f"{block}.") for block in blocks):
+        elif any(name.startswith(f"{block}.") for block in blocks):
             attention += module.weight.numel()
         else:
             head_weights += module.weight.numel()
-    if tied:
-        embedding -= head_weights
     return Shape(tuple(site.num_weights for site in sites), tuple(routers), attention, head_weights, embedding)
 
 
@@ -61,7 +71,7 @@ def cost_per_token(
         sparsity: FFN sparsity, one number or one a layer; 0 is dense.
         expert_size: neurons an expert; decides the router's size.
         router: charge the routers. None charges them when ``sparsity`` is above 0.
-        bytes_per_weight: None takes the config's dtype, or 2 where it names none.
+        bytes_per_weight: None takes the model's dtype, or the config's, or 2 where it names none.
 
     Returns:
         ``gflops``, ``ffn_gflops``, ``attention_gflops``, ``router_gflops`` (G = 2^30) and
@@ -70,20 +80,24 @@ def cost_per_token(
     Raises:
         ValueError: unknown family, sparsity outside [0, 1], expert size that does not divide d_ff.
     """
-    model = config if isinstance(config, PreTrainedModel) else _meta_model(config)
-    if bytes_per_weight is None:
+    model = config if isinstance(config, PreTrainedModel) else meta_model(config)
+    if bytes_per_weight is None and model is config:
+        bytes_per_weight = model.dtype.itemsize
+    elif bytes_per_weight is None:
         dtype = getattr(model.config, "dtype", None)
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         bytes_per_weight = dtype.itemsize if isinstance(dtype, torch.dtype) else 2
     return cost(model_shape(model, expert_size), sparsity, router, bytes_per_weight)
 
 
-def _meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    auto = AutoModelForCausalLM
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
-
-        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForSequenceClassification
+def meta_model(config: PretrainedConfig) -> PreTrainedModel:
+    """A model of this config without weights, on the meta device."""
+    if config.is_encoder_decoder:
+        auto = AutoModelForSeq2SeqLM
+    elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        auto = AutoModelForCausalLM
+    else:
+        auto = AutoModelForSequenceClassification
     with torch.device("meta"):
         return auto.from_config(config)
 

@@ -17,7 +17,8 @@ class Family:
         site: the module that is exactly one FFN, to be replaced by a ``SparseFFN``. None where the
             model spreads its FFN over the layer (OPT, BERT): then only the activation is replaced.
         fused_gate_up: ``up`` holds the gate in its first half and up in its second.
-        hidden_dropout, output_dropout: dropout before and after the down projection, inside ``site``.
+        hidden_dropout, output_dropout: dropout before and after the down projection, inside ``site``:
+            a module, or the probability as a number.
     """
 
     layer: str
@@ -42,62 +43,124 @@ class Family:
     def fits(self, layer: nn.Module) -> bool:
         """Whether ``layer`` is of this family and has every path the row names."""
         return type(layer).__name__ == self.layer and all(
-            _has(layer, path) for path in (self.up, self.down, self.act, self.gate) if path
+            _has(layer, path)
+            for path in (self.up, self.down, self.act, self.gate, self.hidden_dropout, self.output_dropout)
+            if path
         )
 
 
-def _has(module: nn.Module, path: str) -> bool:
+def _has(layer: nn.Module, path: str) -> bool:
+    parent, _, name = path.rpartition(".")
     try:
-        module.get_submodule(path)
+        return hasattr(layer.get_submodule(parent), name)
     except AttributeError:
         return False
-    return True
 
 
-def _llama_like(layer: str) -> Family:
-    return Family(layer, site="mlp", gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj", act="mlp.act_fn")
+def _llama_like(layer: str, output_dropout: str | None = None) -> tuple[Family, ...]:
+    gate, up, down, act = "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "mlp.act_fn"
+    return (Family(layer, site="mlp", gate=gate, up=up, down=down, act=act, output_dropout=output_dropout),)
+
+
+def _plain(layer: str, up: str, down: str, act: str = "act", site: str = "mlp", dropout: str | None = None) -> Family:
+    """An FFN without a gate, in a module of its own."""
+    up, down, act = f"{site}.{up}", f"{site}.{down}", f"{site}.{act}"
+    return Family(layer, site=site, up=up, down=down, act=act, output_dropout=dropout and f"{site}.{dropout}")
+
+
+def _fused(layer: str, up: str = "gate_up_proj", down: str = "down_proj", act: str = "activation_fn") -> Family:
+    """Gate and up in one projection, in that order."""
+    return Family(layer, site="mlp", up=f"mlp.{up}", fused_gate_up=True, down=f"mlp.{down}", act=f"mlp.{act}")
 
 
 def _bert_like(layer: str) -> Family:
     return Family(layer, up="intermediate.dense", act="intermediate.intermediate_act_fn", down="output.dense")
 
 
+def _bart_like(*layers: str) -> tuple[Family, ...]:
+    return tuple(Family(layer, up="fc1", act="activation_fn", down="fc2") for layer in layers)
+
+
 def _t5_like(layer: str) -> tuple[Family, ...]:
     ffn = "DenseReluDense"
-    shared = {"site": ffn, "down": f"{ffn}.wo", "act": f"{ffn}.act", "hidden_dropout": f"{ffn}.dropout"}
+    act, down, dropout = f"{ffn}.act", f"{ffn}.wo", f"{ffn}.dropout"
     return (
-        Family(layer, gate=f"{ffn}.wi_0", up=f"{ffn}.wi_1", **shared),
-        Family(layer, up=f"{ffn}.wi", **shared),
+        Family(layer, site=ffn, gate=f"{ffn}.wi_0", up=f"{ffn}.wi_1", act=act, down=down, hidden_dropout=dropout),
+        Family(layer, site=ffn, up=f"{ffn}.wi", act=act, down=down, hidden_dropout=dropout),
     )
 
 
 _FAMILIES: dict[str, tuple[Family, ...]] = {
-    "llama": (_llama_like("LlamaDecoderLayer"),),
-    "mistral": (_llama_like("MistralDecoderLayer"),),
-    "qwen2": (_llama_like("Qwen2DecoderLayer"),),
-    "qwen3": (_llama_like("Qwen3DecoderLayer"),),
-    "gemma": (_llama_like("GemmaDecoderLayer"),),
-    "gemma2": (_llama_like("Gemma2DecoderLayer"),),
-    "gemma3_text": (_llama_like("Gemma3DecoderLayer"),),
-    "phi3": (
+    # gated, three projections
+    "llama": _llama_like("LlamaDecoderLayer"),
+    "mistral": _llama_like("MistralDecoderLayer"),
+    "ministral": _llama_like("MinistralDecoderLayer"),
+    "ministral3": _llama_like("Ministral3DecoderLayer"),
+    "qwen2": _llama_like("Qwen2DecoderLayer"),
+    "qwen3": _llama_like("Qwen3DecoderLayer"),
+    "gemma": _llama_like("GemmaDecoderLayer"),
+    "gemma2": _llama_like("Gemma2DecoderLayer"),
+    "gemma3_text": _llama_like("Gemma3DecoderLayer"),
+    "olmo": _llama_like("OlmoDecoderLayer"),
+    "olmo2": _llama_like("Olmo2DecoderLayer"),
+    "olmo3": _llama_like("Olmo3DecoderLayer"),
+    "granite": _llama_like("GraniteDecoderLayer"),
+    "smollm3": _llama_like("SmolLM3DecoderLayer"),
+    "stablelm": _llama_like("StableLmDecoderLayer"),
+    "cohere": _llama_like("CohereDecoderLayer"),
+    "cohere2": _llama_like("Cohere2DecoderLayer"),
+    "helium": _llama_like("HeliumDecoderLayer"),
+    "exaone4": _llama_like("Exaone4DecoderLayer"),
+    "ernie4_5": _llama_like("Ernie4_5DecoderLayer"),
+    "seed_oss": _llama_like("SeedOssDecoderLayer", output_dropout="mlp.residual_dropout"),
+    # gated, gate and up in one projection
+    "phi3": (_fused("Phi3DecoderLayer"),),
+    "glm": (_fused("GlmDecoderLayer"),),
+    "glm4": (_fused("Glm4DecoderLayer"),),
+    "modernbert": (
         Family(
-            "Phi3DecoderLayer",
+            "ModernBertEncoderLayer",
             site="mlp",
-            up="mlp.gate_up_proj",
+            up="mlp.Wi",
             fused_gate_up=True,
-            down="mlp.down_proj",
-            act="mlp.activation_fn",
+            down="mlp.Wo",
+            act="mlp.act",
+            hidden_dropout="mlp.drop",
         ),
     ),
-    "phi": (Family("PhiDecoderLayer", site="mlp", up="mlp.fc1", down="mlp.fc2", act="mlp.activation_fn"),),
-    "gpt_neox": (Family("GPTNeoXLayer", site="mlp", up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h", act="mlp.act"),),
-    "gpt2": (
-        Family("GPT2Block", site="mlp", up="mlp.c_fc", down="mlp.c_proj", act="mlp.act", output_dropout="mlp.dropout"),
-    ),
-    "opt": (Family("OPTDecoderLayer", up="fc1", act="activation_fn", down="fc2"),),
+    # without a gate
+    "gpt2": (_plain("GPT2Block", "c_fc", "c_proj", dropout="dropout"),),
+    "gpt_bigcode": (_plain("GPTBigCodeBlock", "c_fc", "c_proj", dropout="dropout"),),
+    "gpt_neo": (_plain("GPTNeoBlock", "c_fc", "c_proj", dropout="dropout"),),
+    "starcoder2": (_plain("Starcoder2DecoderLayer", "c_fc", "c_proj", dropout="residual_dropout"),),
+    "gptj": (_plain("GPTJBlock", "fc_in", "fc_out", dropout="dropout"),),
+    "codegen": (_plain("CodeGenBlock", "fc_in", "fc_out", dropout="dropout"),),
+    "gpt_neox": (_plain("GPTNeoXLayer", "dense_h_to_4h", "dense_4h_to_h"),),
+    "falcon": (_plain("FalconDecoderLayer", "dense_h_to_4h", "dense_4h_to_h"),),
+    "persimmon": (_plain("PersimmonDecoderLayer", "dense_h_to_4h", "dense_4h_to_h"),),
+    "phi": (_plain("PhiDecoderLayer", "fc1", "fc2", act="activation_fn"),),
+    "nanochat": (_plain("NanoChatDecoderLayer", "fc1", "fc2", act="activation_fn"),),
+    "arcee": (_plain("ArceeDecoderLayer", "up_proj", "down_proj", act="act_fn"),),
+    "nemotron": (_plain("NemotronDecoderLayer", "up_proj", "down_proj", act="act_fn"),),
+    "distilbert": (_plain("TransformerBlock", "lin1", "lin2", act="activation", site="ffn", dropout="dropout"),),
+    # no module that is exactly the FFN: the activation is replaced
+    "opt": _bart_like("OPTDecoderLayer"),
+    "biogpt": _bart_like("BioGptDecoderLayer"),
+    "bloom": (Family("BloomBlock", up="mlp.dense_h_to_4h", act="mlp.gelu_impl", down="mlp.dense_4h_to_h"),),
+    "mpt": (Family("MptBlock", up="ffn.up_proj", act="ffn.act", down="ffn.down_proj"),),
     "bert": (_bert_like("BertLayer"),),
     "roberta": (_bert_like("RobertaLayer"),),
+    "xlm-roberta": (_bert_like("XLMRobertaLayer"),),
+    "camembert": (_bert_like("CamembertLayer"),),
+    "electra": (_bert_like("ElectraLayer"),),
+    "deberta-v2": (_bert_like("DebertaV2Layer"),),
+    # encoder-decoder
     "t5": _t5_like("T5LayerFF"),
+    "mt5": _t5_like("MT5LayerFF"),
+    "bart": _bart_like("BartEncoderLayer", "BartDecoderLayer"),
+    "mbart": _bart_like("MBartEncoderLayer", "MBartDecoderLayer"),
+    "pegasus": _bart_like("PegasusEncoderLayer", "PegasusDecoderLayer"),
+    "marian": _bart_like("MarianEncoderLayer", "MarianDecoderLayer"),
 }
 
 

@@ -49,8 +49,45 @@ class Site:
         return sum(d_in * d_out for d_in, d_out in sizes)
 
     def projections(self) -> list[nn.Module]:
-        paths = (self.family.gate, self.family.up, self.family.down)
-        return [self.module(path) for path in paths if path]
+        return [self.module(path) for path in self._projection_paths()]
+
+    def _projection_paths(self) -> list[str]:
+        return [path for path in (self.family.gate, self.family.up, self.family.down) if path]
+
+    def check(self) -> None:
+        """Whether the FFN is what its family row says and its weights can be reordered.
+
+        Raises:
+            ValueError: a projection that is wrapped, quantised or on the meta device, sizes that do
+                not match, a part the row does not name.
+        """
+        family = self.family
+        for path in self._projection_paths():
+            linear, where = self.module(path), f"{self.name}.{path}"
+            if not isinstance(linear, nn.Linear | Conv1D):
+                raise ValueError(
+                    f"{where} is a {type(linear).__module__}.{type(linear).__name__}, not a linear layer: convert the "
+                    "plain model (merge adapters first, e.g. with merge_and_unload; add new ones afterwards)"
+                )
+            _sizes(linear)
+            if linear.weight.is_meta:
+                raise ValueError(f"{where} is on the meta device: load the model's weights first, without offloading")
+        widths = {path: _sizes(self.module(path))[1] for path in self._projection_paths()[:-1]}
+        expected = {path: self.d_ff * (2 if family.fused_gate_up else 1) for path in widths}
+        if widths != expected:
+            raise ValueError(f"{self.name} has a down projection of {self.d_ff} neurons, but widths {widths}")
+        if family.site is None:
+            place, named = self.module(family.act), set()
+        else:
+            roles = (family.act, family.hidden_dropout, family.output_dropout, *self._projection_paths())
+            place, named = self.module(family.site), {path.rpartition(".")[2] for path in roles if path}
+        unnamed = {name for name, _ in place.named_parameters() if name.partition(".")[0] not in named}
+        unnamed |= {name for name, child in place.named_children() if name not in named and not _is_nothing(child)}
+        if unnamed:
+            raise ValueError(
+                f"{self.name}: the row of {family.layer} names no role for {', '.join(sorted(unnamed))}, "
+                "so converting would change what the model computes"
+            )
 
     def feature_rows(self) -> Tensor:
         """``[F, D]``: one row a neuron, from the first FFN weight (of a fused gate and up: the gate's half)."""
@@ -95,13 +132,17 @@ def _matching(model: nn.Module, rows: tuple[Family, ...]) -> Iterator[Site]:
             yield Site(name, module, row)
 
 
+def _is_nothing(module: nn.Module) -> bool:
+    return isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and module.p == 0)
+
+
 def _sizes(linear: nn.Module) -> tuple[int, int]:
     """Inputs and outputs of a linear layer."""
     weight = linear.weight
     assert isinstance(weight, Tensor)
-    if weight.ndim != 2 or not weight.is_floating_point():
+    if weight.ndim != 2 or not weight.is_floating_point() or weight.dtype.itemsize < 2:
         raise ValueError(
-            f"{type(linear).__name__} holds quantised weights of shape {tuple(weight.shape)}: "
+            f"{type(linear).__name__} holds quantised weights ({weight.dtype} of shape {tuple(weight.shape)}): "
             "load the model unquantised (or from GGUF, which is dequantised on loading)"
         )
     d_out, d_in = weight.shape[::-1] if isinstance(linear, Conv1D) else weight.shape

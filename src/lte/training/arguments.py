@@ -15,6 +15,7 @@ class Recipe:
     router_weight_decay: float
     router_bias: float
     temperature: float
+    hardness: float
     distillation_weight: float
 
 
@@ -26,6 +27,17 @@ RECIPES = {
         router_weight_decay=0.1,
         router_bias=0.0,
         temperature=1.0,
+        hardness=0.0,
+        distillation_weight=0.0,
+    ),
+    # no routers at all: the baseline that a sparse model of the same budget is held against
+    "dense": Recipe(
+        separability_weight=0.0,
+        router_learning_rate=0.0,
+        router_weight_decay=0.0,
+        router_bias=0.0,
+        temperature=1.0,
+        hardness=0.0,
         distillation_weight=0.0,
     ),
     "default": Recipe(
@@ -34,6 +46,7 @@ RECIPES = {
         router_weight_decay=0.0,
         router_bias=1.0,
         temperature=10.0,
+        hardness=1.0,
         distillation_weight=0.9,
     ),
 }
@@ -54,7 +67,8 @@ class LTETrainingArguments(TrainingArguments):
         default=0.06, metadata={"help": "Warm-up of each stage: steps, or below 1 a share of the stage (paper: 0.06)."}
     )
     recipe: str = field(
-        default="default", metadata={"help": "default: meets a target sparsity. paper: its text, with eta."}
+        default="default",
+        metadata={"help": "default: meets a target sparsity; paper: literal; dense: a baseline."},
     )
     target_sparsity: float | None = field(
         default=None, metadata={"help": "Fraction of inactive neurons to reach, in (0, 1); default recipe."}
@@ -79,6 +93,12 @@ class LTETrainingArguments(TrainingArguments):
     temperature: float | None = field(
         default=None, metadata={"help": "Sharpness of the sigmoid at the end of the soft stage; it starts at 1."}
     )
+    hardness: float | None = field(
+        default=None, metadata={"help": "How far the soft stage has moved to hard selection by its end, in [0, 1]."}
+    )
+    calibration_rows: int = field(
+        default=64, metadata={"help": "Training rows kept out (at most 5 %) to set thresholds on; default recipe."}
+    )
     distillation_weight: float | None = field(
         default=None, metadata={"help": "Share of the task loss that is KL to the dense model's outputs, in [0, 1]."}
     )
@@ -97,15 +117,21 @@ class LTETrainingArguments(TrainingArguments):
                 )
             if self.eta is not None:
                 raise ValueError("eta is set, but the default recipe finds eta itself: drop it, or take recipe='paper'")
+        elif self.target_sparsity is not None:
+            raise ValueError(
+                f"target_sparsity is set, but recipe={self.recipe!r} has no target: drop it, or take the default recipe"
+            )
+        elif self.recipe == "dense":
+            self.dense_fraction, self.hard_fraction = 1.0, 0.0
         else:
-            if self.target_sparsity is not None:
-                raise ValueError("recipe='paper' has no target_sparsity, its sparsity is an outcome of eta: set eta")
             if self.eta is None or self.eta < 0:
                 raise ValueError(f"eta is {self.eta}, but recipe='paper' needs an eta >= 0 (the paper: 0 to 2)")
         if not self.separability_floor > 0:
             raise ValueError(f"separability_floor is {self.separability_floor}, but it must be > 0, e.g. 1e-4")
         if not 0 <= self._get("distillation_weight") <= 1:
             raise ValueError(f"distillation_weight is {self.distillation_weight}, but it is a share in [0, 1]")
+        if not 0 <= self._get("hardness") <= 1:
+            raise ValueError(f"hardness is {self.hardness}, but it is a share in [0, 1]")
         if self._get("temperature") < 1:
             raise ValueError(f"temperature is {self.temperature}, but it grows from 1, so it is at least 1")
         if self.ddp_find_unused_parameters is None:

@@ -25,7 +25,7 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
     attention_mask, as every token is real. `ids` is one array (tokens,) of uint16 or uint32, maybe a file.
     """
 
-    label_names = None
+    class_names = None
 
     def __init__(self, ids: np.ndarray, sequence_length: int):
         if len(ids) < sequence_length:
@@ -46,6 +46,10 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
         block = torch.from_numpy(self.ids[start : start + self.sequence_length].astype(np.int64))
         return {"input_ids": block, "labels": block.clone()}
 
+    def head(self, count: int) -> PackedBlocks:
+        """A dataset of the first `count` blocks."""
+        return PackedBlocks(self.ids[: count * self.sequence_length], self.sequence_length)
+
     @staticmethod
     def collator(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Stack rows of (S,) to (B, S)."""
@@ -56,20 +60,20 @@ class PaddedRows(Dataset[dict[str, Tensor]]):
     """Rows of different lengths, kept as small arrays and padded by `collator` only when batched.
 
     Row: {"input_ids": (L,), "labels": (L,) or ()} int64, and "token_type_ids" (L,) where the tokenizer has
-    them. `label_names` are the labels in order of their ids for classification, None for generation.
+    them. `class_names` are the labels in order of their ids for classification, None for generation.
     """
 
     def __init__(
         self,
         columns: Mapping[str, Sequence[Any]],
         collator: PaddingCollator,
-        label_names: tuple[str, ...] | None = None,
+        class_names: tuple[str, ...] | None = None,
     ):
         self.columns = {
             name: [np.asarray(value, dtype=np.int32) for value in values] for name, values in columns.items()
         }
         self.collator = collator
-        self.label_names = label_names
+        self.class_names = class_names
 
     def __len__(self) -> int:
         return len(self.columns["labels"])
@@ -77,11 +81,15 @@ class PaddedRows(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {name: torch.as_tensor(values[index].astype(np.int64)) for name, values in self.columns.items()}
 
+    def head(self, count: int) -> PaddedRows:
+        """A dataset of the first `count` rows."""
+        return self.select(range(min(count, len(self))))
+
     def select(self, indices: Iterable[int]) -> PaddedRows:
         """A dataset of the rows at `indices`, in that order."""
         order = list(indices)
         columns = {name: [values[i] for i in order] for name, values in self.columns.items()}
-        return PaddedRows(columns, self.collator, self.label_names)
+        return PaddedRows(columns, self.collator, self.class_names)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +15,8 @@ def column(rows: Sequence[Row], name: str, source: Source) -> list[Any]:
     for number, row in enumerate(rows, 1):
         if name not in row:
             where = source if number == 1 else f"{source}: row {number}"
-            raise ValueError(f"{where}: no column {name!r}, the columns are {', '.join(map(repr, row))}")
+            header = " (the first line)" if re.search(r"\.[ct]sv(\.gz)?$", str(source), re.IGNORECASE) else ""
+            raise ValueError(f"{where}: no column {name!r}, the columns{header} are {', '.join(map(repr, row))}")
     return [row[name] for row in rows]
 
 

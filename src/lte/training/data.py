@@ -39,14 +39,14 @@ class DataConfig:
     """Generation: an end marker that completions carry as text (`<|endoftext|>`), to remove: EOS is added."""
     label_column: str = "label"
     """Classification: the column of labels, numbers or names."""
-    label_names: tuple[str, ...] | None = None
+    class_names: tuple[str, ...] | None = None
     """Classification: labels in order of their ids, for evaluation those of training; None collects them."""
 
     def __post_init__(self) -> None:
         if self.sequence_length < 2:
             raise ValueError(f"sequence_length is {self.sequence_length}: it must be at least 2")
-        if self.label_names is not None and len(set(self.label_names)) < max(2, len(self.label_names)):
-            raise ValueError(f"label_names needs two or more names, each once, not {self.label_names}")
+        if self.class_names is not None and len(set(self.class_names)) < max(2, len(self.class_names)):
+            raise ValueError(f"class_names needs two or more names, each once, not {self.class_names}")
 
 
 def load_dataset_for(
@@ -67,12 +67,12 @@ def load_dataset_for(
 
     Args:
         vocab_size: that of the model, to refuse token ids beyond it; the tokenizer's where not given.
-    Returns: a dataset with `.collator`, and for classification `.label_names`: the model's head needs
-        `num_labels=len(dataset.label_names)`.
+    Returns: a dataset with `.collator`, and for classification `.class_names`: the model's head needs
+        `num_labels=len(dataset.class_names)`.
     Raises: ValueError, FileNotFoundError or ImportError, in one line that says what is wrong and the fix.
     """
     config = config or DataConfig()
-    vocab_size = vocab_size or max(tokenizer.get_vocab().values()) + 1  # its length has no gaps counted
+    vocab_size = vocab_size or max(tokenizer.get_vocab().values()) + 1  # len() would not count gaps in the ids
     if task == "language_modelling":
         if is_encoder_decoder:
             raise ValueError("an encoder-decoder model learns generation: give prompt and completion")
@@ -212,10 +212,10 @@ def _classification_rows(
         _warn_skipped(len(found) - len(kept), len(found), f"{source}: rows with no text")
         texts += [found[i] for i in kept]
         labels += [values[i] for i in kept]
-    label_names = config.label_names or _sorted_labels(labels)
-    ids = {name: i for i, name in enumerate(label_names)}
+    class_names = config.class_names or _sorted_labels(labels)
+    ids = {name: i for i, name in enumerate(class_names)}
     if unknown := sorted(set(labels) - set(ids)):
-        raise ValueError(f"labels {', '.join(unknown)} are not among label_names, {', '.join(label_names)}")
+        raise ValueError(f"labels {', '.join(unknown)} are not among class_names, {', '.join(class_names)}")
     columns: dict[str, list[Any]] = {}
     cut = 0
     tokenise: Any = tokenizer  # its signature is wider than a checker can follow
@@ -230,7 +230,7 @@ def _classification_rows(
         for name, values in batch.items():
             columns.setdefault(name, []).extend(np.array(ids, dtype=np.int32) for ids in values)
     _warn_cut(cut, len(texts), "rows", config.sequence_length)
-    return PaddedRows({**columns, "labels": [ids[label] for label in labels]}, _collator(tokenizer), tuple(label_names))
+    return PaddedRows({**columns, "labels": [ids[label] for label in labels]}, _collator(tokenizer), tuple(class_names))
 
 
 def _label(value: Any, source: Source, number: int) -> str:
@@ -242,7 +242,7 @@ def _label(value: Any, source: Source, number: int) -> str:
 def _sorted_labels(labels: Sequence[str]) -> tuple[str, ...]:
     names = sorted(set(labels))
     if len(names) < 2:
-        raise ValueError(f"the only label is {names[0]!r}: two are needed, or label_names for evaluation")
+        raise ValueError(f"the only label is {names[0]!r}: two are needed, or class_names for evaluation")
     numbers = all(re.fullmatch(r"-?\d+", name) for name in names)
     return tuple(sorted(names, key=int) if numbers else names)
 

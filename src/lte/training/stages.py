@@ -24,12 +24,14 @@ class StagePlan:
 
     @staticmethod
     def split(total: int, dense_fraction: float, hard_fraction: float) -> "StagePlan":
-        """Divide ``total`` steps; soft takes what dense and hard leave.
+        """Divide ``total`` steps; soft takes what dense and hard leave. A ``dense_fraction`` of 1 is a dense run.
 
         Raises:
             ValueError: fractions that leave the soft stage no step, or out of range.
         """
         dense, hard = round(total * dense_fraction), round(total * hard_fraction)
+        if dense_fraction == 1 and hard_fraction == 0:  # a dense baseline
+            return StagePlan(total, 0, 0)
         if min(dense, hard) < 0 or dense + hard >= total:
             raise ValueError(
                 f"{total} steps with dense_fraction {dense_fraction} and hard_fraction {hard_fraction} "

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -21,14 +22,16 @@ from lte.surgery.convert import set_mode_
 from lte.surgery.method import Method
 from lte.surgery.sites import find_sites
 from lte.training.arguments import LTETrainingArguments
+from lte.training.batches import PackedBlocks, PaddedRows, split_held_out
+from lte.training.calibration import calibrate_
 from lte.training.checkpoints import last_complete_checkpoint
-from lte.training.controller import SparsityController, threshold_shift
+from lte.training.controller import SparsityController
 from lte.training.stages import Stage, StagePlan
 
 logger = logging.getLogger(__name__)
 
 _NEAR_TAU = 0.1
-_SHIFT_GAIN = 0.1  # how much of a batch's threshold error the hard stage corrects at once
+_CALIBRATIONS = 8  # in the hard stage, evenly spaced; frozen routers' inputs move while the rest trains
 _TEACHER = "dense"
 
 
@@ -50,6 +53,11 @@ class LTETrainer(Trainer):
         if not isinstance(args, LTETrainingArguments):
             raise ValueError("LTETrainer needs args=lte.LTETrainingArguments(output_dir, target_sparsity=...)")
         sparse_layers(model)  # says what to do if there are none
+        self.calibration_dataset: Any = None
+        if args.target_sparsity is not None and kwargs.get("train_dataset") is not None:
+            kwargs["train_dataset"], self.calibration_dataset = _split_calibration(
+                kwargs["train_dataset"], args.calibration_rows, args.seed
+            )
         super().__init__(model=model, args=args, **kwargs)
         self.plan = StagePlan(0, 0, 0)
         self.stage: Stage | None = None
@@ -58,7 +66,6 @@ class LTETrainer(Trainer):
         self.eta = args.eta or 0.0
         self.controller = SparsityController(args.target_sparsity or 0.0)
         self._step_meter = SparsityMeter()
-        self._shift: list[Tensor] = []
         self._logged: dict[str, list[Tensor]] = {}
         self.add_callback(_Stages(self))
 
@@ -83,9 +90,10 @@ class LTETrainer(Trainer):
             temperature = cast(float, self.args.temperature) ** self.progress
             for layer in self._layers.values():
                 layer.router.temperature.fill_(temperature)
+                layer.hardness = cast(float, self.args.hardness) * self.progress
 
     def end_step(self) -> None:
-        """Called after each optimizer step: move eta (soft) or the threshold (hard) toward the target."""
+        """Called after each optimizer step: move eta toward the target (soft), now and then the thresholds (hard)."""
         if self.stage == "dense":
             return
         sparsity = self._mean_over_ranks(self._step_meter.overall)
@@ -94,11 +102,12 @@ class LTETrainer(Trainer):
             self._note(f"sparsity/layer_{index:02d}", torch.tensor(share))
         if self.args.target_sparsity is not None and self.stage == "soft":
             self.eta = self.controller.step(sparsity, self.progress)
-        if self._shift:
-            shift = self._mean_over_ranks(torch.stack(self._shift).mean().item())
-            for layer in self._layers.values():
-                layer.router.bias.data.sub_(_SHIFT_GAIN * shift)
-        self._step_meter, self._shift = SparsityMeter(), []
+        self._step_meter = SparsityMeter()
+        if self.stage == "hard":
+            every = max(1, self.plan.hard // _CALIBRATIONS)
+            done = self.state.global_step - self.plan.dense - self.plan.soft
+            if done % every == 0 or self.state.global_step == self.plan.total:
+                self._calibrate()
 
     def memory(self) -> dict[str, Any]:
         """What a checkpoint has to remember to go on."""
@@ -123,6 +132,8 @@ class LTETrainer(Trainer):
         if before is not None and self.optimizer is not None:
             self.optimizer.state.clear()
         self._switch(stage)
+        if stage == "hard":
+            self._calibrate()
         logger.info("stage %s begins at step %d of %s", stage, self.state.global_step, model.__class__.__name__)
 
     def _switch(self, stage: Stage) -> None:
@@ -130,8 +141,26 @@ class LTETrainer(Trainer):
         self.stage = stage
         set_mode_(self._unwrapped, stage)
         for layer in self._layers.values():
+            layer.hardness = 0.0
             layer.router.weight.requires_grad_(stage == "soft")
             layer.router.bias.requires_grad_(stage == "soft" and self.args.router_bias != 0)
+
+    def _calibrate(self) -> None:
+        """Move the thresholds so that rows which are not trained on have the target's sparsity."""
+        if self.calibration_dataset is None:
+            return
+        loader = DataLoader(
+            self.calibration_dataset, batch_size=self.args.per_device_eval_batch_size, collate_fn=self.data_collator
+        )
+        model = self._unwrapped
+        before = [layer.router.bias.clone() for layer in self._layers.values()]
+        with self.accelerator.autocast():
+            shift = calibrate_(
+                model, [self._prepare_inputs(batch) for batch in loader], cast(float, self.args.target_sparsity)
+            )
+        mean = self._mean_over_ranks(shift)
+        for layer, bias in zip(self._layers.values(), before, strict=True):
+            layer.router.bias.data.copy_(bias - mean / layer.router.temperature)
 
     def _regroup(self) -> None:
         """Group the neurons again, on the weights that the dense stage left (LTE paper, section 4.1)."""
@@ -247,9 +276,6 @@ class LTETrainer(Trainer):
             self._note("near_tau", torch.stack([share / total for share, total in near]).mean())
             self._note("efficiency_loss", efficiency)
             self._note("separability_loss", separability)
-            if self.stage == "hard" and self.args.target_sparsity is not None:
-                scores = [s.detach() for s in recording.scores.values()]
-                self._shift.append(threshold_shift(scores, list(masks.values()), self.args.target_sparsity, tau))
         if self.stage == "hard":
             return efficiency.new_zeros(())
         return self.eta * efficiency + cast(float, self.args.separability_weight) * separability
@@ -258,7 +284,7 @@ class LTETrainer(Trainer):
         """Mix the task loss with KL to the teacher's outputs, over the positions that have a label."""
         if self.teacher is None:
             return task
-        with torch.no_grad():
+        with torch.no_grad(), self.accelerator.autocast():
             teacher = self.teacher(**{k: v for k, v in inputs.items() if k != "num_items_in_batch"})["logits"]
         student, labels = outputs["logits"], inputs.get("labels")
         if student.ndim == 3 and labels is not None:
@@ -311,6 +337,17 @@ class LTETrainer(Trainer):
         if self.args.world_size == 1:
             return value
         return self.accelerator.reduce(torch.tensor(value, device=self.args.device), reduction="mean").item()
+
+
+def _split_calibration(dataset: Any, rows: int, seed: int) -> tuple[Any, Any]:
+    """Training rows, and rows kept out of training to calibrate on: at most a twentieth of them."""
+    rows = min(rows, len(dataset) // 20)
+    if rows == 0:
+        return dataset, dataset
+    if isinstance(dataset, PackedBlocks | PaddedRows):
+        return split_held_out(dataset, rows, seed)
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Subset(dataset, sorted(order[rows:])), Subset(dataset, sorted(order[:rows]))
 
 
 class _Stages(TrainerCallback, ExportableState):

@@ -1,0 +1,43 @@
+"""How commands talk: tables and progress on stderr or a terminal, results and JSON on stdout."""
+
+import json
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+T = TypeVar("T")
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def bar() -> Progress:
+    """A progress bar on stderr."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=err)
+
+
+def track(items: Iterable[T], description: str) -> Iterable[T]:
+    """Iterate with a progress bar."""
+    with bar() as progress:
+        yield from progress.track(
+            items, description=description, total=len(items) if hasattr(items, "__len__") else None
+        )  # pyright: ignore[reportArgumentType]
+
+
+def table(title: str, header: list[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Print a table; every column but the first is right-aligned."""
+    made = Table(title=title, title_justify="left")
+    for index, name in enumerate(header):
+        made.add_column(name, justify="right" if index else "left")
+    for row in rows:
+        made.add_row(*(str(cell) for cell in row))
+    out.print(made)
+
+
+def print_json(values: dict[str, Any]) -> None:
+    """One JSON object on one line, the last of stdout."""
+    print(json.dumps(values), flush=True)

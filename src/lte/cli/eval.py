@@ -1,0 +1,56 @@
+"""``lte eval``: quality, sparsity and cost of a model on data."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+from lte.cli.console import err, print_json, table, track
+from lte.cli.main import parse
+from lte.cli.options import DataOptions, DeviceOptions, Model
+from lte.evaluation.evaluate import Evaluation, evaluate
+from lte.surgery.convert import set_mode_
+from lte.surgery.loading import load_config, load_model, load_tokenizer
+
+
+@dataclass
+class Eval:
+    model: Model
+    """A local folder, a hub id, or a .gguf file; dense or sparse."""
+    mode: Literal["saved", "dense", "soft", "hard"] = "saved"
+    """How a sparse model runs; saved is how it was saved (hard after training)."""
+    batch_size: int = 8
+    """Rows a forward pass."""
+    max_rows: int | None = None
+    """Only the first rows (blocks) of the data."""
+    json: bool = False
+    """Print one JSON object on the last line."""
+    data: DataOptions = field(default_factory=DataOptions)
+    where: DeviceOptions = field(default_factory=DeviceOptions)
+
+
+def main(argv: Sequence[str]) -> None:
+    options: Eval = parse(Eval, "eval", argv)
+    device, dtype = options.where.resolve()
+    config = load_config(options.model)
+    dataset = options.data.load(options.data.text, load_tokenizer(options.model), config)
+    if options.max_rows is not None:
+        dataset = dataset.head(options.max_rows)
+    with err.status("loading the model"):
+        head = options.data.head(bool(config.is_encoder_decoder))
+        model = load_model(options.model, head, dtype).to(device)  # pyright: ignore[reportArgumentType]
+    if options.mode != "saved":
+        set_mode_(model, options.mode)
+    result = evaluate(model, dataset, options.batch_size, progress=lambda batches: track(batches, "evaluating"))
+    show(result)
+    if options.json:
+        print_json(asdict(result))
+
+
+def show(result: Evaluation) -> None:
+    """Print an evaluation as a table."""
+    quality = f"{result.accuracy:.4f}" if result.perplexity is None else f"{result.perplexity:.3f}"
+    table(
+        f"{result.num_tokens:,} labels, mode {result.mode}",
+        ["accuracy" if result.perplexity is None else "perplexity", "sparsity", "GFLOPs per token", "dense"],
+        [[quality, f"{result.sparsity:.1%}", f"{result.gflops_per_token:.4g}", f"{result.gflops_per_token_dense:.4g}"]],
+    )

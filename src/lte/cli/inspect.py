@@ -1,0 +1,88 @@
+"""``lte inspect``: what a model is, what would be converted, and what a token costs. Loads no weights."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import tyro
+
+from lte.cli.console import out, print_json, table
+from lte.cli.main import parse
+from lte.cli.options import Model
+from lte.core.grouping import check_divisible
+from lte.surgery.cost import cost_per_token, meta_model
+from lte.surgery.loading import load_config
+from lte.surgery.sites import find_sites
+
+
+@dataclass
+class Inspect:
+    model: Model
+    """A local folder, a hub id, or a .gguf file."""
+    expert_size: int = 32
+    """Neurons an expert."""
+    sparsity: Annotated[tuple[float, ...], tyro.conf.arg(help="Sparsities to give the cost at.")] = (0.5, 0.7, 0.9)
+    json: bool = False
+    """Print one JSON object on the last line."""
+
+
+def describe(name: str, expert_size: int, sparsities: Sequence[float]) -> dict[str, Any]:
+    """Everything the command prints, as one dictionary."""
+    config = load_config(name)
+    model = meta_model(config)
+    sites = find_sites(model, config.model_type)
+    lte = getattr(config, "lte", None)
+    size = lte["expert_size"] if lte else expert_size
+    ffns = [
+        {
+            "name": site.name,
+            "d_model": site.d_model,
+            "d_ff": site.d_ff,
+            "gated": site.gated,
+            "experts": check_divisible(site.d_ff, size),
+            "weights": site.num_weights,
+            "converts": site.family.site or site.family.act,
+        }
+        for site in sites
+    ]
+    dense = cost_per_token(model, 0.0, size)
+    return {
+        "model": name,
+        "architecture": type(model).__name__,
+        "family": config.model_type,
+        "sparse": lte is not None,
+        "lte": lte,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "expert_size": size,
+        "num_ffns": len(ffns),
+        "ffns": ffns,
+        "cost_dense": asdict(dense),
+        "cost": {str(s): asdict(cost_per_token(model, s, size)) for s in sparsities},
+    }
+
+
+def main(argv: Sequence[str]) -> None:
+    options: Inspect = parse(Inspect, "inspect", argv)
+    found = describe(options.model, options.expert_size, options.sparsity)
+    first = found["ffns"][0]
+    state = f"sparse, mode {found['lte']['mode']}" if found["sparse"] else "dense"
+    out.print(f"{found['architecture']}: family {found['family']}, {found['parameters']:,} parameters, {state}")
+    shapes: dict[tuple, int] = {}
+    for ffn in found["ffns"]:
+        key = (ffn["d_model"], ffn["d_ff"], ffn["gated"], ffn["experts"], ffn["converts"])
+        shapes[key] = shapes.get(key, 0) + 1
+    table(
+        f"FFNs, from {first['name']}",
+        ["FFNs", "d_model", "d_ff", "gated", "experts", "replaced in each layer"],
+        [[n, d, f, "yes" if gated else "no", e, c] for (d, f, gated, e, c), n in shapes.items()],
+    )
+    rows = [["dense", *_row(found["cost_dense"])]]
+    rows += [[f"{float(s):.0%} sparse", *_row(cost)] for s, cost in found["cost"].items()]
+    table("cost per token (G = 2^30)", ["", "GFLOPs", "FFN", "attention", "router", "LM head", "weights read"], rows)
+    if options.json:
+        print_json(found)
+
+
+def _row(cost: dict[str, Any]) -> list[str]:
+    names = ("gflops", "ffn_gflops", "attention_gflops", "router_gflops", "head_gflops")
+    return [*(f"{cost[name]:.4g}" for name in names), f"{cost['weight_bytes'] / 2**20:,.1f} MiB"]

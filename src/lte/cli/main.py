@@ -1,0 +1,84 @@
+"""Entry point of ``lte``: find the subcommand, run it, turn bad input into one line and exit code 2."""
+
+import contextlib
+import importlib
+import io
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+COMMANDS = {
+    "sparsify": "give a dense model experts and routers, and save it",
+    "train": "train a model to use few neurons, through all stages",
+    "eval": "perplexity or accuracy, sparsity and cost of a model on data",
+    "generate": "continue a prompt",
+    "inspect": "what a model is, what would be converted, and what a token costs",
+    "demo": "the whole of it on a real small model, on CPU",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``lte`` with ``argv`` (default: the process's) and give its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: lte COMMAND [OPTIONS]\n\nTrain a language model to use few of its FFN neurons.\n\ncommands:")
+        print("\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items()))
+        print("\nlte COMMAND --help shows its options.")
+        return 0
+    name, *rest = arguments
+    if name == "--version":
+        from lte import __version__
+
+        print(__version__)
+        return 0
+    if name not in COMMANDS:
+        return _fail(f"unknown command {name!r}: use one of {', '.join(COMMANDS)}")
+    try:
+        importlib.import_module(f"lte.cli.{name}").main(rest)
+    except (ValueError, OSError, ImportError) as error:
+        return _fail(str(error) or type(error).__name__)
+    except UsageError as error:
+        return _fail(error.args[0])
+    except KeyboardInterrupt:
+        return _fail("interrupted", code=130)
+    return 0
+
+
+class UsageError(Exception):
+    """Options that do not parse."""
+
+
+def parse(options: Callable[..., Any], command: str, argv: Sequence[str]) -> Any:
+    """Parse ``argv`` into ``options`` with tyro.
+
+    Raises:
+        UsageError: in one line, what does not parse.
+    """
+    import tyro
+
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            return tyro.cli(
+                options,
+                prog=f"lte {command}",
+                description=COMMANDS[command].capitalize() + ".",
+                args=argv,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        plain = re.sub(r"\x1b\[[0-9;]*m|[─│╭╮╰╯]", " ", stderr.getvalue()).split("For full helptext")[0]
+        message = " ".join(plain.replace("Required options", "", 1).split())
+        raise UsageError(f"{message} (see lte {command} --help)") from None
+
+
+def _fail(message: str, code: int = 2) -> int:
+    print(f"lte: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""Options that several commands share."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+from lte.surgery.loading import Head
+from lte.training.data import DataConfig, Task, load_dataset_for
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass
+class DataOptions:
+    """What to read, and as what."""
+
+    text: tuple[str, ...] = ()
+    """Data: .txt, .jsonl, .csv, .tsv (each also .gz), .parquet, .npy of token ids, or a hub id[:name][:split]."""
+    task: Task = "language_modelling"
+    """What the data is: running text, prompts with completions, or texts with labels."""
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def head(self, is_encoder_decoder: bool) -> Head:
+        if self.task == "classification":
+            return "classification"
+        return "seq2seq" if is_encoder_decoder else "causal"
+
+    def load(self, sources: tuple[str, ...], tokenizer: Any, model_config: Any, data: DataConfig | None = None) -> Any:
+        if not sources:
+            raise ValueError("no data: give --text FILE (or a hub data set id)")
+        return load_dataset_for(
+            self.task,
+            sources,
+            tokenizer,
+            data or self.data,
+            is_encoder_decoder=bool(model_config.is_encoder_decoder),
+            vocab_size=model_config.get_text_config().vocab_size,
+        )
+
+
+@dataclass
+class DeviceOptions:
+    """Where and in what precision."""
+
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    dtype: Dtype = "auto"
+    """Of the weights; auto keeps the checkpoint's."""
+
+    def resolve(self) -> tuple[torch.device, torch.dtype | str]:
+        if self.device != "auto":
+            try:
+                device = torch.device(self.device)
+                torch.empty(0, device=device)
+            except (RuntimeError, AssertionError) as error:
+                raise ValueError(f"device {self.device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+        else:
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return device, self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+
+
+Output = Annotated[str, tyro.conf.arg(aliases=("-o",))]
+Model = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]

@@ -1,0 +1,39 @@
+"""Progress of a training run: a bar on a terminal, a line at each logging step elsewhere."""
+
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lte.cli.console import err
+
+
+class TrainingProgress(TrainerCallback):
+    """Shows step, stage, loss, sparsity and eta. Use as a context manager around ``train()``."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=err, disable=not err.is_terminal)
+        self._task = self._bar.add_task("training", total=None)
+
+    def __enter__(self) -> "TrainingProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._bar.update(self._task, completed=state.global_step, total=state.max_steps)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs.get("logs") or {}
+        if not state.is_world_process_zero or "loss" not in logs:
+            return
+        line = f"loss {logs.get('task_loss', logs['loss']):.3f}"
+        if "sparsity" in logs:
+            line += f"  sparsity {logs['sparsity']:.1%}  eta {logs['eta']:.3g}"
+        if err.is_terminal:
+            self._bar.update(self._task, description=line)
+        else:
+            err.print(f"step {state.global_step}/{state.max_steps}  {line}")

@@ -1,0 +1,188 @@
+"""``lte train``: a checkpoint and data in, a trained sparse model out. Options, or a YAML recipe that they override."""
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+import transformers
+import yaml
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from lte import __version__
+from lte.cli.console import err, print_json, track
+from lte.cli.eval import show
+from lte.cli.main import parse
+from lte.cli.options import DataOptions, DeviceOptions
+from lte.cli.progress import TrainingProgress
+from lte.evaluation.evaluate import evaluate
+from lte.methods.lte import Grouping, LTEConfig
+from lte.surgery.convert import sparsify_
+from lte.surgery.loading import load_config, load_model, load_tokenizer
+from lte.training.arguments import LTETrainingArguments
+from lte.training.batches import split_held_out
+from lte.training.trainer import LTETrainer
+
+SUMMARY = "lte_training.json"
+
+
+@dataclass
+class Train:
+    model: str
+    """A local folder, a hub id, or a .gguf file; dense, or already sparse."""
+    training: LTETrainingArguments
+    data: DataOptions = field(default_factory=DataOptions)
+    where: DeviceOptions = field(default_factory=DeviceOptions)
+    eval_text: tuple[str, ...] = ()
+    """Held-out data; without it, part of --text is held out."""
+    held_out: float = 0.02
+    """How much of --text is held out: a fraction, or from 1 a number of rows (blocks)."""
+    expert_size: int = 32
+    """Neurons an expert; must divide d_ff."""
+    grouping: Grouping = "kmeans"
+    """How neurons are grouped."""
+    tau: float = 0.5
+    """An expert is active when its score is above it."""
+    resume: bool = False
+    """Go on from the last whole checkpoint in the output folder, if there is one."""
+    json: bool = False
+    """Print one JSON object on the last line."""
+
+
+def main(argv: Sequence[str]) -> None:
+    options = parse_train(argv)
+    result = train(options, argv)
+    show(result["evaluation"])
+    if options.json:
+        print_json({**result, "evaluation": asdict(result["evaluation"])})
+
+
+def parse_train(argv: Sequence[str]) -> Train:
+    """``[RECIPE.yaml] [OPTIONS]``: a recipe's keys are options by their names; options given later win."""
+    arguments = list(argv)
+    if arguments and arguments[0].endswith((".yaml", ".yml")):
+        arguments = [*recipe_arguments(Path(arguments[0])), *arguments[1:]]
+    return parse(Train, "train", ["--output-dir" if one in ("-o", "--output") else one for one in arguments])
+
+
+def recipe_arguments(path: Path) -> list[str]:
+    """The options a YAML recipe stands for.
+
+    Raises:
+        ValueError: not a YAML mapping from option names to values.
+    """
+    try:
+        recipe = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} must map option names to values, e.g. max_steps: 600")
+    arguments = []
+    for name, value in recipe.items():
+        flag = f"--{str(name).replace('_', '-')}"
+        if value is None:
+            continue
+        if isinstance(value, bool) and _hints(Train).get(str(name).replace("-", "_")) is bool:
+            arguments.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(value, list):
+            arguments += [flag, *map(str, value)]
+        else:
+            arguments += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
+    return arguments
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    """The types of a dataclass's fields and of those of the dataclasses in it, by name."""
+    hints = get_type_hints(cls)
+    inner = [_hints(hint) for hint in hints.values() if is_dataclass(hint) and isinstance(hint, type)]
+    return {name: hint for one in [hints, *inner] for name, hint in one.items()}
+
+
+def train(options: Train, argv: Sequence[str]) -> dict[str, Any]:
+    """Convert, train, save and evaluate; give what the summary file holds."""
+    args = options.training
+    set_seed(args.seed)
+    device, dtype = options.where.resolve()
+    if device.type == "cpu":
+        args.use_cpu = True
+    train_set, held_out, tokenizer, class_names = _load_data(options)
+    model = _load_sparse(options, dtype, class_names, train_set).to(device)  # pyright: ignore[reportArgumentType]
+    progress = TrainingProgress()
+    trainer = LTETrainer(
+        model=model,
+        args=args,
+        train_dataset=train_set,
+        eval_dataset=held_out,
+        data_collator=train_set.collator,
+        processing_class=tokenizer,
+        callbacks=[progress],
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    with progress:
+        trainer.train(resume_from_checkpoint=options.resume)
+    trainer.save_model(options.training.output_dir)
+    batch_size = args.per_device_eval_batch_size
+    result = evaluate(model, held_out, batch_size, progress=lambda batches: track(batches, "evaluating"))
+    summary = {
+        "command": shlex.join(["lte", "train", *argv]),
+        "environment": environment(device),
+        "seed": args.seed,
+        "recipe": args.recipe,
+        "target_sparsity": args.target_sparsity,
+        "eta": trainer.eta,
+        "steps": asdict(trainer.plan),
+        "evaluation": result,
+    }
+    if args.should_save:
+        text = json.dumps({**summary, "evaluation": asdict(result)}, indent=2)
+        Path(options.training.output_dir, SUMMARY).write_text(text + "\n")
+    return summary
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Where a number was measured."""
+    return {
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads",
+        "lte": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _load_data(options: Train) -> tuple[Any, Any, Any, tuple[str, ...] | None]:
+    config = load_config(options.model)
+    tokenizer = load_tokenizer(options.model)
+    data = options.data.load(options.data.text, tokenizer, config)
+    if options.eval_text:
+        same_labels = replace(options.data.data, class_names=data.class_names)
+        return data, options.data.load(options.eval_text, tokenizer, config, same_labels), tokenizer, data.class_names
+    train_set, held_out = split_held_out(data, options.held_out, options.training.seed)
+    return train_set, held_out, tokenizer, data.class_names
+
+
+def _load_sparse(options: Train, dtype: Any, class_names: tuple[str, ...] | None, train_set: Any) -> PreTrainedModel:
+    config = load_config(options.model)
+    labels = {}
+    if class_names is not None:
+        labels = {"num_labels": len(class_names), "id2label": dict(enumerate(class_names))}
+        labels["label2id"] = {name: index for index, name in enumerate(class_names)}
+    with err.status("loading the model"):
+        head = options.data.head(bool(config.is_encoder_decoder))
+        model = load_model(options.model, head, torch.float32 if dtype == "auto" else dtype, **labels)
+    if not hasattr(model.config, "lte"):
+        method = LTEConfig(
+            expert_size=options.expert_size, tau=options.tau, grouping=options.grouping, seed=options.training.seed
+        )
+        batches = None
+        if method.needs_activations:
+            batches = DataLoader(train_set, batch_size=1, shuffle=True, collate_fn=train_set.collator)
+        sparsify_(model, method, batches, progress=lambda sites: track(list(sites), "grouping neurons"))
+    return model

@@ -1,0 +1,115 @@
+"""Each folder imports only folders to its left, and ``import lte`` stays light."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "lte"
+
+LEFT_OF = {
+    "core": set(),
+    "ops": {"core"},
+    "modules": {"core", "ops"},
+    "surgery": {"core", "ops", "modules"},
+    "training": {"core", "ops", "modules", "surgery"},
+    "inference": {"core", "ops", "modules", "surgery"},
+    "methods": {"core", "ops", "modules", "surgery", "training"},
+    "evaluation": {"core", "ops", "modules", "surgery", "training", "methods"},
+}
+LEFT_OF["cli"] = {*LEFT_OF, "lte"}
+HEAVY = ("datasets", "gguf", "peft", "matplotlib", "triton", "numba", "pandas")
+
+
+def imported(source: str, package: str) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of every import, those inside functions too."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            origin = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) + 1 - node.level]
+                origin = ".".join([*above, *filter(None, [origin])])
+            yield from ((node.lineno, f"{origin}.{alias.name}") for alias in node.names)
+
+
+def violations(source: str, folder: str) -> list[str]:
+    found = []
+    for line, name in imported(source, f"lte.{folder}"):
+        root, _, rest = name.partition(".")
+        target = rest.partition(".")[0]
+        target = target if target in LEFT_OF else "lte"  # a name from lte/__init__.py, which imports everything
+        if root == "lte":
+            allowed = target == folder or target in LEFT_OF[folder]
+        else:
+            allowed = folder != "core" or root == "torch" or root in sys.stdlib_module_names
+        if not allowed:
+            found.append(f"{line}: {name}")
+    return found
+
+
+def test_every_folder_has_its_place():
+    folders = {path.parent.name for path in SOURCE.glob("*/__init__.py")}
+    assert folders <= LEFT_OF.keys()
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.glob("*/**/*.py")), ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_point_left(path):
+    assert violations(path.read_text(), path.relative_to(SOURCE).parts[0]) == []
+
+
+@pytest.mark.parametrize(
+    ("folder", "source"),
+    [
+        ("core", "from lte.modules import router"),
+        ("core", "import numpy as np"),
+        ("core", "from transformers import Trainer"),
+        ("modules", "def f():\n    from lte.surgery.sites import Site"),
+        ("modules", "if TYPE_CHECKING:\n    import lte.surgery.sites"),
+        ("surgery", "from ..training import trainer"),
+        ("surgery", "from lte import LTEConfig"),
+        ("training", "import lte"),
+        ("training", "from lte.methods.lte import LTEConfig"),
+        ("inference", "from lte.evaluation.evaluate import evaluate"),
+        ("evaluation", "from lte.cli import main"),
+    ],
+)
+def test_a_violation_is_seen(folder, source):
+    assert len(violations(source, folder)) == 1
+
+
+@pytest.mark.parametrize(
+    ("folder", "source"),
+    [
+        (
+            "core",
+            "import math\nfrom torch import nn\nfrom lte.core.losses import efficiency_loss\nfrom . import losses",
+        ),
+        ("surgery", "from lte.modules.router import Router\nfrom ..core import losses\nfrom .sites import Site"),
+        ("cli", "import lte\nfrom lte import LTEConfig\nfrom lte.inference import packing"),
+    ],
+)
+def test_what_is_allowed(folder, source):
+    assert violations(source, folder) == []
+
+
+def test_import_lte_is_light():
+    code = f"import sys, lte; print(*(name for name in {HEAVY} if name in sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == []
+
+
+def test_every_public_name_is_there():
+    import lte
+
+    assert len(set(lte.__all__)) == len(lte.__all__)
+    for name in lte.__all__:
+        assert getattr(lte, name) is not None, name
+    assert set(lte.__all__) <= set(dir(lte))
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = lte.nonsense
