@@ -4,7 +4,7 @@ from torch.utils.data import default_collate
 from transformers import BertConfig, BertForSequenceClassification
 
 import lte
-from lte.modules.recording import sparse_layers
+from lte.modules.recording import TokenMasks, sparse_layers
 
 LENGTHS = (9, 4, 6)
 EXPERTS = 8
@@ -87,6 +87,16 @@ def test_the_losses_of_a_padded_batch_are_those_of_its_rows(llama):
             llama(row[None])
             apart += lte.efficiency_loss(recording.scores[name]) * len(row) / sum(LENGTHS)
     torch.testing.assert_close(together, apart)
+
+
+def test_tokens_put_in_front_of_the_mask_count(llama):
+    masks = TokenMasks(llama)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    masks.see(llama, (), {"attention_mask": mask})
+    expected = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]])
+    assert torch.equal(masks.of("model.layers.0.mlp", torch.Size([2, 5])), expected)
+    assert torch.equal(masks.of("model.layers.0.mlp", torch.Size([10])), expected.flatten())
+    assert torch.equal(masks.of("model.layers.0.mlp", torch.Size([2, 1])), mask[:, -1:])
 
 
 def test_sparsity_is_a_count_of_scores_up_to_tau(llama):

@@ -9,6 +9,8 @@ import lte
 from lte.core.accounting import G
 from lte.surgery.cost import model_shape
 
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # older transformers
+
 
 def test_llama_7b_is_the_papers():
     dense = lte.cost_per_token(LlamaConfig())

@@ -1,6 +1,7 @@
 """Every family of the table on a tiny random model: the same function, the same names, the same after saving."""
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -13,6 +14,7 @@ from lte.modules.recording import sparse_layers
 from lte.surgery.families import family_rows, known_families
 from lte.surgery.sites import find_sites
 
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # older transformers
 EXPERT_SIZE = 8
 
 
@@ -127,3 +129,14 @@ def test_a_row_that_does_not_fit_says_what_it_looked_for(family_table):
     lte.register_family("llama", lte.Family("LlamaDecoderLayer", up="fc1", down="fc2", act="act"), replace=True)
     with pytest.raises(ValueError, match="LlamaDecoderLayer has fc1, fc2 and act"):
         converted("llama")
+
+
+def test_a_gated_ffn_by_its_activation_alone(family_table):
+    whole = converted("llama")
+    row = family_rows("llama")[0]
+    lte.register_family("llama", dataclasses.replace(row, site=None), replace=True)
+    parts = converted("llama")
+    for mode in ("dense", "soft", "hard"):
+        for model in (whole, parts):
+            lte.set_mode_(model, mode)
+        assert relative_rms(logits(parts, "llama"), logits(whole, "llama")) <= 1e-6

@@ -191,6 +191,7 @@ def test_a_config_of_another_expert_size(folder):
         (lambda values: values["lte"].update(expert_count=3), "unknown option expert_count for method 'lte'"),
         (lambda values: values["lte"].update(method="magic"), "unknown method 'magic'"),
         (lambda values: values["lte"].pop("method"), "unknown method None"),
+        (lambda values: values["lte"].update(expert_size="8"), "option of the wrong type"),
         (lambda values: values["lte"].update(mode="fast"), "mode is 'fast'"),
         (lambda values: values["lte"].update(tau=2), "tau is 2"),
         (lambda values: values["lte"].update(expert_size=7), "does not divide"),

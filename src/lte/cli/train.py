@@ -40,6 +40,8 @@ class Train:
     where: DeviceOptions = field(default_factory=DeviceOptions)
     eval_text: tuple[str, ...] = ()
     """Held-out data; without it, part of --text is held out."""
+    calibration_text: tuple[str, ...] = ()
+    """Data to set thresholds on, best a sample of what the model will see; without it, rows of --text."""
     held_out: float = 0.02
     """How much of --text is held out: a fraction, or from 1 a number of rows (blocks)."""
     expert_size: int = 32
@@ -110,13 +112,14 @@ def train(options: Train, argv: Sequence[str]) -> dict[str, Any]:
     device, dtype = options.where.resolve()
     if device.type == "cpu":
         args.use_cpu = True
-    train_set, held_out, tokenizer, class_names = _load_data(options)
+    train_set, held_out, calibration, tokenizer, class_names = _load_data(options)
     model = _load_sparse(options, dtype, class_names, train_set).to(device)  # pyright: ignore[reportArgumentType]
     progress = TrainingProgress()
     trainer = LTETrainer(
         model=model,
         args=args,
         train_dataset=train_set,
+        calibration_dataset=calibration,
         eval_dataset=held_out,
         data_collator=train_set.collator,
         processing_class=tokenizer,
@@ -157,15 +160,21 @@ def environment(device: torch.device) -> dict[str, str]:
     }
 
 
-def _load_data(options: Train) -> tuple[Any, Any, Any, tuple[str, ...] | None]:
+def _load_data(options: Train) -> tuple[Any, Any, Any, Any, tuple[str, ...] | None]:
+    """Training, held-out and calibration data (None: the trainer keeps rows out), tokenizer, class names."""
     config = load_config(options.model)
     tokenizer = load_tokenizer(options.model)
     data = options.data.load(options.data.text, tokenizer, config)
+    like_data = replace(options.data.data, class_names=data.class_names)
+    calibration = None
+    if options.calibration_text:
+        calibration = options.data.load(options.calibration_text, tokenizer, config, like_data)
+        calibration = calibration.head(options.training.calibration_rows)
     if options.eval_text:
-        same_labels = replace(options.data.data, class_names=data.class_names)
-        return data, options.data.load(options.eval_text, tokenizer, config, same_labels), tokenizer, data.class_names
-    train_set, held_out = split_held_out(data, options.held_out, options.training.seed)
-    return train_set, held_out, tokenizer, data.class_names
+        train_set, held_out = data, options.data.load(options.eval_text, tokenizer, config, like_data)
+    else:
+        train_set, held_out = split_held_out(data, options.held_out, options.training.seed)
+    return train_set, held_out, calibration, tokenizer, data.class_names
 
 
 def _load_sparse(options: Train, dtype: Any, class_names: tuple[str, ...] | None, train_set: Any) -> PreTrainedModel:

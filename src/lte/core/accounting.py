@@ -87,16 +87,18 @@ def cost(
     )
 
 
-def count_active(active_TE: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """How many (token, expert) pairs are active, and how many there are, padding left out.
+def count_active(active_LTE: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """How many (token, expert) pairs of each layer are active, and how many a layer has, padding left out.
 
     Args:
-        active_TE: True where an expert is active, ``[..., E]``.
-        mask: which tokens count (non-zero), broadcastable to the leading shape.
+        active_LTE: True where an expert is active, layers first: ``[L, ..., E]``.
+        mask: which tokens count (non-zero), of the shape between layers and experts.
 
     Returns:
-        Two int64 scalars on the tensor's device: active, total. Sparsity is ``1 - active / total``.
+        int64 on the tensor's device: active ``[L]``, total (scalar). Sparsity is ``1 - active / total``.
     """
-    active_T = active_TE.sum(-1)
-    counted_T = torch.ones_like(active_T) if mask is None else mask.to(active_T.device).ne(0).expand_as(active_T)
-    return (active_T * counted_T).sum(), counted_T.sum() * active_TE.shape[-1]
+    active_LT = active_LTE.sum(-1).flatten(1)
+    if mask is None:
+        return active_LT.sum(-1), torch.tensor(active_LTE[0].numel(), device=active_LTE.device)
+    counted_T = mask.to(active_LTE.device).ne(0).flatten()
+    return (active_LT * counted_T).sum(-1), counted_T.sum() * active_LTE.shape[-1]

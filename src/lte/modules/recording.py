@@ -45,13 +45,18 @@ class TokenMasks:
             decoder_mask = labels.ne(-100)  # the decoder reads the labels shifted right
         self._masks = {"encoder": given.get("attention_mask"), "decoder": decoder_mask}
 
+    def is_decoder(self, name: str) -> bool:
+        """Whether layer ``name`` sees the decoder's tokens rather than the encoder's."""
+        return self.encoder_decoder and "decoder" in name.split(".")
+
     def of(self, name: str, leading: torch.Size) -> Tensor | None:
         """The real tokens of layer ``name``, in the ``leading`` shape of its tokens; None where all are."""
-        is_decoder = self.encoder_decoder and "decoder" in name.split(".")
-        mask = self._masks.get("decoder" if is_decoder else "encoder")
+        mask = self._masks.get("decoder" if self.is_decoder(name) else "encoder")
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             return None
         length = leading.numel() // mask.shape[0]
+        if length > mask.shape[1]:  # prompt tuning puts tokens in front
+            mask = nn.functional.pad(mask, (length - mask.shape[1], 0), value=1)
         return mask[:, -length:].reshape(leading)  # with a KV cache the mask is longer than the new tokens
 
 
@@ -70,6 +75,16 @@ class Recording:
         None when the model was given no 2-D attention mask: every token counts.
         """
         return self._masks.of(name, self.scores[name].shape[:-1])
+
+    def stacked(self) -> list[tuple[list[str], Tensor, Tensor | None]]:
+        """The scores of all layers in few tensors: (names, scores ``[L, ..., E]``, mask) of layers that are alike.
+
+        A decoder-only model gives one entry, an encoder-decoder two.
+        """
+        alike: dict[tuple[bool, torch.Size], list[str]] = {}
+        for name, scores in self.scores.items():
+            alike.setdefault((self._masks.is_decoder(name), scores.shape), []).append(name)
+        return [(names, torch.stack([self.scores[n] for n in names]), self.mask(names[0])) for names in alike.values()]
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self._running is None:
@@ -140,10 +155,11 @@ class SparsityMeter:
         self._total: dict[str, Tensor] = {}
 
     def add(self, layers: dict[str, Selecting], recording: Recording) -> None:
-        for name, scores in recording.scores.items():
-            active, total = count_active(threshold(scores, layers[name].tau), recording.mask(name))
-            self._active[name] = self._active.get(name, 0) + active
-            self._total[name] = self._total.get(name, 0) + total
+        for names, scores, mask in recording.stacked():
+            active_L, total = count_active(threshold(scores, layers[names[0]].tau), mask)
+            for name, active in zip(names, active_L, strict=True):
+                self._active[name] = self._active.get(name, 0) + active
+                self._total[name] = self._total.get(name, 0) + total
 
     @property
     def by_layer(self) -> list[float]:

@@ -27,7 +27,8 @@ class Method:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        Method._by_name[cls.name] = cls
+        if "name" in vars(cls):
+            Method._by_name[cls.name] = cls
 
     def group(self, site: Site, activations_TF: Tensor | None, layer_index: int) -> Tensor:
         """Labels ``[F]``: the expert of each neuron."""
@@ -50,7 +51,7 @@ class Method:
         """The method that :meth:`to_dict` described.
 
         Raises:
-            ValueError: unknown method, unknown or missing option.
+            ValueError: unknown method, unknown option, or one of the wrong type.
         """
         values = dict(values)
         name = values.pop("method", None)
@@ -63,4 +64,7 @@ class Method:
                 f"unknown option {', '.join(sorted(unknown))} for method {name!r}: "
                 f"it has {', '.join(field.name for field in fields(cls))}"
             )
-        return cls(**values)
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"method {name!r} has an option of the wrong type: {error}") from error

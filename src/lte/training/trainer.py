@@ -43,18 +43,28 @@ class LTETrainer(Trainer):
     ``separability_loss``, ``eta``, ``sparsity``, ``sparsity/layer_NN`` and ``near_tau`` (share of scores
     within 0.1 of tau).
 
+    Args:
+        calibration_dataset: rows to set thresholds on in the hard stage, so that ``target_sparsity`` is met on
+            text like it: best a sample of what the model will see. None keeps some rows out of training for it.
+
     Raises:
         ValueError: a dense model, or arguments of another class.
     """
 
     args: LTETrainingArguments
 
-    def __init__(self, model: Any = None, args: LTETrainingArguments | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        model: Any = None,
+        args: LTETrainingArguments | None = None,
+        calibration_dataset: Any = None,
+        **kwargs: Any,
+    ):
         if not isinstance(args, LTETrainingArguments):
             raise ValueError("LTETrainer needs args=lte.LTETrainingArguments(output_dir, target_sparsity=...)")
         sparse_layers(model)  # says what to do if there are none
-        self.calibration_dataset: Any = None
-        if args.target_sparsity is not None and kwargs.get("train_dataset") is not None:
+        self.calibration_dataset = calibration_dataset
+        if args.target_sparsity is not None and calibration_dataset is None and kwargs.get("train_dataset") is not None:
             kwargs["train_dataset"], self.calibration_dataset = _split_calibration(
                 kwargs["train_dataset"], args.calibration_rows, args.seed
             )
@@ -262,20 +272,22 @@ class LTETrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _extra_losses(self, recording: Recording) -> Tensor:
+        """The weighted efficiency and separability losses; also notes what is logged of the scores."""
         layers = self._layers
         tau = next(iter(layers.values())).tau
-        masks = {name: recording.mask(name) for name in recording.scores}
-        efficiency = torch.stack([efficiency_loss(s, masks[n]) for n, s in recording.scores.items()]).mean()
         floor = self.args.separability_floor
-        separability = torch.stack(
-            [separability_loss(s, tau, floor, masks[n]) for n, s in recording.scores.items()]
-        ).mean()
+        efficiency = separability = near = torch.zeros((), device=self.args.device)
+        for names, scores, mask in recording.stacked():
+            share = len(names) / len(layers)
+            efficiency = efficiency + share * efficiency_loss(scores, mask)
+            separability = separability + share * separability_loss(scores, tau, floor, mask)
+            close_L, total = count_active(scores.detach().sub(tau).abs() <= _NEAR_TAU, mask)
+            near = near + share * (close_L / total).mean()
         with torch.no_grad():
             self._step_meter.add(layers, recording)
-            near = [count_active(s.sub(tau).abs() <= _NEAR_TAU, masks[n]) for n, s in recording.scores.items()]
-            self._note("near_tau", torch.stack([share / total for share, total in near]).mean())
-            self._note("efficiency_loss", efficiency)
-            self._note("separability_loss", separability)
+        self._note("efficiency_loss", efficiency)
+        self._note("separability_loss", separability)
+        self._note("near_tau", near)
         if self.stage == "hard":
             return efficiency.new_zeros(())
         return self.eta * efficiency + cast(float, self.args.separability_weight) * separability
