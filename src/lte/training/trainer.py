@@ -31,7 +31,7 @@ from lte.training.stages import Stage, StagePlan
 logger = logging.getLogger(__name__)
 
 _NEAR_TAU = 0.1
-_CALIBRATIONS = 8  # in the hard stage, evenly spaced; frozen routers' inputs move while the rest trains
+_CALIBRATIONS = 4  # in the hard stage, evenly spaced; frozen routers' inputs move while the rest trains
 _TEACHER = "dense"
 
 

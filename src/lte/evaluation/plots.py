@@ -1,0 +1,38 @@
+"""Pictures of a run: how training went, and how sparse each layer ended up."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def plot_training(logs: Sequence[dict[str, Any]], layer_sparsity: Sequence[float], target: float, path: Path) -> None:
+    """Write a PNG: losses and sparsity over the steps, and sparsity by layer.
+
+    Args:
+        logs: ``trainer.state.log_history`` of an LTE run.
+        layer_sparsity: measured sparsity of each layer.
+        target: the sparsity asked for.
+        path: where to write.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    steps = [entry for entry in logs if "loss" in entry]
+    sparse = [entry for entry in steps if "sparsity" in entry]
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    losses, course, layers = figure.subplots(1, 3)
+    dense = [(entry["step"], entry["loss"]) for entry in steps if "sparsity" not in entry]
+    if dense:
+        losses.plot(*zip(*dense, strict=True), color="tab:gray", label="dense stage")
+    losses.plot([e["step"] for e in sparse], [e["task_loss"] for e in sparse], label="soft and hard stage")
+    losses.set(title="task loss", xlabel="step")
+    losses.legend()
+    course.plot([e["step"] for e in sparse], [e["sparsity"] for e in sparse], label="sparsity (training text)")
+    course.axhline(target, color="tab:gray", linestyle="--", label="target")
+    course.set(title="sparsity", xlabel="step", ylim=(0, 1))
+    course.legend(loc="upper left")
+    layers.bar(range(len(layer_sparsity)), layer_sparsity)
+    layers.axhline(target, color="tab:gray", linestyle="--")
+    layers.set(title="sparsity by layer (held-out text)", xlabel="layer", ylim=(0, 1))
+    figure.savefig(path, dpi=120)
