@@ -1,7 +1,7 @@
 """How commands talk: tables and progress on stderr or a terminal, results and JSON on stdout."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -15,17 +15,17 @@ err = Console(stderr=True, highlight=False)
 
 
 def bar() -> Progress:
-    """A progress bar on stderr."""
+    """A progress bar on stderr, where that is a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=err)
+    return Progress(*columns, TimeRemainingColumn(), console=err, transient=True, disable=not err.is_terminal)
 
 
 def track(items: Iterable[T], description: str) -> Iterable[T]:
     """Iterate with a progress bar."""
     with bar() as progress:
         yield from progress.track(
-            items, description=description, total=len(items) if hasattr(items, "__len__") else None
-        )  # pyright: ignore[reportArgumentType]
+            items, description=description, total=len(items) if isinstance(items, Sized) else None
+        )
 
 
 def table(title: str, header: list[str], rows: Iterable[Iterable[Any]]) -> None:

@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import json
 import random
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -78,10 +79,11 @@ def main(argv: Sequence[str]) -> None:
     steps = max(12, round(budget.seconds / (2.5 * seconds)))  # a dense run, and an LTE run with its teacher
     err.print(f"{steps} steps of {BATCH} x {budget.sequence_length} tokens for each, {'bf16' if bf16 else 'fp32'}")
 
-    runs: dict[str, tuple[Evaluation, float, str]] = {}
-    logs: list[dict[str, Any]] = []
+    models: dict[str, PreTrainedModel] = {}
+    results: dict[str, Evaluation] = {}
+    logs: dict[str, list[dict[str, Any]]] = {}
     for name in ("dense", "lte"):
-        run = copy.deepcopy(model) if name == "dense" else model
+        run = models[name] = copy.deepcopy(model) if name == "dense" else model
         args = LTETrainingArguments(
             str(folder),
             max_steps=steps,
@@ -102,18 +104,16 @@ def main(argv: Sequence[str]) -> None:
             recipe="dense" if name == "dense" else "default",
             target_sparsity=None if name == "dense" else options.target_sparsity,
         )
-        logs = _train(run, args, train_set, tokenizer)
+        logs[name] = _train(run, args, train_set)
         if name == "lte":
             run.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        result = evaluate(run, held_out, BATCH, progress=lambda batches: track(batches, "evaluating"))
-        speed, sample = _decode(run, tokenizer, budget.new_tokens)
-        runs[name] = (result, speed, sample)
-        del run
+        results[name] = evaluate(run, held_out, BATCH, progress=lambda batches: track(batches, "evaluating"))
 
+    speeds, samples = _decode(models, tokenizer, budget.new_tokens)
     picture = folder / "demo.png"
-    plot_training(logs, runs["lte"][0].layer_sparsity, options.target_sparsity, picture)
-    _show(runs, picture)
+    plot_training(logs["lte"], results["lte"].layer_sparsity, options.target_sparsity, picture, logs["dense"])
+    _show(results, speeds, samples, picture)
     print_json(
         {
             "steps": steps,
@@ -123,8 +123,8 @@ def main(argv: Sequence[str]) -> None:
             "seconds": round(time.perf_counter() - started, 1),
             "picture": str(picture),
             **{
-                name: {**asdict(result), "decode_tokens_per_second": speed, "sample": sample}
-                for name, (result, speed, sample) in runs.items()
+                name: {**asdict(result), "decode_tokens_per_second": speeds[name], "sample": samples[name]}
+                for name, result in results.items()
             },
         }
     )
@@ -165,7 +165,7 @@ def _measure_step(model: PreTrainedModel, data: PackedBlocks) -> tuple[bool, flo
     return fastest, best[fastest] * 1.15  # the optimizer's share
 
 
-def _train(model: PreTrainedModel, args: LTETrainingArguments, data: Any, tokenizer: Any) -> list[dict[str, Any]]:
+def _train(model: PreTrainedModel, args: LTETrainingArguments, data: Any) -> list[dict[str, Any]]:
     progress = TrainingProgress()
     trainer = LTETrainer(model=model, args=args, train_dataset=data, data_collator=data.collator, callbacks=[progress])
     trainer.remove_callback(ProgressCallback)
@@ -176,28 +176,32 @@ def _train(model: PreTrainedModel, args: LTETrainingArguments, data: Any, tokeni
 
 
 @torch.no_grad()
-def _decode(model: PreTrainedModel, tokenizer: Any, new_tokens: int) -> tuple[float, str]:
-    """Tokens a second of greedy ``generate`` at batch 1, and the text."""
-    model.eval()
-    model.config.use_cache = True
+def _decode(
+    models: dict[str, PreTrainedModel], tokenizer: Any, new_tokens: int
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Tokens a second of greedy ``generate`` at batch 1 (median of three, the models in turn), and the texts."""
     inputs = tokenizer(PROMPT, return_tensors="pt")
     settings = {"do_sample": False, "temperature": None, "top_p": None, "pad_token_id": tokenizer.eos_token_id}
-    generate: Any = model.generate
-    generate(**inputs, **settings, max_new_tokens=4)
-    began = time.perf_counter()
-    tokens = generate(**inputs, **settings, max_new_tokens=new_tokens, min_new_tokens=new_tokens)
-    seconds = time.perf_counter() - began
-    return new_tokens / seconds, tokenizer.decode(tokens[0], skip_special_tokens=True)
+    speeds: dict[str, list[float]] = {name: [] for name in models}
+    samples: dict[str, str] = {}
+    for _ in range(3):
+        for name, model in models.items():
+            generate: Any = model.eval().generate
+            began = time.perf_counter()
+            tokens = generate(**inputs, **settings, max_new_tokens=new_tokens, min_new_tokens=new_tokens)
+            speeds[name].append(new_tokens / (time.perf_counter() - began))
+            samples[name] = tokenizer.decode(tokens[0], skip_special_tokens=True)
+    return {name: statistics.median(values) for name, values in speeds.items()}, samples
 
 
-def _show(runs: dict[str, tuple[Evaluation, float, str]], picture: Path) -> None:
+def _show(results: dict[str, Evaluation], speeds: dict[str, float], samples: dict[str, str], picture: Path) -> None:
     rows = [
-        [name, f"{r.perplexity:.2f}", f"{r.sparsity:.1%}", f"{r.gflops_per_token:.4f}", f"{speed:.1f}"]
-        for name, (r, speed, _) in runs.items()
+        [name, f"{r.perplexity:.2f}", f"{r.sparsity:.1%}", f"{r.gflops_per_token:.4f}", f"{speeds[name]:.1f}"]
+        for name, r in results.items()
     ]
     header = ["", "perplexity", "sparsity", "GFLOPs per token", "decode tok/s"]
     table("held-out text, the same training budget", header, rows)
-    for name, (_, _, sample) in runs.items():
+    for name, sample in samples.items():
         out.print(f"\n[bold]{name}[/bold]: ", end="")
         out.print(sample, markup=False)
     out.print(f"\nDecoding computes every expert and masks; it does not yet skip the idle ones. Picture: {picture}")

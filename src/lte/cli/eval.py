@@ -30,6 +30,8 @@ class Eval:
 
 def main(argv: Sequence[str]) -> None:
     options: Eval = parse(Eval, "eval", argv)
+    if options.max_rows is not None and options.max_rows < 1:
+        raise ValueError(f"max_rows is {options.max_rows}: give at least 1")
     device, dtype = options.where.resolve()
     config = load_config(options.model)
     dataset = options.data.load(options.data.text, load_tokenizer(options.model), config)

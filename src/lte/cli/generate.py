@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
         if not tokenizer.chat_template:
             raise ValueError(f"{options.model} has no chat template: leave --chat away")
         turn = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        text = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not options.chat).to(device)
     if inputs["input_ids"].shape[1] == 0:
         raise ValueError("the prompt is empty: give some text to continue")
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
         else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     )
     with track_sparsity(model) if hasattr(config, "lte") else nullcontext(SparsityMeter()) as meter:
-        model.generate(
+        model.generate(  # pyright: ignore[reportCallIssue]
             **inputs,
             **sampling,
             max_new_tokens=options.max_new_tokens,

@@ -3,9 +3,11 @@
 import contextlib
 import importlib
 import io
+import logging
+import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 COMMANDS = {
@@ -35,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         return _fail(f"unknown command {name!r}: use one of {', '.join(COMMANDS)}")
     try:
-        importlib.import_module(f"lte.cli.{name}").main(rest)
+        with _quiet():
+            importlib.import_module(f"lte.cli.{name}").main(rest)
     except (ValueError, OSError, ImportError) as error:
         return _fail(str(error) or type(error).__name__)
     except UsageError as error:
@@ -43,6 +46,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", code=130)
     return 0
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Our own warnings as lines of ours; of other libraries errors only, unless LTE_DEBUG is set."""
+    ours, handler = logging.getLogger("lte"), _Lines(logging.WARNING)
+    ours.addHandler(handler)
+    try:
+        if not os.environ.get("LTE_DEBUG"):
+            from huggingface_hub.utils import logging as hub_logging
+            from transformers.utils import logging as transformers_logging
+
+            transformers_logging.disable_progress_bar()
+            transformers_logging.set_verbosity_error()
+            hub_logging.set_verbosity_error()
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        yield
+    finally:
+        ours.removeHandler(handler)
+
+
+class _Lines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"lte: {record.levelname.lower()}: {' '.join(record.getMessage().split())}", file=sys.stderr)
 
 
 class UsageError(Exception):

@@ -1,11 +1,12 @@
 """Options that several commands share."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 
+from lte.cli.console import err
 from lte.surgery.loading import Head
 from lte.training.data import DataConfig, Task, load_dataset_for
 
@@ -30,14 +31,21 @@ class DataOptions:
     def load(self, sources: tuple[str, ...], tokenizer: Any, model_config: Any, data: DataConfig | None = None) -> Any:
         if not sources:
             raise ValueError("no data: give --text FILE (or a hub data set id)")
-        return load_dataset_for(
+        data = data or self.data
+        text_config = model_config.get_text_config()
+        positions = getattr(text_config, "max_position_embeddings", None) or data.sequence_length
+        longest = min(positions, tokenizer.model_max_length)  # RoBERTa has two positions more than it can use
+        dataset = load_dataset_for(
             self.task,
             sources,
             tokenizer,
-            data or self.data,
+            replace(data, sequence_length=min(longest, data.sequence_length)),
             is_encoder_decoder=bool(model_config.is_encoder_decoder),
-            vocab_size=model_config.get_text_config().vocab_size,
+            vocab_size=text_config.vocab_size,
         )
+        if data.sequence_length > longest:
+            err.print(f"sequence_length {data.sequence_length} is beyond the model's {longest} positions: used those")
+        return dataset
 
 
 @dataclass

@@ -3,12 +3,13 @@
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, cast, get_type_hints
 
 import torch
 import transformers
+import tyro
 import yaml
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, set_seed
@@ -31,11 +32,31 @@ from lte.training.trainer import LTETrainer
 SUMMARY = "lte_training.json"
 
 
+if TYPE_CHECKING:
+    TrainArguments = LTETrainingArguments
+else:
+    # tyro takes a dict (as JSON) but not the dict[str, Any] that TrainingArguments declares, nor its parallelism_config
+    TrainArguments = make_dataclass(
+        "TrainArguments",
+        [
+            (
+                one.name,
+                dict | str | None if "dict[" in str(one.type) else tyro.conf.Suppress[tyro.conf.Fixed[Any]],
+                field(default=one.default, metadata=one.metadata),
+            )
+            for one in fields(LTETrainingArguments)
+            if "dict[" in str(one.type) or one.name == "parallelism_config"
+        ],
+        bases=(LTETrainingArguments,),
+        namespace={"__module__": __name__},  # it is pickled with the model
+    )
+
+
 @dataclass
 class Train:
     model: str
     """A local folder, a hub id, or a .gguf file; dense, or already sparse."""
-    training: LTETrainingArguments
+    training: TrainArguments
     data: DataOptions = field(default_factory=DataOptions)
     where: DeviceOptions = field(default_factory=DeviceOptions)
     eval_text: tuple[str, ...] = ()
@@ -111,7 +132,7 @@ def train(options: Train, argv: Sequence[str]) -> dict[str, Any]:
     set_seed(args.seed)
     device, dtype = options.where.resolve()
     if device.type == "cpu":
-        args.use_cpu = True
+        args.use_cpu, args.dataloader_pin_memory = True, False
     train_set, held_out, calibration, tokenizer, class_names = _load_data(options)
     model = _load_sparse(options, dtype, class_names, train_set).to(device)  # pyright: ignore[reportArgumentType]
     progress = TrainingProgress()
@@ -129,7 +150,8 @@ def train(options: Train, argv: Sequence[str]) -> dict[str, Any]:
     trainer.remove_callback(PrinterCallback)
     with progress:
         trainer.train(resume_from_checkpoint=options.resume)
-    trainer.save_model(options.training.output_dir)
+    folder = Path(cast(str, args.output_dir))
+    trainer.save_model(str(folder))
     batch_size = args.per_device_eval_batch_size
     result = evaluate(model, held_out, batch_size, progress=lambda batches: track(batches, "evaluating"))
     summary = {
@@ -144,7 +166,8 @@ def train(options: Train, argv: Sequence[str]) -> dict[str, Any]:
     }
     if args.should_save:
         text = json.dumps({**summary, "evaluation": asdict(result)}, indent=2)
-        Path(options.training.output_dir, SUMMARY).write_text(text + "\n")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / SUMMARY).write_text(text + "\n")
     return summary
 
 

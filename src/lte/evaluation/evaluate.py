@@ -62,7 +62,7 @@ def evaluate(
     sparse = hasattr(model.config, "lte")
     was_training = model.training
     model.eval()
-    loss, right, count = 0.0, 0, 0
+    loss, right, count, classifies = 0.0, 0, 0, False
     shifted = not model.config.is_encoder_decoder
     meter = SparsityMeter()
     with track_sparsity(model) if sparse else nullcontext(meter) as meter:
@@ -70,6 +70,7 @@ def evaluate(
             inputs = {name: value.to(model.device) for name, value in batch.items()}
             labels = inputs["labels"]
             logits = model(**inputs).logits
+            classifies = logits.ndim == 2
             if logits.ndim == 3 and shifted:
                 logits, labels = logits[:, :-1], labels[:, 1:]
             for row_logits, row_labels in zip(logits, labels.reshape(len(logits), -1), strict=True):
@@ -80,7 +81,6 @@ def evaluate(
     model.train(was_training)
     if count == 0:
         raise ValueError("the data holds no label to predict: give more text")
-    classifies = logits.ndim == 2
     sparsity = meter.overall if sparse else 0.0
     return Evaluation(
         loss=loss / count,

@@ -5,7 +5,13 @@ from pathlib import Path
 from typing import Any
 
 
-def plot_training(logs: Sequence[dict[str, Any]], layer_sparsity: Sequence[float], target: float, path: Path) -> None:
+def plot_training(
+    logs: Sequence[dict[str, Any]],
+    layer_sparsity: Sequence[float],
+    target: float,
+    path: Path,
+    baseline: Sequence[dict[str, Any]] = (),
+) -> None:
     """Write a PNG: losses and sparsity over the steps, and sparsity by layer.
 
     Args:
@@ -13,6 +19,7 @@ def plot_training(logs: Sequence[dict[str, Any]], layer_sparsity: Sequence[float
         layer_sparsity: measured sparsity of each layer.
         target: the sparsity asked for.
         path: where to write.
+        baseline: the logs of a dense run, to draw its loss beside.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -23,6 +30,9 @@ def plot_training(logs: Sequence[dict[str, Any]], layer_sparsity: Sequence[float
     FigureCanvasAgg(figure)
     losses, course, layers = figure.subplots(1, 3)
     dense = [(entry["step"], entry["loss"]) for entry in steps if "sparsity" not in entry]
+    rival = [(entry["step"], entry["loss"]) for entry in baseline if "loss" in entry]
+    if rival:
+        losses.plot(*zip(*rival, strict=True), color="tab:orange", alpha=0.6, label="dense run")
     if dense:
         losses.plot(*zip(*dense, strict=True), color="tab:gray", label="dense stage")
     losses.plot([e["step"] for e in sparse], [e["task_loss"] for e in sparse], label="soft and hard stage")

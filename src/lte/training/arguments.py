@@ -1,5 +1,6 @@
 """Arguments of ``LTETrainer``: Hugging Face's, and the recipe."""
 
+import json
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -128,6 +129,8 @@ class LTETrainingArguments(TrainingArguments):
                 raise ValueError(f"eta is {self.eta}, but recipe='paper' needs an eta >= 0 (the paper: 0 to 2)")
         if not self.separability_floor > 0:
             raise ValueError(f"separability_floor is {self.separability_floor}, but it must be > 0, e.g. 1e-4")
+        if self.calibration_rows < 1:
+            raise ValueError(f"calibration_rows is {self.calibration_rows}, but at least 1 is needed, e.g. 64")
         if not 0 <= self._get("distillation_weight") <= 1:
             raise ValueError(f"distillation_weight is {self.distillation_weight}, but it is a share in [0, 1]")
         if not 0 <= self._get("hardness") <= 1:
@@ -136,12 +139,23 @@ class LTETrainingArguments(TrainingArguments):
             raise ValueError(f"temperature is {self.temperature}, but it grows from 1, so it is at least 1")
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = True  # frozen routers, and a dense stage that has none in its graph
-        if self.gradient_checkpointing:
-            kwargs: dict[str, Any] = dict(self.gradient_checkpointing_kwargs or {})
-            if kwargs.setdefault("use_reentrant", False):
-                raise ValueError("gradient checkpointing must be non-reentrant here: set use_reentrant to false")
-            self.gradient_checkpointing_kwargs = kwargs
+        self._checkpoint_without_reentry()
         super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False
+
+    def _checkpoint_without_reentry(self) -> None:
+        """Scores are recorded in the forward pass, which reentrant checkpointing runs without gradient."""
+        names = [n for n in ("activation_checkpointing", "gradient_checkpointing") if hasattr(self, n)]
+        if not any(getattr(self, name) for name in names):
+            return
+        given: Any = next(filter(None, (getattr(self, f"{name}_kwargs") for name in names)), {})
+        kwargs = json.loads(given) if isinstance(given, str) else dict(given)
+        if kwargs.setdefault("use_reentrant", False):
+            raise ValueError("gradient checkpointing must be non-reentrant here: set use_reentrant to false")
+        for name in names:  # the second is an alias of the first where both exist, and warns when it is set
+            setattr(self, name, True if name == names[0] else None)
+            setattr(self, f"{name}_kwargs", kwargs if name == names[0] else None)
 
     def _get(self, name: str) -> float:
         value = getattr(self, name)

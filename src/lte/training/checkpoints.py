@@ -22,6 +22,7 @@ def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
 
 def _global_step(state: Path) -> int:
     try:
-        return json.loads(state.read_text())["global_step"]
-    except (ValueError, KeyError):
+        step = json.loads(state.read_text())["global_step"]
+    except (ValueError, KeyError, TypeError):
         return -1
+    return step if isinstance(step, int) else -1

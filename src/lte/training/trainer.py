@@ -48,7 +48,7 @@ class LTETrainer(Trainer):
             text like it: best a sample of what the model will see. None keeps some rows out of training for it.
 
     Raises:
-        ValueError: a dense model, or arguments of another class.
+        ValueError: a dense model, arguments of another class, or several GPUs in one process.
     """
 
     args: LTETrainingArguments
@@ -62,12 +62,18 @@ class LTETrainer(Trainer):
     ):
         if not isinstance(args, LTETrainingArguments):
             raise ValueError("LTETrainer needs args=lte.LTETrainingArguments(output_dir, target_sparsity=...)")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"LTETrainer does not use DataParallel, but this one process sees {args.n_gpu} GPUs: start it with "
+                "torchrun --nproc_per_node N, or set CUDA_VISIBLE_DEVICES to one GPU"
+            )
         sparse_layers(model)  # says what to do if there are none
         self.calibration_dataset = calibration_dataset
         if args.target_sparsity is not None and calibration_dataset is None and kwargs.get("train_dataset") is not None:
             kwargs["train_dataset"], self.calibration_dataset = _split_calibration(
                 kwargs["train_dataset"], args.calibration_rows, args.seed
             )
+        self._use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(model=model, args=args, **kwargs)
         self.plan = StagePlan(0, 0, 0)
         self.stage: Stage | None = None
@@ -140,7 +146,7 @@ class LTETrainer(Trainer):
             for layer in self._layers.values():
                 layer.router.fold_temperature()
         if before is not None and self.optimizer is not None:
-            self.optimizer.state.clear()
+            self.optimizer.state.clear()  # pyright: ignore[reportAttributeAccessIssue]
         self._switch(stage)
         if stage == "hard":
             self._calibrate()
@@ -157,7 +163,7 @@ class LTETrainer(Trainer):
 
     def _calibrate(self) -> None:
         """Move the thresholds so that rows which are not trained on have the target's sparsity."""
-        if self.calibration_dataset is None:
+        if self.calibration_dataset is None or self.args.target_sparsity is None:
             return
         loader = DataLoader(
             self.calibration_dataset, batch_size=self.args.per_device_eval_batch_size, collate_fn=self.data_collator
@@ -165,9 +171,7 @@ class LTETrainer(Trainer):
         model = self._unwrapped
         before = [layer.router.bias.clone() for layer in self._layers.values()]
         with self.accelerator.autocast():
-            shift = calibrate_(
-                model, [self._prepare_inputs(batch) for batch in loader], cast(float, self.args.target_sparsity)
-            )
+            shift = calibrate_(model, [self._prepare_inputs(batch) for batch in loader], self.args.target_sparsity)
         mean = self._mean_over_ranks(shift)
         for layer, bias in zip(self._layers.values(), before, strict=True):
             layer.router.bias.data.copy_(bias - mean / layer.router.temperature)
@@ -194,7 +198,7 @@ class LTETrainer(Trainer):
     def _make_teacher(self) -> nn.Module:
         """A copy of the model as the dense stage left it, also kept on disk for resuming."""
         set_mode_(self._unwrapped, "dense")
-        folder = Path(self.args.output_dir) / _TEACHER
+        folder = self._folder / _TEACHER
         if self.args.should_save:
             partial = folder.with_name(f"{_TEACHER}.partial")
             shutil.rmtree(partial, ignore_errors=True)
@@ -204,7 +208,7 @@ class LTETrainer(Trainer):
         return copy.deepcopy(self._unwrapped).eval().requires_grad_(False)
 
     def _load_teacher(self) -> nn.Module:
-        folder = Path(self.args.output_dir) / _TEACHER
+        folder = self._folder / _TEACHER
         if not folder.is_dir():
             raise ValueError(f"{folder} is missing: resuming needs the dense model that this run distils from")
         teacher = type(self._unwrapped).from_pretrained(folder, dtype=self._unwrapped.dtype)
@@ -213,17 +217,20 @@ class LTETrainer(Trainer):
 
     # ---- what Trainer asks for
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As ``Trainer.train``; ``resume_from_checkpoint=True`` takes the last checkpoint that is whole.
 
         With no such checkpoint the run starts from its beginning.
         """
         if resume_from_checkpoint is True:
-            found = last_complete_checkpoint(self.args.output_dir)
+            found = last_complete_checkpoint(self._folder)
             if found is None:
-                logger.warning("no whole checkpoint in %s: training starts from the beginning", self.args.output_dir)
+                logger.warning("no whole checkpoint in %s: training starts from the beginning", self._folder)
             resume_from_checkpoint = str(found) if found else None
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self._use_cache is not None:  # Trainer turns the KV cache off; the trained model is to generate with it
+            self._unwrapped.config.use_cache = self._use_cache
+        return result
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -239,15 +246,19 @@ class LTETrainer(Trainer):
                 optimizer.add_param_group(
                     {"params": parameters, "lr": self.args.router_learning_rate, "weight_decay": decay}
                 )
-        return self.optimizer
+        return cast(torch.optim.Optimizer, self.optimizer)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         self.plan = StagePlan.split(num_training_steps, self.args.dense_fraction, self.args.hard_fraction)
         if self.lr_scheduler is None:
             factor = self.plan.lr_lambda(
-                self.args.lr_scheduler_type, self.args.get_warmup_steps, dict(self.args.lr_scheduler_kwargs or {})
+                self.args.lr_scheduler_type,
+                self.args.get_warmup_steps,
+                cast(dict[str, Any], self.args.lr_scheduler_kwargs or {}),
             )
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or cast(torch.optim.Optimizer, self.optimizer), factor
+            )
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -330,6 +341,10 @@ class LTETrainer(Trainer):
     # ---- small things
 
     @property
+    def _folder(self) -> Path:
+        return Path(cast(str, self.args.output_dir))  # set by TrainingArguments where it was not given
+
+    @property
     def _unwrapped(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
 
@@ -348,7 +363,8 @@ class LTETrainer(Trainer):
     def _mean_over_ranks(self, value: float) -> float:
         if self.args.world_size == 1:
             return value
-        return self.accelerator.reduce(torch.tensor(value, device=self.args.device), reduction="mean").item()
+        reduced = self.accelerator.reduce(torch.tensor(value, device=self.args.device), reduction="mean")
+        return cast(Tensor, reduced).item()
 
 
 def _split_calibration(dataset: Any, rows: int, seed: int) -> tuple[Any, Any]:
@@ -357,7 +373,7 @@ def _split_calibration(dataset: Any, rows: int, seed: int) -> tuple[Any, Any]:
     if rows == 0:
         return dataset, dataset
     if isinstance(dataset, PackedBlocks | PaddedRows):
-        return split_held_out(dataset, rows, seed)
+        return split_held_out(cast(PackedBlocks, dataset), rows, seed)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
     return Subset(dataset, sorted(order[rows:])), Subset(dataset, sorted(order[:rows]))
 
@@ -371,7 +387,8 @@ class _Stages(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
+        callbacks = cast(dict[str, Any], state.stateful_callbacks)
+        saved = callbacks.get(type(self).__name__) if state.global_step else None
         self.trainer.begin(state.max_steps, saved["attributes"] if isinstance(saved, dict) else None)
 
     def on_step_begin(

@@ -1,0 +1,54 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+torch.set_num_threads(1)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token a byte, and <eos>, <pad>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<eos>", "<pad>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory) -> Path:
+    """llama, bert and t5, tiny and dense; text.txt, ids.npy, classes.jsonl, prompts.jsonl."""
+    folder = tmp_path_factory.mktemp("files")
+    torch.manual_seed(0)
+    shape = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "pad_token_id": 1, "eos_token_id": 0, "max_position_embeddings": 256}
+    t5 = {"vocab_size": 258, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    t5 |= {"pad_token_id": 1, "eos_token_id": 0, "decoder_start_token_id": 1}
+    for name, model in {
+        "llama": LlamaForCausalLM(LlamaConfig(**shape, bos_token_id=0)),
+        "bert": BertForSequenceClassification(BertConfig(**shape)),
+        "t5": T5ForConditionalGeneration(T5Config(**t5)),
+    }.items():
+        model.save_pretrained(folder / name)
+        byte_tokenizer().save_pretrained(folder / name)
+    text = "".join(f"{n} and {n + 1} make {2 * n + 1}.\n" for n in range(150))
+    (folder / "text.txt").write_text(text)
+    np.save(folder / "ids.npy", np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint16))
+    classes = [{"text": f"the number {n}", "label": "odd" if n % 2 else "even"} for n in range(60)]
+    prompts = [{"prompt": f"after {n} comes ", "completion": f"{n + 1}"} for n in range(60)]
+    for name, rows in {"classes.jsonl": classes, "prompts.jsonl": prompts}.items():
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder

@@ -1,0 +1,302 @@
+"""The commands in process, on tiny models: what they print, what they write, and how they refuse."""
+
+import json
+import math
+
+import pytest
+import yaml
+
+from lte.cli.main import COMMANDS, main
+from lte.cli.train import SUMMARY, parse_train
+
+STEPS = ["--max-steps", "8", "--per-device-train-batch-size", "4", "--sequence-length", "32", "--report-to", "none"]
+STEPS += ["--expert-size", "8", "--grouping", "random", "--device", "cpu", "--save-strategy", "no"]
+REENTRANT = ["--gradient-checkpointing", "True", "--gradient-checkpointing-kwargs", '{"use_reentrant": true}']
+
+
+def last_json(capsys) -> dict:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def sparse(files, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sparse") / "new" / "folder"
+    assert main(["sparsify", "--model", str(files / "llama"), "-o", str(folder), "--expert-size", "8"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(files, tmp_path_factory):
+    """From a recipe, with overrides: the folder, and what was printed last."""
+    folder = tmp_path_factory.mktemp("trained")
+    recipe = {"task": "language_modelling", "sequence_length": 32, "max_steps": 4, "learning_rate": 1e-3}
+    recipe |= {"gradient_checkpointing": True, "save_strategy": "no", "report_to": "none", "logging_steps": 2}
+    recipe |= {"per_device_train_batch_size": 4, "expert_size": 8, "lr_scheduler_kwargs": {}, "eta": None}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    given = ["train", str(folder / "recipe.yaml"), "--model", str(files / "llama"), "--text", str(files / "text.txt")]
+    given += ["-o", str(folder / "out"), "--target-sparsity", "0.5", "--max-steps", "12", "--weight-decay", "0.01"]
+    assert main([*given, "--device", "cpu", "--json"]) == 0
+    return folder / "out"
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], ["--version"]])
+def test_without_a_command(argv, capsys):
+    assert main(argv) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert argv == ["--version"] or all(name in printed.out for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_help(command, capsys):
+    try:
+        code = main([command, "--help"])
+    except SystemExit as stop:
+        code = stop.code or 0
+    assert code == 0
+    printed = capsys.readouterr()
+    assert "usage: lte" in printed.out
+    assert printed.err == ""
+
+
+def test_inspect(files, capsys):
+    assert main(["inspect", str(files / "llama"), "--expert-size", "8", "--sparsity", "0.5", "0.8", "--json"]) == 0
+    found = last_json(capsys)
+    assert found["family"] == "llama"
+    assert found["sparse"] is False
+    assert found["lte"] is None
+    assert (found["num_ffns"], found["expert_size"]) == (2, 8)
+    assert (found["ffns"][0]["d_model"], found["ffns"][0]["d_ff"], found["ffns"][0]["experts"]) == (32, 64, 8)
+    assert found["ffns"][0]["gated"] is True
+    assert found["cost"].keys() == {"0.5", "0.8"}
+    assert found["cost_dense"]["ffn_gflops"] == pytest.approx(2 * 2 * 3 * 32 * 64 / 2**30)
+    assert found["cost"]["0.5"]["ffn_gflops"] == pytest.approx(found["cost_dense"]["ffn_gflops"] / 2)
+    assert found["parameters"] > 0
+    assert found["architecture"] == "LlamaForCausalLM"
+
+
+def test_sparsify_keeps_the_function(files, sparse, capsys):
+    assert main(["inspect", str(sparse), "--json"]) == 0
+    found = last_json(capsys)
+    assert found["sparse"] is True
+    assert found["expert_size"] == 8
+    evaluations = []
+    for model in (files / "llama", sparse):
+        given = ["eval", str(model), "--text", str(files / "text.txt"), "--sequence-length", "32", "--max-rows", "9"]
+        assert main([*given, "--device", "cpu", "--json"]) == 0
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.err
+        evaluations.append(json.loads(printed.out.splitlines()[-1]))
+    dense, converted = evaluations
+    names = {"perplexity", "sparsity", "layer_sparsity", "gflops_per_token", "gflops_per_token_dense", "num_tokens"}
+    assert names <= dense.keys() & converted.keys()
+    assert converted["perplexity"] == pytest.approx(dense["perplexity"], rel=1e-5)
+    assert dense["num_tokens"] == converted["num_tokens"] == 9 * 31
+    assert (dense["sparsity"], converted["sparsity"], converted["mode"]) == (0, 0, "dense")
+    assert converted["layer_sparsity"] == [0, 0]
+
+
+def test_eval_in_another_mode(files, sparse, capsys):
+    given = ["eval", str(sparse), "--text", str(files / "text.txt"), "--sequence-length", "32", "--mode", "hard"]
+    assert main([*given, "--device", "cpu", "--json"]) == 0
+    found = last_json(capsys)
+    assert found["mode"] == "hard"
+    assert found["sparsity"] == pytest.approx(sum(found["layer_sparsity"]) / 2)
+    assert 0.1 < found["sparsity"] < 0.9
+
+
+def test_train_from_a_recipe(files, trained, capsys):
+    summary = json.loads((trained / SUMMARY).read_text())
+    assert summary["recipe"] == "default"
+    assert summary["target_sparsity"] == 0.5
+    assert summary["steps"] == {"dense": 3, "soft": 6, "hard": 3}
+    assert summary["command"].startswith("lte train ")
+    assert summary["environment"]["device"].startswith("cpu")
+    assert summary["evaluation"]["mode"] == "hard"
+    given = ["eval", str(trained), "--text", str(files / "text.txt"), "--sequence-length", "32", "--device", "cpu"]
+    assert main([*given, "--json"]) == 0
+    found = last_json(capsys)
+    assert found["mode"] == "hard"
+    assert found["sparsity"] == pytest.approx(0.5, abs=0.1)
+    assert math.isfinite(found["perplexity"])
+
+
+def test_generate(trained, capfd):
+    given = ["generate", str(trained), "--prompt", "1 and 2", "--max-new-tokens", "5", "--device", "cpu"]
+    assert main(given) == 0
+    printed = capfd.readouterr()
+    assert "mode hard" in printed.err
+    assert "Traceback" not in printed.err
+    assert main([*given, "--temperature", "0.8", "--top-p", "0.9", "--seed", "3"]) == 0
+
+
+def test_the_output_is_quiet(files, tmp_path, capfd):
+    given = ["train", "--model", str(files / "llama"), "--text", str(files / "ids.npy"), "-o", str(tmp_path / "out")]
+    assert main([*given, *STEPS, "--target-sparsity", "0.5", "--logging-steps", "4", "--json"]) == 0
+    printed = capfd.readouterr()
+    for noise in ("Writing model", "tokens", "pin_memory", "Warning", "WARN", "it/s"):
+        assert noise not in printed.err.replace("tokens cut", ""), noise
+    assert "step 8/8" in printed.err
+    assert json.loads(printed.out.splitlines()[-1])["evaluation"]["num_tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "text"),
+    [
+        ("bert", "classification", "classes.jsonl"),
+        ("llama", "classification", "classes.jsonl"),
+        ("llama", "generation", "prompts.jsonl"),
+        ("t5", "generation", "prompts.jsonl"),
+    ],
+)
+def test_train_the_other_tasks(files, tmp_path, capsys, model, task, text):
+    given = ["train", "--model", str(files / model), "--text", str(files / text), "-o", str(tmp_path / "out")]
+    assert main([*given, *STEPS, "--task", task, "--target-sparsity", "0.5", "--held-out", "0.2", "--json"]) == 0
+    found = last_json(capsys)["evaluation"]
+    assert (found["accuracy"] is None) == (task == "generation")
+    given = ["eval", str(tmp_path / "out"), "--text", str(files / text), "--task", task, "--device", "cpu", "--json"]
+    assert main([*given, "--sequence-length", "32"]) == 0
+    found = last_json(capsys)
+    assert found["mode"] == "hard"
+    assert task == "generation" or 0 <= found["accuracy"] <= 1
+
+
+def test_train_the_paper_recipe(files, tmp_path):
+    given = ["train", "--model", str(files / "llama"), "--text", str(files / "text.txt"), "-o", str(tmp_path)]
+    assert main([*given, *STEPS, "--recipe", "paper", "--eta", "0.5"]) == 0
+    assert json.loads((tmp_path / SUMMARY).read_text())["eta"] == 0.5
+
+
+def test_resume(files, tmp_path, monkeypatch, capfd):
+    from lte.training.trainer import LTETrainer
+
+    def given(name, *more):
+        options = ["train", "--model", str(files / "llama"), "--text", str(files / "text.txt")]
+        options += ["-o", str(tmp_path / name), *STEPS, "--target-sparsity", "0.5", *more]
+        return [*options, "--save-strategy", "steps", "--save-steps", "2"]
+
+    assert main(given("whole", "--resume")) == 0  # nothing to resume yet
+    assert "lte: warning: no whole checkpoint" in capfd.readouterr().err
+    begin_step = LTETrainer.begin_step
+
+    def stop_at_5(self, step):
+        if step == 5:
+            raise KeyboardInterrupt
+        begin_step(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LTETrainer, "begin_step", stop_at_5)
+        assert main(given("cut")) == 130
+    assert capfd.readouterr().err.splitlines()[-1] == "lte: error: interrupted"
+    assert not (tmp_path / "cut" / SUMMARY).exists()
+    assert main(given("cut", "--resume")) == 0
+    whole, cut = (json.loads((tmp_path / name / SUMMARY).read_text()) for name in ("whole", "cut"))
+    assert cut["eta"] == pytest.approx(whole["eta"], rel=1e-4)
+    assert cut["evaluation"]["loss"] == pytest.approx(whole["evaluation"]["loss"], rel=1e-4)
+    assert cut["evaluation"]["layer_sparsity"] == pytest.approx(whole["evaluation"]["layer_sparsity"], abs=1e-3)
+
+
+def test_recipe_values(tmp_path):
+    path = tmp_path / "r.yml"
+    path.write_text(
+        "model: m\noutput_dir: o\ntarget_sparsity: 0.5\nresume: true\nbf16: false\ntau: 0.4\n"
+        "text: [a.txt, b.txt]\neval_text: [c.txt]\ngradient_checkpointing: true\nmax_grad_norm: 0.5\n"
+        "class_names: [x, y]\nlearning_rate: 3.0e-4\nlr_scheduler_kwargs: {num_cycles: 2}\n"
+    )
+    found = parse_train([str(path), "--tau", "0.6", "--no-resume"])
+    assert found.tau == 0.6
+    assert found.resume is False
+    assert found.data.text == ("a.txt", "b.txt")
+    assert found.eval_text == ("c.txt",)
+    assert found.data.data.class_names == ("x", "y")
+    args = found.training
+    assert (args.output_dir, args.bf16, args.gradient_checkpointing, args.max_grad_norm) == ("o", False, True, 0.5)
+    assert args.learning_rate == 3e-4
+    assert args.lr_scheduler_kwargs == {"num_cycles": 2}
+
+
+def refused(capfd, argv, said):
+    code = main([str(one) for one in argv])
+    printed = capfd.readouterr()
+    assert code == 2, printed.err
+    lines = printed.err.splitlines()
+    assert len(lines) == 1, printed.err
+    assert lines[0].startswith("lte: error: ")
+    assert said.lower() in lines[0].lower()
+    assert "Traceback" not in printed.out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--nonsense", "1"], "nonsense"),
+        (["--target-sparsity", "1.5"], "target_sparsity is 1.5"),
+        (["--target-sparsity", "much"], "much"),
+        (["--target-sparsity", "0.5", "--eta", "1"], "eta is set"),
+        (["--recipe", "paper"], "needs an eta"),
+        (["--recipe", "none"], "default, dense, paper"),
+        ([], "target_sparsity is None"),
+        (["--target-sparsity", "0.5", "--expert-size", "7"], "7"),
+        (["--target-sparsity", "0.5", "--text", "none.txt"], "none.txt"),
+        (["--target-sparsity", "0.5", "--device", "gpu"], "gpu"),
+        (["--target-sparsity", "0.5", "--max-steps", "1", "--hard-fraction", "1.0"], "soft stage none"),
+        (["--target-sparsity", "0.5", "--calibration-rows", "0"], "calibration_rows"),
+        (["--target-sparsity", "0.5", "--held-out", "5000"], "hold out"),
+        (["--target-sparsity", "0.5", "--model", "./none"], "no such folder"),
+        (["--target-sparsity", "0.5", *REENTRANT], "non-reentrant"),
+    ],
+)
+def test_train_refuses(files, tmp_path, capfd, options, said):
+    given = ["train", "--model", files / "llama", "--text", files / "text.txt", "-o", tmp_path / "out", *STEPS]
+    refused(capfd, [*given, *options], said)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ("a: [1", "not YAML"),
+        ("- a\n- b", "must map"),
+        ("", "must map"),
+        ("target_sparsty: 0.5", "target-sparsty"),
+        ("max_steps: many", "many"),
+        (None, "r.yaml"),
+    ],
+)
+def test_bad_recipes(files, tmp_path, capfd, recipe, said):
+    path = tmp_path / "r.yaml"
+    if recipe is not None:
+        path.write_text(recipe)
+    given = ["train", path, "--model", files / "llama", "--text", files / "text.txt", "-o", tmp_path / "out"]
+    refused(capfd, [*given, "--target-sparsity", "0.5"], said)
+
+
+def test_the_other_commands_refuse(files, sparse, tmp_path, capfd):
+    model, text, out = files / "llama", files / "text.txt", tmp_path / "out"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.txt").write_text("")
+    refused(capfd, ["nonsense"], "unknown command")
+    refused(capfd, ["eval", "./none", "--text", text], "no such folder")
+    refused(capfd, ["eval", tmp_path / "empty", "--text", text], "no config.json")
+    refused(capfd, ["eval", text, "--text", text], "is a file")
+    refused(capfd, ["eval", model], "no data")
+    refused(capfd, ["eval", model, "--text", tmp_path / "none.txt"], "no such file")
+    refused(capfd, ["eval", model, "--text", tmp_path / "empty.txt"], "empty")
+    refused(capfd, ["eval", model, "--text", text, "--device", "nowhere"], "nowhere")
+    refused(capfd, ["eval", model, "--text", text, "--device", "cuda:99"], "cuda:99")
+    refused(capfd, ["eval", model, "--text", text, "--max-rows", "0"], "max_rows is 0")
+    refused(capfd, ["eval", model, "--text", text, "--batch-size", "0", "--sequence-length", "32"], "batch_size")
+    refused(capfd, ["eval", model, "--text", text, "--mode", "hard", "--sequence-length", "32"], "sparsify_")
+    refused(capfd, ["eval", model, "--text", text, "--mode", "fast"], "fast")
+    refused(capfd, ["sparsify", "--model", model, "-o", out, "--expert-size", "7"], "7")
+    refused(capfd, ["sparsify", "--model", model, "-o", out, "--expert-size", "0"], "expert_size is 0")
+    refused(capfd, ["sparsify", "--model", model, "-o", out, "--tau", "1"], "tau is 1")
+    refused(capfd, ["sparsify", "--model", sparse, "-o", out], "sparse already")
+    refused(capfd, ["sparsify", "--model", model], "output")
+    refused(capfd, ["sparsify", "--model", model, "-o", out, "--grouping", "coactivation"], "no data")
+    refused(capfd, ["inspect", model, "--expert-size", "7"], "7")
+    refused(capfd, ["inspect", model, "--sparsity", "1.5"], "1.5")
+    refused(capfd, ["generate", model, "--prompt", ""], "prompt is empty")
+    refused(capfd, ["generate", model, "--prompt", "a", "--temperature", "-1"], "temperature is -1")
+    refused(capfd, ["generate", model, "--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens is 0")
+    refused(capfd, ["generate", model, "--prompt", "a", "--chat"], "no chat template")
+    assert not out.exists()

@@ -1,0 +1,91 @@
+"""The arguments: what a recipe decides, and what is refused."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+from tiny_training import arguments
+
+from lte.training.arguments import RECIPES, LTETrainingArguments
+
+REENTRANT = {"use_reentrant": True}
+RENAMED = "activation_checkpointing" in LTETrainingArguments.__dataclass_fields__
+
+
+def test_the_paper_literally(tmp_path):
+    args = arguments(tmp_path, recipe="paper", eta=0.3)
+    assert args.separability_weight == 0.5
+    assert args.router_learning_rate == 1e-2
+    assert args.router_weight_decay == 0.1
+    assert (args.router_bias, args.temperature, args.hardness, args.distillation_weight) == (0, 1, 0, 0)
+    assert args.eta == 0.3
+    assert args.target_sparsity is None
+    assert args.get_warmup_steps(100) == 6
+
+
+@pytest.mark.parametrize(
+    ("recipe", "needs"), [("default", {"target_sparsity": 0.5}), ("paper", {"eta": 1.0}), ("dense", {})]
+)
+def test_a_recipe_fills_what_is_not_given(tmp_path, recipe, needs):
+    args = arguments(tmp_path, recipe=recipe, **needs)
+    for name, value in asdict(RECIPES[recipe]).items():
+        assert getattr(args, name) == value
+    given = arguments(tmp_path, recipe=recipe, **needs, separability_weight=0.25, temperature=3.0, router_bias=0.5)
+    assert (given.separability_weight, given.temperature, given.router_bias) == (0.25, 3.0, 0.5)
+    assert given.router_learning_rate == RECIPES[recipe].router_learning_rate
+
+
+def test_a_zero_overrides_a_recipe(tmp_path):
+    args = arguments(tmp_path, distillation_weight=0.0, hardness=0.0, router_bias=0.0)
+    assert (args.distillation_weight, args.hardness, args.router_bias) == (0, 0, 0)
+
+
+def test_a_dense_run_is_one_dense_stage(tmp_path):
+    args = arguments(tmp_path, recipe="dense", hard_fraction=0.3)
+    assert (args.dense_fraction, args.hard_fraction) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"recipe": "papers"}, "default, dense, paper"),
+        ({"target_sparsity": None}, "target_sparsity is None"),
+        ({"target_sparsity": 0.0}, "between 0 and 1"),
+        ({"target_sparsity": 1.0}, "between 0 and 1"),
+        ({"target_sparsity": 1.5}, "between 0 and 1"),
+        ({"eta": 1.0}, "drop it, or take recipe='paper'"),
+        ({"recipe": "paper", "target_sparsity": 0.5, "eta": 1.0}, "has no target"),
+        ({"recipe": "dense", "target_sparsity": 0.5}, "has no target"),
+        ({"recipe": "paper"}, "needs an eta"),
+        ({"recipe": "paper", "eta": -0.1}, "needs an eta"),
+        ({"separability_floor": 0.0}, "separability_floor is 0"),
+        ({"distillation_weight": 1.1}, "share in"),
+        ({"distillation_weight": -0.1}, "share in"),
+        ({"hardness": 1.1}, "share in"),
+        ({"hardness": -0.1}, "share in"),
+        ({"temperature": 0.5}, "at least 1"),
+        ({"calibration_rows": 0}, "at least 1"),
+        ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": REENTRANT}, "non-reentrant"),
+        ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": json.dumps(REENTRANT)}, "non-reentrant"),
+        pytest.param(
+            {"activation_checkpointing": True, "activation_checkpointing_kwargs": REENTRANT},
+            "non-reentrant",
+            marks=pytest.mark.skipif(not RENAMED, reason="this transformers has the old name only"),
+        ),
+    ],
+)
+def test_what_is_refused(tmp_path, given, said):
+    with pytest.raises(ValueError, match=said):
+        arguments(tmp_path, **given)
+
+
+def test_gradient_checkpointing_is_non_reentrant(tmp_path):
+    given = {"preserve_rng_state": True}
+    args = arguments(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs=given)
+    assert args.gradient_checkpointing
+    assert args.gradient_checkpointing_kwargs == {"preserve_rng_state": True, "use_reentrant": False}
+    assert given == {"preserve_rng_state": True}
+
+
+def test_no_memory_is_pinned_on_the_cpu(tmp_path):
+    assert not arguments(tmp_path).dataloader_pin_memory

@@ -1,0 +1,43 @@
+"""Two processes on the CPU, through all three stages."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import tiny_training
+import torch
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*torchrun, tiny_training.__file__, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [
+        {**json.loads((folder / f"run-{rank}.json").read_text()), "weights": torch.load(folder / f"weights-{rank}.pt")}
+        for rank in (0, 1)
+    ]
+
+
+def test_both_end_with_the_same_weights(two):
+    one, other = (run["weights"] for run in two)
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert all(value.isfinite().all() for value in one.values())
+
+
+def test_both_measure_and_steer_alike(two):
+    one, other = two
+    assert (one["eta"], one["integral"]) == (other["eta"], other["integral"])
+    assert one["integral"] != 0
+    logged = [entry for entry in one["logs"] if "sparsity" in entry]
+    assert len(logged) == 9  # soft and hard steps
+    for entry, same in zip(logged, (e for e in other["logs"] if "sparsity" in e), strict=True):
+        for name in ("eta", "sparsity", "sparsity/layer_01", "task_loss", "efficiency_loss", "near_tau"):
+            assert entry[name] == same[name], name
+        assert math.isfinite(entry["loss"])
+        both = (entry["sparsity/layer_00"] + entry["sparsity/layer_01"]) / 2
+        assert entry["sparsity"] == pytest.approx(both, abs=1e-5)

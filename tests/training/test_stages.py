@@ -1,0 +1,144 @@
+"""The plan of the stages, the controller of eta, and calibration."""
+
+import math
+
+import pytest
+import torch
+from tiny_training import sparse_llama
+
+from lte.modules.recording import sparse_layers, track_sparsity
+from lte.surgery.convert import set_mode_
+from lte.training.calibration import calibrate_
+from lte.training.controller import SparsityController
+from lte.training.stages import StagePlan
+
+
+def test_split_gives_every_step_to_a_stage():
+    assert StagePlan.split(100, 0.25, 0.25) == StagePlan(25, 50, 25)
+    assert StagePlan.split(10, 0.0, 0.25) == StagePlan(0, 8, 2)
+    assert StagePlan.split(10, 0.25, 0.0) == StagePlan(2, 8, 0)
+    assert StagePlan.split(3, 0.25, 0.25).total == 3
+
+
+def test_a_dense_run_has_one_stage():
+    assert StagePlan.split(7, 1.0, 0.0) == StagePlan(7, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("total", "dense", "hard"), [(10, 0.5, 0.5), (10, 0.9, 0.2), (10, -0.5, 0.2), (10, 0.2, -0.5), (1, 0.0, 1.0)]
+)
+def test_split_refuses_to_leave_the_soft_stage_none(total, dense, hard):
+    with pytest.raises(ValueError, match="leave the soft stage none"):
+        StagePlan.split(total, dense, hard)
+
+
+def test_at():
+    plan = StagePlan(2, 4, 2)
+    found = [plan.at(step) for step in range(9)]
+    assert [stage for stage, _ in found] == ["dense"] * 2 + ["soft"] * 4 + ["hard"] * 3
+    assert [progress for _, progress in found] == [0, 0.5, 0, 0.25, 0.5, 0.75, 0, 0.5, 1.0]
+    assert StagePlan(0, 1, 0).at(0) == ("soft", 0.0)
+    assert StagePlan(0, 1, 0).at(1)[0] == "hard"  # after the last step
+
+
+@pytest.mark.parametrize("plan", [StagePlan(10, 20, 10), StagePlan(0, 20, 20), StagePlan(10, 30, 0)])
+def test_the_learning_rate_warms_up_and_decays_once_a_stage(plan):
+    factor = plan.lr_lambda("linear", lambda steps: round(steps * 0.2), {})
+    values = [factor(step) for step in range(plan.total + 1)]
+    start = 0
+    for steps in filter(None, (plan.dense, plan.soft, plan.hard)):
+        stage = values[start : start + steps]
+        assert stage[0] == 0
+        assert max(stage) == stage[round(steps * 0.2)] == 1
+        assert stage[-1] == pytest.approx(1 / (steps - round(steps * 0.2)))
+        start += steps
+    assert values[plan.total] == 0
+
+
+def test_schedules_by_name():
+    assert StagePlan(0, 4, 4).lr_lambda("constant", lambda steps: 0, {})(6) == 1
+    assert StagePlan(0, 4, 4).lr_lambda("cosine", lambda steps: 0, {})(6) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="cannot restart with each stage"):
+        StagePlan(0, 4, 4).lr_lambda("reduce_lr_on_plateau", lambda steps: 0, {})
+
+
+def test_the_target_ramps():
+    controller = SparsityController(0.6, ramp=0.5)
+    assert [controller.wanted(p) for p in (0, 0.25, 0.5, 1)] == pytest.approx([0, 0.3, 0.6, 0.6])
+
+
+def test_eta_grows_with_too_little_sparsity_and_shrinks_with_too_much():
+    assert SparsityController(0.5).step(0.5, 1.0) == pytest.approx(0.3)
+    assert SparsityController(0.5).step(0.2, 1.0) > 0.3 > SparsityController(0.5).step(0.8, 1.0) > 0
+
+
+@pytest.mark.parametrize("strength", [0.5, 5.0, 50.0])
+def test_a_simulated_model_is_brought_to_the_target(strength):
+    """Sparsity lags behind what eta pulls it to, at models that need eta two orders of magnitude apart."""
+    controller, sparsity = SparsityController(0.7), 0.0
+    for step in range(600):
+        eta = controller.step(sparsity, step / 600)
+        pulled_to = 1 - math.exp(-strength * eta)
+        sparsity += 0.1 * (pulled_to - sparsity)
+    assert sparsity == pytest.approx(0.7, abs=0.02)
+
+
+def test_anti_windup():
+    stuck = SparsityController(0.9)
+    for _ in range(10_000):
+        stuck.step(0.0, 1.0)
+    assert stuck.integral == 7.0
+    for _ in range(200):  # back within a bounded number of steps
+        eta = stuck.step(1.0, 1.0)
+    assert eta < 0.3
+
+
+def test_the_integral_is_all_its_memory():
+    one, other = SparsityController(0.5), SparsityController(0.5)
+    for measured in (0.0, 0.1, 0.7):
+        one.step(measured, 0.9)
+    other.integral = one.integral
+    assert one.step(0.4, 1.0) == other.step(0.4, 1.0)
+    assert one.integral != 0
+
+
+def padded_batches(count: int = 3) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    batches = []
+    for _ in range(count):
+        ids = torch.randint(3, 64, (4, 24), generator=generator)
+        lengths = torch.randint(5, 25, (4, 1), generator=generator)
+        mask = (torch.arange(24) < lengths).long()
+        batches.append({"input_ids": ids.where(mask.bool(), 0), "attention_mask": mask})
+    return batches
+
+
+@pytest.mark.parametrize("target", [0.3, 0.5, 0.9])
+@pytest.mark.parametrize("tau", [0.5, 0.3])
+def test_calibrate_meets_the_target(target, tau):
+    model = sparse_llama(initializer_range=0.3)
+    for layer in sparse_layers(model).values():
+        layer.tau = tau
+        layer.router.weight.data.mul_(2)
+        layer.router.bias.data.fill_(0.7)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    set_mode_(model, "hard")
+    model.train()
+    batches = padded_batches()
+    shift = calibrate_(model, batches, target)
+    assert model.training
+    model.eval()
+    with track_sparsity(model) as meter, torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    assert meter.overall == pytest.approx(target, abs=0.005)
+    for name, parameter in model.named_parameters():
+        if name.endswith("router.bias"):
+            assert torch.allclose(parameter, before[name] - shift, atol=1e-5)
+        else:
+            assert torch.equal(parameter, before[name]), name
+
+
+def test_calibrate_needs_batches():
+    with pytest.raises(ValueError, match="at least one batch"):
+        calibrate_(sparse_llama(), [], 0.5)

@@ -1,0 +1,296 @@
+"""LTETrainer on a tiny llama: the three stages, what is logged, what moves, and what padding may not change."""
+
+import copy
+import math
+
+import pytest
+import torch
+from tiny_training import TOKENS, arguments, markov_blocks, sparse_llama, trainer_for
+from transformers import TrainerCallback
+
+from lte.modules.recording import sparse_layers, track_sparsity
+from lte.training.batches import PackedBlocks
+from lte.training.trainer import LTETrainer
+
+
+class Watch(TrainerCallback):
+    """Copies of the routers at the end of every step, by stage."""
+
+    def __init__(self):
+        self.routers: dict[str, list[dict[str, torch.Tensor]]] = {"dense": [], "soft": [], "hard": []}
+        self.trainer: LTETrainer | None = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        weights = {n: p.detach().clone() for n, p in self.trainer.model.named_parameters() if "router" in n}
+        self.routers[self.trainer.stage].append(weights)
+
+    def changed(self, stage: str, name: str) -> bool:
+        first, *_, last = self.routers[stage]
+        return any(not torch.equal(first[n], last[n]) for n in first if n.endswith(name))
+
+
+def watched(folder, **overrides) -> tuple[LTETrainer, Watch]:
+    watch = Watch()
+    watch.trainer = trainer_for(folder, callbacks=[watch], **overrides)
+    return watch.trainer, watch
+
+
+def steps_logged(trainer):
+    return [logs for logs in trainer.state.log_history if "loss" in logs]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One whole run at a target of 0.5."""
+    trainer, watch = watched(
+        tmp_path_factory.mktemp("run"), max_steps=80, learning_rate=1e-2, train_dataset=markov_blocks(1500)
+    )
+    trainer.train()
+    return trainer, watch
+
+
+def test_the_target_is_met_on_held_out_rows(run):
+    trainer, _ = run
+    model, held_out = trainer.model.eval(), markov_blocks(100, seed=9)
+    assert all(layer.mode == "hard" for layer in sparse_layers(model).values())
+    with track_sparsity(model) as meter, torch.no_grad():
+        loss = model(**PackedBlocks.collator(list(held_out))).loss.item()
+    assert meter.overall == pytest.approx(0.5, abs=0.02)
+    assert loss < 0.75 * math.log(64)  # it learned something too
+    assert trainer.evaluate(held_out)["eval_sparsity"] == pytest.approx(meter.overall, abs=1e-6)
+
+
+def test_what_is_logged(run):
+    trainer, _ = run
+    logs = steps_logged(trainer)
+    assert len(logs) == 80
+    plan = trainer.plan
+    always = {"task_loss", "efficiency_loss", "separability_loss", "near_tau", "eta", "sparsity"}
+    for step, entry in enumerate(logs):
+        stage, _ = plan.at(step)
+        if stage == "dense":
+            assert not always & entry.keys()
+            continue
+        assert always <= entry.keys(), step
+        layers = [entry["sparsity/layer_00"], entry["sparsity/layer_01"]]
+        assert entry["sparsity"] == pytest.approx(sum(layers) / 2, abs=1e-6)
+        assert 0 <= entry["near_tau"] <= 1
+        assert entry["separability_loss"] > 1
+        if stage == "hard":
+            assert entry["loss"] == pytest.approx(0.1 * entry["task_loss"] + 0.9 * entry["distillation_loss"], rel=1e-3)
+    assert logs[plan.dense]["sparsity"] < 0.05  # every expert starts open
+
+
+def test_router_weights_are_frozen_in_the_hard_stage_only(run):
+    _, watch = run
+    assert not watch.changed("dense", "router.weight")
+    assert watch.changed("soft", "router.weight")
+    assert watch.changed("soft", "router.bias")
+    assert not watch.changed("hard", "router.weight")
+    assert watch.changed("hard", "router.bias")  # calibration
+
+
+def test_the_temperature_is_folded_away(run):
+    trainer, _ = run
+    assert all(layer.router.temperature == 1 for layer in sparse_layers(trainer.model).values())
+
+
+def test_the_paper_recipe(tmp_path):
+    trainer, watch = watched(tmp_path, recipe="paper", eta=0.5)
+    trainer.train()
+    logs = steps_logged(trainer)
+    assert {entry["eta"] for entry in logs if "eta" in entry} == {0.5}
+    soft = [entry for step, entry in enumerate(logs) if trainer.plan.at(step)[0] == "soft"]
+    for entry in soft:
+        extra = 0.5 * entry["efficiency_loss"] + 0.5 * entry["separability_loss"]
+        assert entry["loss"] == pytest.approx(entry["task_loss"] + extra, rel=1e-3)
+    assert trainer.teacher is None
+    assert watch.changed("soft", "router.weight")
+    for stages in watch.routers.values():
+        for routers in stages:
+            assert all((p == 0).all() for n, p in routers.items() if n.endswith("bias"))
+    assert not watch.changed("hard", "router.weight")
+
+
+def test_the_paper_recipe_ignores_calibration_rows(tmp_path):
+    args = arguments(tmp_path, recipe="paper", eta=0.5, max_steps=4)
+    trainer = LTETrainer(
+        sparse_llama(),
+        args,
+        calibration_dataset=markov_blocks(4),
+        train_dataset=markov_blocks(40),
+        data_collator=PackedBlocks.collator,
+    )
+    trainer.train()
+    assert all((layer.router.bias == 0).all() for layer in sparse_layers(trainer.model).values())
+
+
+def test_the_dense_recipe_leaves_routers_alone(tmp_path):
+    trainer, watch = watched(tmp_path, recipe="dense")
+    before = {n: p.clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    assert len(watch.routers["dense"]) == 12
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, before[name]) == ("router" in name), name
+    assert all(layer.mode == "dense" for layer in sparse_layers(trainer.model).values())
+
+
+def test_routers_have_their_own_learning_rate_and_decay(tmp_path):
+    trainer = trainer_for(tmp_path, router_learning_rate=0.02, router_weight_decay=0.3, weight_decay=0.05)
+    groups = trainer.create_optimizer().param_groups
+    names = {id(p): n for n, p in trainer.model.named_parameters()}
+    found = {names[id(p)]: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert found.keys() == set(names.values())
+    assert sum(len(g["params"]) for g in groups) == len(found)
+    for name, (lr, decay) in found.items():
+        if name.endswith("router.weight"):
+            assert (lr, decay) == (0.02, 0.3)
+        elif name.endswith("router.bias"):
+            assert (lr, decay) == (0.02, 0.0)
+        else:
+            assert lr == 1e-3
+            assert decay == (0.0 if "norm" in name else 0.05), name
+
+
+def soft_trainer(folder, **overrides) -> LTETrainer:
+    """A trainer in the soft stage, before its first step."""
+    trainer = trainer_for(
+        folder, recipe="paper", **{"eta": 0.7, "dense_fraction": 0.0, "separability_floor": 1e-2, **overrides}
+    )
+    trainer.create_optimizer()
+    trainer.create_scheduler(4)
+    trainer.begin(4, None)
+    trainer.begin_step(0)
+    for layer in sparse_layers(trainer.model).values():
+        layer.router.weight.data.mul_(4)
+    return trainer
+
+
+def step(trainer: LTETrainer, batches: list[dict[str, torch.Tensor]]) -> tuple[dict, dict[str, torch.Tensor]]:
+    """What is logged of one optimizer step, and its gradients."""
+    trainer.model.zero_grad()
+    trainer._logged = {}
+    trainer.current_gradient_accumulation_steps = len(batches)
+    items = sum(batch["labels"][:, 1:].ne(-100).sum() for batch in batches)
+    total = sum(trainer.training_step(trainer.model, dict(b), items).item() for b in batches)
+    trainer.end_step()
+    logged = {name: torch.stack(values).mean().item() for name, values in trainer._logged.items()}
+    gradients = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+    return {**logged, "loss": total}, gradients
+
+
+def same(one, other):
+    logs, gradients = one
+    assert logs == pytest.approx(other[0], rel=1e-4, abs=1e-6)
+    assert gradients.keys() == other[1].keys()
+    for name, gradient in gradients.items():
+        expected = other[1][name]
+        assert (gradient - expected).norm() <= 1e-4 * expected.norm() + 1e-7, name
+
+
+def batch_of(rows: int, seed: int = 5) -> dict[str, torch.Tensor]:
+    batch = PackedBlocks.collator(list(markov_blocks(rows, seed)))
+    return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
+
+
+def padded(batch, left: int, right: int):
+    """Junk under attention mask 0 and labels -100."""
+    junk = torch.randint(3, 64, (len(batch["input_ids"]), left + right), generator=torch.Generator().manual_seed(1))
+    fills = {"input_ids": junk, "labels": torch.full_like(junk, -100), "attention_mask": torch.zeros_like(junk)}
+    return {n: torch.cat([fills[n][:, :left], value, fills[n][:, left:]], 1) for n, value in batch.items()}
+
+
+@pytest.mark.parametrize("stage", ["soft", "hard"])
+def test_padding_changes_nothing(tmp_path, stage):
+    trainer = soft_trainer(tmp_path)
+    if stage == "hard":
+        trainer._enter("hard")
+    batch = batch_of(4)
+    plain = step(trainer, [batch])
+    assert plain[0]["sparsity"] > 0.1
+    same(step(trainer, [padded(batch, 0, 7)]), plain)
+
+
+def test_padding_of_each_row_changes_nothing(tmp_path):
+    """Rows of different lengths in one batch: the same as their tokens counted one row at a time."""
+    trainer = soft_trainer(tmp_path)
+    batch = batch_of(2)
+    batch["attention_mask"][1, 5:] = 0
+    batch["labels"][1, 5:] = -100
+    found, _ = step(trainer, [batch])
+    alone = [
+        step(trainer, [{n: v[i : i + 1, :size] for n, v in batch.items()}])[0] for i, size in ((0, TOKENS), (1, 5))
+    ]
+    for name in ("efficiency_loss", "separability_loss", "near_tau", "sparsity", "sparsity/layer_01"):
+        mean = (TOKENS * alone[0][name] + 5 * alone[1][name]) / (TOKENS + 5)
+        assert found[name] == pytest.approx(mean, rel=1e-4), name
+
+
+def test_gradient_accumulation_equals_one_large_batch(tmp_path):
+    trainer = soft_trainer(tmp_path)
+    batch = batch_of(8)
+    batch["labels"][4:, :9] = -100  # labels are counted over both halves together
+    halves = [{n: v[:4] for n, v in batch.items()}, {n: v[4:] for n, v in batch.items()}]
+    whole, accumulated = step(trainer, [batch]), step(trainer, halves)
+    same(accumulated, whole)
+
+
+def test_gradient_accumulation_through_train(tmp_path):
+    weights = []
+    for size, accumulate in ((8, 1), (4, 2)):
+        trainer = trainer_for(
+            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulate, optim="sgd", max_steps=4
+        )
+        trainer.train()
+        weights.append((trainer.model.state_dict(), steps_logged(trainer)))
+    for name, value in weights[0][0].items():
+        assert torch.allclose(value, weights[1][0][name], atol=1e-5), name
+    for one, other in zip(weights[0][1], weights[1][1], strict=True):
+        for name in one.keys() - {"grad_norm", "epoch"}:
+            assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5), name
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(tmp_path):
+    plain = soft_trainer(tmp_path)
+    checkpointed = soft_trainer(tmp_path, gradient_checkpointing=True)
+    kwargs = checkpointed.args.gradient_checkpointing_kwargs
+    word = "activation" if hasattr(checkpointed.model, "activation_checkpointing_enable") else "gradient"  # renamed
+    getattr(checkpointed.model, f"{word}_checkpointing_enable")(**{f"{word}_checkpointing_kwargs": kwargs})
+    batch = batch_of(4)
+    same(step(checkpointed, [batch]), step(plain, [batch]))
+
+
+def test_gradient_checkpointing_trains(tmp_path):
+    weights = []
+    for given in ({}, {"gradient_checkpointing": True}):
+        trainer = trainer_for(tmp_path, max_steps=4, **given)
+        trainer.train()
+        weights.append(trainer.model.state_dict())
+    assert all(torch.allclose(value, weights[1][name], atol=1e-5) for name, value in weights[0].items())
+
+
+def test_distillation_is_kl_to_the_dense_model(tmp_path):
+    trainer = soft_trainer(tmp_path, distillation_weight=1.0, eta=0.0, separability_weight=0.0)
+    batch = batch_of(4)
+    batch["labels"][0, :9] = -100
+    with torch.no_grad():
+        student, teacher = (m.train()(input_ids=batch["input_ids"]).logits for m in (trainer.model, trainer.teacher))
+    keep = batch["labels"][:, 1:].ne(-100)
+    p, q = (one[:, :-1][keep].log_softmax(-1) for one in (teacher, student))
+    assert step(trainer, [batch])[0]["loss"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
+
+
+def test_what_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="LTETrainingArguments"):
+        LTETrainer(sparse_llama(), None)
+    with pytest.raises(ValueError, match="sparsify_"):
+        LTETrainer(torch.nn.Linear(2, 2), arguments(tmp_path))
+    args = copy.copy(arguments(tmp_path))
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match="torchrun"):
+        LTETrainer(sparse_llama(), args)
+
+
+def test_too_few_steps_are_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match="leave the soft stage none"):
+        trainer_for(tmp_path, max_steps=4, dense_fraction=0.5, hard_fraction=0.5).train()
