@@ -60,8 +60,8 @@ def test_sparsities_for_other_layers():
 
 
 def test_count_active_leaves_padding_out():
-    active = torch.tensor([[[1, 1, 0], [0, 1, 0]], [[1, 1, 1], [0, 0, 0]]]).bool()
-    assert [n.item() for n in count_active(active)] == [6, 12]
-    assert [n.item() for n in count_active(active, torch.tensor([[1, 1], [0, 1]]))] == [3, 9]
-    assert [n.item() for n in count_active(active, torch.zeros(2, 2))] == [0, 0]
+    active = torch.tensor([[[1, 1, 0], [0, 1, 0]], [[1, 1, 1], [0, 0, 0]]]).bool()  # layers, tokens, experts
+    assert [n.tolist() for n in count_active(active)] == [[3, 3], 6]
+    assert [n.tolist() for n in count_active(active, torch.tensor([0, 1]))] == [[1, 0], 3]
+    assert [n.tolist() for n in count_active(active, torch.zeros(2))] == [[0, 0], 0]
     assert count_active(active)[0].dtype == torch.int64

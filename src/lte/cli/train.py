@@ -4,6 +4,7 @@ import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_type_hints
 
@@ -90,6 +91,9 @@ def parse_train(argv: Sequence[str]) -> Train:
     arguments = list(argv)
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         arguments = [*recipe_arguments(Path(arguments[0])), *arguments[1:]]
+    on_cpu = any(pair == ("--device", "cpu") for pair in pairwise(arguments))
+    if on_cpu or not torch.cuda.is_available():
+        arguments.append("--use-cpu")  # must be known while parsing: bf16 without a GPU is refused otherwise
     return parse(Train, "train", ["--output-dir" if one in ("-o", "--output") else one for one in arguments])
 
 
