@@ -1,5 +1,4 @@
 import json
-import shutil
 
 import pytest
 import torch
@@ -239,15 +238,6 @@ def test_tokenizer(folder):
     words = Tokenizer(WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)
     assert AutoTokenizer.from_pretrained(folder)("b")["input_ids"] == [2]
-
-
-def test_lte_folder(folder, tmp_path):
-    assert architectures.is_lte_folder(folder)
-    dense = tmp_path / "dense"
-    tiny_model("llama").save_pretrained(dense)
-    assert not architectures.is_lte_folder(dense)
-    shutil.rmtree(dense)
-    assert not architectures.is_lte_folder(dense)
 
 
 def test_classes_have_names():

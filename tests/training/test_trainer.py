@@ -159,7 +159,7 @@ def soft_trainer(folder, **overrides) -> LTETrainer:
     )
     trainer.create_optimizer()
     trainer.create_scheduler(4)
-    trainer.begin(4, None)
+    trainer.begin(None)
     trainer.begin_step(0)
     for layer in sparse_layers(trainer.model).values():
         layer.router.weight.data.mul_(4)

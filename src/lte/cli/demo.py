@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from lte.cli.console import err, out, print_json, table, track
 from lte.cli.main import parse
 from lte.cli.options import Output
-from lte.cli.progress import TrainingProgress
+from lte.cli.progress import train_with_progress
 from lte.evaluation.evaluate import Evaluation, evaluate
 from lte.evaluation.plots import plot_training
 from lte.methods.lte import LTEConfig
@@ -99,7 +98,6 @@ def main(argv: Sequence[str]) -> None:
             logging_steps=max(1, steps // 30),
             save_strategy="no",
             report_to="none",
-            dataloader_pin_memory=False,
             calibration_rows=budget.calibration,
             recipe="dense" if name == "dense" else "default",
             target_sparsity=None if name == "dense" else options.target_sparsity,
@@ -166,12 +164,8 @@ def _measure_step(model: PreTrainedModel, data: PackedBlocks) -> tuple[bool, flo
 
 
 def _train(model: PreTrainedModel, args: LTETrainingArguments, data: Any) -> list[dict[str, Any]]:
-    progress = TrainingProgress()
-    trainer = LTETrainer(model=model, args=args, train_dataset=data, data_collator=data.collator, callbacks=[progress])
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
-    with progress:
-        trainer.train()
+    trainer = LTETrainer(model=model, args=args, train_dataset=data, data_collator=data.collator)
+    train_with_progress(trainer)
     return trainer.state.log_history
 
 

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-from lte.cli.console import err, print_json, table, track
+from lte.cli.console import print_json, table, track
 from lte.cli.main import parse
-from lte.cli.options import DataOptions, DeviceOptions, Model
+from lte.cli.options import DataOptions, DeviceOptions, Model, open_model
 from lte.evaluation.evaluate import Evaluation, evaluate
 from lte.surgery.convert import set_mode_
-from lte.surgery.loading import load_config, load_model, load_tokenizer
+from lte.surgery.loading import load_config, load_tokenizer
 
 
 @dataclass
@@ -37,9 +37,7 @@ def main(argv: Sequence[str]) -> None:
     dataset = options.data.load(options.data.text, load_tokenizer(options.model), config)
     if options.max_rows is not None:
         dataset = dataset.head(options.max_rows)
-    with err.status("loading the model"):
-        head = options.data.head(bool(config.is_encoder_decoder))
-        model = load_model(options.model, head, dtype).to(device)  # pyright: ignore[reportArgumentType]
+    model = open_model(options.model, options.data.head(config), device, dtype)
     if options.mode != "saved":
         set_mode_(model, options.mode)
     result = evaluate(model, dataset, options.batch_size, progress=lambda batches: track(batches, "evaluating"))

@@ -9,9 +9,9 @@ from transformers import TextStreamer, set_seed
 
 from lte.cli.console import err
 from lte.cli.main import parse
-from lte.cli.options import DeviceOptions, Model
+from lte.cli.options import DeviceOptions, Model, generating_head, open_model
 from lte.modules.recording import SparsityMeter, track_sparsity
-from lte.surgery.loading import load_config, load_model, load_tokenizer
+from lte.surgery.loading import load_config, load_tokenizer
 
 
 @dataclass
@@ -45,9 +45,7 @@ def main(argv: Sequence[str]) -> None:
     device, dtype = options.where.resolve()
     config = load_config(options.model)
     tokenizer = load_tokenizer(options.model)
-    head = "seq2seq" if config.is_encoder_decoder else "causal"
-    with err.status("loading the model"):
-        model = load_model(options.model, head, dtype).to(device).eval()  # pyright: ignore[reportArgumentType]
+    model = open_model(options.model, generating_head(config), device, dtype).eval()
     text = options.prompt
     if options.chat:
         if not tokenizer.chat_template:

@@ -5,9 +5,10 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
+from transformers import PreTrainedModel
 
 from lte.cli.console import err
-from lte.surgery.loading import Head
+from lte.surgery.loading import Head, load_model
 from lte.training.data import DataConfig, Task, load_dataset_for
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -23,10 +24,8 @@ class DataOptions:
     """What the data is: running text, prompts with completions, or texts with labels."""
     data: DataConfig = field(default_factory=DataConfig)
 
-    def head(self, is_encoder_decoder: bool) -> Head:
-        if self.task == "classification":
-            return "classification"
-        return "seq2seq" if is_encoder_decoder else "causal"
+    def head(self, model_config: Any) -> Head:
+        return "classification" if self.task == "classification" else generating_head(model_config)
 
     def load(self, sources: tuple[str, ...], tokenizer: Any, model_config: Any, data: DataConfig | None = None) -> Any:
         if not sources:
@@ -67,6 +66,16 @@ class DeviceOptions:
         else:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return device, self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+
+
+def generating_head(model_config: Any) -> Head:
+    return "seq2seq" if model_config.is_encoder_decoder else "causal"
+
+
+def open_model(name: str, head: Head, device: torch.device, dtype: torch.dtype | str) -> PreTrainedModel:
+    """The model on its device, with a word on the terminal while it loads."""
+    with err.status("loading the model"):
+        return load_model(name, head, dtype).to(device)  # pyright: ignore[reportArgumentType]
 
 
 Output = Annotated[str, tyro.conf.arg(aliases=("-o",))]

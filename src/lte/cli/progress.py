@@ -3,13 +3,24 @@
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from lte.cli.console import err
 
 
+def train_with_progress(trainer: Trainer, resume: bool = False) -> None:
+    """``trainer.train()`` with this progress in place of the trainer's own."""
+    progress = TrainingProgress()
+    trainer.add_callback(progress)
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    with progress:
+        trainer.train(resume_from_checkpoint=resume)
+
+
 class TrainingProgress(TrainerCallback):
-    """Shows step, stage, loss, sparsity and eta. Use as a context manager around ``train()``."""
+    """Shows step, loss, sparsity and eta. Use as a context manager around ``train()``."""
 
     def __init__(self) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -8,13 +8,13 @@ from typing import Annotated
 import tyro
 from torch.utils.data import DataLoader
 
-from lte.cli.console import err, out, track
+from lte.cli.console import out, track
 from lte.cli.main import parse
-from lte.cli.options import DataOptions, DeviceOptions, Output
+from lte.cli.options import DataOptions, DeviceOptions, Output, open_model
 from lte.methods.lte import Grouping, LTEConfig
 from lte.modules.recording import sparse_layers
 from lte.surgery.convert import sparsify_
-from lte.surgery.loading import load_config, load_model, load_tokenizer
+from lte.surgery.loading import load_config, load_tokenizer
 
 _RECORDED_BATCHES = 64
 
@@ -46,8 +46,7 @@ def main(argv: Sequence[str]) -> None:
     if method.needs_activations:
         dataset = options.data.load(options.data.text, tokenizer, config)
         batches = islice(DataLoader(dataset, batch_size=1, collate_fn=dataset.collator), _RECORDED_BATCHES)
-    with err.status("loading the model"):
-        model = load_model(options.model, options.data.head(bool(config.is_encoder_decoder)), dtype).to(device)  # pyright: ignore[reportArgumentType]
+    model = open_model(options.model, options.data.head(config), device, dtype)
     sparsify_(model, method, batches, progress=lambda sites: track(list(sites), "grouping neurons"))
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)

@@ -14,14 +14,13 @@ import tyro
 import yaml
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from lte import __version__
 from lte.cli.console import err, print_json, track
 from lte.cli.eval import show
 from lte.cli.main import parse
 from lte.cli.options import DataOptions, DeviceOptions
-from lte.cli.progress import TrainingProgress
+from lte.cli.progress import train_with_progress
 from lte.evaluation.evaluate import evaluate
 from lte.methods.lte import Grouping, LTEConfig
 from lte.surgery.convert import sparsify_
@@ -91,8 +90,9 @@ def parse_train(argv: Sequence[str]) -> Train:
     arguments = list(argv)
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         arguments = [*recipe_arguments(Path(arguments[0])), *arguments[1:]]
-    on_cpu = any(pair == ("--device", "cpu") for pair in pairwise(arguments))
-    if on_cpu or not torch.cuda.is_available():
+    given = [value for flag, value in pairwise(arguments) if flag == "--device"]
+    given += [one.removeprefix("--device=") for one in arguments if one.startswith("--device=")]
+    if given == ["cpu"] or (given in ([], ["auto"]) and not torch.cuda.is_available()):
         arguments.append("--use-cpu")  # must be known while parsing: bf16 without a GPU is refused otherwise
     return parse(Train, "train", ["--output-dir" if one in ("-o", "--output") else one for one in arguments])
 
@@ -135,11 +135,9 @@ def train(options: Train, argv: Sequence[str]) -> dict[str, Any]:
     args = options.training
     set_seed(args.seed)
     device, dtype = options.where.resolve()
-    if device.type == "cpu":
-        args.use_cpu, args.dataloader_pin_memory = True, False
-    train_set, held_out, calibration, tokenizer, class_names = _load_data(options)
-    model = _load_sparse(options, dtype, class_names, train_set).to(device)  # pyright: ignore[reportArgumentType]
-    progress = TrainingProgress()
+    config, tokenizer = load_config(options.model), load_tokenizer(options.model)
+    train_set, held_out, calibration = _load_data(options, config, tokenizer)
+    model = _load_sparse(options, config, dtype, train_set).to(device)  # pyright: ignore[reportArgumentType]
     trainer = LTETrainer(
         model=model,
         args=args,
@@ -148,12 +146,8 @@ def train(options: Train, argv: Sequence[str]) -> dict[str, Any]:
         eval_dataset=held_out,
         data_collator=train_set.collator,
         processing_class=tokenizer,
-        callbacks=[progress],
     )
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
-    with progress:
-        trainer.train(resume_from_checkpoint=options.resume)
+    train_with_progress(trainer, options.resume)
     folder = Path(cast(str, args.output_dir))
     trainer.save_model(str(folder))
     batch_size = args.per_device_eval_batch_size
@@ -187,10 +181,8 @@ def environment(device: torch.device) -> dict[str, str]:
     }
 
 
-def _load_data(options: Train) -> tuple[Any, Any, Any, Any, tuple[str, ...] | None]:
-    """Training, held-out and calibration data (None: the trainer keeps rows out), tokenizer, class names."""
-    config = load_config(options.model)
-    tokenizer = load_tokenizer(options.model)
+def _load_data(options: Train, config: Any, tokenizer: Any) -> tuple[Any, Any, Any]:
+    """Training, held-out and calibration data (None: the trainer keeps rows out)."""
     data = options.data.load(options.data.text, tokenizer, config)
     like_data = replace(options.data.data, class_names=data.class_names)
     calibration = None
@@ -201,17 +193,16 @@ def _load_data(options: Train) -> tuple[Any, Any, Any, Any, tuple[str, ...] | No
         train_set, held_out = data, options.data.load(options.eval_text, tokenizer, config, like_data)
     else:
         train_set, held_out = split_held_out(data, options.held_out, options.training.seed)
-    return train_set, held_out, calibration, tokenizer, data.class_names
+    return train_set, held_out, calibration
 
 
-def _load_sparse(options: Train, dtype: Any, class_names: tuple[str, ...] | None, train_set: Any) -> PreTrainedModel:
-    config = load_config(options.model)
-    labels = {}
+def _load_sparse(options: Train, config: Any, dtype: Any, train_set: Any) -> PreTrainedModel:
+    class_names, labels = train_set.class_names, {}
     if class_names is not None:
         labels = {"num_labels": len(class_names), "id2label": dict(enumerate(class_names))}
         labels["label2id"] = {name: index for index, name in enumerate(class_names)}
     with err.status("loading the model"):
-        head = options.data.head(bool(config.is_encoder_decoder))
+        head = options.data.head(config)
         model = load_model(options.model, head, torch.float32 if dtype == "auto" else dtype, **labels)
     if not hasattr(model.config, "lte"):
         method = LTEConfig(

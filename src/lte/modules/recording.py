@@ -154,8 +154,9 @@ class SparsityMeter:
         self._active: dict[str, Tensor] = {}
         self._total: dict[str, Tensor] = {}
 
-    def add(self, layers: dict[str, Selecting], recording: Recording) -> None:
-        for names, scores, mask in recording.stacked():
+    def add(self, layers: dict[str, Selecting], stacked: list[tuple[list[str], Tensor, Tensor | None]]) -> None:
+        """Count a forward pass, given as :meth:`Recording.stacked` gives it."""
+        for names, scores, mask in stacked:
             active_L, total = count_active(threshold(scores, layers[names[0]].tau), mask)
             for name, active in zip(names, active_L, strict=True):
                 self._active[name] = self._active.get(name, 0) + active
@@ -186,5 +187,5 @@ def track_sparsity(model: nn.Module) -> Iterator[SparsityMeter]:
     layers = sparse_layers(model)
     meter = SparsityMeter()
     with record_scores(model) as recording:
-        recording._after.append(lambda: meter.add(layers, recording))
+        recording._after.append(lambda: meter.add(layers, recording.stacked()))
         yield meter

@@ -104,7 +104,7 @@ def _in_memory(values: dict[str, Any]) -> dict[str, Any]:
             f"config.json has base_model_type {base_type!r}, which transformers does not know: update transformers, "
             f"or make your own architecture known with AutoConfig.register({base_type!r}, ...) before loading"
         )
-    Method.from_dict({name: value for name, value in method.items() if name != "mode"})  # so that errors come early
+    Method.from_dict(method)  # so that errors come early
     return {**{name: value for name, value in values.items() if name not in _ON_DISK}, "model_type": base_type}
 
 
@@ -117,8 +117,7 @@ class LTEModelMixin:
 
         if not hasattr(config, "lte"):
             raise ValueError(f"{type(self).__name__} needs a config with a section lte; make one with lte.sparsify_")
-        values = {name: value for name, value in config.lte.items() if name != "mode"}
-        method = Method.from_dict(values)
+        method = Method.from_dict(config.lte)
         assert isinstance(self, nn.Module)
         for site in find_sites(self, config.model_type):
             router = install_(site, method).router
@@ -245,12 +244,6 @@ def __getattr__(name: str) -> type:
     if isinstance(base, type) and issubclass(base, PreTrainedModel):
         return lte_model_class(base)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def is_lte_folder(folder: Path) -> bool:
-    """Whether a folder holds a model saved by ``lte``."""
-    config = folder / "config.json"
-    return config.is_file() and json.loads(config.read_text()).get("model_type") == MODEL_TYPE
 
 
 AutoConfig.register(MODEL_TYPE, LTEAutoConfig)

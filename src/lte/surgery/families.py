@@ -173,7 +173,7 @@ def family_rows(model_type: str) -> tuple[Family, ...]:
     rows = _FAMILIES.get(model_type)
     if rows is None:
         raise ValueError(
-            f"unknown model family {model_type!r}. Known: {', '.join(sorted(_FAMILIES))}. Register it with "
+            f"unknown model family {model_type!r}. Known: {', '.join(known_families())}. Register it with "
             f'lte.register_family({model_type!r}, lte.Family(layer="ItsDecoderLayer", site="mlp", '
             'gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj", act="mlp.act_fn"))'
         )

@@ -48,12 +48,12 @@ class Method:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "Method":
-        """The method that :meth:`to_dict` described.
+        """The method that :meth:`to_dict` described; a config's section ``lte``, whose ``mode`` is not the method's.
 
         Raises:
             ValueError: unknown method, unknown option, or one of the wrong type.
         """
-        values = dict(values)
+        values = {option: value for option, value in values.items() if option != "mode"}
         name = values.pop("method", None)
         cls = Method._by_name.get(name or "")
         if cls is None:

@@ -3,7 +3,6 @@
 import copy
 import logging
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -87,7 +86,7 @@ class LTETrainer(Trainer):
 
     # ---- the stages
 
-    def begin(self, max_steps: int, resumed: dict[str, Any] | None) -> None:
+    def begin(self, resumed: dict[str, Any] | None) -> None:
         """Called when training begins, with what a checkpoint remembers of the run, or None."""
         self.stage = None
         if resumed:
@@ -127,7 +126,7 @@ class LTETrainer(Trainer):
 
     def memory(self) -> dict[str, Any]:
         """What a checkpoint has to remember to go on."""
-        return {"stage": self.stage, "eta": self.eta, "integral": self.controller.integral, "plan": asdict(self.plan)}
+        return {"stage": self.stage, "eta": self.eta, "integral": self.controller.integral}
 
     @torch.no_grad()
     def _enter(self, stage: Stage) -> None:
@@ -184,7 +183,7 @@ class LTETrainer(Trainer):
                 "fine-tune first, then lte.sparsify_, then train with dense_fraction=0"
             )
         model = self._unwrapped
-        method = Method.from_dict({k: v for k, v in model.config.lte.items() if k != "mode"})
+        method = Method.from_dict(model.config.lte)
         if method.needs_activations:
             return  # grouped on recorded activations before training; those are not at hand here
         for index, site in enumerate(find_sites(model, model.config.model_type)):
@@ -288,14 +287,15 @@ class LTETrainer(Trainer):
         tau = next(iter(layers.values())).tau
         floor = self.args.separability_floor
         efficiency = separability = near = torch.zeros((), device=self.args.device)
-        for names, scores, mask in recording.stacked():
+        stacked = recording.stacked()
+        for names, scores, mask in stacked:
             share = len(names) / len(layers)
             efficiency = efficiency + share * efficiency_loss(scores, mask)
             separability = separability + share * separability_loss(scores, tau, floor, mask)
             close_L, total = count_active(scores.detach().sub(tau).abs() <= _NEAR_TAU, mask)
             near = near + share * (close_L / total).mean()
         with torch.no_grad():
-            self._step_meter.add(layers, recording)
+            self._step_meter.add(layers, stacked)
         self._note("efficiency_loss", efficiency)
         self._note("separability_loss", separability)
         self._note("near_tau", near)
@@ -307,12 +307,13 @@ class LTETrainer(Trainer):
         """Mix the task loss with KL to the teacher's outputs, over the positions that have a label."""
         if self.teacher is None:
             return task
+        encoder_decoder = getattr(self._unwrapped.config, "is_encoder_decoder", False)
         with torch.no_grad(), self.accelerator.autocast():
-            teacher = self.teacher(**{k: v for k, v in inputs.items() if k != "num_items_in_batch"})["logits"]
+            # labels only where the decoder reads them: from them the teacher would compute a loss nobody wants
+            teacher = self.teacher(**{k: v for k, v in inputs.items() if k != "labels" or encoder_decoder})["logits"]
         student, labels = outputs["logits"], inputs.get("labels")
         if student.ndim == 3 and labels is not None:
-            shift = not getattr(self._unwrapped.config, "is_encoder_decoder", False)
-            keep = (F.pad(labels[:, 1:], (0, 1), value=-100) if shift else labels).ne(-100)
+            keep = (labels if encoder_decoder else F.pad(labels[:, 1:], (0, 1), value=-100)).ne(-100)
             student, teacher = student[keep], teacher[keep]
         per_row = F.kl_div(
             student.float().log_softmax(-1), teacher.float().log_softmax(-1), log_target=True, reduction="none"
@@ -389,7 +390,7 @@ class _Stages(TrainerCallback, ExportableState):
     ) -> None:
         callbacks = cast(dict[str, Any], state.stateful_callbacks)
         saved = callbacks.get(type(self).__name__) if state.global_step else None
-        self.trainer.begin(state.max_steps, saved["attributes"] if isinstance(saved, dict) else None)
+        self.trainer.begin(saved["attributes"] if isinstance(saved, dict) else None)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
