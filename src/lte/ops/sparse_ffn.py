@@ -1,0 +1,157 @@
+"""``sparse_ffn``: an FFN of which each token uses the experts its router picks. Chooses among the backends."""
+
+import logging
+from functools import cache
+from importlib import import_module
+from typing import Literal, Protocol, cast, get_args
+
+import torch
+from torch import Tensor
+
+from lte.ops import reference
+from lte.ops.weights import Activation, FFNWeights
+
+logger = logging.getLogger(__name__)
+
+BackendName = Literal["auto", "reference", "triton", "cpu"]
+
+
+class Backend(Protocol):
+    """What a backend's module offers."""
+
+    def refuses(self, x_TD: Tensor, weights: FFNWeights) -> str | None:
+        """Why it cannot compute this, in one line; None if it can."""
+        ...
+
+    def pays(self, x_TD: Tensor, weights: FFNWeights) -> bool:
+        """Whether it is the fastest for this, by measured crossovers. Asked only where it does not refuse."""
+        ...
+
+    def sparse_ffn(self, x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None = None) -> Tensor:
+        """Compute it: at least one token, checked arguments."""
+        ...
+
+
+@cache
+def load_backend(name: str) -> Backend:
+    """A backend's module. It brings its compiler along, so it is imported when first asked for."""
+    return cast(Backend, import_module(f"lte.ops.{name}"))
+
+
+def sparse_ffn(x: Tensor, weights: FFNWeights, active: Tensor | None = None, backend: BackendName = "auto") -> Tensor:
+    """An FFN's output with inactive experts left out, unscaled (hard selection, LTE paper section 4.2).
+
+    Args:
+        x: ``[..., D]``.
+        weights: the FFN, see :class:`FFNWeights`.
+        active: bool ``[..., E]``, in place of the router's choice.
+        backend: ``auto`` takes the fastest for device, dtype, shape and number of tokens. A backend asked for by
+            name runs or raises. Only ``reference``, which is plain PyTorch, computes gradients.
+
+    Returns:
+        ``[..., D]``, in ``x``'s dtype.
+
+    Raises:
+        ValueError: unknown backend, one that cannot compute this (with its reason), shapes or devices that do
+            not fit.
+    """
+    _check(x, weights, active, backend)
+    x_TD = x.reshape(-1, weights.d_model)
+    active_TE = None if active is None else active.reshape(-1, weights.num_experts)
+    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights.tensors().values()))
+    if needs_gradient and backend not in ("auto", "reference"):
+        raise ValueError(
+            f"backend {backend!r} computes no gradient: call it under torch.no_grad(), or take 'reference'"
+        )
+    if needs_gradient or backend == "reference":
+        y_TD = reference.sparse_ffn(x_TD, weights, active_TE)
+    elif torch.compiler.is_compiling():
+        y_TD = _opaque(x_TD, **weights.arguments(), active=active_TE, backend=backend)
+    else:
+        y_TD = _run(x_TD, weights, active_TE, backend)
+    return y_TD.view(x.shape)
+
+
+def choose(x_TD: Tensor, weights: FFNWeights, backend: BackendName) -> BackendName:
+    """The backend that computes this.
+
+    Raises:
+        ValueError: asked for by name and unable.
+    """
+    if backend == "auto":
+        name = {"cuda": "triton", "cpu": "cpu"}.get(x_TD.device.type)
+        if name is None:
+            return "reference"
+        reason = _why_not(name, x_TD, weights)
+        if reason is not None:
+            _say_once(f"{name} backend not used: {reason}")
+            return "reference"
+        return cast(BackendName, name) if load_backend(name).pays(x_TD, weights) else "reference"
+    reason = _why_not(backend, x_TD, weights)
+    if reason is not None:
+        raise ValueError(f"backend {backend!r} cannot run here: {reason}")
+    return backend
+
+
+def _run(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, backend: BackendName) -> Tensor:
+    if x_TD.shape[0] == 0:
+        return torch.empty_like(x_TD)
+    return load_backend(choose(x_TD, weights, backend)).sparse_ffn(x_TD, weights, active_TE)
+
+
+def _why_not(name: str, x_TD: Tensor, weights: FFNWeights) -> str | None:
+    try:
+        return load_backend(name).refuses(x_TD, weights)
+    except ImportError as error:
+        return f"{error}; pip install 'lte[{name}]'"
+
+
+@cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
+
+
+def _check(x: Tensor, weights: FFNWeights, active: Tensor | None, backend: BackendName) -> None:
+    if backend not in get_args(BackendName):
+        raise ValueError(f"backend is {backend!r}, but it is one of {', '.join(get_args(BackendName))}")
+    if x.ndim == 0 or x.shape[-1] != weights.d_model:
+        raise ValueError(f"x is {tuple(x.shape)}, but this FFN takes [..., {weights.d_model}]")
+    if not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype}, but it must be floating point")
+    for name, tensor in weights.tensors().items():
+        if tensor.device != x.device:
+            raise ValueError(f"x is on {x.device}, but {name} is on {tensor.device}: move one of them")
+    expected = (*x.shape[:-1], weights.num_experts)
+    if active is not None and (active.dtype, active.shape, active.device) != (torch.bool, expected, x.device):
+        raise ValueError(
+            f"active is {active.dtype} {tuple(active.shape)} on {active.device}, "
+            f"but it must be torch.bool {expected} on {x.device}"
+        )
+
+
+@torch.library.custom_op("lte::sparse_ffn", mutates_args=())
+def _opaque(
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    router: Tensor,
+    gate: Tensor | None,
+    router_bias: Tensor | None,
+    up_bias: Tensor | None,
+    gate_bias: Tensor | None,
+    down_bias: Tensor | None,
+    act: str,
+    threshold: float,
+    active: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """What ``torch.compile`` and ``torch.export`` see: one call, not looked into."""
+    weights = FFNWeights(
+        up, down, router, gate, router_bias, up_bias, gate_bias, down_bias, cast(Activation, act), threshold
+    )
+    return _run(x, weights, active, cast(BackendName, backend))
+
+
+@_opaque.register_fake
+def _(x: Tensor, *_args: object, **_kwargs: object) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -1,0 +1,92 @@
+"""The weights of one sparse FFN, as the operation takes them: one row a neuron in all three matrices."""
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
+"""``gelu`` is the exact one (erf), ``gelu_tanh`` its tanh approximation, ``relu2`` ReLU squared."""
+
+
+@dataclass(frozen=True)
+class FFNWeights:
+    """``down(act(gate x + gate_bias) * (up x + up_bias)) + down_bias``, of the experts that the router picks.
+
+    Neurons of an expert are contiguous. An FFN without a gate computes ``down(act(up x + up_bias))``.
+
+    Shapes: T tokens, D model width, F neurons, E experts of N neurons each (F = E * N).
+
+    Attributes:
+        up: ``[F, D]``.
+        down: ``[F, D]``, the transpose of what a linear layer keeps: row f is what neuron f adds to the output.
+        router: ``[E, D]``.
+        gate: ``[F, D]``, or None.
+        router_bias: ``[E]``, or None.
+        up_bias, gate_bias: ``[F]``, or None. ``down_bias``: ``[D]``, or None; added whatever is active.
+        act: the activation, by name.
+        threshold: an expert is active when ``x . router + router_bias > threshold``. It is ``logit(tau)``.
+
+    Raises:
+        ValueError: shapes that do not belong together, an unknown activation.
+    """
+
+    up: Tensor
+    down: Tensor
+    router: Tensor
+    gate: Tensor | None = None
+    router_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    gate_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    act: Activation = "silu"
+    threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.act not in get_args(Activation):
+            raise ValueError(f"act is {self.act!r}, but it is one of {', '.join(get_args(Activation))}")
+        if self.up.ndim != 2 or self.router.ndim != 2 or self.d_ff % max(1, self.num_experts):
+            raise ValueError(
+                f"up is {tuple(self.up.shape)} and router {tuple(self.router.shape)}, but they are [F, D] and [E, D], "
+                "F a multiple of E"
+            )
+        neurons, width, experts = (self.d_ff, self.d_model), (self.d_model,), (self.num_experts,)
+        expected = {
+            "down": neurons,
+            "gate": neurons,
+            "router": (self.num_experts, self.d_model),
+            "router_bias": experts,
+            "up_bias": (self.d_ff,),
+            "gate_bias": (self.d_ff,),
+            "down_bias": width,
+        }
+        for name, shape in expected.items():
+            tensor = getattr(self, name)
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise ValueError(f"{name} is {tuple(tensor.shape)}, but beside up {tuple(self.up.shape)} it is {shape}")
+        if self.gate_bias is not None and self.gate is None:
+            raise ValueError("gate_bias is given, but there is no gate")
+
+    @property
+    def d_ff(self) -> int:
+        return self.up.shape[0]
+
+    @property
+    def d_model(self) -> int:
+        return self.up.shape[1]
+
+    @property
+    def num_experts(self) -> int:
+        return self.router.shape[0]
+
+    @property
+    def expert_size(self) -> int:
+        return self.d_ff // self.num_experts
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are there, by name."""
+        return {name: value for name, value in self.arguments().items() if isinstance(value, Tensor)}
+
+    def arguments(self) -> dict[str, Any]:
+        """All fields by name, as they are."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
