@@ -25,6 +25,7 @@ from lte.training.batches import PackedBlocks, PaddedRows, split_held_out
 from lte.training.calibration import calibrate_
 from lte.training.checkpoints import last_complete_checkpoint
 from lte.training.controller import SparsityController
+from lte.training.distillation import summed_kl
 from lte.training.stages import Stage, StagePlan
 
 logger = logging.getLogger(__name__)
@@ -312,13 +313,14 @@ class LTETrainer(Trainer):
             # labels only where the decoder reads them: from them the teacher would compute a loss nobody wants
             teacher = self.teacher(**{k: v for k, v in inputs.items() if k != "labels" or encoder_decoder})["logits"]
         student, labels = outputs["logits"], inputs.get("labels")
+        mask = None
         if student.ndim == 3 and labels is not None:
-            keep = (labels if encoder_decoder else F.pad(labels[:, 1:], (0, 1), value=-100)).ne(-100)
-            student, teacher = student[keep], teacher[keep]
-        per_row = F.kl_div(
-            student.float().log_softmax(-1), teacher.float().log_softmax(-1), log_target=True, reduction="none"
-        ).sum(-1)
-        kl = per_row.mean() if num_items is None else per_row.sum() / num_items * self._ranks_scale
+            mask = (labels if encoder_decoder else F.pad(labels[:, 1:], (0, 1), value=-100)).ne(-100)
+        total = summed_kl(student, teacher, mask)
+        if num_items is not None:
+            kl = total / num_items * self._ranks_scale
+        else:
+            kl = total / (mask.sum() if mask is not None else student[..., 0].numel())
         self._note("distillation_loss", kl * (1 if num_items is None else self.current_gradient_accumulation_steps))
         share = cast(float, self.args.distillation_weight)
         return (1 - share) * task + share * kl

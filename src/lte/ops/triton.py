@@ -1,0 +1,60 @@
+"""``sparse_ffn`` in Triton, for NVIDIA GPUs. Three ways, by the number of tokens:
+
+1 token: a single pass over the rows of active experts (:mod:`lte.ops.triton_token`).
+2 to 64: the union of the tokens' experts, with matrix units (:mod:`lte.ops.triton_union`).
+More: all experts by cuBLAS, and one kernel that activates and masks (:mod:`lte.ops.triton_masked`).
+
+All are free of host synchronisation, so they can be captured in CUDA graphs, and give the same bits in every run: no
+floating-point atomics.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+from lte.ops.triton_masked import masked_ffn
+from lte.ops.triton_token import MAX_WIDTH, token_ffn
+from lte.ops.triton_union import MAX_TOKENS, union_ffn
+from lte.ops.weights import FFNWeights
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def refuses(x_TD: Tensor, weights: FFNWeights) -> str | None:
+    """Why Triton cannot compute this; None if it can."""
+    if not x_TD.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"Triton needs a CUDA device, but x is on {x_TD.device}"
+    if x_TD.dtype not in DTYPES:
+        return f"x is {x_TD.dtype}, and the kernels take float16, bfloat16 and float32"
+    for name, tensor in weights.tensors().items():
+        if name in ("up", "down", "gate"):
+            if tensor.dtype != x_TD.dtype:
+                return f"x is {x_TD.dtype}, but {name} is {tensor.dtype}: convert one of them"
+            if tensor.stride() != (weights.d_model, 1):
+                return f"{name} is not laid out one row a neuron: pack the model with lte.optimize_"
+    if weights.d_model % 16 or weights.d_ff % 16:
+        return f"d_model {weights.d_model} and d_ff {weights.d_ff} must be multiples of 16"
+    if weights.d_model > MAX_WIDTH:
+        return f"d_model {weights.d_model} is above {MAX_WIDTH}"
+    if weights.expert_size not in (16, 32, 64, 128):
+        return f"an expert has {weights.expert_size} neurons, and the kernels take 16, 32, 64 or 128"
+    return None
+
+
+def pays(x_TD: Tensor, weights: FFNWeights) -> bool:
+    """Always: beyond the tokens at which skipping helps it is the masked dense computation."""
+    return True
+
+
+def sparse_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None = None) -> Tensor:
+    """As :func:`lte.ops.sparse_ffn.sparse_ffn`."""
+    x_TD = x_TD.contiguous()
+    if active_TE is not None:
+        active_TE = active_TE.contiguous()
+    tokens = x_TD.shape[0]
+    if tokens == 1:
+        return token_ffn(x_TD, weights, active_TE)
+    if tokens <= MAX_TOKENS:
+        return union_ffn(x_TD, weights, active_TE)
+    return masked_ffn(x_TD, weights, active_TE)

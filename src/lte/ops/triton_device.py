@@ -1,0 +1,32 @@
+"""What the kernels need to know of the device."""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """A GPU, or the CPU that runs Triton's interpreter.
+
+    Attributes:
+        multiprocessors: how many it has.
+        shared_memory: bytes that one program may use.
+        overlap: the launch arguments for kernels that begin while the one before them ends: Hopper and later.
+    """
+
+    multiprocessors: int
+    shared_memory: int
+    overlap: dict[str, Any]
+
+
+@cache
+def device_info(device: torch.device) -> DeviceInfo:
+    """Looked up once a device."""
+    if device.type != "cuda":
+        return DeviceInfo(4, 100_000, {"PDL": False})
+    properties = torch.cuda.get_device_properties(device)
+    overlap = {"PDL": True, "launch_pdl": True} if properties.major >= 9 else {"PDL": False}
+    return DeviceInfo(properties.multi_processor_count, properties.shared_memory_per_block_optin, overlap)

@@ -1,0 +1,229 @@
+"""One token: three small launches around a single pass over the weights of the active experts.
+
+1. ``_route``: a logit an expert, one byte an expert out.
+2. ``_experts``: the active experts' neurons, as many rows for each program, whichever experts they belong to. For a row
+   it reads gate, up and down together (they do not wait for each other), and adds ``h * down`` to an output of its own
+   that stays in registers. So all weights stream in one phase, without a barrier over the grid in between.
+3. ``_sum``: adds the programs' outputs in a fixed order.
+
+On Hopper each launch begins while the one before it ends (programmatic dependent launch): a kernel waits, before it
+reads what others wrote, until the one before it is done.
+"""
+# pyright: basic, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lte.ops.triton_activations import activate
+from lte.ops.triton_device import device_info
+from lte.ops.weights import FFNWeights
+
+MAX_WIDTH = 16384
+
+
+@triton.jit
+def _route(x, router, bias, active, D, threshold, HAS_BIAS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr):
+    expert = tl.program_id(0)
+    cols = tl.arange(0, BLOCK_D)
+    w_D = tl.load(router + expert * D + cols, mask=cols < D, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    x_D = tl.load(x + cols, mask=cols < D, other=0.0)
+    logit = tl.sum(w_D.to(tl.float32) * x_D.to(tl.float32), axis=0)
+    if HAS_BIAS:
+        logit += tl.load(bias + expert).to(tl.float32)
+    tl.store(active + expert, (logit > threshold).to(tl.uint8))
+
+
+@triton.jit
+def _add2(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _experts(
+    x,
+    gate,
+    up,
+    down,
+    gate_bias,
+    up_bias,
+    active,
+    order,
+    partial,
+    E,
+    D,
+    ACT: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_GATE_BIAS: tl.constexpr,
+    HAS_UP_BIAS: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    cols_D = tl.arange(0, BLOCK_D)
+    x_D = tl.load(x + cols_D, mask=cols_D < D, other=0.0).to(tl.float32)
+
+    # the active experts in order, a copy for each program so that none waits for another
+    experts_E = tl.arange(0, BLOCK_E)
+    on_E = tl.load(active + experts_E, mask=experts_E < E, other=0).to(tl.int32)
+    order += program * E
+    tl.store(order + tl.cumsum(on_E, 0) - 1, experts_E, mask=on_E != 0)
+    tl.debug_barrier()
+
+    total = tl.sum(on_E, 0) * N
+    last = ((program + 1) * total) // programs
+    sum_D = tl.zeros([BLOCK_D], dtype=tl.float32)
+    for first in tl.range((program * total) // programs, last, ROWS, num_stages=STAGES):
+        rows_R = first + tl.arange(0, ROWS)
+        here_R = rows_R < last
+        neurons_R = tl.load(order + rows_R // N, mask=here_R, other=0) * N + rows_R % N
+        at_RD = neurons_R.to(tl.int64)[:, None] * D + cols_D[None, :]
+        inside_RD = here_R[:, None] & (cols_D < D)[None, :]
+        u_RD = tl.load(up + at_RD, mask=inside_RD, other=0.0)
+        if GATED:
+            g_RD = tl.load(gate + at_RD, mask=inside_RD, other=0.0)
+            d_RD = tl.load(down + at_RD, mask=inside_RD, other=0.0)
+            gate_R, up_R = tl.reduce((g_RD.to(tl.float32) * x_D[None, :], u_RD.to(tl.float32) * x_D[None, :]), 1, _add2)
+            if HAS_GATE_BIAS:
+                gate_R += tl.load(gate_bias + neurons_R, mask=here_R, other=0.0).to(tl.float32)
+        else:
+            d_RD = tl.load(down + at_RD, mask=inside_RD, other=0.0)
+            up_R = tl.sum(u_RD.to(tl.float32) * x_D[None, :], axis=1)
+        if HAS_UP_BIAS:
+            up_R += tl.load(up_bias + neurons_R, mask=here_R, other=0.0).to(tl.float32)
+        h_R = activate(gate_R, ACT) * up_R if GATED else activate(up_R, ACT)
+        # rounded as the reference rounds; past the last row the weights read are zeros
+        h_R = h_R.to(down.dtype.element_ty).to(tl.float32)
+        sum_D += tl.sum(h_R[:, None] * d_RD.to(tl.float32), axis=0)
+    tl.store(partial + program * D + cols_D, sum_D, mask=cols_D < D)
+
+
+@triton.jit
+def _sum(
+    partial,
+    bias,
+    y,
+    D,
+    programs,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    cols_D = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    programs_P = tl.arange(0, BLOCK_P)
+    inside_PD = (programs_P < programs)[:, None] & (cols_D < D)[None, :]
+    part_PD = tl.load(partial + programs_P[:, None] * D + cols_D[None, :], mask=inside_PD, other=0.0)
+    y_D = tl.sum(part_PD, axis=0)
+    if HAS_BIAS:
+        y_D += tl.load(bias + cols_D, mask=cols_D < D, other=0.0).to(tl.float32)
+    tl.store(y + cols_D, y_D, mask=cols_D < D)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the work is cut. ``None`` of the defaults depends on shape and device.
+
+    Attributes:
+        programs: of ``_experts``; one a multiprocessor.
+        rows: neurons that a program handles at a time.
+        stages: how many such lots are on their way from memory.
+        warps: of ``_experts``.
+        columns: of the output, for each program of ``_sum``.
+    """
+
+    programs: int
+    rows: int
+    stages: int
+    warps: int
+    columns: int = 16
+
+    @staticmethod
+    @cache
+    def of(device: torch.device, d_model: int, matrices: int, itemsize: int) -> "Tuning":
+        """What measured best on an H100, scaled to the shape and to the shared memory there is."""
+        width = triton.next_power_of_2(d_model)
+        rows = max(1, 4096 // width)
+        lot = matrices * rows * width * itemsize
+        info = device_info(device)
+        stages = max(1, min(6, int(0.8 * info.shared_memory) // lot))
+        return Tuning(info.multiprocessors, rows, stages, warps=max(4, min(16, width // 1024)))
+
+
+def token_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tuning: Tuning | None = None) -> Tensor:
+    """``[1, D]`` -> ``[1, D]``."""
+    D, E = weights.d_model, weights.num_experts
+    device, block_d = x_TD.device, triton.next_power_of_2(D)
+    gated = weights.gate is not None
+    tuning = tuning or Tuning.of(device, D, 3 if gated else 2, weights.up.dtype.itemsize)
+    overlap = device_info(device).overlap
+    if active_TE is None:
+        active_TE = torch.empty(1, E, dtype=torch.uint8, device=device)
+        _route[(E,)](
+            x_TD,
+            weights.router,
+            weights.router_bias,
+            active_TE,
+            D,
+            weights.threshold,
+            HAS_BIAS=weights.router_bias is not None,
+            BLOCK_D=block_d,
+            num_warps=min(8, max(1, block_d // 512)),
+            **overlap,
+        )
+    order = torch.empty(tuning.programs, E, dtype=torch.int32, device=device)
+    partial = torch.empty(tuning.programs, D, dtype=torch.float32, device=device)
+    _experts[(tuning.programs,)](
+        x_TD,
+        weights.gate,
+        weights.up,
+        weights.down,
+        weights.gate_bias,
+        weights.up_bias,
+        active_TE.view(torch.uint8),
+        order,
+        partial,
+        E,
+        D,
+        ACT=weights.act,
+        GATED=gated,
+        HAS_GATE_BIAS=weights.gate_bias is not None,
+        HAS_UP_BIAS=weights.up_bias is not None,
+        N=weights.expert_size,
+        BLOCK_E=triton.next_power_of_2(E),
+        BLOCK_D=block_d,
+        ROWS=tuning.rows,
+        STAGES=tuning.stages,
+        num_warps=tuning.warps,
+        **overlap,
+    )
+    y_TD = torch.empty_like(x_TD)
+    _sum[(triton.cdiv(D, tuning.columns),)](
+        partial,
+        weights.down_bias,
+        y_TD,
+        D,
+        tuning.programs,
+        HAS_BIAS=weights.down_bias is not None,
+        BLOCK_P=triton.next_power_of_2(tuning.programs),
+        BLOCK_D=tuning.columns,
+        num_warps=4,
+        **overlap,
+    )
+    return y_TD

@@ -1,0 +1,47 @@
+"""The distillation loss: KL divergence from a teacher's next-token distribution, at the memory of one gradient."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ROWS = 2048
+"""Rows worked on at a time: a vocabulary in fp32 is large."""
+
+
+def summed_kl(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """``sum KL(teacher || student)`` over rows, in fp32.
+
+    Done in pieces, with the gradient worked out on the way: plain autograd keeps several fp32 copies of all logits.
+
+    Args:
+        student: logits ``[..., V]``, with gradient.
+        teacher: logits of the same shape, without.
+        mask: which rows count, ``[...]``; None for all.
+
+    Returns:
+        A scalar. Its gradient has the student's dtype.
+    """
+    rows = student.shape[-1]
+    every = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device) if mask is None else mask.bool()
+    return _SummedKL.apply(student.reshape(-1, rows), teacher.reshape(-1, rows), every.reshape(-1, 1))  # pyright: ignore
+
+
+class _SummedKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student_RV: Tensor, teacher_RV: Tensor, counts_R1: Tensor) -> Tensor:
+        total = torch.zeros((), device=student_RV.device)
+        gradient_RV = torch.empty_like(student_RV)
+        pieces = zip(*(one.split(_ROWS) for one in (student_RV, teacher_RV, counts_R1, gradient_RV)), strict=True)
+        for student, teacher, counts, gradient in pieces:
+            log_student, log_teacher = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
+            target = log_teacher.exp()
+            total += (target * (log_teacher - log_student)).sum(-1, keepdim=True).mul(counts).sum()
+            gradient.copy_((log_student.exp() - target) * counts)
+        ctx.save_for_backward(gradient_RV)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Any) -> Any:
+        (gradient_RV,) = ctx.saved_tensors
+        return gradient_RV * outputs[0].to(gradient_RV.dtype), None, None

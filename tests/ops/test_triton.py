@@ -1,0 +1,213 @@
+"""The Triton kernels: compiled on a GPU, and elsewhere through Triton's interpreter (see tests/conftest.py)."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from random_ffn import make_active, make_weights, make_x, relative_rms
+
+from lte.ops import reference
+from lte.ops.sparse_ffn import sparse_ffn
+from lte.ops.triton_device import device_info
+from lte.ops.triton_token import Tuning, token_ffn
+from lte.ops.weights import FFNWeights
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+# the interpreter's tl.dot is wrong in bf16, so bf16 goes through it with 1 token and with more than 64
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 9e-3}
+TOKENS = [0, 1, 3, 17, 130]
+
+
+def upcast(weights: FFNWeights) -> FFNWeights:
+    return FFNWeights(**{name: v.double() if torch.is_tensor(v) else v for name, v in weights.arguments().items()})
+
+
+def expected(x, weights, active):
+    """The reference in fp64, with the router's choice made in the dtype under test."""
+    if active is None:
+        active = reference.route(x, weights)
+    return reference.sparse_ffn(x.double(), upcast(weights), active)
+
+
+def skip_what_the_interpreter_cannot(dtype, tokens):
+    if not ON_GPU and dtype == torch.bfloat16 and 1 < tokens <= 64:
+        pytest.skip("Triton's interpreter computes tl.dot wrongly in bf16")
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("gated", [False, True], ids=["up", "gated"])
+def test_parity(gated, bias, dtype, tokens):
+    skip_what_the_interpreter_cannot(dtype, tokens)
+    weights = make_weights(48, 160, 32, gated=gated, bias=bias, dtype=dtype, device=DEVICE)
+    x = make_x(tokens, weights)
+    for share in ("none", "one", "half", "all", "router"):
+        active = None if share == "router" else make_active(tokens, weights, share)
+        found = sparse_ffn(x, weights, active, backend="triton")
+        assert found.shape == x.shape
+        assert found.dtype == dtype
+        if tokens:
+            assert relative_rms(found, expected(x, weights, active)) < TOLERANCE[dtype], share
+
+
+@pytest.mark.parametrize(("d_model", "d_ff", "expert_size"), [(16, 32, 16), (80, 256, 64), (208, 384, 128)])
+@pytest.mark.parametrize("tokens", TOKENS[1:])
+def test_odd_sizes(d_model, d_ff, expert_size, tokens):
+    weights = make_weights(d_model, d_ff, expert_size, bias=True, device=DEVICE)
+    x = make_x(tokens, weights)
+    for active in (None, make_active(tokens, weights, "half")):
+        found = sparse_ffn(x, weights, active, backend="triton")
+        assert relative_rms(found, expected(x, weights, active)) < 3e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize(("d_model", "d_ff"), [(576, 1536), (2048, 8192), (4096, 11008), (3584, 18944)])
+@pytest.mark.parametrize("tokens", TOKENS[1:])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sizes_of_real_models(d_model, d_ff, tokens, dtype):
+    weights = make_weights(d_model, d_ff, dtype=dtype, device=DEVICE)
+    x = make_x(tokens, weights)
+    found = sparse_ffn(x, weights, backend="triton")
+    assert relative_rms(found, expected(x, weights, None)) < TOLERANCE[dtype]
+    assert torch.equal(found, sparse_ffn(x, weights, backend="triton"))
+
+
+@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "relu", "relu2"])
+@pytest.mark.parametrize(("tokens", "gated"), [(1, False), (3, True), (70, True)])
+def test_activations(act, tokens, gated):
+    weights = make_weights(64, 128, gated=gated, act=act, device=DEVICE)
+    x = make_x(tokens, weights)
+    assert relative_rms(sparse_ffn(x, weights, backend="triton"), expected(x, weights, None)) < 3e-6
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_inactive_experts_are_not_read(tokens):
+    weights = make_weights(64, 256, bias=True, device=DEVICE)
+    x = make_x(tokens, weights)
+    active = make_active(tokens, weights, "one")
+    clean = sparse_ffn(x, weights, active, backend="triton")
+    idle = (~active.any(0)).repeat_interleave(weights.expert_size)
+    poisoned = {
+        name: tensor.masked_fill(idle.view(-1, *[1] * (tensor.ndim - 1)), float("nan"))
+        for name, tensor in weights.tensors().items()
+        if name in ("up", "gate", "down", "up_bias", "gate_bias")
+    }
+    assert idle.any()
+    found = sparse_ffn(x, replace(weights, **poisoned), active, backend="triton")
+    assert torch.equal(found, clean)
+    assert clean.isfinite().all()
+
+
+@pytest.mark.parametrize("tokens", TOKENS[1:])
+def test_same_bits_every_time(tokens):
+    weights = make_weights(64, 256, device=DEVICE)
+    x = make_x(tokens, weights)
+    first = sparse_ffn(x, weights, backend="triton")
+    assert all(torch.equal(first, sparse_ffn(x, weights, backend="triton")) for _ in range(3))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 70])
+def test_inputs_that_are_not_contiguous(tokens):
+    weights = make_weights(64, 128, device=DEVICE)
+    x = make_x(2 * tokens, weights)
+    strided = x.view(tokens, 2, 64).transpose(0, 1)[1]
+    wide = torch.cat([x, x], dim=-1)[:tokens, :64]
+    for one in (strided, wide):
+        found = sparse_ffn(one, weights, backend="triton")
+        assert torch.equal(found, sparse_ffn(one.contiguous(), weights, backend="triton"))
+    batched = x.view(2, tokens, 64)
+    assert sparse_ffn(batched, weights, backend="triton").shape == batched.shape
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"down": "transposed"}, "one row a neuron"),
+        ({"up": torch.float16}, "convert one of them"),
+    ],
+)
+def test_refusals(change, message):
+    weights = make_weights(64, 128, device=DEVICE)
+    ((name, how),) = change.items()
+    tensor = getattr(weights, name)
+    weights = replace(weights, **{name: tensor.T.contiguous().T if how == "transposed" else tensor.to(how)})
+    with pytest.raises(ValueError, match=message):
+        sparse_ffn(make_x(1, make_weights(64, 128, device=DEVICE)), weights, backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("d_model", "d_ff", "expert_size", "message"), [(40, 96, 32, "multiples of 16"), (64, 96, 24, "neurons")]
+)
+def test_refused_shapes(d_model, d_ff, expert_size, message):
+    weights = make_weights(d_model, d_ff, expert_size, device=DEVICE)
+    with pytest.raises(ValueError, match=message):
+        sparse_ffn(make_x(1, weights), weights, backend="triton")
+
+
+def test_refuses_a_dtype():
+    weights = make_weights(64, 128, dtype=torch.float64, device=DEVICE)
+    with pytest.raises(ValueError, match="float64"):
+        sparse_ffn(make_x(1, weights), weights, backend="triton")
+
+
+def test_any_tuning_gives_the_same():
+    weights = make_weights(64, 256, device=DEVICE)
+    x = make_x(1, weights)
+    for programs, rows, stages in itertools.product((1, 7), (1, 4), (1, 3)):
+        found = token_ffn(x, weights, None, Tuning(programs, rows, stages, warps=4, columns=32))
+        assert relative_rms(found, expected(x, weights, None)) < 3e-6
+
+
+def test_tuning_fits_the_shared_memory():
+    for width, matrices, itemsize in itertools.product((576, 4096, 8192, 16384), (2, 3), (2, 4)):
+        tuning = Tuning.of(torch.device(DEVICE), width, matrices, itemsize)
+        lot = matrices * tuning.rows * width * itemsize
+        assert tuning.stages == 1 or tuning.stages * lot < device_info(torch.device(DEVICE)).shared_memory
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_torch_compile_sees_one_call(tokens):
+    weights = make_weights(64, 128, device=DEVICE)
+    x = make_x(tokens, weights)
+    compiled = torch.compile(lambda x: sparse_ffn(x, weights, backend="triton") + 1, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), sparse_ffn(x, weights, backend="triton") + 1)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_opcheck(given):
+    weights = make_weights(64, 128, bias=True, device=DEVICE)
+    x = make_x(3, weights)
+    active = make_active(3, weights, "half") if given else None
+    torch.library.opcheck(
+        torch.ops.lte.sparse_ffn.default, (x,), {**weights.arguments(), "active": active, "backend": "triton"}
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("tokens", [1, 5, 40, 200])
+def test_in_a_cuda_graph_without_synchronising(tokens):
+    weights = make_weights(576, 1536, dtype=torch.bfloat16, device=DEVICE)
+    x = make_x(tokens, weights)
+    sparse_ffn(x, weights, backend="triton")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.graph(graph):
+            y = sparse_ffn(x, weights, backend="triton")
+        for seed in (5, 6):  # other tokens want other experts
+            x.copy_(make_x(tokens, weights, seed))
+            graph.replay()
+            torch.cuda.set_sync_debug_mode("default")
+            assert torch.equal(y, sparse_ffn(x, weights, backend="triton"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
