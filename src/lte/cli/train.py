@@ -137,7 +137,7 @@ def train(options: Train, argv: Sequence[str]) -> dict[str, Any]:
     device, dtype = options.where.resolve()
     config, tokenizer = load_config(options.model), load_tokenizer(options.model)
     train_set, held_out, calibration = _load_data(options, config, tokenizer)
-    model = _load_sparse(options, config, dtype, train_set).to(device)  # pyright: ignore[reportArgumentType]
+    model = _load_sparse(options, config, device, dtype, train_set)
     trainer = LTETrainer(
         model=model,
         args=args,
@@ -196,7 +196,7 @@ def _load_data(options: Train, config: Any, tokenizer: Any) -> tuple[Any, Any, A
     return train_set, held_out, calibration
 
 
-def _load_sparse(options: Train, config: Any, dtype: Any, train_set: Any) -> PreTrainedModel:
+def _load_sparse(options: Train, config: Any, device: torch.device, dtype: Any, train_set: Any) -> PreTrainedModel:
     class_names, labels = train_set.class_names, {}
     if class_names is not None:
         labels = {"num_labels": len(class_names), "id2label": dict(enumerate(class_names))}
@@ -204,6 +204,7 @@ def _load_sparse(options: Train, config: Any, dtype: Any, train_set: Any) -> Pre
     with err.status("loading the model"):
         head = options.data.head(config)
         model = load_model(options.model, head, torch.float32 if dtype == "auto" else dtype, **labels)
+        model.to(device)  # pyright: ignore[reportArgumentType]
     if not hasattr(model.config, "lte"):
         method = LTEConfig(
             expert_size=options.expert_size, tau=options.tau, grouping=options.grouping, seed=options.training.seed

@@ -24,6 +24,9 @@ MAX_ROUNDS = 4096  # of swaps; a safeguard, 100 to 600 is usual
 ROUNDS_PER_CHECK = 16  # convergence is asked for this seldom because the answer waits for the device
 MATCHINGS_PER_ROUND = 4
 TOKENS_PER_CHUNK = 4096
+FEW_NEURONS = (
+    4096  # up to here rounds are too short to share: threads wait for each other, on a busy machine for minutes
+)
 
 
 def balanced_kmeans(weight_FD: Tensor, num_clusters: int, seed: int = 0) -> Tensor:
@@ -106,6 +109,16 @@ def _group_by_gram(gram_FF: Tensor, num_clusters: int, seed: int) -> Tensor:
     Swaps alone stop where only a cycle of three would help (three experts, each half of one true cluster and
     half of the next). Such experts are the loosest; dealing their neurons anew and swapping again frees them.
     """
+    threads = torch.get_num_threads()
+    if gram_FF.device.type == "cpu" and gram_FF.shape[0] <= FEW_NEURONS:
+        torch.set_num_threads(1)
+    try:
+        return _group(gram_FF, num_clusters, seed)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _group(gram_FF: Tensor, num_clusters: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device starts alike
     order_F = torch.randperm(gram_FF.shape[0], generator=generator).to(gram_FF.device)
     members_EN, cohesion_E = _swap_until_converged(gram_FF, order_F.view(num_clusters, -1))
