@@ -1,7 +1,5 @@
 """``optimize_``: prepare a trained sparse model for decoding. Packing is a memory layout, nothing more."""
 
-from typing import get_args
-
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -16,7 +14,7 @@ from lte.inference.packed import (
 )
 from lte.modules.recording import sparse_layers
 from lte.modules.sparse_ffn import Selecting, SparseFFN
-from lte.ops.sparse_ffn import BackendName
+from lte.ops.sparse_ffn import BACKENDS, BackendName
 from lte.surgery.sites import Site, find_sites
 
 
@@ -39,8 +37,8 @@ def optimize_(model: PreTrainedModel, backend: BackendName = "auto") -> PreTrain
         ValueError: unknown backend, a dense model, one in mode dense or soft; quantised, adapted or mixed precision
             projections, an activation that ``sparse_ffn`` does not know. The model is then as it was.
     """
-    if backend not in get_args(BackendName):
-        raise ValueError(f"backend is {backend!r}, but it is one of {', '.join(get_args(BackendName))}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}, but it is one of {', '.join(BACKENDS)}")
     layers = sparse_layers(model).values()
     modes = sorted({layer.mode for layer in layers} - {"hard"})
     if modes:

@@ -69,9 +69,8 @@ class Site:
                 )
             _sizes(linear)
             if type(linear.weight) is not nn.Parameter:  # some quantisers show a float's dtype
-                raise ValueError(
-                    f"{where} keeps its weight as a {type(linear.weight).__name__}: load the model unquantised and whole"
-                )
+                kind = type(linear.weight).__name__
+                raise ValueError(f"{where} keeps its weight as a {kind}: load the model unquantised and whole")
             if linear.weight.is_meta:
                 raise ValueError(f"{where} is on the meta device: load the model's weights first, without offloading")
 
