@@ -1,0 +1,118 @@
+"""What ``lte bench`` prints and writes: rows as they come, a table, one JSON line with where it was measured."""
+
+import json
+import platform
+import subprocess
+from collections.abc import Callable, Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lte
+from lte.cli.console import err, print_json, table
+
+Row = dict[str, Any]
+
+
+class Report:
+    """Collects rows. Each is shown and kept in ``OUTPUT.partial`` at once, so that a run cut short loses only one."""
+
+    def __init__(self, command: str, device: torch.device, gb_per_s: float | None, output: str | None) -> None:
+        self.values: dict[str, Any] = {
+            "command": command,
+            "device": device_name(device),
+            "versions": versions(),
+            "commit": commit(),
+            "copy_gb_per_s": gb_per_s,
+            "rows": [],
+        }
+        self._output = None if output is None else Path(output)
+        if self._output is not None:
+            self._output.parent.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def rows(self) -> list[Row]:
+        return self.values["rows"]
+
+    @property
+    def failed(self) -> bool:
+        return any("error" in row for row in self.rows)
+
+    def collect(self, rows: Iterable[Row], show: Callable[[Row], str]) -> None:
+        """Take rows as they come."""
+        for row in rows:
+            self.rows.append(row)
+            err.print(
+                f"error: {_where(row)}: {row['error']}" if "error" in row else show(row), markup=False, soft_wrap=True
+            )
+            if self._output is not None:
+                self._partial.write_text(json.dumps(self.values) + "\n")
+
+    def finish(self, title: str, columns: dict[str, Callable[[Row], str]], as_json: bool) -> int:
+        """Print the table, append the JSON line, print it; give the exit code."""
+        good = [row for row in self.rows if "error" not in row]
+        table(title, list(columns), [[cell(row) for cell in columns.values()] for row in good])
+        for row in self.rows:
+            if "error" in row:
+                err.print(f"error: {_where(row)}: {row['error']}", markup=False)
+        if self._output is not None:
+            with self._output.open("a") as file:
+                file.write(json.dumps(self.values) + "\n")
+            self._partial.unlink(missing_ok=True)
+        if as_json:
+            print_json(self.values)
+        return int(self.failed)
+
+    @property
+    def _partial(self) -> Path:
+        assert self._output is not None
+        return self._output.with_name(f"{self._output.name}.partial")
+
+
+def _where(row: Row) -> str:
+    return " ".join(f"{key} {value}" for key, value in row.items() if key not in ("error", "shape"))
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    names = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return f"{names[0].partition(':')[2].strip() if names else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    """Of everything that takes part."""
+    found = {"lte": lte.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found | {
+        name: found_version for name in ("transformers", "triton", "numba") if (found_version := _installed(name))
+    }
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """The commit of the checkout this code lies in, with + where it was changed; None outside a checkout."""
+    folder = Path(lte.__file__).parent
+    try:
+        one = ["git", "-C", str(folder)]
+        head = subprocess.run([*one, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*one, "status", "--porcelain", "."], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,1 @@
+"""Decoding fast: packing, generating, and the benchmarks."""
