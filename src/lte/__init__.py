@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from lte.core.accounting import Cost, Shape
 from lte.core.grouping import balanced_kmeans
 from lte.core.losses import efficiency_loss, separability_loss
+from lte.inference.optimize import optimize_
 from lte.methods.lte import LTEConfig
 from lte.modules.recording import record_scores, track_sparsity
 from lte.ops.sparse_ffn import sparse_ffn
@@ -31,6 +32,7 @@ __all__ = [
     "balanced_kmeans",
     "cost_per_token",
     "efficiency_loss",
+    "optimize_",
     "record_scores",
     "register_family",
     "separability_loss",

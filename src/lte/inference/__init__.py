@@ -1,1 +1,1 @@
-"""Decoding fast: packing, generating, and the benchmarks."""
+"""Decoding a trained sparse model: packing, and generation with static caches and compiled steps."""

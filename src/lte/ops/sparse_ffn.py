@@ -14,6 +14,7 @@ from lte.ops.weights import Activation, FFNWeights
 logger = logging.getLogger(__name__)
 
 BackendName = Literal["auto", "reference", "triton", "cpu"]
+BACKENDS = get_args(BackendName)
 
 
 class Backend(Protocol):
@@ -100,10 +101,17 @@ def _run(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, backend: B
 
 
 def _why_not(name: str, x_TD: Tensor, weights: FFNWeights) -> str | None:
+    return _missing(name) or load_backend(name).refuses(x_TD, weights)
+
+
+@cache
+def _missing(name: str) -> str | None:
+    """Why a backend's module cannot be imported. Cached, as a failing import is slow and every layer asks."""
     try:
-        return load_backend(name).refuses(x_TD, weights)
+        load_backend(name)
     except ImportError as error:
         return f"{error}; pip install 'lte[{name}]'"
+    return None
 
 
 @cache
@@ -112,21 +120,23 @@ def _say_once(message: str) -> None:
 
 
 def _check(x: Tensor, weights: FFNWeights, active: Tensor | None, backend: BackendName) -> None:
-    if backend not in get_args(BackendName):
-        raise ValueError(f"backend is {backend!r}, but it is one of {', '.join(get_args(BackendName))}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}, but it is one of {', '.join(BACKENDS)}")
     if x.ndim == 0 or x.shape[-1] != weights.d_model:
         raise ValueError(f"x is {tuple(x.shape)}, but this FFN takes [..., {weights.d_model}]")
     if not x.is_floating_point():
         raise ValueError(f"x is {x.dtype}, but it must be floating point")
+    device = x.device
     for name, tensor in weights.tensors().items():
-        if tensor.device != x.device:
-            raise ValueError(f"x is on {x.device}, but {name} is on {tensor.device}: move one of them")
-    expected = (*x.shape[:-1], weights.num_experts)
-    if active is not None and (active.dtype, active.shape, active.device) != (torch.bool, expected, x.device):
-        raise ValueError(
-            f"active is {active.dtype} {tuple(active.shape)} on {active.device}, "
-            f"but it must be torch.bool {expected} on {x.device}"
-        )
+        if tensor.device != device:
+            raise ValueError(f"x is on {device}, but {name} is on {tensor.device}: move one of them")
+    if active is not None:
+        expected = (*x.shape[:-1], weights.num_experts)
+        if (active.dtype, active.shape, active.device) != (torch.bool, expected, device):
+            raise ValueError(
+                f"active is {active.dtype} {tuple(active.shape)} on {active.device}, "
+                f"but it must be torch.bool {expected} on {device}"
+            )
 
 
 @torch.library.custom_op("lte::sparse_ffn", mutates_args=())

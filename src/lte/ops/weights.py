@@ -7,6 +7,7 @@ from torch import Tensor
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 """``gelu`` is the exact one (erf), ``gelu_tanh`` its tanh approximation, ``relu2`` ReLU squared."""
+_ACTIVATIONS = get_args(Activation)
 
 
 @dataclass(frozen=True)
@@ -42,28 +43,21 @@ class FFNWeights:
     act: Activation = "silu"
     threshold: float = 0.0
 
-    def __post_init__(self) -> None:
-        if self.act not in get_args(Activation):
-            raise ValueError(f"act is {self.act!r}, but it is one of {', '.join(get_args(Activation))}")
-        if self.up.ndim != 2 or self.router.ndim != 2 or self.d_ff % max(1, self.num_experts):
+    def __post_init__(self) -> None:  # on the path of every layer of every token: no loops over what is not there
+        if self.act not in _ACTIVATIONS:
+            raise ValueError(f"act is {self.act!r}, but it is one of {', '.join(_ACTIVATIONS)}")
+        up, router = self.up.shape, self.router.shape
+        if len(up) != 2 or len(router) != 2 or up[0] % max(1, router[0]):
             raise ValueError(
-                f"up is {tuple(self.up.shape)} and router {tuple(self.router.shape)}, but they are [F, D] and [E, D], "
-                "F a multiple of E"
+                f"up is {tuple(up)} and router {tuple(router)}, but they are [F, D] and [E, D], F a multiple of E"
             )
-        neurons, width, experts = (self.d_ff, self.d_model), (self.d_model,), (self.num_experts,)
-        expected = {
-            "down": neurons,
-            "gate": neurons,
-            "router": (self.num_experts, self.d_model),
-            "router_bias": experts,
-            "up_bias": (self.d_ff,),
-            "gate_bias": (self.d_ff,),
-            "down_bias": width,
-        }
-        for name, shape in expected.items():
-            tensor = getattr(self, name)
-            if tensor is not None and tuple(tensor.shape) != shape:
-                raise ValueError(f"{name} is {tuple(tensor.shape)}, but beside up {tuple(self.up.shape)} it is {shape}")
+        _fits("down", self.down, up, up)
+        _fits("gate", self.gate, up, up)
+        _fits("router", self.router, (router[0], up[1]), up)
+        _fits("router_bias", self.router_bias, router[:1], up)
+        _fits("up_bias", self.up_bias, up[:1], up)
+        _fits("gate_bias", self.gate_bias, up[:1], up)
+        _fits("down_bias", self.down_bias, up[1:], up)
         if self.gate_bias is not None and self.gate is None:
             raise ValueError("gate_bias is given, but there is no gate")
 
@@ -89,4 +83,12 @@ class FFNWeights:
 
     def arguments(self) -> dict[str, Any]:
         """All fields by name, as they are."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: getattr(self, name) for name in _FIELDS}
+
+
+def _fits(name: str, tensor: Tensor | None, shape: tuple[int, ...], up: tuple[int, ...]) -> None:
+    if tensor is not None and tensor.shape != shape:
+        raise ValueError(f"{name} is {tuple(tensor.shape)}, but beside up {tuple(up)} it is {tuple(shape)}")
+
+
+_FIELDS = tuple(field.name for field in fields(FFNWeights))

@@ -54,24 +54,34 @@ class Site:
     def _projection_paths(self) -> list[str]:
         return [path for path in (self.family.gate, self.family.up, self.family.down) if path]
 
-    def check(self) -> None:
-        """Whether the FFN is what its family row says and its weights can be reordered.
+    def check_projections(self) -> None:
+        """Whether its projections are plain linear layers, with weights that can be read and reordered.
 
         Raises:
-            ValueError: a projection that is wrapped, quantised or on the meta device, sizes that do
-                not match, a part the row does not name.
+            ValueError: one that is wrapped, quantised or on the meta device.
         """
-        family = self.family
         for path in self._projection_paths():
             linear, where = self.module(path), f"{self.name}.{path}"
             if not isinstance(linear, nn.Linear | Conv1D):
                 raise ValueError(
-                    f"{where} is a {type(linear).__module__}.{type(linear).__name__}, not a linear layer: convert the "
+                    f"{where} is a {type(linear).__module__}.{type(linear).__name__}, not a linear layer: give the "
                     "plain model (merge adapters first, e.g. with merge_and_unload; add new ones afterwards)"
                 )
             _sizes(linear)
+            if type(linear.weight) is not nn.Parameter:  # some quantisers show a float's dtype
+                kind = type(linear.weight).__name__
+                raise ValueError(f"{where} keeps its weight as a {kind}: load the model unquantised and whole")
             if linear.weight.is_meta:
                 raise ValueError(f"{where} is on the meta device: load the model's weights first, without offloading")
+
+    def check(self) -> None:
+        """Whether the FFN is what its family row says and its weights can be reordered.
+
+        Raises:
+            ValueError: as :meth:`check_projections`; sizes that do not match, a part the row does not name.
+        """
+        family = self.family
+        self.check_projections()
         widths = {path: _sizes(self.module(path))[1] for path in self._projection_paths()[:-1]}
         expected = {path: self.d_ff * (2 if family.fused_gate_up else 1) for path in widths}
         if widths != expected:

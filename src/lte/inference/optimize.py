@@ -1,0 +1,123 @@
+"""``optimize_``: prepare a trained sparse model for decoding. Packing is a memory layout, nothing more."""
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from lte.inference.packed import (
+    BypassedLinear,
+    Packed,
+    PackedActivation,
+    PackedFFN,
+    PackedLayer,
+    Projection,
+    activation_name,
+)
+from lte.modules.recording import sparse_layers
+from lte.modules.sparse_ffn import Selecting, SparseFFN
+from lte.ops.sparse_ffn import BACKENDS, BackendName
+from lte.surgery.sites import Site, find_sites
+
+
+def optimize_(model: PreTrainedModel, backend: BackendName = "auto") -> PreTrainedModel:
+    """Make ``model`` skip its idle experts in inference, in place; ``model.generate()`` and all else as ever.
+
+    The model is put in eval mode and its FFN weights are laid out one contiguous row a neuron. Modules,
+    parameter names, values and their number of bytes stay, so it saves, loads, moves and casts as before.
+    Where gradients, training, autocast or another mode are asked for, and where projections are wrapped
+    afterwards (LoRA), layers compute all experts, as they did. Calling it again changes the backend.
+
+    Args:
+        model: sparse and in mode hard, as it is after training.
+        backend: ``auto`` takes the fastest for each call. One that is named runs or raises, see :func:`lte.sparse_ffn`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: unknown backend, a dense model, one in mode dense or soft; quantised, adapted or mixed precision
+            projections, an activation that ``sparse_ffn`` does not know. The model is then as it was.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}, but it is one of {', '.join(BACKENDS)}")
+    layers = sparse_layers(model).values()
+    modes = sorted({layer.mode for layer in layers} - {"hard"})
+    if modes:
+        raise ValueError(
+            f"the model is in mode {modes[0]}, which uses every expert: train it (lte.LTETrainer ends in mode hard), "
+            'or switch a trained one with lte.set_mode_(model, "hard")'
+        )
+    sites = find_sites(model, model.config.model_type)
+    found = [(_layer_at(site), _packed(site, backend)) for site in sites]  # all checked before the first change
+    for layer, packed in found:
+        for projection in (packed.gate, packed.up, packed.down):
+            if projection is not None:
+                projection.pack_()
+        layer.router.fold_temperature()
+        _become_packed_(layer, packed)
+    return model.eval()
+
+
+def _layer_at(site: Site) -> Selecting:
+    layer = site.module(site.family.site or site.family.act)
+    assert isinstance(layer, Selecting)
+    return layer
+
+
+def _packed(site: Site, backend: BackendName) -> Packed:
+    """What the site's layer will need.
+
+    Raises:
+        ValueError: it cannot be computed by ``sparse_ffn``.
+    """
+    family = site.family
+    site.check_projections()
+    dtypes = {path: site.module(path).weight.dtype for path in (family.gate, family.up, family.down) if path}
+    if len(set(dtypes.values())) > 1:
+        text = ", ".join(f"{path} {str(dtype).removeprefix('torch.')}" for path, dtype in dtypes.items())
+        raise ValueError(
+            f"{site.name} mixes precisions ({text}): make them one, e.g. model.to(torch.bfloat16) or model.float()"
+        )
+    layer = _layer_at(site)
+    module = getattr(layer, "act", None) if family.site is None else site.module(family.act)
+    assert isinstance(module, nn.Module)
+    act = activation_name(module)
+    if act is None:
+        raise ValueError(
+            f"{site.name}: the activation {type(module).__name__} is none that lte.sparse_ffn knows: "
+            "use the model as it is, it computes the same"
+        )
+    absorbed = family.site is None
+    if absorbed:
+        for path in (family.up, family.down):
+            if type(site.module(path)) not in (nn.Linear, BypassedLinear):
+                raise ValueError(
+                    f"{site.name}.{path} is a {type(site.module(path)).__name__}: where the FFN is no module of its "
+                    "own, only nn.Linear can be bypassed; use the model as it is"
+                )
+    return Packed(
+        up=_projection(site, family.up, down=False, pre_hooks=int(absorbed)),
+        down=_projection(site, family.down, down=True),
+        gate=_projection(site, family.gate, down=False) if family.gate else None,
+        fused_gate_up=family.fused_gate_up,
+        act=act,
+        backend=backend,
+    )
+
+
+def _projection(site: Site, path: str, down: bool, pre_hooks: int = 0) -> Projection:
+    parent, _, name = path.rpartition(".")
+    linear = site.module(path)
+    return Projection(linear, site.module(parent), name, down == isinstance(linear, nn.Linear), pre_hooks)
+
+
+def _become_packed_(layer: Selecting, packed: Packed) -> None:
+    if isinstance(layer, SparseFFN):
+        layer.__class__ = PackedFFN
+    else:
+        layer.__class__ = PackedActivation
+        assert isinstance(layer, PackedActivation)
+        for projection in (packed.up, packed.down):
+            projection.linear.__class__ = BypassedLinear
+            projection.linear.layer = (layer,)  # pyright: ignore
+    assert isinstance(layer, PackedLayer)
+    layer.packed = packed

@@ -1,0 +1,169 @@
+"""Sparse FFNs that skip their idle experts: ``SparseFFN`` and ``SparseActivation`` running ``sparse_ffn``."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lte.core.selection import threshold
+from lte.modules.router import Router
+from lte.modules.sparse_ffn import Selecting, SparseActivation, SparseFFN
+from lte.ops.reference import activate
+from lte.ops.sparse_ffn import BackendName, sparse_ffn
+from lte.ops.weights import Activation, FFNWeights
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear layer of an FFN where it was found, so that a wrapper put in its place later is noticed.
+
+    Attributes:
+        transposed: whether its weight is ``[D, F]``, as ``nn.Linear`` keeps a down projection.
+        pre_hooks: how many forward pre-hooks are ours.
+    """
+
+    linear: nn.Module
+    parent: nn.Module
+    name: str
+    transposed: bool
+    pre_hooks: int = 0
+
+    def untouched(self) -> bool:
+        """Whether calling the layer is multiplying by its weight: no adapter, quantiser or hook came since."""
+        linear = self.linear
+        return (
+            self.parent._modules.get(self.name) is linear
+            and type(linear._parameters["weight"]) is nn.Parameter
+            and not linear._forward_hooks
+            and len(linear._forward_pre_hooks) == self.pre_hooks
+        )
+
+    def rows(self) -> Tensor:
+        """``[F, D]``: one row a neuron, a view."""
+        weight = self.linear._parameters["weight"]
+        assert weight is not None
+        return weight.t() if self.transposed else weight
+
+    def bias(self) -> Tensor | None:
+        return self.linear._parameters["bias"]
+
+    @torch.no_grad()
+    def pack_(self) -> None:
+        """Lay the weight out so that :meth:`rows` is contiguous. Shape, values and Parameter stay."""
+        rows_FD = self.rows().contiguous()  # nothing is copied where it is contiguous already
+        self.linear.weight.data = rows_FD.t() if self.transposed else rows_FD
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What an optimised layer needs besides its router: the projections, the activation's name, the backend."""
+
+    up: Projection
+    down: Projection
+    gate: Projection | None
+    fused_gate_up: bool
+    act: Activation
+    backend: BackendName
+
+    def untouched(self) -> bool:
+        return self.up.untouched() and self.down.untouched() and (self.gate is None or self.gate.untouched())
+
+    def weights(self, router: Router, tau: float) -> FFNWeights:
+        """Views of the weights as they are now: parameters may have been moved, cast or replaced since."""
+        up, up_bias = self.up.rows(), self.up.bias()
+        gate = gate_bias = None
+        if self.fused_gate_up:
+            gate, up = up.chunk(2)
+            if up_bias is not None:
+                gate_bias, up_bias = up_bias.chunk(2)
+        elif self.gate is not None:
+            gate, gate_bias = self.gate.rows(), self.gate.bias()
+        return FFNWeights(
+            up=up,
+            down=self.down.rows(),
+            router=router.weight,
+            gate=gate,
+            router_bias=router.bias,
+            up_bias=up_bias,
+            gate_bias=gate_bias,
+            down_bias=self.down.bias(),
+            act=self.act,
+            threshold=_logit(tau),
+        )
+
+
+class PackedLayer(Selecting):
+    """What both forms share: when experts are skipped, and how."""
+
+    packed: Packed
+
+    def skips(self, x_TD: Tensor) -> bool:
+        """Whether idle experts are skipped in this pass.
+
+        Training, gradients, autocast, other modes, and projections that were wrapped or hooked since take
+        the modules' own path, where all experts are computed.
+        """
+        return (
+            self.mode == "hard"
+            and not self.training
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled(x_TD.device.type)
+            and type(self.router) is Router  # peft can put a wrapper here
+            and self.packed.untouched()
+        )
+
+    def run(self, x_TD: Tensor) -> Tensor:
+        """The FFN's output by ``sparse_ffn``."""
+        active_TE = None
+        if self.recorder is not None:
+            scores_TE = self.router(x_TD)
+            self.recorder(scores_TE)
+            active_TE = threshold(scores_TE, self.tau)
+        weights = self.packed.weights(self.router, self.tau)
+        return sparse_ffn(x_TD, weights, active_TE, self.packed.backend)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, backend={self.packed.backend!r}"
+
+
+class PackedFFN(PackedLayer, SparseFFN):
+    """A ``SparseFFN`` that skips its idle experts."""
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.run(x_TD) if self.skips(x_TD) else super().forward(x_TD)
+
+
+class PackedActivation(PackedLayer, SparseActivation):
+    """A ``SparseActivation`` that computes the whole FFN while its projections, ``BypassedLinear``, pass on."""
+
+    def forward(self, hidden_TF: Tensor) -> Tensor:
+        if self._x_TD is None or not self.skips(self._x_TD):
+            return super().forward(hidden_TF)
+        x_TD, self._x_TD = self._x_TD, None
+        return self.run(x_TD)
+
+
+class BypassedLinear(nn.Linear):
+    """A projection beside a :class:`PackedActivation`: it gives back its input whenever that one does its work."""
+
+    layer: tuple[PackedActivation]  # in a tuple, so that it does not become a child
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input if self.layer[0].skips(input) else super().forward(input)
+
+
+def activation_name(act: nn.Module) -> Activation | None:
+    """The activation's name in ``sparse_ffn``, found by what it computes; None if it is another one."""
+    if next(act.parameters(), None) is not None:  # what it computes may change
+        return None
+    x = torch.cat([torch.linspace(-20, 20, 2001), torch.tensor([-1e3, 1e3])])
+    y = act(x)
+    names: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+    return next((name for name in names if torch.allclose(activate(x, name), y, rtol=1e-5, atol=2e-6)), None)
+
+
+def _logit(tau: float) -> float:
+    if not 0 < tau < 1:
+        return math.inf if tau >= 1 else -math.inf
+    return math.log(tau / (1 - tau))
