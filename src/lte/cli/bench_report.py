@@ -1,19 +1,41 @@
 """What ``lte bench`` prints and writes: rows as they come, a table, one JSON line with where it was measured."""
 
 import json
+import math
 import platform
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 
 import lte
 from lte.cli.console import err, print_json, table
+from lte.evaluation.plots import plot_speed
+from lte.inference.shapes import SHAPES
+from lte.ops.sparse_ffn import BackendName, load_backend
 
 Row = dict[str, Any]
+Shape = Annotated[str, tyro.conf.arg(help=f"Random weights of a published size: {', '.join(SHAPES)}.")]
+Sparsities = Annotated[tuple[float, ...], tyro.conf.arg(help="Sparsities to ask of the routers; 0 is every expert.")]
+NumericDtype = Literal["float32", "bfloat16", "float16"]
+BackendOption = Literal["device", "auto", "reference", "triton", "cpu"]
+
+
+@dataclass
+class BenchOutput:
+    """Where results go."""
+
+    json: bool = False
+    """Print one JSON object on the last line."""
+    output: Annotated[str | None, tyro.conf.arg(aliases=("-o",))] = None
+    """Append that line to this .jsonl file."""
+    plot: str | None = None
+    """Write a picture to this .png file."""
 
 
 class Report:
@@ -50,10 +72,18 @@ class Report:
             if self._output is not None:
                 self._partial.write_text(json.dumps(self.values) + "\n")
 
+    def plot(self, path: str, by: str, title: str) -> None:
+        """Write a picture, a line for each value of ``by``."""
+        plot_speed(self.rows, by, Path(path), f"{title}, {self.values['device']}")
+
     def finish(self, title: str, columns: dict[str, Callable[[Row], str]], as_json: bool) -> int:
         """Print the table, append the JSON line, print it; give the exit code."""
         good = [row for row in self.rows if "error" not in row]
-        table(title, list(columns), [[cell(row) for cell in columns.values()] for row in good])
+        table(
+            f"{title}, {self.values['device']}",
+            list(columns),
+            [[cell(row) for cell in columns.values()] for row in good],
+        )
         for row in self.rows:
             if "error" in row:
                 err.print(f"error: {_where(row)}: {row['error']}", markup=False)
@@ -116,3 +146,28 @@ def _lines(path: str) -> list[str]:
         return Path(path).read_text().splitlines()
     except OSError:
         return []
+
+
+def check_sparsities(given: Sequence[float]) -> None:
+    if not given or not all(0 <= one <= 1 and math.isfinite(one) for one in given):
+        raise ValueError(f"sparsity is {given}, but each is a fraction between 0 (dense) and 1")
+
+
+def check_positive(name: str, given: Sequence[int]) -> None:
+    if not given or min(given) < 1:
+        raise ValueError(f"{name} is {given}, but each is at least 1")
+
+
+def resolve_backend(name: str, device: torch.device) -> BackendName:
+    """The backend to ask for by name.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    backend = {"cuda": "triton", "cpu": "cpu"}.get(device.type, "reference") if name == "device" else name
+    if backend != "auto":
+        try:
+            load_backend(backend)
+        except ImportError as error:
+            raise ValueError(f"backend {backend!r} cannot run here: {error}; pip install 'lte[{backend}]'") from error
+    return backend  # pyright: ignore[reportReturnType]

@@ -13,7 +13,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 _AMBIGUOUS = 2e-5  # a logit so close to the threshold may fall on either side of it by rounding
 
 
-def parity(x_LTD: Tensor, layers: Sequence[FFNWeights], backend: BackendName) -> str | None:
+def parity(x_LTD: Tensor | Sequence[Tensor], layers: Sequence[FFNWeights], backend: BackendName) -> str | None:
     """What is wrong with the backend on the first and the last copy, or None.
 
     A token with a logit at the threshold is compared under a given choice of experts, since rounding
