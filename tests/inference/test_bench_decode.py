@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MistralConfig
 
 from lte.inference import bench_decode, parity
 from lte.inference.bench_decode import DecodeGrid, dense_models, random_model
@@ -55,6 +55,7 @@ def test_tokens_are_those_of_the_masked_dense_model(sparse, backend, static):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, about itself
 def test_a_compiled_step_gives_the_same_tokens_and_sees_new_biases(sparse):
     packed = optimize_(copy.deepcopy(sparse), "auto")
     decoder = Decoder(packed, 2, PROMPT, NEW, compile=True)
@@ -62,6 +63,16 @@ def test_a_compiled_step_gives_the_same_tokens_and_sees_new_biases(sparse):
     for sparsity in (0.6, 0.9):
         route_(packed, prompt(), sparsity)
         assert torch.equal(decoder(prompt()).tokens, Decoder(packed, 2, PROMPT, NEW, compile=False)(prompt()).tokens)
+
+
+def test_a_sliding_window_is_refused_where_the_step_is_static():
+    config = MistralConfig(vocab_size=100, num_key_value_heads=2, sliding_window=8, **SIZES)
+    model = random_model(config, torch.float32, torch.device("cpu"), seed=0)
+    assert len(Decoder(model, 1, PROMPT, NEW, compile=False)(prompt(1)).steps) == NEW - 1
+    decoder = Decoder(model, 1, PROMPT, NEW, compile=False)
+    decoder._static = True
+    with pytest.raises(ValueError, match="sliding window"):
+        decoder._static_runs(compile=False)
 
 
 def run(dense, **changes):

@@ -134,4 +134,4 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
 
 def _line(row: Row) -> str:
     text = "  ".join(f"{name} {cell(row)}" for name, cell in _COLUMNS.items())
-    return f"{text}  ({row['dense_by']}; prepared in {row['prepare_s']:.0f} s)"
+    return f"{text}  (dense {row['dense_by']}, lte {row['lte_by']}; prepared in {row['prepare_s']:.0f} s)"

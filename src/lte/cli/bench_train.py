@@ -1,6 +1,7 @@
 """``lte bench train``: a step of LTE's soft stage against a dense step of the same model."""
 
 import copy
+import gc
 import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -132,6 +133,7 @@ def _run(
         disable_tqdm=True,
         seed=options.seed,
     )
+    gc.collect()  # a trainer and its callbacks hold each other, and with them the model of the run before
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

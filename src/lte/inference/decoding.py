@@ -46,9 +46,10 @@ class Decoder:
         self.how = "eager"
         self.device = model.device
         length = prompt_tokens + new_tokens
+        self._room = -(-length // 8) * 8  # attention kernels want the mask aligned
         self._token = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
         self._position = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        self._columns = torch.arange(length, device=self.device).view(1, 1, 1, length)
+        self._columns = torch.arange(self._room, device=self.device).view(1, 1, 1, -1)
         self._tokens = torch.zeros(batch, length, dtype=torch.long, device=self.device)
         self._unfinished = torch.ones(1, dtype=torch.bool, device=self.device)
         self._end = torch.full((1,), -1, device=self.device)  # no token: every text gets its full length
@@ -74,7 +75,9 @@ class Decoder:
         if not self._static:
             self._cache = DynamicCache(config=self.model.config)
         elif self._cache is None:
-            self._cache = StaticCache(config=self.model.config, max_cache_len=self._tokens.shape[1])
+            self._cache = StaticCache(config=self.model.config, max_cache_len=self._room)
+            if any(layer.is_sliding for layer in self._cache.layers):  # they count in Python, which a graph does not
+                raise ValueError(f"{type(self.model).__name__} has a sliding window, which no static step is made for")
         else:
             self._cache.reset()
         self._tokens[:, : self.prompt_tokens] = prompt_BS
