@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from lte.core.accounting import Cost, Shape
 from lte.core.grouping import balanced_kmeans
 from lte.core.losses import efficiency_loss, separability_loss
+from lte.inference.generate import generate
 from lte.inference.optimize import optimize_
 from lte.methods.lte import LTEConfig
 from lte.modules.recording import record_scores, track_sparsity
@@ -32,6 +33,7 @@ __all__ = [
     "balanced_kmeans",
     "cost_per_token",
     "efficiency_loss",
+    "generate",
     "optimize_",
     "record_scores",
     "register_family",

@@ -1,16 +1,25 @@
-"""``lte generate``: continue a prompt, token by token on stdout."""
+"""``lte generate``: continue prompts. One prompt streams to stdout token by token; several run as a batch."""
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import TextStreamer, set_seed
+import tyro
+from torch import Tensor
+from transformers import PreTrainedModel, TextStreamer
+from transformers.generation.streamers import BaseStreamer
 
-from lte.cli.console import err
+from lte.cli.console import bar, err, print_json
 from lte.cli.main import parse
 from lte.cli.options import DeviceOptions, Model, generating_head, open_model
-from lte.modules.recording import SparsityMeter, track_sparsity
+from lte.inference.generate import generate
+from lte.inference.optimize import optimize_
+from lte.modules.recording import track_sparsity
+from lte.ops.sparse_ffn import BackendName
 from lte.surgery.loading import load_config, load_tokenizer
 
 
@@ -18,10 +27,14 @@ from lte.surgery.loading import load_config, load_tokenizer
 class Generate:
     model: Model
     """A local folder, a hub id, or a .gguf file; dense or sparse."""
-    prompt: str
-    """Text to continue."""
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Text to continue. Given several times, the prompts run as a batch."""
+    prompts: str | None = None
+    """A file with one prompt a line."""
+    batch_size: int = 16
+    """Prompts decoded together."""
     max_new_tokens: int = 128
-    """At most so many tokens."""
+    """At most so many tokens a prompt."""
     temperature: float = 0.0
     """0 is greedy; above, tokens are sampled."""
     top_p: float = 1.0
@@ -29,45 +42,180 @@ class Generate:
     top_k: int = 50
     """Sample from so many most likely tokens; 0 takes all."""
     chat: bool = False
-    """Put the prompt into the tokenizer's chat template."""
+    """Put the prompts into the tokenizer's chat template."""
     seed: int = 0
     """Of sampling."""
+    backend: BackendName = "auto"
+    """What skips the idle experts of a sparse model; one that is named runs or is an error."""
+    compile: bool = False
+    """Compile the decoding step: tens of seconds once, then faster. It pays for long texts on a GPU."""
+    json: bool = False
+    """Print one JSON object on the last line."""
     where: DeviceOptions = field(default_factory=DeviceOptions)
+
+
+@dataclass
+class Run:
+    """What decoding gave, a prompt each: text, number of tokens, inputs that give the same pass; seconds in all."""
+
+    texts: list[str]
+    tokens: list[int]
+    passes: list[dict[str, Tensor]]
+    seconds: float = 0.0
 
 
 @torch.no_grad()
 def main(argv: Sequence[str]) -> None:
     options: Generate = parse(Generate, "generate", argv)
-    if options.temperature < 0:
-        raise ValueError(f"temperature is {options.temperature}: give 0 for greedy, or more")
-    if options.max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {options.max_new_tokens}: give at least 1")
+    prompts = _prompts(options)
     device, dtype = options.where.resolve()
     config = load_config(options.model)
     tokenizer = load_tokenizer(options.model)
     model = open_model(options.model, generating_head(config), device, dtype).eval()
-    text = options.prompt
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    batches = [
+        _encode(tokenizer, prompts[first : first + options.batch_size], options, bool(config.is_encoder_decoder))
+        for first in range(0, len(prompts), options.batch_size)
+    ]
+    mode = config.lte["mode"] if hasattr(config, "lte") else "dense"
+    if mode == "hard" or options.backend != "auto":
+        _optimize_(model, options.backend)
+    run = _decode(model, tokenizer, batches, options)
+    speed = sum(run.tokens) / run.seconds
+    err.print(f"{sum(run.tokens)} tokens, {speed:.1f} a second" + (" (compiling counted)" if options.compile else ""))
+    sparsity = _sparsity(model, run) if hasattr(config, "lte") else None
+    if sparsity is not None:
+        err.print(f"sparsity {sparsity:.1%} (mode {mode})")
+    if options.json:
+        result = {"texts": run.texts, "tokens": run.tokens, "seconds": round(run.seconds, 4), "mode": mode}
+        result |= {"tokens_per_second": round(speed, 2), "sparsity": sparsity}
+        print_json({**result, "device": str(model.device), "backend": options.backend, "compiled": options.compile})
+
+
+def _prompts(options: Generate) -> list[str]:
+    """The prompts, with the other options checked.
+
+    Raises:
+        ValueError: an option out of its range, no prompt, an empty one.
+    """
+    if options.temperature < 0:
+        raise ValueError(f"temperature is {options.temperature}: give 0 for greedy, or more")
+    for name in ("max_new_tokens", "batch_size"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name} is {getattr(options, name)}: give at least 1")
+    if bool(options.prompt) == bool(options.prompts):
+        raise ValueError("give either --prompt TEXT (any number of times) or --prompts FILE")
+    if options.prompts is None:
+        prompts = list(options.prompt)
+        if not all(prompt.strip() for prompt in prompts):
+            raise ValueError("the prompt is empty: give some text to continue")
+        return prompts
+    prompts = [line for line in Path(options.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"{options.prompts} holds no prompt: one a line, blank lines are skipped")
+    return prompts
+
+
+def _encode(tokenizer: Any, prompts: list[str], options: Generate, encoder_decoder: bool) -> Any:
     if options.chat:
         if not tokenizer.chat_template:
             raise ValueError(f"{options.model} has no chat template: leave --chat away")
-        turn = [{"role": "user", "content": text}]
-        text = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
-    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not options.chat).to(device)
-    if inputs["input_ids"].shape[1] == 0:
+        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        prompts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    several: dict[str, Any] = {}
+    if len(prompts) > 1:
+        several = {"padding": True, "padding_side": "right" if encoder_decoder else "left"}
+    inputs = tokenizer(prompts, return_tensors="pt", add_special_tokens=not options.chat, **several)
+    if not inputs["attention_mask"].any(dim=1).all():
         raise ValueError("the prompt is empty: give some text to continue")
-    set_seed(options.seed)
+    return {name: inputs[name] for name in ("input_ids", "attention_mask")}
+
+
+def _optimize_(model: PreTrainedModel, backend: BackendName) -> None:
+    """With ``auto``, a model that cannot be optimised runs as it is, and says so."""
+    try:
+        optimize_(model, backend)
+    except ValueError as error:
+        if backend != "auto":
+            raise
+        err.print(f"idle experts are computed too: {error}")
+
+
+def _decode(model: PreTrainedModel, tokenizer: Any, batches: list[dict[str, Tensor]], options: Generate) -> Run:
     sampling = (
         {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k}
         if options.temperature
         else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     )
-    with track_sparsity(model) if hasattr(config, "lte") else nullcontext(SparsityMeter()) as meter:
-        model.generate(  # pyright: ignore[reportCallIssue]
-            **inputs,
-            **sampling,
-            max_new_tokens=options.max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        )
-    if hasattr(config, "lte"):
-        err.print(f"sparsity {meter.overall:.1%} (mode {config.lte['mode']})")
+    run = Run([], [], [])
+    streams = len(batches) == 1 and len(batches[0]["input_ids"]) == 1
+    with _streamer(tokenizer, streams, len(batches) * options.max_new_tokens) as streamer:
+        for index, inputs in enumerate(batches):
+            began = time.perf_counter()
+            output = generate(
+                model,
+                inputs,
+                compile=options.compile,
+                seed=options.seed + index,
+                max_new_tokens=options.max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+                streamer=streamer(),
+                **sampling,
+            ).cpu()
+            run.seconds += time.perf_counter() - began
+            _take_apart(run, model, tokenizer, inputs, output)
+    if not streams:
+        print("\n\n".join(run.texts), flush=True)
+    return run
+
+
+def _take_apart(run: Run, model: PreTrainedModel, tokenizer: Any, inputs: dict[str, Tensor], output: Tensor) -> None:
+    """Add each row of a batch to ``run``, without its padding."""
+    end = model.generation_config.eos_token_id  # pyright: ignore[reportOptionalMemberAccess]
+    encoder_decoder = model.config.is_encoder_decoder
+    start = 1 if encoder_decoder else inputs["input_ids"].shape[1]
+    for prompt, mask, row in zip(inputs["input_ids"], inputs["attention_mask"], output, strict=True):
+        new = row[start:]
+        ends = torch.isin(new, torch.tensor([] if end is None else end)).nonzero()
+        new = new[: int(ends[0]) + 1] if len(ends) else new
+        run.texts.append(tokenizer.decode(new, skip_special_tokens=True))
+        run.tokens.append(len(new))
+        prompt = prompt[mask.bool()]
+        made = {"decoder_input_ids": row[: start + len(new)]} if encoder_decoder else {}
+        run.passes.append({"input_ids": prompt, **made} if made else {"input_ids": torch.cat([prompt, new])})
+
+
+def _sparsity(model: PreTrainedModel, run: Run) -> float:
+    """Of the prompts and the tokens made, in passes afterwards: recording would slow the decoding that is timed."""
+    backbone = model.base_model  # the head would hold a vocabulary for every token
+    with track_sparsity(backbone) as meter:
+        for inputs in run.passes:
+            backbone(**{name: tokens[None].to(model.device) for name, tokens in inputs.items()})
+    return meter.overall
+
+
+@contextmanager
+def _streamer(tokenizer: Any, streams: bool, total: int) -> Iterator[Callable[[], BaseStreamer]]:
+    """What each call of ``generate`` gets: the text to stdout, or a bar of tokens where several prompts run."""
+    if streams:
+        yield lambda: TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        return
+    with bar() as progress:
+        task = progress.add_task("tokens of each prompt", total=total)
+        yield lambda: _Steps(lambda: progress.advance(task))
+
+
+class _Steps(BaseStreamer):
+    """Calls ``advance`` for every token after the prompt."""
+
+    def __init__(self, advance: Callable[[], None]) -> None:
+        self._advance, self._prompt_seen = advance, False
+
+    def put(self, value: Tensor) -> None:
+        if self._prompt_seen:
+            self._advance()
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        pass

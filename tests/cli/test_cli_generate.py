@@ -1,0 +1,84 @@
+"""``lte generate`` in process: one prompt, batches, and how it refuses."""
+
+import json
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+import lte
+from lte.cli.main import main
+
+TWO = ["--prompt", "1 and 2", "--prompt", "12 and 13 make"]
+
+
+@pytest.fixture(scope="module")
+def sparse(files, tmp_path_factory):
+    """Hard, untrained."""
+    folder = tmp_path_factory.mktemp("sparse")
+    assert main(["sparsify", "--model", str(files / "llama"), "-o", str(folder), "--expert-size", "8"]) == 0
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    lte.set_mode_(model, "hard")
+    model.save_pretrained(folder)
+    return folder
+
+
+def run(capfd, model, *given):
+    assert main(["generate", str(model), *map(str, given), "--max-new-tokens", "6", "--device", "cpu"]) == 0
+    return capfd.readouterr()
+
+
+def refused(capfd, model, *given):
+    assert main(["generate", str(model), *map(str, given), "--device", "cpu"]) == 2
+    printed = capfd.readouterr()
+    assert printed.err.startswith("lte: error: ")
+    assert len(printed.err.splitlines()) == 1
+    return printed.err
+
+
+def test_one_prompt_streams_and_the_last_line_is_json(sparse, capfd):
+    text = run(capfd, sparse, "--prompt", "1 and 2").out
+    printed = run(capfd, sparse, "--prompt", "1 and 2", "--json", "--backend", "reference")
+    *lines, last = printed.out.splitlines()
+    result = json.loads(last)
+    assert "\n".join(lines).strip() == text.strip() == result["texts"][0].strip()
+    assert 0 < result["sparsity"] < 1
+    assert (result["mode"], result["backend"], result["compiled"]) == ("hard", "reference", False)
+    assert result["tokens_per_second"] == pytest.approx(sum(result["tokens"]) / result["seconds"], rel=0.05)
+    assert "mode hard" in printed.err
+
+
+@pytest.mark.parametrize("model", ["sparse", "llama", "t5"])
+def test_a_batch_gives_each_prompts_own_text(model, files, sparse, capfd, tmp_path):
+    folder = sparse if model == "sparse" else files / model
+    alone = [json.loads(run(capfd, folder, "--prompt", prompt, "--json").out.splitlines()[-1]) for prompt in TWO[1::2]]
+    together = json.loads(run(capfd, folder, *TWO, "--json").out.splitlines()[-1])
+    assert together["texts"] == [one["texts"][0] for one in alone]
+    assert together["tokens"] == [one["tokens"][0] for one in alone]
+    (tmp_path / "prompts.txt").write_text(f"{TWO[1]}\n\n{TWO[3]}\n")
+    printed = run(capfd, folder, "--prompts", tmp_path / "prompts.txt", "--batch-size", "1", "--json")
+    assert json.loads(printed.out.splitlines()[-1])["texts"] == together["texts"]
+    if model == "sparse":
+        weights = [n + s for n, s in zip(map(len, TWO[1::2]), together["tokens"], strict=True)]
+        mean = sum(one["sparsity"] * w for one, w in zip(alone, weights, strict=True)) / sum(weights)
+        assert together["sparsity"] == pytest.approx(mean, abs=1e-6)
+    else:
+        assert together["sparsity"] is None
+
+
+def test_a_seed_repeats(sparse, capfd):
+    given = ["--prompt", "1", "--temperature", "2", "--top-p", "0.99", "--top-k", "0"]
+    assert run(capfd, sparse, *given, "--seed", "1").out == run(capfd, sparse, *given, "--seed", "1").out
+    assert run(capfd, sparse, *given, "--seed", "1").out != run(capfd, sparse, *given, "--seed", "2").out
+
+
+def test_refusals(files, sparse, tmp_path, capfd):
+    (tmp_path / "empty.txt").write_text("\n\n")
+    assert "either --prompt" in refused(capfd, sparse)
+    assert "either --prompt" in refused(capfd, sparse, "--prompt", "a", "--prompts", tmp_path / "empty.txt")
+    assert "holds no prompt" in refused(capfd, sparse, "--prompts", tmp_path / "empty.txt")
+    assert "none.txt" in refused(capfd, sparse, "--prompts", tmp_path / "none.txt")
+    assert "prompt is empty" in refused(capfd, sparse, "--prompt", "a", "--prompt", " ")
+    assert "batch_size is 0" in refused(capfd, sparse, "--prompt", "a", "--batch-size", "0")
+    assert "sparsify_" in refused(capfd, files / "llama", "--prompt", "a", "--backend", "reference")
+    assert "backend 'triton' cannot run here" in refused(capfd, sparse, "--prompt", "a", "--backend", "triton")
+    assert "nonsense" in refused(capfd, sparse, "--prompt", "a", "--backend", "nonsense")
