@@ -1,6 +1,7 @@
 """How commands talk: tables and progress on stderr or a terminal, results and JSON on stdout."""
 
 import json
+import sys
 from collections.abc import Iterable, Sized
 from typing import Any, TypeVar
 
@@ -10,7 +11,7 @@ from rich.table import Table
 
 T = TypeVar("T")
 
-out = Console(highlight=False)
+out = Console(highlight=False, width=None if sys.stdout.isatty() else 132)
 err = Console(stderr=True, highlight=False)
 
 

@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "train a model to use few neurons, through all stages",
     "eval": "perplexity or accuracy, sparsity and cost of a model on data",
     "generate": "continue a prompt",
+    "bench": "dense against sparse in seconds: ffn, decode or train",
     "inspect": "what a model is, what would be converted, and what a token costs",
     "demo": "the whole of it on a real small model, on CPU",
 }
@@ -38,14 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"unknown command {name!r}: use one of {', '.join(COMMANDS)}")
     try:
         with _quiet():
-            importlib.import_module(f"lte.cli.{name}").main(rest)
+            return importlib.import_module(f"lte.cli.{name}").main(rest) or 0
     except (ValueError, OSError, ImportError) as error:
         return _fail(str(error) or type(error).__name__)
     except UsageError as error:
         return _fail(error.args[0])
     except KeyboardInterrupt:
         return _fail("interrupted", code=130)
-    return 0
 
 
 @contextlib.contextmanager
@@ -90,7 +90,7 @@ def parse(options: Callable[..., Any], command: str, argv: Sequence[str]) -> Any
             return tyro.cli(
                 options,
                 prog=f"lte {command}",
-                description=COMMANDS[command].capitalize() + ".",
+                description=COMMANDS[command.split()[0]].capitalize() + ".",
                 args=argv,
                 config=(tyro.conf.OmitArgPrefixes,),
             )

@@ -1,4 +1,4 @@
-"""Pictures of a run: how training went, and how sparse each layer ended up."""
+"""Pictures: how training went and how sparse each layer ended up; how fast a sparse model is."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,4 +45,36 @@ def plot_training(
     layers.bar(range(len(layer_sparsity)), layer_sparsity)
     layers.axhline(target, color="tab:gray", linestyle="--")
     layers.set(title="sparsity by layer (held-out text)", xlabel="layer", ylim=(0, 1))
+    figure.savefig(path, dpi=120)
+
+
+def plot_speed(rows: Sequence[dict[str, Any]], by: str, path: Path, title: str) -> None:
+    """Write a PNG: speed-up over measured sparsity, one line for each value of ``by``, the ideal dotted.
+
+    Args:
+        rows: of ``lte bench``; those with an error are left out.
+        by: the key that tells the lines apart, e.g. ``"tokens"``.
+        path: where to write.
+        title: above the picture.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    good = [row for row in rows if "error" not in row]
+    dtypes = sorted({row["dtype"] for row in good})
+    figure = Figure(figsize=(7 * max(1, len(dtypes)), 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    for axes, dtype in zip(figure.subplots(1, max(1, len(dtypes)), squeeze=False)[0], dtypes, strict=False):
+        for index, value in enumerate(sorted({row[by] for row in good if row["dtype"] == dtype})):
+            line = sorted((r for r in good if r["dtype"] == dtype and r[by] == value), key=lambda r: r["sparsity"])
+            share, color = [100 * r["sparsity"] for r in line], f"C{index}"
+            axes.plot(share, [r["speedup"] for r in line], "o-", color=color, label=f"{by} {value}")
+            axes.plot(share, [r["ideal_speedup"] for r in line], ":", color=color, alpha=0.6)
+        axes.axhline(1, color="tab:gray", linestyle="--", label="dense")
+        axes.set(title=f"{dtype} (dotted: ideal from bytes)", xlabel="sparsity, %", ylabel="speed-up over dense")
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter("{x:g}x")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)

@@ -1,0 +1,137 @@
+"""``lte bench decode``: a whole model, dense against sparse, decoding as ``generate`` does."""
+
+import copy
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import torch
+import tyro
+from transformers import PreTrainedModel
+
+from lte.cli.bench_report import (
+    BackendOption,
+    BenchOutput,
+    NumericDtype,
+    Report,
+    Row,
+    Shape,
+    check_positive,
+    check_sparsities,
+    resolve_backend,
+)
+from lte.cli.console import err
+from lte.cli.main import parse
+from lte.cli.options import DeviceOptions, open_model
+from lte.inference.bench_decode import DecodeGrid, bench_decode, dense_models, random_model
+from lte.inference.shapes import shape_config
+from lte.inference.timing import memory_bandwidth
+from lte.methods.lte import LTEConfig
+from lte.modules.sparse_ffn import Selecting
+from lte.surgery.convert import set_mode_, sparsify_
+
+_FEWEST_TOKENS = 8  # a step is run four times before its CUDA graph is there
+
+
+@dataclass
+class Decode:
+    shape: Shape = "llama2-7b"
+    model: str | None = None
+    """In place of --shape: a local folder, a hub id, or a .gguf file; dense (gets random routers) or trained sparse."""
+    sparsity: Annotated[
+        tuple[float, ...], tyro.conf.arg(help="Sparsities to ask of the routers; not with a trained model.")
+    ] = ()
+    batch: Annotated[tuple[int, ...], tyro.conf.arg(help="Texts at once.")] = (1,)
+    prompt_tokens: int = 128
+    """Length of the prompt."""
+    new_tokens: int = 256
+    """Tokens to decode after it."""
+    dtype: NumericDtype = "bfloat16"
+    """Of the weights. On a CPU dense is timed in fp32 and bf16, whichever is faster counts."""
+    backend: BackendOption = "auto"
+    """auto: as a model would choose; device: the one made for it, at any number of tokens."""
+    expert_size: int = 32
+    """Neurons an expert, of random routers."""
+    repeats: int = 3
+    """Texts decoded by each model, in turn; medians are over all their tokens."""
+    compile: bool | None = None
+    """Whether the step is compiled by torch.compile, dense and sparse; the default is yes on CUDA, no on a CPU."""
+    generate: bool = False
+    """Also time model.generate() as it is without options."""
+    seed: int = 0
+    """Of weights, routers and prompts."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1."""
+    to: BenchOutput = field(default_factory=BenchOutput)
+
+
+def main(argv: Sequence[str]) -> int:
+    options: Decode = parse(Decode, "bench decode", argv)
+    check_positive("batch", options.batch)
+    check_positive("prompt_tokens and repeats", [options.prompt_tokens, options.repeats])
+    if options.new_tokens < _FEWEST_TOKENS:
+        raise ValueError(f"new_tokens is {options.new_tokens}, but it is at least {_FEWEST_TOKENS}")
+    if options.sparsity:
+        check_sparsities(options.sparsity)
+    device, _ = DeviceOptions(options.device).resolve()
+    backend = resolve_backend(options.backend, device)
+    gb_per_s = memory_bandwidth(device)
+    model, trained = _model(options, device)
+    if trained and options.sparsity:
+        raise ValueError(f"{options.model} has trained routers, which set its sparsity: leave --sparsity away")
+    sparsities = () if trained else options.sparsity or (0.0, 0.5, 0.8, 0.9)
+    sparse = copy.deepcopy(model)
+    if trained:
+        set_mode_(model, "dense")
+    else:  # how random or new routers' experts are grouped makes no difference to time
+        sparsify_(sparse, LTEConfig(expert_size=options.expert_size, grouping="random", seed=options.seed))
+    err.print(f"memory {gb_per_s:,.0f} GB/s, backend {backend}; building and compiling take a while", markup=False)
+    grid = DecodeGrid(
+        name=options.model or options.shape,
+        sparsities=sparsities,
+        batches=options.batch,
+        backend=backend,
+        prompt_tokens=options.prompt_tokens,
+        new_tokens=options.new_tokens,
+        repeats=options.repeats,
+        compile=device.type == "cuda" if options.compile is None else options.compile,
+        generate=options.generate,
+        bandwidth=gb_per_s,
+        seed=options.seed,
+    )
+    report = Report(shlex.join(["lte", "bench", "decode", *argv]), device, gb_per_s, options.to.output)
+    report.collect(bench_decode(dense_models(model), sparse, grid), _line)
+    if options.to.plot is not None:
+        report.plot(options.to.plot, "batch", f"decoding {grid.name}")
+    return report.finish(f"decoding {grid.name}", _COLUMNS, options.to.json)
+
+
+def _model(options: Decode, device: torch.device) -> tuple[PreTrainedModel, bool]:
+    """The model, and whether its routers are trained."""
+    dtype = getattr(torch, options.dtype)
+    if options.model is None:
+        return random_model(shape_config(options.shape), dtype, device, options.seed), False
+    model = open_model(options.model, "causal", device, dtype)
+    return model, any(isinstance(module, Selecting) for module in model.modules())
+
+
+_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "batch": lambda r: str(r["batch"]),
+    "sparsity": lambda r: f"{r['sparsity']:.1%}",
+    "union": lambda r: f"{r['union_sparsity']:.1%}",
+    "dense ms/token": lambda r: f"{r['dense_ms']:.3f}",
+    "lte ms/token": lambda r: f"{r['lte_ms']:.3f}",
+    "speed-up": lambda r: f"{r['speedup']:.2f}",
+    "ideal": lambda r: f"{r['ideal_speedup']:.2f}",
+    "prefill ms": lambda r: f"{r['dense_prefill_ms']:.1f} > {r['lte_prefill_ms']:.1f}",
+    "total s": lambda r: f"{r['dense_total_s']:.2f} > {r['lte_total_s']:.2f}",
+    "tok/s": lambda r: f"{r['dense_tokens_per_s']:.1f} > {r['lte_tokens_per_s']:.1f}",
+    "of memory": lambda r: f"{r['share_of_bandwidth']:.0%}",
+    "backend": lambda r: r["backend"],
+}
+
+
+def _line(row: Row) -> str:
+    text = "  ".join(f"{name} {cell(row)}" for name, cell in _COLUMNS.items())
+    return f"{text}  (dense {row['dense_by']}, lte {row['lte_by']}; prepared in {row['prepare_s']:.0f} s)"

@@ -1,0 +1,117 @@
+"""``lte bench ffn``: one FFN over sparsity and number of tokens, and up to where sparse pays on this machine."""
+
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import torch
+import tyro
+
+from lte.cli.bench_report import (
+    BackendOption,
+    BenchOutput,
+    NumericDtype,
+    Report,
+    Row,
+    Shape,
+    Sparsities,
+    check_positive,
+    check_sparsities,
+    resolve_backend,
+)
+from lte.cli.console import err, out
+from lte.cli.main import parse
+from lte.cli.options import DeviceOptions
+from lte.inference.bench_ffn import FFNGrid, bench_ffn, crossovers
+from lte.inference.shapes import ffn_size, shape_config
+from lte.inference.timing import memory_bandwidth
+from lte.surgery.loading import load_config
+
+
+@dataclass
+class FFN:
+    shape: Shape = "llama2-7b"
+    model: str | None = None
+    """In place of --shape, the FFN size of this model: a local folder, a hub id, or a .gguf file."""
+    sparsity: Sparsities = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+    tokens: Annotated[tuple[int, ...], tyro.conf.arg(help="Tokens at once.")] = (1, 2, 4, 8, 16, 32, 64, 512)
+    dtype: Annotated[
+        tuple[NumericDtype, ...], tyro.conf.arg(help="Of the weights. None: bfloat16; on a CPU also fp32.")
+    ] = ()
+    backend: BackendOption = "device"
+    """device: the one made for it, at any number of tokens; auto: as a model would choose."""
+    expert_size: int = 32
+    """Neurons an expert."""
+    repeats: int = 20
+    """Samples of which the median is taken."""
+    seconds: float = 3.0
+    """On a CPU, at most so long a row (but three samples)."""
+    compile: bool | None = None
+    """Whether dense may be compiled by torch.compile; the default is yes on CUDA, no on a CPU."""
+    max_autotune: bool = False
+    """Also time dense compiled with max-autotune, which takes long to compile."""
+    seed: int = 0
+    """Of weights and inputs."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1."""
+    to: BenchOutput = field(default_factory=BenchOutput)
+
+
+def main(argv: Sequence[str]) -> int:
+    options: FFN = parse(FFN, "bench ffn", argv)
+    check_sparsities(options.sparsity)
+    check_positive("tokens", options.tokens)
+    device, _ = DeviceOptions(options.device).resolve()
+    size = ffn_size(shape_config(options.shape) if options.model is None else load_config(options.model))
+    if options.expert_size < 1 or size.d_ff % options.expert_size:
+        raise ValueError(f"expert_size is {options.expert_size}, but it must divide the {size.d_ff} neurons")
+    backend = resolve_backend(options.backend, device)
+    dtypes = options.dtype or (("float32", "bfloat16") if device.type == "cpu" else ("bfloat16",))
+    gb_per_s = memory_bandwidth(device)
+    err.print(f"{size}, memory {gb_per_s:,.0f} GB/s, backend {backend}", markup=False)
+    grid = FFNGrid(
+        options.model or options.shape,
+        size,
+        options.sparsity,
+        options.tokens,
+        [getattr(torch, name) for name in dtypes],
+        device,
+        backend,
+        options.expert_size,
+        options.repeats,
+        options.seconds,
+        device.type == "cuda" if options.compile is None else options.compile,
+        options.max_autotune,
+        gb_per_s,
+        options.seed,
+    )
+    report = Report(shlex.join(["lte", "bench", "ffn", *argv]), device, gb_per_s, options.to.output)
+    report.collect(bench_ffn(grid), _line)
+    report.values["crossovers"] = found = crossovers(report.rows)
+    for dtype, by_sparsity in found.items():
+        text = ", ".join(f"{tokens} at {float(sparsity):.0%}" for sparsity, tokens in by_sparsity.items())
+        out.print(f"{dtype}: sparse is at most 3 % slower than dense up to so many tokens: {text}")
+    if options.to.plot is not None:
+        report.plot(options.to.plot, "tokens", f"one FFN of {grid.name}")
+    return report.finish(f"one FFN of {grid.name}", _COLUMNS, options.to.json)
+
+
+_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "dtype": lambda r: r["dtype"],
+    "tokens": lambda r: str(r["tokens"]),
+    "sparsity": lambda r: f"{r['sparsity']:.1%}",
+    "union": lambda r: f"{r['union_sparsity']:.1%}",
+    "dense us": lambda r: f"{r['dense_us']:.1f}",
+    "lte us": lambda r: f"{r['lte_us']:.1f}",
+    "speed-up": lambda r: f"{r['speedup']:.2f}",
+    "ideal": lambda r: f"{r['ideal_speedup']:.2f}",
+    "MB": lambda r: f"{r['bytes'] / 1e6:.1f}",
+    "GB/s": lambda r: f"{r['gb_per_s']:.0f}",
+    "of memory": lambda r: f"{r['share_of_bandwidth']:.0%}",
+    "backend": lambda r: r["backend"],
+}
+
+
+def _line(row: Row) -> str:
+    return "  ".join(f"{name} {cell(row)}" for name, cell in _COLUMNS.items())

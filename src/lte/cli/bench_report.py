@@ -1,0 +1,173 @@
+"""What ``lte bench`` prints and writes: rows as they come, a table, one JSON line with where it was measured."""
+
+import json
+import math
+import platform
+import subprocess
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+import lte
+from lte.cli.console import err, print_json, table
+from lte.evaluation.plots import plot_speed
+from lte.inference.shapes import SHAPES
+from lte.ops.sparse_ffn import BackendName, load_backend
+
+Row = dict[str, Any]
+Shape = Annotated[str, tyro.conf.arg(help=f"Random weights of a published size: {', '.join(SHAPES)}.")]
+Sparsities = Annotated[tuple[float, ...], tyro.conf.arg(help="Sparsities to ask of the routers; 0 is every expert.")]
+NumericDtype = Literal["float32", "bfloat16", "float16"]
+BackendOption = Literal["device", "auto", "reference", "triton", "cpu"]
+
+
+@dataclass
+class BenchOutput:
+    """Where results go."""
+
+    json: bool = False
+    """Print one JSON object on the last line."""
+    output: Annotated[str | None, tyro.conf.arg(aliases=("-o",))] = None
+    """Append that line to this .jsonl file."""
+    plot: str | None = None
+    """Write a picture to this .png file."""
+
+
+class Report:
+    """Collects rows. Each is shown and kept in ``OUTPUT.partial`` at once, so that a run cut short loses only one."""
+
+    def __init__(self, command: str, device: torch.device, gb_per_s: float | None, output: str | None) -> None:
+        self.values: dict[str, Any] = {
+            "command": command,
+            "device": device_name(device),
+            "versions": versions(),
+            "commit": commit(),
+            "copy_gb_per_s": gb_per_s,
+            "rows": [],
+        }
+        self._output = None if output is None else Path(output)
+        if self._output is not None:
+            self._output.parent.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def rows(self) -> list[Row]:
+        return self.values["rows"]
+
+    @property
+    def failed(self) -> bool:
+        return any("error" in row for row in self.rows)
+
+    def collect(self, rows: Iterable[Row], show: Callable[[Row], str]) -> None:
+        """Take rows as they come."""
+        for row in rows:
+            self.rows.append(row)
+            err.print(
+                f"error: {_where(row)}: {row['error']}" if "error" in row else show(row), markup=False, soft_wrap=True
+            )
+            if self._output is not None:
+                self._partial.write_text(json.dumps(self.values) + "\n")
+
+    def plot(self, path: str, by: str, title: str) -> None:
+        """Write a picture, a line for each value of ``by``."""
+        plot_speed(self.rows, by, Path(path), f"{title}, {self.values['device']}")
+
+    def finish(self, title: str, columns: dict[str, Callable[[Row], str]], as_json: bool) -> int:
+        """Print the table, append the JSON line, print it; give the exit code."""
+        good = [row for row in self.rows if "error" not in row]
+        table(
+            f"{title}, {self.values['device']}",
+            list(columns),
+            [[cell(row) for cell in columns.values()] for row in good],
+        )
+        for row in self.rows:
+            if "error" in row:
+                err.print(f"error: {_where(row)}: {row['error']}", markup=False)
+        if self._output is not None:
+            with self._output.open("a") as file:
+                file.write(json.dumps(self.values) + "\n")
+            self._partial.unlink(missing_ok=True)
+        if as_json:
+            print_json(self.values)
+        return int(self.failed)
+
+    @property
+    def _partial(self) -> Path:
+        assert self._output is not None
+        return self._output.with_name(f"{self._output.name}.partial")
+
+
+def _where(row: Row) -> str:
+    return " ".join(f"{key} {value}" for key, value in row.items() if key not in ("error", "shape"))
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    names = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return f"{names[0].partition(':')[2].strip() if names else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    """Of everything that takes part."""
+    found = {"lte": lte.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found | {
+        name: found_version for name in ("transformers", "triton", "numba") if (found_version := _installed(name))
+    }
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """The commit of the checkout this code lies in, with + where it was changed; None outside a checkout."""
+    folder = Path(lte.__file__).parent
+    try:
+        one = ["git", "-C", str(folder)]
+        head = subprocess.run([*one, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*one, "status", "--porcelain", "."], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def check_sparsities(given: Sequence[float]) -> None:
+    if not given or not all(0 <= one <= 1 and math.isfinite(one) for one in given):
+        raise ValueError(f"sparsity is {given}, but each is a fraction between 0 (dense) and 1")
+
+
+def check_positive(name: str, given: Sequence[int]) -> None:
+    if not given or min(given) < 1:
+        raise ValueError(f"{name} is {given}, but each is at least 1")
+
+
+def resolve_backend(name: str, device: torch.device) -> BackendName:
+    """The backend to ask for by name.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    backend = {"cuda": "triton", "cpu": "cpu"}.get(device.type, "reference") if name == "device" else name
+    if backend != "auto":
+        try:
+            load_backend(backend)
+        except ImportError as error:
+            raise ValueError(f"backend {backend!r} cannot run here: {error}; pip install 'lte[{backend}]'") from error
+    return backend  # pyright: ignore[reportReturnType]

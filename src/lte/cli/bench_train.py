@@ -1,0 +1,159 @@
+"""``lte bench train``: a step of LTE's soft stage against a dense step of the same model."""
+
+import copy
+import gc
+import shlex
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import tyro
+from transformers import PreTrainedModel
+
+from lte.cli.bench_report import BenchOutput, Report, Row, Shape, check_positive
+from lte.cli.console import err
+from lte.cli.main import parse
+from lte.cli.options import DeviceOptions, open_model
+from lte.inference.bench_decode import random_model
+from lte.inference.shapes import shape_config
+from lte.methods.lte import LTEConfig
+from lte.modules.sparse_ffn import Selecting
+from lte.surgery.convert import sparsify_
+from lte.training.arguments import LTETrainingArguments
+from lte.training.batches import PackedBlocks
+from lte.training.step_time import step_seconds
+
+_WARMUP = 3
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {"recipe": "default", "target_sparsity": 0.5},
+    "default without distillation": {"recipe": "default", "target_sparsity": 0.5, "distillation_weight": 0.0},
+    "paper": {"recipe": "paper", "eta": 0.5},
+    "paper with distillation": {"recipe": "paper", "eta": 0.5, "distillation_weight": 0.9},
+}
+
+
+@dataclass
+class Train:
+    shape: Shape = "smollm2-135m"
+    model: str | None = None
+    """In place of --shape: a local folder, a hub id, or a .gguf file."""
+    batch: int = 16
+    """Rows a step."""
+    sequence_length: int = 1024
+    """Tokens a row."""
+    steps: Annotated[int, tyro.conf.arg(help="Steps of which the median is taken, after a few to warm up.")] = 12
+    bf16: bool | None = None
+    """Autocast to bf16; the default is yes on CUDA, no on a CPU. Weights are fp32."""
+    expert_size: int = 32
+    """Neurons an expert."""
+    seed: int = 0
+    """Of weights and data."""
+    device: str = "auto"
+    """auto, cpu, cuda."""
+    to: BenchOutput = field(default_factory=BenchOutput)
+
+
+def main(argv: Sequence[str]) -> int:
+    options: Train = parse(Train, "bench train", argv)
+    check_positive("batch, sequence_length and steps", [options.batch, options.sequence_length, options.steps])
+    if options.to.plot is not None:
+        raise ValueError("there is no picture of training steps: leave --plot away")
+    device, _ = DeviceOptions(options.device).resolve()
+    if device.index is not None:
+        raise ValueError(f"device is {options.device!r}, but training takes the first: set CUDA_VISIBLE_DEVICES")
+    model = _model(options, device)
+    name = options.model or options.shape
+    report = Report(shlex.join(["lte", "bench", "train", *argv]), device, None, options.to.output)
+    err.print(f"{len(VARIANTS)} variants, each beside a dense run, {_WARMUP + options.steps} steps a run", markup=False)
+    with tempfile.TemporaryDirectory() as folder:
+        report.collect(_rows(options, name, model, device, folder), _line)
+    return report.finish(f"a training step of {name}", _COLUMNS, options.to.json)
+
+
+def _model(options: Train, device: torch.device) -> PreTrainedModel:
+    """The sparse model that every run starts from."""
+    if options.model is None:
+        model = random_model(shape_config(options.shape), torch.float32, device, options.seed)
+    else:
+        model = open_model(options.model, "causal", device, torch.float32)
+    if not any(isinstance(module, Selecting) for module in model.modules()):
+        sparsify_(model, LTEConfig(expert_size=options.expert_size, grouping="random", seed=options.seed))
+    return model
+
+
+def _rows(options: Train, name: str, model: PreTrainedModel, device: torch.device, folder: str) -> Iterator[Row]:
+    """A row a variant, its dense run just before it."""
+    tokens = options.batch * options.sequence_length
+    vocabulary = min(model.config.get_text_config().vocab_size, 2**16)
+    ids = (
+        np.random.default_rng(options.seed)
+        .integers(0, vocabulary, tokens * (_WARMUP + options.steps + 1))
+        .astype(np.uint16)
+    )
+    dataset = PackedBlocks(ids, options.sequence_length)
+    for variant, settings in VARIANTS.items():
+        row: Row = {"shape": name, "variant": variant, "batch": options.batch}
+        row |= {"sequence_length": options.sequence_length, "bf16": _bf16(options, device)}
+        try:
+            dense, dense_memory = _run(options, model, device, folder, dataset, {"recipe": "dense"})
+            lte, lte_memory = _run(options, model, device, folder, dataset, settings)
+        except Exception as error:  # out of memory with a teacher, say; the other variants may fit
+            yield {**row, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+            continue
+        row |= {"dense_ms": 1e3 * dense, "lte_ms": 1e3 * lte, "ratio": lte / dense}
+        row |= {"dense_tokens_per_s": tokens / dense, "lte_tokens_per_s": tokens / lte}
+        yield {**row, "dense_memory_gb": dense_memory, "lte_memory_gb": lte_memory}
+
+
+def _run(
+    options: Train,
+    model: PreTrainedModel,
+    device: torch.device,
+    folder: str,
+    dataset: PackedBlocks,
+    settings: dict[str, Any],
+) -> tuple[float, float | None]:
+    """Seconds a step, and on CUDA the most memory that was allocated, in GB."""
+    args = LTETrainingArguments(
+        folder,
+        **{"dense_fraction": 0.0, "hard_fraction": 0.0, **settings},
+        max_steps=_WARMUP + options.steps + 1,
+        per_device_train_batch_size=options.batch,
+        learning_rate=1e-5,
+        optim="adamw_torch_fused",
+        bf16=_bf16(options, device),
+        use_cpu=device.type == "cpu",
+        save_strategy="no",
+        report_to="none",
+        logging_steps=10**6,
+        disable_tqdm=True,
+        seed=options.seed,
+    )
+    gc.collect()  # a trainer and its callbacks hold each other, and with them the model of the run before
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    seconds = step_seconds(copy.deepcopy(model), args, dataset, _WARMUP)
+    return seconds, torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
+
+
+def _bf16(options: Train, device: torch.device) -> bool:
+    return device.type == "cuda" if options.bf16 is None else options.bf16
+
+
+_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "soft stage, recipe": lambda r: r["variant"],
+    "dense ms": lambda r: f"{r['dense_ms']:.1f}",
+    "lte ms": lambda r: f"{r['lte_ms']:.1f}",
+    "lte / dense": lambda r: f"{r['ratio']:.2f}",
+    "dense tok/s": lambda r: f"{r['dense_tokens_per_s']:,.0f}",
+    "lte tok/s": lambda r: f"{r['lte_tokens_per_s']:,.0f}",
+}
+
+
+def _line(row: Row) -> str:
+    return "  ".join(f"{name} {cell(row)}" for name, cell in _COLUMNS.items())

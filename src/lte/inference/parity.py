@@ -1,0 +1,46 @@
+"""Whether a backend computes what the reference does, on the tensors that are about to be timed."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lte.ops import reference
+from lte.ops.sparse_ffn import BackendName, sparse_ffn
+from lte.ops.weights import FFNWeights
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+_AMBIGUOUS = 2e-5  # a logit so close to the threshold may fall on either side of it by rounding
+
+
+def parity(x_LTD: Tensor | Sequence[Tensor], layers: Sequence[FFNWeights], backend: BackendName) -> str | None:
+    """What is wrong with the backend on the first and the last copy, or None.
+
+    A token with a logit at the threshold is compared under a given choice of experts, since rounding
+    may decide it either way.
+    """
+    for index in sorted({0, len(layers) - 1}):
+        x_TD, weights = x_LTD[index], layers[index]
+        bias = 0 if weights.router_bias is None else weights.router_bias.float()
+        distance_TE = (logits(x_TD, weights) + bias - weights.threshold).abs()
+        clear_T = (distance_TE > _AMBIGUOUS).all(-1)
+        active_TE = reference.route(x_TD, weights)
+        pairs = [(sparse_ffn(x_TD, weights, active_TE, backend), reference.sparse_ffn(x_TD, weights, active_TE))]
+        if clear_T.any():
+            pairs.append((sparse_ffn(x_TD, weights, None, backend)[clear_T], pairs[0][1][clear_T]))
+        for found, expected in pairs:
+            error = relative_rms(found, expected)
+            if not error <= TOLERANCE[x_TD.dtype]:
+                return f"parity red: relative RMS error {error:.3g} against the reference (copy {index})"
+    return None
+
+
+def relative_rms(found: Tensor, expected: Tensor) -> float:
+    """Relative RMS error; where zeros are expected, the norm of what was found."""
+    norm = expected.float().norm()
+    return float((found.float() - expected.float()).norm() / (norm if norm > 0 else 1))
+
+
+def logits(x_TD: Tensor, weights: FFNWeights) -> Tensor:
+    """The router's logits without its bias, fp32 ``[T, E]``."""
+    return x_TD.float() @ weights.router.float().T

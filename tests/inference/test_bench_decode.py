@@ -1,0 +1,104 @@
+"""The decoding benchmark on the CPU: the tokens are generate's, whatever computes them."""
+
+import copy
+
+import pytest
+import torch
+from transformers import LlamaConfig, MistralConfig
+
+from lte.inference import bench_decode, parity
+from lte.inference.bench_decode import DecodeGrid, dense_models, random_model
+from lte.inference.decoding import Decoder
+from lte.inference.optimize import optimize_
+from lte.inference.routing import random_routers_, route_
+from lte.methods.lte import LTEConfig
+from lte.surgery.convert import set_mode_, sparsify_
+
+torch.set_num_threads(1)
+SIZES = {"hidden_size": 32, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+PROMPT, NEW = 12, 10
+
+
+@pytest.fixture(scope="module")
+def dense():
+    config = LlamaConfig(vocab_size=100, num_key_value_heads=2, **SIZES)
+    return random_model(config, torch.float32, torch.device("cpu"), seed=0)
+
+
+@pytest.fixture(scope="module")
+def sparse(dense):
+    model = sparsify_(copy.deepcopy(dense), LTEConfig(expert_size=8, grouping="random"))
+    set_mode_(model, "hard")
+    random_routers_(model)
+    route_(model, prompt(), 0.6)
+    return model
+
+
+def prompt(batch: int = 2) -> torch.Tensor:
+    return torch.randint(100, (batch, PROMPT), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_tokens_are_those_of_the_masked_dense_model(sparse, backend, static):
+    options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = sparse.generate(prompt(), **options)
+    packed = optimize_(copy.deepcopy(sparse), backend)
+    decoder = Decoder(packed, 2, PROMPT, NEW, compile=False)
+    if static:  # what CUDA does, less the graph
+        decoder._static = True
+        decoder._step = decoder._static_runs(compile=False)
+    for _ in range(2):  # the second time with a used cache
+        found = decoder(prompt())
+        assert torch.equal(found.tokens, expected)
+        assert len(found.steps) == NEW - 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, about itself
+def test_a_compiled_step_gives_the_same_tokens_and_sees_new_biases(sparse):
+    packed = optimize_(copy.deepcopy(sparse), "auto")
+    decoder = Decoder(packed, 2, PROMPT, NEW, compile=True)
+    assert decoder.how == "compiled"
+    for sparsity in (0.6, 0.9):
+        route_(packed, prompt(), sparsity)
+        assert torch.equal(decoder(prompt()).tokens, Decoder(packed, 2, PROMPT, NEW, compile=False)(prompt()).tokens)
+
+
+def test_a_sliding_window_is_refused_where_the_step_is_static():
+    config = MistralConfig(vocab_size=100, num_key_value_heads=2, sliding_window=8, **SIZES)
+    model = random_model(config, torch.float32, torch.device("cpu"), seed=0)
+    assert len(Decoder(model, 1, PROMPT, NEW, compile=False)(prompt(1)).steps) == NEW - 1
+    decoder = Decoder(model, 1, PROMPT, NEW, compile=False)
+    decoder._static = True
+    with pytest.raises(ValueError, match="sliding window"):
+        decoder._static_runs(compile=False)
+
+
+def run(dense, **changes):
+    sparse = sparsify_(copy.deepcopy(dense), LTEConfig(expert_size=8, grouping="random"))
+    values = {"backend": "reference", "prompt_tokens": PROMPT, "new_tokens": NEW, "repeats": 1, "compile": False}
+    grid = DecodeGrid("tiny", **{"sparsities": (0.0, 0.5), "batches": (1, 3), **values, **changes})
+    return list(bench_decode.bench_decode(dense_models(dense), sparse, grid))
+
+
+def test_rows(dense):
+    rows = run(dense, generate=True, bandwidth=10.0)
+    assert [(row["batch"], row["sparsity_asked"]) for row in rows] == [(1, 0.0), (1, 0.5), (3, 0.0), (3, 0.5)]
+    for row in rows:
+        assert row["sparsity"] == pytest.approx(row["sparsity_asked"], abs=0.04)
+        assert row["speedup"] == pytest.approx(row["dense_ms"] / row["lte_ms"])
+        assert row["dense_by"] in ("eager float32", "eager bfloat16")
+        assert row["dense_generate_s"] > 0
+        assert row["lte_generate_s"] > 0
+    assert rows[0]["bytes"] > rows[1]["bytes"]
+    assert rows[1]["union_sparsity"] == pytest.approx(rows[1]["sparsity"])
+    assert rows[3]["union_sparsity"] < rows[3]["sparsity"]
+
+
+def test_a_wrong_backend_gets_no_time(dense, monkeypatch):
+    right = parity.sparse_ffn
+    monkeypatch.setattr(parity, "sparse_ffn", lambda *args, **kwargs: 2 * right(*args, **kwargs))
+    for row in run(dense, batches=(1,)):
+        assert "parity red" in row["error"]
+        assert "lte_ms" not in row
