@@ -1,356 +1,41 @@
-"""``sparse_ffn`` on CPU: one call reads the active experts' rows once, in fp32, bf16 or fp16, and computes in fp32.
+"""``sparse_ffn`` on CPU: the rows of active experts are read once, in fp32, bf16 or fp16, and computed with in fp32.
 
-Compiled by Numba, run by the threads of torch's own OpenMP: a second pool would fight with it for the cores, since
-idle OpenMP threads spin. A call is one parallel region of three steps with barriers between them: the router; each
-thread's share of the active experts' neurons, up to their part of the output; the sum of the threads' parts. Shares
-depend on the number of threads and on what is active, nothing else, so that results are the same bit for bit.
+The threads are those of torch's own OpenMP, where that can be found: a second pool would fight with it for the cores,
+as idle OpenMP threads spin. A call is one parallel region, about 3 us with its barriers on two cores.
 """
 
 import ctypes
-import math
+import struct
 from collections.abc import Callable
 from functools import cache
 from threading import Lock
-from typing import Any, cast
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import cfunc, from_dtype, njit, prange, types
-from numba.extending import intrinsic
-from numba.np.numpy_support import carray
 from torch import Tensor
 
+from lte.ops.cpu_kernels import ACTS, ADDRESSES, CODES, JOB, NUMBERS, ROWS, TAGS, region, run_by_numba
 from lte.ops.weights import FFNWeights
 
-_READING = 4  # what reading a weight costs, in multiplications of it with a token
-_ROWS = 4  # weight rows, and tokens, that the inner loops take at once
-_BLOCK = 64  # tokens a call of the compiled code
-_ACTS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4}
-# Numba knows neither bf16 nor (on CPU) fp16: they travel as integers of their width, told apart by the sign
-_TAGS = {torch.float32: np.float32(0), torch.bfloat16: np.uint16(0), torch.float16: np.int16(0)}
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-class _Job(ctypes.Structure):
-    """What the compiled code is told: addresses (0 for what is not there), dtypes by code, sizes."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("x", "out", "active", "parts", "up", "gate", "down", "router")),
-        *((name, ctypes.c_int64) for name in ("router_bias", "up_bias", "gate_bias", "down_bias")),
-        *((name, ctypes.c_int64) for name in ("x_code", "router_code", "up_code", "gate_code", "down_code")),
-        *((name, ctypes.c_int64) for name in ("routed", "T", "D", "F", "E", "act")),
-        ("threshold", ctypes.c_float),
-    ]
-
-
-_intrinsic = cast(Callable[[Callable], Callable], intrinsic)  # its own type leaves the context an argument
-_JOB = from_dtype(np.dtype(_Job))
-_NUMBA_THREADS = Lock()
-_thread_num = types.ExternalFunction("omp_get_thread_num", types.int32())
-_num_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
-_barrier = types.ExternalFunction("GOMP_barrier", types.void())
-
-
-@_intrinsic
-def _pointer(_context, address, tag):
-    def codegen(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(tag)(address, tag), codegen
-
-
-@_intrinsic
-def _widen(_context, value):
-    """A stored weight as fp32."""
-
-    def codegen(context, builder, signature, args):
-        single = context.get_value_type(types.float32)
-        if value == types.uint16:
-            word = context.get_value_type(types.uint32)
-            return builder.bitcast(builder.shl(builder.zext(args[0], word), word(16)), single)
-        if value == types.int16:
-            return builder.fpext(builder.bitcast(args[0], ir.HalfType()), single)
-        return args[0]
-
-    return types.float32(value), codegen
-
-
-@_intrinsic
-def _narrow(_context, value, tag):
-    """fp32 to what is stored, to nearest even."""
-
-    def codegen(context, builder, signature, args):
-        if tag == types.uint16:
-            word = context.get_value_type(types.uint32)
-            bits = builder.bitcast(args[0], word)
-            odd = builder.and_(builder.lshr(bits, word(16)), word(1))
-            rounded = builder.lshr(builder.add(bits, builder.add(odd, word(0x7FFF))), word(16))
-            rounded = builder.select(builder.fcmp_unordered("uno", args[0], args[0]), word(0x7FC0), rounded)
-            return builder.trunc(rounded, ir.IntType(16))
-        if tag == types.int16:
-            return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
-        return args[0]
-
-    return tag(value, tag), codegen
-
-
-_compiled = njit(fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy", cache=True)
-
-
-@_compiled
-def _read(address, code, start, out):
-    """Fill ``out`` with what is stored at ``address`` from ``start`` on."""
-    stop = start + out.shape[0]
-    if code == 0:
-        singles = carray(_pointer(address, np.float32(0)), (stop,))
-        for i in range(start, stop):
-            out[i - start] = singles[i]
-    elif code == 1:
-        brains = carray(_pointer(address, np.uint16(0)), (stop,))
-        for i in range(start, stop):
-            out[i - start] = _widen(brains[i])
-    else:
-        halves = carray(_pointer(address, np.int16(0)), (stop,))
-        for i in range(start, stop):
-            out[i - start] = _widen(halves[i])
-
-
-@_compiled
-def _write(address, code, start, values):
-    stop = start + values.shape[0]
-    if code == 0:
-        singles = carray(_pointer(address, np.float32(0)), (stop,))
-        for i in range(start, stop):
-            singles[i] = values[i - start]
-    elif code == 1:
-        brains = carray(_pointer(address, np.uint16(0)), (stop,))
-        for i in range(start, stop):
-            brains[i] = _narrow(values[i - start], np.uint16(0))
-    else:
-        halves = carray(_pointer(address, np.int16(0)), (stop,))
-        for i in range(start, stop):
-            halves[i] = _narrow(values[i - start], np.int16(0))
-
-
-@_compiled
-def _dot4(w, r, x, t):
-    """Four rows of the weights times one token."""
-    s0 = s1 = s2 = s3 = np.float32(0)
-    for d in range(w.shape[1]):
-        v = x[t, d]
-        s0 += _widen(w[r, d]) * v
-        s1 += _widen(w[r + 1, d]) * v
-        s2 += _widen(w[r + 2, d]) * v
-        s3 += _widen(w[r + 3, d]) * v
-    return s0, s1, s2, s3
-
-
-@_compiled
-def _dot44(w, r, x, t0, t1, t2, t3, out, i, k):
-    """Four rows of the weights times four tokens."""
-    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = np.float32(0)
-    c0 = c1 = c2 = c3 = d0 = d1 = d2 = d3 = np.float32(0)
-    for d in range(w.shape[1]):
-        w0, w1, w2, w3 = _widen(w[r, d]), _widen(w[r + 1, d]), _widen(w[r + 2, d]), _widen(w[r + 3, d])
-        v = x[t0, d]
-        a0 += w0 * v
-        a1 += w1 * v
-        a2 += w2 * v
-        a3 += w3 * v
-        v = x[t1, d]
-        b0 += w0 * v
-        b1 += w1 * v
-        b2 += w2 * v
-        b3 += w3 * v
-        v = x[t2, d]
-        c0 += w0 * v
-        c1 += w1 * v
-        c2 += w2 * v
-        c3 += w3 * v
-        v = x[t3, d]
-        d0 += w0 * v
-        d1 += w1 * v
-        d2 += w2 * v
-        d3 += w3 * v
-    out[i, k], out[i, k + 1], out[i, k + 2], out[i, k + 3] = a0, a1, a2, a3
-    out[i + 1, k], out[i + 1, k + 1], out[i + 1, k + 2], out[i + 1, k + 3] = b0, b1, b2, b3
-    out[i + 2, k], out[i + 2, k + 1], out[i + 2, k + 2], out[i + 2, k + 3] = c0, c1, c2, c3
-    out[i + 3, k], out[i + 3, k + 1], out[i + 3, k + 2], out[i + 3, k + 3] = d0, d1, d2, d3
-
-
-@_compiled
-def _multiply(w, first, rows, x, tokens, count, out):
-    """``out[i, k] = x[tokens[i]] . w[first + k]``; each group of rows is read once for all tokens."""
-    for k in range(0, rows, 4):
-        i = 0
-        while i + 4 <= count:
-            _dot44(w, first + k, x, tokens[i], tokens[i + 1], tokens[i + 2], tokens[i + 3], out, i, k)
-            i += 4
-        while i < count:
-            out[i, k], out[i, k + 1], out[i, k + 2], out[i, k + 3] = _dot4(w, first + k, x, tokens[i])
-            i += 1
-
-
-@_compiled
-def _axpy4(w, r, h, i, k, y, t):
-    """Add four rows of the weights, scaled, to one token's output."""
-    h0, h1, h2, h3 = h[i, k], h[i, k + 1], h[i, k + 2], h[i, k + 3]
-    for d in range(w.shape[1]):
-        y[t, d] += h0 * _widen(w[r, d]) + h1 * _widen(w[r + 1, d]) + h2 * _widen(w[r + 2, d]) + h3 * _widen(w[r + 3, d])
-
-
-@_compiled
-def _add_rows(w, first, rows, h, tokens, count, y):
-    """``y[tokens[i]] += sum of h[i, k] * w[first + k]``."""
-    for k in range(0, rows, 4):
-        for i in range(count):
-            _axpy4(w, first + k, h, i, k, y, tokens[i])
-
-
-@_compiled
-def _activate(h, act):
-    if act == 0:
-        for k in range(h.shape[0]):
-            h[k] = h[k] / (np.float32(1) + math.exp(-h[k]))
-    elif act == 1:
-        for k in range(h.shape[0]):
-            h[k] = np.float32(0.5) * h[k] * (np.float32(1) + math.erf(h[k] * np.float32(math.sqrt(0.5))))
-    elif act == 2:
-        for k in range(h.shape[0]):
-            inner = np.float32(math.sqrt(2 / math.pi)) * (h[k] + np.float32(0.044715) * h[k] * h[k] * h[k])
-            h[k] = np.float32(0.5) * h[k] * (np.float32(1) + math.tanh(inner))
-    else:
-        for k in range(h.shape[0]):
-            kept = max(h[k], np.float32(0))
-            h[k] = kept if act == 3 else kept * kept
-
-
-@_compiled
-def _add_bias(address, code, start, h, count):
-    if address != 0:
-        bias = np.empty(h.shape[1], np.float32)
-        _read(address, code, start, bias)
-        for i in range(count):
-            for k in range(h.shape[1]):
-                h[i, k] += bias[k]
-
-
-@_compiled
-def _tokens(job):
-    x_TD = np.empty((job.T, job.D), np.float32)
-    _read(job.x, job.x_code, 0, x_TD.reshape(job.T * job.D))
-    return x_TD
-
-
-@_compiled
-def _route(job, thread, threads, tag):
-    """Step one: this thread's share of the router's choices."""
-    T, D, E = job.T, job.D, job.E
-    active_TE = carray(_pointer(job.active, np.uint8(0)), (T, E))
-    router_ED = carray(_pointer(job.router, tag), (E, D))
-    x_TD = _tokens(job)
-    first, last = E * thread // threads, E * (thread + 1) // threads
-    bias = np.zeros((1, last - first), np.float32)
-    _add_bias(job.router_bias, job.router_code, first, bias, 1)
-    for e in range(first, last):
-        for t in range(T):
-            logit = bias[0, e - first]
-            for d in range(D):
-                logit += _widen(router_ED[e, d]) * x_TD[t, d]
-            active_TE[t, e] = logit > job.threshold
-
-
-@_compiled
-def _compute(job, thread, threads, tag):
-    """Step two: this thread's share of the active neurons, added up to its part of the output."""
-    T, D, F, E = job.T, job.D, job.F, job.E
-    N = F // E
-    active_TE = carray(_pointer(job.active, np.uint8(0)), (T, E))
-    up_FD = carray(_pointer(job.up, tag), (F, D))
-    gate_FD = carray(_pointer(job.gate, tag), (F, D))
-    down_FD = carray(_pointer(job.down, tag), (F, D))
-    y_TD = carray(_pointer(job.parts + 4 * thread * T * D, np.float32(0)), (T, D))
-    y_TD[:] = 0
-    x_TD = _tokens(job)
-    tokens = np.empty(T, np.int64)
-    up_TN = np.empty(T * N, np.float32)
-    gate_TN = np.empty(T * N, np.float32)
-
-    # Four rows of an expert cost their reading plus their arithmetic for each token that uses them
-    total = 0
-    for e in range(E):
-        count = 0
-        for t in range(T):
-            count += active_TE[t, e]
-        total += (_READING + count) * (N // 4) if count else 0
-    begin, end = total * thread // threads, total * (thread + 1) // threads
-
-    position = 0
-    for e in range(E):
-        count = 0
-        for t in range(T):
-            if active_TE[t, e]:
-                tokens[count] = t
-                count += 1
-        if count == 0:
-            continue
-        cost = _READING + count
-        first = min(max(-((position - begin) // cost), 0), N // 4) * 4
-        last = min(max(-((position - end) // cost), 0), N // 4) * 4
-        position += cost * (N // 4)
-        if first >= last:
-            continue
-        rows, start = last - first, e * N + first
-        up = up_TN[: count * rows].reshape(count, rows)
-        _multiply(up_FD, start, rows, x_TD, tokens, count, up)
-        _add_bias(job.up_bias, job.up_code, start, up, count)
-        if job.gate != 0:
-            gate = gate_TN[: count * rows].reshape(count, rows)
-            _multiply(gate_FD, start, rows, x_TD, tokens, count, gate)
-            _add_bias(job.gate_bias, job.gate_code, start, gate, count)
-            _activate(gate.reshape(count * rows), job.act)
-            for i in range(count):
-                for k in range(rows):
-                    up[i, k] *= gate[i, k]
-        else:
-            _activate(up.reshape(count * rows), job.act)
-        _add_rows(down_FD, start, rows, up, tokens, count, y_TD)
-
-
-@_compiled
-def _collect(job, thread, threads):
-    """Step three: the sum of all parts and the bias, over this thread's share of the columns."""
-    T, D = job.T, job.D
-    parts = carray(_pointer(job.parts, np.float32(0)), (threads, T, D))
-    first, last = D // 16 * thread // threads * 16, D // 16 * (thread + 1) // threads * 16
-    if thread + 1 == threads:
-        last = D
-    y = np.empty((1, last - first), np.float32)
-    for t in range(T):
-        y[:] = 0
-        _add_bias(job.down_bias, job.down_code, first, y, 1)
-        for part in range(threads):
-            for d in range(first, last):
-                y[0, d - first] += parts[part, t, d]
-        _write(job.out, job.x_code, t * D + first, y[0])
+_BLOCK = 64  # tokens a job: bounds the threads' parts of the output, and keeps them in cache
+_pack_job = struct.Struct(f"{len(ADDRESSES) + len(NUMBERS)}qd").pack
+_numba_threads = Lock()
 
 
 def refuses(x_TD: Tensor, weights: FFNWeights) -> str | None:
     """Why it cannot compute this, in one line; None if it can."""
-    for name, tensor in (("x", x_TD), *weights.tensors().items()):
-        if tensor.dtype not in _CODES:
-            return f"{name} is {tensor.dtype}, but it takes float32, bfloat16 and float16"
     if x_TD.device.type != "cpu":
         return f"x is on {x_TD.device}"
+    for name, tensor in (("x", x_TD), *weights.tensors().items()):
+        if tensor.dtype not in CODES:
+            return f"{name} is {tensor.dtype}, but it takes float32, bfloat16 and float16"
+        if name != "x" and not tensor.is_contiguous():
+            return f"{name} is not contiguous, a row a neuron or expert: lte.optimize_ lays the weights out"
     up, gate = weights.up, weights.gate
-    for name, matrix in (("up", up), ("down", weights.down), ("gate", gate), ("router", weights.router)):
-        if matrix is not None and not matrix.is_contiguous():
-            return f"{name} is not contiguous, a row a neuron or expert; lte.optimize_ lays the weights out"
     if weights.down.dtype != up.dtype or (gate is not None and gate.dtype != up.dtype):
-        return "up, gate and down differ in dtype"
-    if weights.expert_size % _ROWS:
-        return f"experts have {weights.expert_size} neurons, but it takes multiples of {_ROWS}"
+        return "up, gate and down differ in dtype: cast them to one"
+    if weights.expert_size % ROWS:
+        return f"experts have {weights.expert_size} neurons, but it takes multiples of {ROWS}"
     return None
 
 
@@ -362,50 +47,57 @@ def pays(x_TD: Tensor, weights: FFNWeights) -> bool:
 def sparse_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None = None) -> Tensor:
     """As :func:`lte.ops.sparse_ffn.sparse_ffn`."""
     x_TD = x_TD.contiguous()
+    active_TE = None if active_TE is None else active_TE.contiguous()
     out_TD = torch.empty_like(x_TD)
+    if x_TD.shape[0] <= _BLOCK:
+        _compute(x_TD, weights, active_TE, out_TD)
+        return out_TD
     for start in range(0, x_TD.shape[0], _BLOCK):
         block = slice(start, start + _BLOCK)
-        _compute_block(x_TD[block], weights, None if active_TE is None else active_TE[block], out_TD[block])
+        _compute(x_TD[block], weights, None if active_TE is None else active_TE[block], out_TD[block])
     return out_TD
 
 
-def _compute_block(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, out_TD: Tensor) -> None:
-    T, D = x_TD.shape
+def _compute(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, out_TD: Tensor) -> None:
+    (T, D), (E, _) = x_TD.shape, weights.router.shape
     threads = torch.get_num_threads()
-    parts_TD = torch.empty(threads * T * D)
-    chosen_TE = torch.empty(T * weights.num_experts, dtype=torch.bool) if active_TE is None else active_TE.contiguous()
-    job = _Job(
+    parts_size = threads * T * D
+    scratch = torch.empty(parts_size + T * E // 4 + 1)  # the parts in fp32, behind them what the router chose, in bytes
+    parts = scratch.data_ptr()
+    up, router, router_bias = weights.up, weights.router, weights.router_bias
+    up_bias, gate_bias, down_bias = weights.up_bias, weights.gate_bias, weights.down_bias
+    job = _pack_job(
         x_TD.data_ptr(),
         out_TD.data_ptr(),
-        chosen_TE.data_ptr(),
-        parts_TD.data_ptr(),
-        weights.up.data_ptr(),
+        parts + 4 * parts_size if active_TE is None else active_TE.data_ptr(),
+        parts,
+        up.data_ptr(),
         _address(weights.gate),
         weights.down.data_ptr(),
-        weights.router.data_ptr(),
-        _address(weights.router_bias),
-        _address(weights.up_bias),
-        _address(weights.gate_bias),
-        _address(weights.down_bias),
-        _CODES[x_TD.dtype],
-        _code(weights.router_bias),
-        _code(weights.up_bias),
-        _code(weights.gate_bias),
-        _code(weights.down_bias),
+        router.data_ptr(),
+        _address(router_bias),
+        _address(up_bias),
+        _address(gate_bias),
+        _address(down_bias),
+        CODES[x_TD.dtype],
+        _code(router_bias),
+        _code(up_bias),
+        _code(gate_bias),
+        _code(down_bias),
         active_TE is None,
         T,
         D,
-        weights.d_ff,
-        weights.num_experts,
-        _ACTS[weights.act],
+        up.shape[0],
+        E,
+        ACTS[weights.act],
         weights.threshold,
     )
-    openmp, dtypes = _openmp(), (weights.up.dtype, weights.router.dtype)
+    openmp = _openmp()
     if openmp is not None:
-        openmp(_region(*dtypes), ctypes.byref(job), threads, 0)
-    else:
-        with _NUMBA_THREADS:
-            _run_by_numba(np.ctypeslib.as_array(ctypes.pointer(job), (1,)), threads, *(_TAGS[d] for d in dtypes))
+        openmp(region(up.dtype, router.dtype), job, threads, 0)
+        return
+    with _numba_threads:
+        run_by_numba(np.frombuffer(job, JOB), threads, TAGS[up.dtype], TAGS[router.dtype])
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -413,48 +105,17 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _code(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else _CODES[tensor.dtype]
+    return 0 if tensor is None else CODES[tensor.dtype]
 
 
 @cache
 def _openmp() -> Callable[..., None] | None:
-    """What starts a parallel region of the OpenMP that torch has loaded, if that is GNU's (as in Linux wheels)."""
+    """What starts a parallel region of the OpenMP that torch has loaded, if that is GNU's or speaks like it."""
     try:
         process = ctypes.CDLL(None)
-        run, _ = process.GOMP_parallel, process.GOMP_barrier
-    except (AttributeError, OSError, TypeError):
+        start, _ = process.GOMP_parallel, process.GOMP_barrier
+    except (AttributeError, OSError, TypeError):  # no OpenMP, LLVM's on macOS, Windows
         return None
-    run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    run.restype = None
-    return run
-
-
-@cache
-def _region(dtype: torch.dtype, router_dtype: torch.dtype) -> int:
-    """The address of what each OpenMP thread runs, compiled for these dtypes."""
-    tag, router_tag = _TAGS[dtype], _TAGS[router_dtype]
-
-    @cfunc(types.void(types.CPointer(_JOB)), error_model="numpy", cache=True)
-    def region(jobs):
-        job, thread, threads = carray(jobs, (1,))[0], _thread_num(), _num_threads()
-        if job.routed:
-            _route(job, thread, threads, router_tag)
-            _barrier()
-        _compute(job, thread, threads, tag)
-        _barrier()
-        _collect(job, thread, threads)
-
-    return cast(Any, region).address
-
-
-@njit(parallel=True, error_model="numpy", nogil=True, cache=True)
-def _run_by_numba(jobs, threads, tag, router_tag):
-    """The same by Numba's threads, which not all platforms let two callers start at once."""
-    job = jobs[0]
-    if job.routed:
-        for thread in prange(threads):
-            _route(job, thread, threads, router_tag)
-    for thread in prange(threads):
-        _compute(job, thread, threads, tag)
-    for thread in prange(threads):
-        _collect(job, thread, threads)
+    start.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint]
+    start.restype = None
+    return start
