@@ -137,11 +137,10 @@ def test_without_openmp(monkeypatch):
 
 def test_strided_x_and_active():
     weights = make_weights()
-    x_TD = make_x(2 * weights.d_model, weights).T[:, :64].T  # [64, 64], columns contiguous
-    active_TE = make_active(4, weights, "half").T.contiguous().T.repeat(16, 1)
-    x_TD = x_TD.T.contiguous().T
-    assert not x_TD.is_contiguous()
-    assert error(cpu.sparse_ffn(x_TD, weights, active_TE), x_TD, weights, active_TE) < 2e-6
+    x_TD, active_TE = make_x(70, weights), make_active(70, weights, "half")
+    y_TD = cpu.sparse_ffn(x_TD.T.contiguous().T, weights, active_TE.T.contiguous().T)
+    assert y_TD.equal(cpu.sparse_ffn(x_TD, weights, active_TE))
+    assert ops.sparse_ffn(x_TD.T.contiguous().T, weights, backend="cpu").equal(cpu.sparse_ffn(x_TD, weights))
 
 
 def test_refusals():
