@@ -1,0 +1,127 @@
+"""``sparse_ffn`` on CPU: the rows of active experts are read once, in fp32, bf16 or fp16, and computed with in fp32.
+
+The threads are those of torch's own OpenMP, where that can be found: a second pool would fight with it for the cores,
+as idle OpenMP threads spin. A call is one parallel region, about 3 us with its barriers on two cores.
+"""
+
+import ctypes
+import struct
+from collections.abc import Callable
+from functools import cache
+from threading import Lock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lte.ops.cpu_kernels import ACTS, ADDRESSES, CODES, JOB, NUMBERS, ROWS, TAGS, region, run_by_numba
+from lte.ops.weights import FFNWeights
+
+_BLOCK = 64  # tokens a job: bounds the threads' parts of the output, and keeps them in cache
+_pack_job = struct.Struct(f"{len(ADDRESSES) + len(NUMBERS)}qd").pack
+_numba_threads = Lock()
+
+
+def refuses(x_TD: Tensor, weights: FFNWeights) -> str | None:
+    """Why it cannot compute this, in one line; None if it can."""
+    if x_TD.device.type != "cpu":
+        return f"x is on {x_TD.device}"
+    for name, tensor in (("x", x_TD), *weights.tensors().items()):
+        if tensor.dtype not in CODES:
+            return f"{name} is {tensor.dtype}, but it takes float32, bfloat16 and float16"
+        if name != "x" and not tensor.is_contiguous():
+            return f"{name} is not contiguous, a row a neuron or expert: lte.optimize_ lays the weights out"
+    up, gate = weights.up, weights.gate
+    if weights.down.dtype != up.dtype or (gate is not None and gate.dtype != up.dtype):
+        return "up, gate and down differ in dtype: cast them to one"
+    if weights.expert_size % ROWS:
+        return f"experts have {weights.expert_size} neurons, but it takes multiples of {ROWS}"
+    return None
+
+
+def pays(x_TD: Tensor, weights: FFNWeights) -> bool:
+    """Whether it is the fastest for this, by measured crossovers.
+
+    Measured with 576 x 1536 and 2048 x 8192, at 50 % sparsity, each token with experts of its own (so that many tokens
+    need all of them), on a core with AVX-512 and its bf16 dot product: in bf16 the reference overtakes between 24 and
+    64 tokens, in fp32 not yet at 128. The reference has to cast weights that are not of x's dtype at each call.
+    """
+    half = x_TD.dtype == weights.up.dtype != torch.float32
+    return x_TD.shape[0] <= (24 if half else 128)
+
+
+def sparse_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None = None) -> Tensor:
+    """As :func:`lte.ops.sparse_ffn.sparse_ffn`."""
+    x_TD = x_TD.contiguous()
+    active_TE = None if active_TE is None else active_TE.contiguous()
+    out_TD = torch.empty_like(x_TD)
+    if x_TD.shape[0] <= _BLOCK:
+        _compute(x_TD, weights, active_TE, out_TD)
+        return out_TD
+    for start in range(0, x_TD.shape[0], _BLOCK):
+        block = slice(start, start + _BLOCK)
+        _compute(x_TD[block], weights, None if active_TE is None else active_TE[block], out_TD[block])
+    return out_TD
+
+
+def _compute(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, out_TD: Tensor) -> None:
+    (T, D), (E, _) = x_TD.shape, weights.router.shape
+    threads = torch.get_num_threads()
+    parts_size = threads * T * D
+    scratch = torch.empty(parts_size + T * E // 4 + 1)  # the parts in fp32, behind them what the router chose, in bytes
+    parts = scratch.data_ptr()
+    up, router, router_bias = weights.up, weights.router, weights.router_bias
+    up_bias, gate_bias, down_bias = weights.up_bias, weights.gate_bias, weights.down_bias
+    job = _pack_job(
+        x_TD.data_ptr(),
+        out_TD.data_ptr(),
+        parts + 4 * parts_size if active_TE is None else active_TE.data_ptr(),
+        parts,
+        up.data_ptr(),
+        _address(weights.gate),
+        weights.down.data_ptr(),
+        router.data_ptr(),
+        _address(router_bias),
+        _address(up_bias),
+        _address(gate_bias),
+        _address(down_bias),
+        CODES[x_TD.dtype],
+        _code(router_bias),
+        _code(up_bias),
+        _code(gate_bias),
+        _code(down_bias),
+        active_TE is None,
+        T,
+        D,
+        up.shape[0],
+        E,
+        ACTS[weights.act],
+        weights.threshold,
+    )
+    openmp = _openmp()
+    if openmp is not None:
+        openmp(region(up.dtype, router.dtype), job, threads, 0)
+        return
+    with _numba_threads:
+        run_by_numba(np.frombuffer(job, JOB), threads, TAGS[up.dtype], TAGS[router.dtype])
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _code(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else CODES[tensor.dtype]
+
+
+@cache
+def _openmp() -> Callable[..., None] | None:
+    """What starts a parallel region of the OpenMP that torch has loaded, if that is GNU's or speaks like it."""
+    try:
+        process = ctypes.CDLL(None)
+        start, _ = process.GOMP_parallel, process.GOMP_barrier
+    except (AttributeError, OSError, TypeError):  # no OpenMP, LLVM's on macOS, Windows
+        return None
+    start.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint]
+    start.restype = None
+    return start
