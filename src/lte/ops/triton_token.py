@@ -159,7 +159,7 @@ class Tuning:
     def of(device: torch.device, d_model: int, matrices: int, itemsize: int) -> "Tuning":
         """What measured best on an H100, scaled to the shape and to the shared memory there is."""
         width = triton.next_power_of_2(d_model)
-        rows = max(1, 4096 // width)
+        rows = max(1, min(8, 4096 // width))
         lot = matrices * rows * width * itemsize
         info = device_info(device)
         stages = max(1, min(6, int(0.8 * info.shared_memory) // lot))

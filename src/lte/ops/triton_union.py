@@ -246,19 +246,16 @@ class Tuning:
     def of(device: torch.device, tokens: int, d_model: int, expert_size: int, itemsize: int) -> "Tuning":
         """For a shape and a device."""
         info = device_info(device)
-        few = tokens <= 16
-        slice_width = 128 if few else 64
+        slice_width = 128
         splits = max(1, min(16, 2 * info.multiprocessors // triton.cdiv(d_model, slice_width)))
-        up_width = min(128, triton.next_power_of_2(d_model))
-        budget, padded = int(0.45 * info.shared_memory), max(16, triton.next_power_of_2(tokens))
+        # with more tokens narrower tiles: three programs of _up to a multiprocessor still fit
+        up_width = min(128 if tokens <= 16 else 64, triton.next_power_of_2(d_model))
+        padded = max(16, triton.next_power_of_2(tokens))
         up_tile = (2 * min(32, expert_size) + padded) * up_width * itemsize
         down_tile = (expert_size * slice_width + padded * expert_size) * itemsize
+        budget = int(0.45 * info.shared_memory)
         return Tuning(
-            up_width,
-            max(1, min(4, budget // up_tile)),
-            slice_width,
-            max(1, min(6 if few else 8, budget // down_tile)),
-            splits,
+            up_width, max(1, min(4, budget // up_tile)), slice_width, max(1, min(6, budget // down_tile)), splits
         )
 
 
