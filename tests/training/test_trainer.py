@@ -294,3 +294,19 @@ def test_what_is_refused(tmp_path):
 def test_too_few_steps_are_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match="leave the soft stage none"):
         trainer_for(tmp_path, max_steps=4, dense_fraction=0.5, hard_fraction=0.5).train()
+
+
+def test_a_compiled_run_is_the_same_run(tmp_path):
+    """Stages, hardness and recording of scores change under the compiled model; few programs must do for all steps."""
+    logs = {}
+    for name, options in {"eager": {}, "compiled": {"torch_compile": True, "torch_compile_backend": "eager"}}.items():
+        torch._dynamo.reset()
+        trainer = trainer_for(tmp_path / name, max_steps=32, **options)
+        trainer.train()
+        logs[name] = [entry for entry in trainer.state.log_history if "loss" in entry]
+    programs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert 0 < programs <= 6
+    assert len(logs["eager"]) == len(logs["compiled"]) == 32
+    for eager, compiled in zip(logs["eager"], logs["compiled"], strict=True):
+        for key in {"loss", "sparsity", "eta"} & eager.keys():
+            assert compiled[key] == pytest.approx(eager[key], rel=1e-3, abs=1e-4)

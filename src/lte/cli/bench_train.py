@@ -48,6 +48,8 @@ class Train:
     steps: Annotated[int, tyro.conf.arg(help="Steps of which the median is taken, after a few to warm up.")] = 12
     bf16: bool | None = None
     """Autocast to bf16; the default is yes on CUDA, no on a CPU. Weights are fp32."""
+    compile: bool = False
+    """Compile the model, dense and sparse alike (--torch-compile of lte train)."""
     expert_size: int = 32
     """Neurons an expert."""
     seed: int = 0
@@ -97,7 +99,7 @@ def _rows(options: Train, name: str, model: PreTrainedModel, device: torch.devic
     dataset = PackedBlocks(ids, options.sequence_length)
     for variant, settings in VARIANTS.items():
         row: Row = {"shape": name, "variant": variant, "batch": options.batch}
-        row |= {"sequence_length": options.sequence_length, "bf16": _bf16(options, device)}
+        row |= {"sequence_length": options.sequence_length, "bf16": _bf16(options, device), "compiled": options.compile}
         try:
             dense, dense_memory = _run(options, model, device, folder, dataset, {"recipe": "dense"})
             lte, lte_memory = _run(options, model, device, folder, dataset, settings)
@@ -126,6 +128,7 @@ def _run(
         learning_rate=1e-5,
         optim="adamw_torch_fused",
         bf16=_bf16(options, device),
+        torch_compile=options.compile,
         use_cpu=device.type == "cpu",
         save_strategy="no",
         report_to="none",
@@ -133,6 +136,7 @@ def _run(
         disable_tqdm=True,
         seed=options.seed,
     )
+    torch._dynamo.reset()
     gc.collect()  # a trainer and its callbacks hold each other, and with them the model of the run before
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -6,8 +6,9 @@ from typing import Literal
 
 from lte.cli.console import print_json, table, track
 from lte.cli.main import parse
-from lte.cli.options import DataOptions, DeviceOptions, Model, open_model
+from lte.cli.options import DataOptions, DeviceOptions, Model, open_model, optimize_where_possible_
 from lte.evaluation.evaluate import Evaluation, evaluate
+from lte.ops.sparse_ffn import BackendName
 from lte.surgery.convert import set_mode_
 from lte.surgery.loading import load_config, load_tokenizer
 
@@ -22,6 +23,8 @@ class Eval:
     """Rows a forward pass."""
     max_rows: int | None = None
     """Only the first rows (blocks) of the data."""
+    backend: BackendName = "auto"
+    """What computes the FFNs of a model in mode hard: what is evaluated is what decodes."""
     json: bool = False
     """Print one JSON object on the last line."""
     data: DataOptions = field(default_factory=DataOptions)
@@ -40,6 +43,8 @@ def main(argv: Sequence[str]) -> None:
     model = open_model(options.model, options.data.head(config), device, dtype)
     if options.mode != "saved":
         set_mode_(model, options.mode)
+    if options.backend != "auto" or (hasattr(model.config, "lte") and model.config.lte["mode"] == "hard"):
+        optimize_where_possible_(model, options.backend)
     result = evaluate(model, dataset, options.batch_size, progress=lambda batches: track(batches, "evaluating"))
     show(result)
     if options.json:

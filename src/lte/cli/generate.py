@@ -15,9 +15,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from lte.cli.console import bar, err, print_json
 from lte.cli.main import parse
-from lte.cli.options import DeviceOptions, Model, generating_head, open_model
+from lte.cli.options import DeviceOptions, Model, generating_head, open_model, optimize_where_possible_
 from lte.inference.generate import generate
-from lte.inference.optimize import optimize_
 from lte.modules.recording import track_sparsity
 from lte.ops.sparse_ffn import BackendName
 from lte.surgery.loading import load_config, load_tokenizer
@@ -80,7 +79,7 @@ def main(argv: Sequence[str]) -> None:
     ]
     mode = config.lte["mode"] if hasattr(config, "lte") else "dense"
     if mode == "hard" or options.backend != "auto":
-        _optimize_(model, options.backend)
+        optimize_where_possible_(model, options.backend)
     run = _decode(model, tokenizer, batches, options)
     speed = sum(run.tokens) / run.seconds
     err.print(f"{sum(run.tokens)} tokens, {speed:.1f} a second" + (" (compiling counted)" if options.compile else ""))
@@ -130,16 +129,6 @@ def _encode(tokenizer: Any, prompts: list[str], options: Generate, encoder_decod
     if not inputs["attention_mask"].any(dim=1).all():
         raise ValueError("the prompt is empty: give some text to continue")
     return {name: inputs[name] for name in ("input_ids", "attention_mask")}
-
-
-def _optimize_(model: PreTrainedModel, backend: BackendName) -> None:
-    """With ``auto``, a model that cannot be optimised runs as it is, and says so."""
-    try:
-        optimize_(model, backend)
-    except ValueError as error:
-        if backend != "auto":
-            raise
-        err.print(f"idle experts are computed too: {error}")
 
 
 def _decode(model: PreTrainedModel, tokenizer: Any, batches: list[dict[str, Tensor]], options: Generate) -> Run:

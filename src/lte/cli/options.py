@@ -8,6 +8,8 @@ import tyro
 from transformers import PreTrainedModel
 
 from lte.cli.console import err
+from lte.inference.optimize import optimize_
+from lte.ops.sparse_ffn import BackendName
 from lte.surgery.loading import Head, load_model
 from lte.training.data import DataConfig, Task, load_dataset_for
 
@@ -76,6 +78,16 @@ def open_model(name: str, head: Head, device: torch.device, dtype: torch.dtype |
     """The model on its device, with a word on the terminal while it loads."""
     with err.status("loading the model"):
         return load_model(name, head, dtype).to(device)  # pyright: ignore[reportArgumentType]
+
+
+def optimize_where_possible_(model: PreTrainedModel, backend: BackendName) -> None:
+    """Skip idle experts. With ``auto``, a model that cannot be optimised runs as it is, and says so."""
+    try:
+        optimize_(model, backend)
+    except ValueError as error:
+        if backend != "auto":
+            raise
+        err.print(f"idle experts are computed too: {error}")
 
 
 Output = Annotated[str, tyro.conf.arg(aliases=("-o",))]
