@@ -53,8 +53,6 @@ def sparse_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None = Non
     if active_TE is not None:
         active_TE = active_TE.contiguous()
     tokens = x_TD.shape[0]
-    if tokens == 1:
-        return token_ffn(x_TD, weights, active_TE)
-    if tokens <= MAX_TOKENS:
-        return union_ffn(x_TD, weights, active_TE)
-    return masked_ffn(x_TD, weights, active_TE)
+    run = token_ffn if tokens == 1 else union_ffn if tokens <= MAX_TOKENS else masked_ffn
+    with torch.cuda.device_of(x_TD):  # Triton launches on the current device, which may be another
+        return run(x_TD, weights, active_TE)
