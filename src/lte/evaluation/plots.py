@@ -37,7 +37,7 @@ def plot_training(
         losses.plot(*zip(*dense, strict=True), color="tab:gray", label="dense stage")
     losses.plot([e["step"] for e in sparse], [e["task_loss"] for e in sparse], label="soft and hard stage")
     losses.set(title="task loss", xlabel="step")
-    losses.legend()
+    losses.legend(loc="upper right")
     course.plot([e["step"] for e in sparse], [e["sparsity"] for e in sparse], label="sparsity (training text)")
     course.axhline(target, color="tab:gray", linestyle="--", label="target")
     course.set(title="sparsity", xlabel="step", ylim=(0, 1))
