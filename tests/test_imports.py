@@ -18,10 +18,10 @@ LEFT_OF = {
     "training": {"core", "ops", "modules", "surgery"},
     "inference": {"core", "ops", "modules", "surgery"},
     "methods": {"core", "ops", "modules", "surgery", "training"},
-    "evaluation": {"core", "ops", "modules", "surgery", "training", "methods"},
+    "evaluation": {"core", "ops", "modules", "surgery", "training", "methods", "inference"},
 }
 LEFT_OF["cli"] = {*LEFT_OF, "lte"}
-HEAVY = ("datasets", "gguf", "peft", "matplotlib", "triton", "numba", "pandas")
+HEAVY = ("datasets", "gguf", "peft", "matplotlib", "triton", "numba", "pandas", "rouge_score", "sacrebleu", "nltk")
 
 
 def imported(source: str, package: str) -> Iterator[tuple[int, str]]:

@@ -16,8 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from lte.cli.console import bar, err, print_json
 from lte.cli.main import parse
 from lte.cli.options import DeviceOptions, Model, generating_head, open_model, optimize_where_possible_
-from lte.inference.generate import generate
-from lte.modules.recording import track_sparsity
+from lte.inference.completions import GREEDY, Completion, complete, completions_sparsity, stop_ids
 from lte.ops.sparse_ffn import BackendName
 from lte.surgery.loading import load_config, load_tokenizer
 
@@ -55,12 +54,15 @@ class Generate:
 
 @dataclass
 class Run:
-    """What decoding gave, a prompt each: text, number of tokens, inputs that give the same pass; seconds in all."""
+    """What decoding gave, a prompt each, and the seconds it took in all."""
 
-    texts: list[str]
-    tokens: list[int]
-    passes: list[dict[str, Tensor]]
+    texts: list[str] = field(default_factory=list)
+    completions: list[Completion] = field(default_factory=list)
     seconds: float = 0.0
+
+    @property
+    def tokens(self) -> list[int]:
+        return [len(one.new) for one in self.completions]
 
 
 @torch.no_grad()
@@ -83,7 +85,7 @@ def main(argv: Sequence[str]) -> None:
     run = _decode(model, tokenizer, batches, options)
     speed = sum(run.tokens) / run.seconds
     err.print(f"{sum(run.tokens)} tokens, {speed:.1f} a second" + (" (compiling counted)" if options.compile else ""))
-    sparsity = _sparsity(model, run) if hasattr(config, "lte") else None
+    sparsity = completions_sparsity(model, run.completions).overall if hasattr(config, "lte") else None
     if sparsity is not None:
         err.print(f"sparsity {sparsity:.1%} (mode {mode})")
     if options.json:
@@ -135,53 +137,30 @@ def _decode(model: PreTrainedModel, tokenizer: Any, batches: list[dict[str, Tens
     sampling = (
         {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k}
         if options.temperature
-        else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        else GREEDY
     )
-    run = Run([], [], [])
+    run, stops = Run(), stop_ids(model, tokenizer)
     streams = len(batches) == 1 and len(batches[0]["input_ids"]) == 1
     with _streamer(tokenizer, streams, len(batches) * options.max_new_tokens) as streamer:
         for index, inputs in enumerate(batches):
             began = time.perf_counter()
-            output = generate(
+            completions = complete(
                 model,
                 inputs,
+                stops,
                 compile=options.compile,
                 seed=options.seed + index,
                 max_new_tokens=options.max_new_tokens,
                 pad_token_id=tokenizer.pad_token_id,
                 streamer=streamer(),
                 **sampling,
-            ).cpu()
+            )
             run.seconds += time.perf_counter() - began
-            _take_apart(run, model, tokenizer, inputs, output)
+            run.completions += completions
+            run.texts += [tokenizer.decode(one.new, skip_special_tokens=True) for one in completions]
     if not streams:
         print("\n\n".join(run.texts), flush=True)
     return run
-
-
-def _take_apart(run: Run, model: PreTrainedModel, tokenizer: Any, inputs: dict[str, Tensor], output: Tensor) -> None:
-    """Add each row of a batch to ``run``, without its padding."""
-    end = model.generation_config.eos_token_id  # pyright: ignore[reportOptionalMemberAccess]
-    encoder_decoder = model.config.is_encoder_decoder
-    start = 1 if encoder_decoder else inputs["input_ids"].shape[1]
-    for prompt, mask, row in zip(inputs["input_ids"], inputs["attention_mask"], output, strict=True):
-        new = row[start:]
-        ends = torch.isin(new, torch.tensor([] if end is None else end)).nonzero()
-        new = new[: int(ends[0]) + 1] if len(ends) else new
-        run.texts.append(tokenizer.decode(new, skip_special_tokens=True))
-        run.tokens.append(len(new))
-        prompt = prompt[mask.bool()]
-        made = {"decoder_input_ids": row[: start + len(new)]} if encoder_decoder else {}
-        run.passes.append({"input_ids": prompt, **made} if made else {"input_ids": torch.cat([prompt, new])})
-
-
-def _sparsity(model: PreTrainedModel, run: Run) -> float:
-    """Of the prompts and the tokens made, in passes afterwards: recording would slow the decoding that is timed."""
-    backbone = model.base_model  # the head would hold a vocabulary for every token
-    with track_sparsity(backbone) as meter:
-        for inputs in run.passes:
-            backbone(**{name: tokens[None].to(model.device) for name, tokens in inputs.items()})
-    return meter.overall
 
 
 @contextmanager

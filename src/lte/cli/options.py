@@ -1,6 +1,7 @@
 """Options that several commands share."""
 
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Annotated, Any, Literal
 
 import torch
@@ -8,10 +9,13 @@ import tyro
 from transformers import PreTrainedModel
 
 from lte.cli.console import err
+from lte.evaluation.generation import group_references
 from lte.inference.optimize import optimize_
 from lte.ops.sparse_ffn import BackendName
 from lte.surgery.loading import Head, load_model
-from lte.training.data import DataConfig, Task, load_dataset_for
+from lte.training.batches import PaddedRows
+from lte.training.data import DataConfig, Task, generation_rows, load_dataset_for, load_prompts
+from lte.training.tokenise import most_tokens
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -30,23 +34,53 @@ class DataOptions:
         return "classification" if self.task == "classification" else generating_head(model_config)
 
     def load(self, sources: tuple[str, ...], tokenizer: Any, model_config: Any, data: DataConfig | None = None) -> Any:
-        if not sources:
-            raise ValueError("no data: give --text FILE (or a hub data set id)")
-        data = data or self.data
-        text_config = model_config.get_text_config()
-        positions = getattr(text_config, "max_position_embeddings", None) or data.sequence_length
-        longest = min(positions, tokenizer.model_max_length)  # RoBERTa has two positions more than it can use
+        data = _as_written(data or self.data)
+        longest = most_tokens(tokenizer, model_config)
         dataset = load_dataset_for(
             self.task,
-            sources,
+            _given(sources),
             tokenizer,
             replace(data, sequence_length=min(longest, data.sequence_length)),
             is_encoder_decoder=bool(model_config.is_encoder_decoder),
-            vocab_size=text_config.vocab_size,
+            vocab_size=model_config.get_text_config().vocab_size,
         )
         if data.sequence_length > longest:
             err.print(f"sequence_length {data.sequence_length} is beyond the model's {longest} positions: used those")
         return dataset
+
+    def load_references(
+        self, tokenizer: Any, model_config: Any, max_prompts: int | None
+    ) -> tuple[dict[str, list[str]], PaddedRows]:
+        """Each prompt of ``text`` once, with all its completions; and these rows as ``load`` gives them."""
+        if self.task != "generation":
+            raise ValueError(f"only the task generation can be generated, not {self.task}: give --task generation")
+        data = _as_written(self.data)
+        texts = load_prompts(_given(self.text), data, str(tokenizer.eos_token or ""))
+        references = dict(islice(group_references(*texts).items(), max_prompts))
+        rows = generation_rows(
+            [prompt for prompt, several in references.items() for _ in several],
+            [one for several in references.values() for one in several],
+            tokenizer,
+            replace(data, sequence_length=min(most_tokens(tokenizer, model_config), data.sequence_length)),
+            bool(model_config.is_encoder_decoder),
+            model_config.get_text_config().vocab_size,
+        )
+        return references, rows
+
+
+def _given(sources: tuple[str, ...]) -> tuple[str, ...]:
+    if not sources:
+        raise ValueError("no data: give --text FILE (or a hub data set id)")
+    return sources
+
+
+def _as_written(data: DataConfig) -> DataConfig:
+    """With the line ends that a template means: a shell hands over ``"{mr}\\n"`` as a backslash and an n."""
+    return replace(data, prompt=_unescaped(data.prompt), completion=_unescaped(data.completion))
+
+
+def _unescaped(template: str) -> str:
+    return template.replace("\\n", "\n").replace("\\t", "\t") if "{" in template else template
 
 
 @dataclass

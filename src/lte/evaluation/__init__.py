@@ -1,1 +1,1 @@
-"""Measuring quality, sparsity and cost of a model in one pass over text."""
+"""Measuring quality, sparsity and cost of a model: of text it reads, and of text it writes."""

@@ -78,13 +78,13 @@ def load_dataset_for(
             raise ValueError("an encoder-decoder model learns generation: give prompt and completion")
         return _packed_blocks(sources, tokenizer, config, vocab_size)
     if task == "generation":
-        dataset = _generation_rows(sources, tokenizer, config, is_encoder_decoder)
-    elif task == "classification":
+        texts = load_prompts(sources, config, str(tokenizer.eos_token or ""))
+        return generation_rows(*texts, tokenizer, config, is_encoder_decoder, vocab_size)
+    if task == "classification":
         dataset = _classification_rows(sources, tokenizer, config)
-    else:
-        raise ValueError(f"unknown task {task!r}: use one of {', '.join(get_args(Task))}")
-    _check_token_ids(dataset.columns["input_ids"], vocab_size, "the tokenizer")
-    return dataset
+        _check_token_ids(dataset.columns["input_ids"], vocab_size, "the tokenizer")
+        return dataset
+    raise ValueError(f"unknown task {task!r}: use one of {', '.join(get_args(Task))}")
 
 
 def load_texts(sources: Source | Sequence[Source], text_column: str = "text") -> list[str]:
@@ -157,13 +157,15 @@ def _packed_blocks(
     return dataset
 
 
-def _generation_rows(
-    sources: Source | Sequence[Source],
+def generation_rows(
+    prompts: Sequence[str],
+    completions: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
     is_encoder_decoder: bool,
+    vocab_size: int,
 ) -> PaddedRows:
-    prompts, completions = load_prompts(sources, config, str(tokenizer.eos_token or ""))
+    """The dataset of texts, as `load_dataset_for` makes it of sources for the task generation."""
     size, total = config.sequence_length, len(prompts)
     start, end = wrapping(tokenizer)
     target_start, target_end = wrapping(tokenizer, target=True) if is_encoder_decoder else ([], [])
@@ -193,6 +195,7 @@ def _generation_rows(
         labels.append(np.array([IGNORED] * ignored + answer, dtype=np.int32))
     _warn_cut(cut_prompts, total, "prompts", size)
     _warn_cut(cut_completions, total, "completions", size)
+    _check_token_ids(input_ids, vocab_size, "the tokenizer")
     return PaddedRows({"input_ids": input_ids, "labels": labels}, _collator(tokenizer))
 
 

@@ -79,6 +79,13 @@ def wrapping(tokenizer: PreTrainedTokenizerBase, target: bool = False) -> tuple[
     return full[:before], full[before + len(bare) :]
 
 
+def most_tokens(tokenizer: PreTrainedTokenizerBase, model_config: Any) -> int:
+    """The longest row that tokenizer and model take; a huge number where neither says."""
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    longest = tokenizer.model_max_length  # RoBERTa's config has two positions more than it can use
+    return min(positions or longest, longest)
+
+
 def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id of EOS; ValueError when the tokenizer has none."""
     eos: Any = tokenizer.eos_token_id

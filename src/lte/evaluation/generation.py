@@ -1,0 +1,165 @@
+"""Quality of what a model generates, with the sparsity and cost of generating it."""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lte.evaluation.text_metrics import TextMetrics
+from lte.inference.completions import GREEDY, Completion, complete, completions_sparsity, padded, stop_ids
+from lte.surgery.cost import cost_per_token
+from lte.training.tokenise import encode, most_tokens, wrapping
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class GenerationEvaluation:
+    """What an evaluation of generated texts measured.
+
+    Attributes:
+        rouge1, rouge2, rougeL: F1 in points of 100, the best over a prompt's references, mean over prompts.
+        bleu: of all texts together, against all references, in points of 100.
+        num_prompts, num_references: how many there were.
+        num_tokens: tokens generated, the ends of texts included.
+        ended: share of the texts that came to their end; the others used up ``max_new_tokens``.
+        sparsity: fraction of inactive neurons, mean over layers and the tokens of prompts and texts; 0 for dense.
+        layer_sparsity: the same, layer by layer.
+        gflops_per_token, gflops_per_token_dense: FFN, attention projections and routers, G = 2^30.
+        mode: dense, soft or hard.
+        predictions: the texts, in the order of the prompts.
+    """
+
+    rouge1: float
+    rouge2: float
+    rougeL: float
+    bleu: float
+    num_prompts: int
+    num_references: int
+    num_tokens: int
+    ended: float
+    sparsity: float
+    layer_sparsity: list[float]
+    gflops_per_token: float
+    gflops_per_token_dense: float
+    mode: str
+    predictions: list[str] = field(repr=False)
+
+
+def group_references(prompts: Sequence[str], completions: Sequence[str]) -> dict[str, list[str]]:
+    """Each prompt once, in order of appearance, with every completion that it has."""
+    references: dict[str, list[str]] = {}
+    for prompt, completion in zip(prompts, completions, strict=True):
+        references.setdefault(prompt, []).append(completion)
+    return references
+
+
+@torch.no_grad()
+def evaluate_generation(
+    model: PreTrainedModel,
+    references: Mapping[str, Sequence[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int = 8,
+    max_new_tokens: int = 128,
+    num_beams: int = 1,
+    sequence_length: int = 1024,
+    compile: bool | None = None,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> GenerationEvaluation:
+    """Complete every prompt in the model's present mode and compare the texts with the references.
+
+    Prompts are tokenised as in training. One that leaves no room for ``max_new_tokens`` in ``sequence_length`` (or in
+    the model's positions) loses its start, as in training; an encoder's prompt has all the room and loses its end.
+
+    Args:
+        model: with a language modelling head, on any device. Decoding is fastest after :func:`lte.optimize_`.
+        references: what each prompt should be completed to, one text or several; see :func:`group_references`.
+        tokenizer: the model's.
+        batch_size: prompts decoded together.
+        max_new_tokens: where a text is cut that does not end.
+        num_beams: 1 is greedy.
+        sequence_length: the most tokens of a row, as in training.
+        compile: as for :func:`lte.generate`.
+        progress: wraps the iteration over batches, first of decoding, then of measuring sparsity.
+
+    Raises:
+        ValueError: no prompt, one without tokens, no room for prompts.
+        ImportError: rouge-score or sacrebleu is not installed.
+    """
+    if not references:
+        raise ValueError("there is no prompt to complete")
+    metrics = TextMetrics()
+    sparse = hasattr(model.config, "lte")
+    was_training = model.training
+    model.eval()
+    room = min(sequence_length, most_tokens(tokenizer, model.config))
+    inputs = _encode(list(references), tokenizer, room, max_new_tokens, model.config.is_encoder_decoder)
+    decoding = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "compile": compile}
+    completions = _complete(model, inputs, tokenizer, batch_size, progress, **decoding)
+    meter = completions_sparsity(model, completions, batch_size, progress) if sparse else None
+    model.train(was_training)
+    decode: Any = tokenizer.decode  # of one row a text, which a checker does not know
+    texts = [decode(one.new, skip_special_tokens=True).strip() for one in completions]
+    return GenerationEvaluation(
+        **metrics(texts, list(references.values())),
+        num_prompts=len(references),
+        num_references=sum(map(len, references.values())),
+        num_tokens=sum(len(one.new) for one in completions),
+        ended=sum(one.ended for one in completions) / len(completions),
+        sparsity=meter.overall if meter else 0.0,
+        layer_sparsity=meter.by_layer if meter else [],
+        gflops_per_token=cost_per_token(model, meter.by_layer if meter else 0.0).gflops,
+        gflops_per_token_dense=cost_per_token(model, 0.0).gflops,
+        mode=model.config.lte["mode"] if sparse else "dense",
+        predictions=texts,
+    )
+
+
+def _encode(
+    prompts: list[str], tokenizer: PreTrainedTokenizerBase, room: int, max_new_tokens: int, encoder_decoder: bool
+) -> list[torch.Tensor]:
+    """Token ids ``[T]`` of each prompt, as training rows begin."""
+    start, end = wrapping(tokenizer)
+    end = end if encoder_decoder else []
+    free = room - len(start) - len(end) - (0 if encoder_decoder else max_new_tokens)
+    if free < 1:
+        raise ValueError(
+            f"max_new_tokens {max_new_tokens} of a sequence_length of {room} leave no room for a prompt: "
+            "give a smaller max_new_tokens, or a larger sequence_length where the model has the positions"
+        )
+    encoded, cut = [], 0
+    for prompt in encode(prompts, tokenizer):
+        cut += len(prompt) > free
+        kept = prompt[:free] if encoder_decoder else prompt[-free:]
+        if not (start or kept or end):
+            raise ValueError("a prompt is empty: generating needs some text to begin with")
+        encoded.append(torch.tensor(start + kept + end))
+    if cut:
+        logger.warning("%d of %d prompts cut to %d tokens", cut, len(prompts), free)
+    return encoded
+
+
+def _complete(
+    model: PreTrainedModel,
+    inputs: list[torch.Tensor],
+    tokenizer: Any,
+    batch_size: int,
+    progress: Callable[[Iterable[Any]], Iterable[Any]],
+    **options: Any,
+) -> list[Completion]:
+    """Longest prompts first: less padding, a static cache that never grows, and no surprise of memory at the end."""
+    stops = stop_ids(model, tokenizer)
+    pad = tokenizer.pad_token_id
+    pad = pad if pad is not None else next(iter(stops), 0)
+    order = sorted(range(len(inputs)), key=lambda i: -len(inputs[i]))
+    side = "right" if model.config.is_encoder_decoder else "left"
+    made: dict[int, Completion] = {}
+    for first in progress(range(0, len(order), batch_size)):
+        batch = order[first : first + batch_size]
+        rows = padded([inputs[i] for i in batch], side, pad)
+        made |= zip(batch, complete(model, rows, stops, pad_token_id=pad, **GREEDY, **options), strict=True)
+    return [made[i] for i in range(len(inputs))]
