@@ -1,10 +1,14 @@
 """``lte bench`` in process, on tiny models on the CPU."""
 
 import json
+import subprocess
 
 import pytest
+import torch
 
+from lte.cli.bench_report import commit
 from lte.cli.main import main
+from lte.cli.options import DeviceOptions
 from lte.inference import bench_ffn, parity
 
 FFN = ["bench", "ffn", "--backend", "reference", "--device", "cpu", "--expert-size", "8", "--repeats", "3"]
@@ -97,6 +101,48 @@ def test_train(files, capsys):
     assert all(row["ratio"] == pytest.approx(row["lte_ms"] / row["dense_ms"]) for row in found["rows"])
 
 
+def test_a_picture_that_fails_costs_no_result(files, monkeypatch, tmp_path, capsys):
+    def fail(*_args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("lte.cli.bench_report.plot_speed", fail)
+    given = ["--model", str(files / "llama"), "--json", "-o", str(tmp_path / "r.jsonl")]
+    assert main([*FFN, *given, "--plot", str(tmp_path / "a.png")]) == 2
+    assert json.loads((tmp_path / "r.jsonl").read_text()) == last_json(capsys)
+
+
+def test_commit_is_of_a_checkout_that_lte_is_part_of(monkeypatch, tmp_path):
+    def git(*given):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", "-C", str(tmp_path), *who, *given], check=True, capture_output=True)
+
+    file = tmp_path / "lte" / "__init__.py"
+    file.parent.mkdir()
+    file.touch()
+    (tmp_path / "other.py").touch()
+    monkeypatch.setattr("lte.__file__", str(file))
+    git("init")
+    git("add", "other.py")
+    git("commit", "-m", "without lte")
+    assert commit() is None
+    git("add", "lte")
+    git("commit", "-m", "with lte")
+    found = commit()
+    assert found
+    assert not found.endswith("+")
+    file.write_text("1")
+    assert commit() == f"{found}+"
+
+
+def test_an_indexed_gpu_becomes_the_current_one(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch, "empty", lambda *_size, device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name in ("cuda:1", "cuda", "cpu"):
+        DeviceOptions(name).resolve()
+    assert chosen == [torch.device("cuda:1")]
+
+
 @pytest.mark.parametrize("part", ["ffn", "decode", "train"])
 def test_help(part, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -112,6 +158,11 @@ def test_help(part, capsys):
         (["bench", "ffn", "--shape", "llama9"], "smollm2-135m"),
         (["bench", "ffn", "--sparsity", "1.5"], "between 0"),
         (["bench", "ffn", "--tokens", "0"], "at least 1"),
+        (["bench", "ffn", "--repeats", "0"], "repeats is [0]"),
+        (["bench", "ffn", "--plot", "none/a.png"], "no folder none"),
+        (["bench", "decode", "--plot", "a.jpg"], "ends in .png"),
+        (["bench", "decode", "-o", "."], "is a folder"),
+        (["bench", "train", "-o", "none/"], "is a folder"),
         (["bench", "ffn", "--expert-size", "7"], "divide"),
         (["bench", "ffn", "--model", "./none"], "no such folder"),
         (["bench", "ffn", "--device", "gpu"], "gpu"),

@@ -8,10 +8,11 @@ from transformers import LlamaConfig, MistralConfig
 
 from lte.inference import bench_decode, parity
 from lte.inference.bench_decode import DecodeGrid, dense_models, random_model
-from lte.inference.decoding import Decoder
+from lte.inference.decoding import Decoded, Decoder
 from lte.inference.optimize import optimize_
 from lte.inference.routing import random_routers_, route_
 from lte.methods.lte import LTEConfig
+from lte.modules.recording import sparse_layers
 from lte.surgery.convert import set_mode_, sparsify_
 
 torch.set_num_threads(1)
@@ -102,3 +103,46 @@ def test_a_wrong_backend_gets_no_time(dense, monkeypatch):
     for row in run(dense, batches=(1,)):
         assert "parity red" in row["error"]
         assert "lte_ms" not in row
+
+
+def test_a_wrong_step_gets_no_time(dense, monkeypatch):
+    class Wrong(Decoder):
+        def _eager_step(self):
+            super()._eager_step()
+            self._token.copy_((self._token + 1) % 100)
+            self._tokens.index_copy_(1, self._position[0], self._token)
+
+    monkeypatch.setattr(bench_decode, "Decoder", Wrong)
+    for row in run(dense, batches=(2,)):
+        assert "decoded token" in row["error"]
+        assert "lte_ms" not in row
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_a_right_step_in_bf16_is_timed(dense, backend):
+    for row in run(copy.deepcopy(dense).to(torch.bfloat16), backend=backend):
+        assert "error" not in row
+
+
+def test_the_check_leaves_the_layers_as_they_were(sparse):
+    packed = optimize_(copy.deepcopy(sparse), "auto")
+    layers = [layer.packed for layer in sparse_layers(packed).values()]
+    with bench_decode._by_reference(packed):
+        assert {layer.packed.backend for layer in sparse_layers(packed).values()} == {"reference"}
+    assert all(a.packed is b for a, b in zip(sparse_layers(packed).values(), layers, strict=True))
+
+
+def test_dense_is_the_fastest_of_its_contenders_in_each_measure(dense, monkeypatch):
+    class Timed(Decoder):
+        def __call__(self, prompt_BS):
+            fp32 = self.model.dtype == torch.float32  # the faster step, but a slow prefill
+            times = (1.0, [0.1] * (NEW - 1)) if fp32 else (0.01, [0.11] * (NEW - 1))
+            return Decoded(super().__call__(prompt_BS).tokens, *times)
+
+    monkeypatch.setattr(bench_decode, "Decoder", Timed)
+    row = run(dense, batches=(2,), sparsities=(0.5,))[0]
+    assert (row["dense_by"], row["dense_total_by"]) == ("eager float32", "eager bfloat16")
+    assert (row["dense_ms"], row["dense_prefill_ms"]) == pytest.approx((100, 10))
+    assert (row["dense_total_s"], row["lte_total_s"]) == pytest.approx((1.0, 1.9))
+    assert row["speedup_total"] == pytest.approx(1 / 1.9)
+    assert row["dense_tokens_per_s"] == pytest.approx(2 * NEW)

@@ -98,3 +98,7 @@ def test_crossovers():
     rows = [row(1, 0.0, 102), row(4, 0.0, 110), row(8, 0.0, 90), row(1, 0.5, 60), row(8, 0.5, 99), row(1, 0.9, 200)]
     rows.append({"dtype": "float32", "sparsity_asked": 0.5, "tokens": 16, "error": "parity red"})
     assert crossovers(rows) == {"float32": {"0.0": 1, "0.5": 8, "0.9": 0}}
+    rows.append(row(32, 0.5, 10))  # beyond the failure, so it does not count
+    rows += [{**rows[5], "sparsity_asked": 0.7, "error": "red"}, row(2, 0.7, 10)]
+    del rows[-2]["lte_us"]
+    assert crossovers(rows) == {"float32": {"0.0": 1, "0.5": 8, "0.7": 0, "0.9": 0}}

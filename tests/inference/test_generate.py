@@ -87,6 +87,32 @@ def test_compile_is_refused_while_recording(llama):
         lte.generate(llama, prompts()[0][None], compile=True, **GREEDY)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, about itself
+def test_a_step_that_does_not_compile_is_refused_with_the_cure(monkeypatch):
+    def broken(error, graph, inputs):
+        raise error
+
+    def compiled_by(error):
+        backend = partial(broken, error)
+        monkeypatch.setattr(generate_file, "CompileConfig", partial(CompileConfig, backend=backend))
+
+    torch._dynamo.reset()
+    model = lte.optimize_(sparse(), "reference")
+    compiled_by(RuntimeError("no C++\ncompiler"))
+    with pytest.raises(ValueError, match=r"does not compile here: .*no C\+\+ compiler.*; leave --compile away"):
+        lte.generate(model, prompts()[0][None], compile=True, **GREEDY)
+
+
+@pytest.mark.parametrize("compile", [True, False])
+def test_other_errors_stay_what_they_are(llama, monkeypatch, compile):
+    def fail(**_options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(llama, "generate", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        lte.generate(llama, prompts()[0][None], compile=compile, **GREEDY)
+
+
 def test_padding_on_the_right_is_refused(llama):
     inputs = {name: value.flip(-1) for name, value in left_padded().items()}
     with pytest.raises(ValueError, match='padding_side="left"'):

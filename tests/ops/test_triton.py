@@ -21,7 +21,7 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 # the interpreter's tl.dot is wrong in bf16, so bf16 goes through it with 1 token and with more than 64
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 9e-3}
-TOKENS = [0, 1, 3, 17, 130]
+TOKENS = [0, 1, 3, 17, 64, 65, 130]
 
 
 def upcast(weights: FFNWeights) -> FFNWeights:
@@ -106,12 +106,23 @@ def test_inactive_experts_are_not_read(tokens):
     assert clean.isfinite().all()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="the interpreter runs one program after the other")
 @pytest.mark.parametrize("tokens", TOKENS[1:])
 def test_same_bits_every_time(tokens):
     weights = make_weights(64, 256, device=DEVICE)
     x = make_x(tokens, weights)
     first = sparse_ffn(x, weights, backend="triton")
     assert all(torch.equal(first, sparse_ffn(x, weights, backend="triton")) for _ in range(3))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 70])
+def test_router_and_biases_of_another_dtype(tokens):
+    weights = make_weights(64, 128, bias=True, dtype=torch.float16, device=DEVICE)
+    names = ("router", "router_bias", "up_bias", "gate_bias", "down_bias")
+    mixed = replace(weights, **{name: getattr(weights, name).float() for name in names})
+    x = make_x(tokens, weights)
+    assert relative_rms(sparse_ffn(x, mixed, backend="triton"), expected(x, mixed, None)) < TOLERANCE[torch.float16]
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 70])
@@ -132,6 +143,8 @@ def test_inputs_that_are_not_contiguous(tokens):
     [
         ({"down": "transposed"}, "one row a neuron"),
         ({"up": torch.float16}, "convert one of them"),
+        ({"router": "transposed"}, "one row a neuron"),
+        ({"router": torch.float64}, "router is torch.float64"),
     ],
 )
 def test_refusals(change, message):

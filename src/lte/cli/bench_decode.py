@@ -74,6 +74,7 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"new_tokens is {options.new_tokens}, but it is at least {_FEWEST_TOKENS}")
     if options.sparsity:
         check_sparsities(options.sparsity)
+    options.to.check()
     device, _ = DeviceOptions(options.device).resolve()
     backend = resolve_backend(options.backend, device)
     gb_per_s = memory_bandwidth(device)
@@ -102,9 +103,10 @@ def main(argv: Sequence[str]) -> int:
     )
     report = Report(shlex.join(["lte", "bench", "decode", *argv]), device, gb_per_s, options.to.output)
     report.collect(bench_decode(dense_models(model), sparse, grid), _line)
+    code = report.finish(f"decoding {grid.name}", _COLUMNS, options.to.json)
     if options.to.plot is not None:
         report.plot(options.to.plot, "batch", f"decoding {grid.name}")
-    return report.finish(f"decoding {grid.name}", _COLUMNS, options.to.json)
+    return code
 
 
 def _model(options: Decode, device: torch.device) -> tuple[PreTrainedModel, bool]:

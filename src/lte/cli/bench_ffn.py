@@ -62,6 +62,8 @@ def main(argv: Sequence[str]) -> int:
     options: FFN = parse(FFN, "bench ffn", argv)
     check_sparsities(options.sparsity)
     check_positive("tokens", options.tokens)
+    check_positive("repeats", [options.repeats])
+    options.to.check()
     device, _ = DeviceOptions(options.device).resolve()
     size = ffn_size(shape_config(options.shape) if options.model is None else load_config(options.model))
     if options.expert_size < 1 or size.d_ff % options.expert_size:
@@ -71,20 +73,20 @@ def main(argv: Sequence[str]) -> int:
     gb_per_s = memory_bandwidth(device)
     err.print(f"{size}, memory {gb_per_s:,.0f} GB/s, backend {backend}", markup=False)
     grid = FFNGrid(
-        options.model or options.shape,
-        size,
-        options.sparsity,
-        options.tokens,
-        [getattr(torch, name) for name in dtypes],
-        device,
-        backend,
-        options.expert_size,
-        options.repeats,
-        options.seconds,
-        device.type == "cuda" if options.compile is None else options.compile,
-        options.max_autotune,
-        gb_per_s,
-        options.seed,
+        name=options.model or options.shape,
+        size=size,
+        sparsities=options.sparsity,
+        tokens=options.tokens,
+        dtypes=[getattr(torch, name) for name in dtypes],
+        device=device,
+        backend=backend,
+        expert_size=options.expert_size,
+        repeats=options.repeats,
+        seconds=options.seconds,
+        compile=device.type == "cuda" if options.compile is None else options.compile,
+        max_autotune=options.max_autotune,
+        bandwidth=gb_per_s,
+        seed=options.seed,
     )
     report = Report(shlex.join(["lte", "bench", "ffn", *argv]), device, gb_per_s, options.to.output)
     report.collect(bench_ffn(grid), _line)
@@ -92,9 +94,10 @@ def main(argv: Sequence[str]) -> int:
     for dtype, by_sparsity in found.items():
         text = ", ".join(f"{tokens} at {float(sparsity):.0%}" for sparsity, tokens in by_sparsity.items())
         out.print(f"{dtype}: sparse is at most 3 % slower than dense up to so many tokens: {text}")
+    code = report.finish(f"one FFN of {grid.name}", _COLUMNS, options.to.json)
     if options.to.plot is not None:
         report.plot(options.to.plot, "tokens", f"one FFN of {grid.name}")
-    return report.finish(f"one FFN of {grid.name}", _COLUMNS, options.to.json)
+    return code
 
 
 _COLUMNS: dict[str, Callable[[Row], str]] = {

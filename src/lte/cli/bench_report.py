@@ -37,6 +37,22 @@ class BenchOutput:
     plot: str | None = None
     """Write a picture to this .png file."""
 
+    def check(self) -> None:
+        """Refuse, before anything is timed, what could not be written after it.
+
+        Raises:
+            ValueError: a folder in place of a file, a picture that is no .png or has no folder to go to.
+        """
+        if self.output is not None and (self.output.endswith("/") or Path(self.output).is_dir()):
+            raise ValueError(f"output {self.output} is a folder: name a .jsonl file in it")
+        if self.plot is None:
+            return
+        plot = Path(self.plot)
+        if plot.suffix.lower() != ".png" or plot.is_dir():
+            raise ValueError(f"plot is {self.plot}, but a picture is a file that ends in .png")
+        if not plot.parent.is_dir():
+            raise ValueError(f"plot is {self.plot}, but there is no folder {plot.parent}: make it first")
+
 
 class Report:
     """Collects rows. Each is shown and kept in ``OUTPUT.partial`` at once, so that a run cut short loses only one."""
@@ -130,10 +146,12 @@ def _installed(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit of the checkout this code lies in, with + where it was changed; None outside a checkout."""
+    """The commit of the checkout this code is part of, with + where it was changed; None outside a checkout."""
     folder = Path(lte.__file__).parent
     try:
         one = ["git", "-C", str(folder)]
+        tracked = [*one, "ls-files", "--error-unmatch", "__init__.py"]  # not so where lte is installed in a checkout
+        subprocess.run(tracked, capture_output=True, check=True)
         head = subprocess.run([*one, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
         changed = subprocess.run([*one, "status", "--porcelain", "."], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

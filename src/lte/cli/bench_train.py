@@ -19,6 +19,7 @@ from lte.cli.main import parse
 from lte.cli.options import DeviceOptions, open_model
 from lte.inference.bench_decode import random_model
 from lte.inference.shapes import shape_config
+from lte.inference.timing import one_line
 from lte.methods.lte import LTEConfig
 from lte.modules.sparse_ffn import Selecting
 from lte.surgery.convert import sparsify_
@@ -64,6 +65,7 @@ def main(argv: Sequence[str]) -> int:
     check_positive("batch, sequence_length and steps", [options.batch, options.sequence_length, options.steps])
     if options.to.plot is not None:
         raise ValueError("there is no picture of training steps: leave --plot away")
+    options.to.check()
     device, _ = DeviceOptions(options.device).resolve()
     if device.index is not None:
         raise ValueError(f"device is {options.device!r}, but training takes the first: set CUDA_VISIBLE_DEVICES")
@@ -104,7 +106,7 @@ def _rows(options: Train, name: str, model: PreTrainedModel, device: torch.devic
             dense, dense_memory = _run(options, model, device, folder, dataset, {"recipe": "dense"})
             lte, lte_memory = _run(options, model, device, folder, dataset, settings)
         except Exception as error:  # out of memory with a teacher, say; the other variants may fit
-            yield {**row, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+            yield {**row, "error": one_line(error)}
             continue
         row |= {"dense_ms": 1e3 * dense, "lte_ms": 1e3 * lte, "ratio": lte / dense}
         row |= {"dense_tokens_per_s": tokens / dense, "lte_tokens_per_s": tokens / lte}

@@ -36,7 +36,7 @@ class Eval:
     predictions: str | None = None
     """With --generate: a .jsonl file to write, a prompt with its prediction and references a line."""
     backend: BackendName = "auto"
-    """What computes the FFNs of a model in mode hard: what is evaluated is what decodes."""
+    """What computes the FFNs of a model in mode hard, see lte generate."""
     json: bool = False
     """Print one JSON object on the last line."""
     data: DataOptions = field(default_factory=DataOptions)

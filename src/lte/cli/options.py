@@ -97,6 +97,8 @@ class DeviceOptions:
             try:
                 device = torch.device(self.device)
                 torch.empty(0, device=device)
+                if device.type == "cuda" and device.index is not None:
+                    torch.cuda.set_device(device)  # streams, graphs, events and Triton go to the current one
             except (RuntimeError, AssertionError) as error:
                 raise ValueError(f"device {self.device!r} cannot be used here: {str(error).splitlines()[0]}") from None
         else:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lte.inference import synthetic
 from lte.inference.parity import logits, parity
 from lte.inference.shapes import FFNSize
-from lte.inference.timing import Run, available_memory, cache_bytes, capture, in_turn
+from lte.inference.timing import Run, available_memory, cache_bytes, capture, in_turn, one_line
 from lte.ops import reference
 from lte.ops.sparse_ffn import BackendName, choose, sparse_ffn
 from lte.ops.weights import FFNWeights
@@ -76,7 +76,7 @@ def _bench_tokens(grid: FFNGrid, dtype: torch.dtype, tokens: int, layers: Layers
         runs["lte"] = _prepared(grid, lambda: _run_sparse(x_LTD, layers.sparse, grid.backend))
     except Exception as error:  # a kernel that does not compile costs these rows, not the table
         for asked in grid.sparsities:
-            yield {**common, "sparsity_asked": asked, "backend": grid.backend, "error": _one_line(error)}
+            yield {**common, "sparsity_asked": asked, "backend": grid.backend, "error": one_line(error)}
         return
     for asked in grid.sparsities:
         row = {**common, "sparsity_asked": asked, "backend": used}
@@ -89,7 +89,7 @@ def _bench_tokens(grid: FFNGrid, dtype: torch.dtype, tokens: int, layers: Layers
             row |= _costs(grid, dtype, layers, x_LTD)
             yield {**row, **_timed(grid, dtype, layers, runs, row)}
         except Exception as error:
-            yield {**row, "error": _one_line(error)}
+            yield {**row, "error": one_line(error)}
 
 
 def _timed(
@@ -134,7 +134,7 @@ def make_layers(grid: FFNGrid, dtype: torch.dtype) -> Layers:
             gate = None if weights.gate is None else weights.gate.to(dense)
             layers.append((gate, weights.up.to(dense), weights.down.T.to(dense).contiguous()))
         x_TD = torch.empty(_SAMPLE_TOKENS, grid.size.d_model, dtype=dtype, device=grid.device)
-        made.samples.append(logits(x_TD.normal_(generator=generator), weights))
+        made.samples.append(logits(x_TD.normal_(generator=generator), weights.router))
     return made
 
 
@@ -145,7 +145,7 @@ def set_biases_(grid: FFNGrid, layers: Layers, x_LTD: Tensor, sparsity: float) -
     for index, (weights, x_TD) in enumerate(zip(layers.sparse, x_LTD, strict=True)):
         bias = synthetic.biases(layers.samples[index], targets[index], weights.threshold, grid.seed + index)
         set_to.append(bias)
-        with_bias.append(logits(x_TD, weights) + bias)
+        with_bias.append(logits(x_TD, weights.router) + bias)
     shift = synthetic.shift_to(with_bias, sparsity, layers.sparse[0].threshold)
     for weights, bias in zip(layers.sparse, set_to, strict=True):
         assert weights.router_bias is not None
@@ -155,12 +155,15 @@ def set_biases_(grid: FFNGrid, layers: Layers, x_LTD: Tensor, sparsity: float) -
 def crossovers(rows: Sequence[dict[str, Any]], slack: float = 0.03) -> dict[str, dict[str, int]]:
     """By dtype and sparsity: up to how many tokens sparse is not slower than dense by more than ``slack``.
 
-    0 where it is slower at the fewest tokens already.
+    0 where it is slower, or failed, at the fewest tokens already; nothing where it was never timed.
     """
     found: dict[str, dict[str, int]] = {}
     still: set[tuple[str, float]] = {(row["dtype"], row["sparsity_asked"]) for row in rows if "lte_us" in row}
-    for row in sorted((row for row in rows if "lte_us" in row), key=lambda row: row["tokens"]):
+    for row in sorted(rows, key=lambda row: row["tokens"]):
         key = row["dtype"], row["sparsity_asked"]
+        if "lte_us" not in row:
+            still.discard(key)
+            continue
         by_sparsity = found.setdefault(key[0], {})
         by_sparsity.setdefault(str(key[1]), 0)
         if row["lte_us"] > (1 + slack) * row["dense_us"]:
@@ -210,7 +213,7 @@ def _dense_runs(grid: FFNGrid, layers: Layers, x_LTD: Tensor) -> dict[str, Run]:
             except Exception as error:
                 if name == "eager":
                     raise
-                logger.warning("dense %s not timed at %d tokens: %s", name, x_LTD.shape[1], _one_line(error))
+                logger.warning("dense %s not timed at %d tokens: %s", name, x_LTD.shape[1], one_line(error))
     return runs
 
 
@@ -239,7 +242,3 @@ def _prepared(grid: FFNGrid, run: Run) -> Run:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import CompileConfig, PreTrainedModel
 
+from lte.inference.timing import one_line
 from lte.modules.sparse_ffn import Selecting
 
 
@@ -38,7 +39,8 @@ def generate(
         What ``model.generate`` returns: token ids, prompts included (not for encoder-decoders).
 
     Raises:
-        ValueError: prompts padded on the right, ``compile=True`` while recording, and Hugging Face's own.
+        ValueError: prompts padded on the right, ``compile=True`` while recording, a step that does not compile, and
+            Hugging Face's own.
     """
     given = dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": inputs}
     given = {name: value.to(model.device) for name, value in given.items()}
@@ -46,8 +48,9 @@ def generate(
     if mask is not None and mask.ndim == 2 and not model.config.is_encoder_decoder and not mask[:, -1].all():
         raise ValueError('prompts are padded on the right: tokenize them with padding_side="left"')
     calls: Any = model.generate
-    with _seeded(seed, model.device):
-        return calls(**given, **{**_steps(model, compile, options), **options})
+    steps = {**_steps(model, compile, options), **options}
+    with _seeded(seed, model.device), _explained("compile_config" in steps):
+        return calls(**given, **steps)
 
 
 def _steps(model: PreTrainedModel, compile: bool | None, options: dict[str, Any]) -> dict[str, Any]:
@@ -63,6 +66,24 @@ def _steps(model: PreTrainedModel, compile: bool | None, options: dict[str, Any]
     config = CompileConfig(mode="reduce-overhead" if cuda else "default", fullgraph=True)
     config._compile_all_devices = not cuda  # pyright: ignore[reportAttributeAccessIssue]
     return {"cache_implementation": "static", "compile_config": config}
+
+
+@contextmanager
+def _explained(compile: bool) -> Iterator[None]:
+    """Where steps are compiled, a failure of the compiler becomes a ValueError; other errors stay what they are."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not compile:
+            raise
+        from torch._dynamo.exc import TorchDynamoException  # of inductor's failures too; slow to import
+
+        if not isinstance(error, TorchDynamoException):
+            raise
+        reason = one_line(error).partition(" Set TORCH")[0]  # less torch's advice to those who look into torch
+        raise ValueError(
+            f"this model's step does not compile here: {reason}; leave --compile away (compile=False)"
+        ) from error
 
 
 @contextmanager

@@ -34,7 +34,9 @@ class Projection:
         linear = self.linear
         return (
             self.parent._modules.get(self.name) is linear
-            and type(linear._parameters["weight"]) is nn.Parameter
+            and type(linear._parameters.get("weight")) is nn.Parameter  # pruning and weight norm move it
+            and "bias" in linear._parameters
+            and "forward" not in vars(linear)  # offloading replaces it
             and not linear._forward_hooks
             and len(linear._forward_pre_hooks) == self.pre_hooks
         )
@@ -110,6 +112,8 @@ class PackedLayer(Selecting):
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled(x_TD.device.type)
             and type(self.router) is Router  # peft can put a wrapper here
+            and not self.router._forward_hooks
+            and not self.router._forward_pre_hooks
             and self.packed.untouched()
         )
 

@@ -22,7 +22,7 @@ def parity(x_LTD: Tensor | Sequence[Tensor], layers: Sequence[FFNWeights], backe
     for index in sorted({0, len(layers) - 1}):
         x_TD, weights = x_LTD[index], layers[index]
         bias = 0 if weights.router_bias is None else weights.router_bias.float()
-        distance_TE = (logits(x_TD, weights) + bias - weights.threshold).abs()
+        distance_TE = (logits(x_TD, weights.router) + bias - weights.threshold).abs()
         clear_T = (distance_TE > _AMBIGUOUS).all(-1)
         active_TE = reference.route(x_TD, weights)
         pairs = [(sparse_ffn(x_TD, weights, active_TE, backend), reference.sparse_ffn(x_TD, weights, active_TE))]
@@ -41,6 +41,6 @@ def relative_rms(found: Tensor, expected: Tensor) -> float:
     return float((found.float() - expected.float()).norm() / (norm if norm > 0 else 1))
 
 
-def logits(x_TD: Tensor, weights: FFNWeights) -> Tensor:
-    """The router's logits without its bias, fp32 ``[T, E]``."""
-    return x_TD.float() @ weights.router.float().T
+def logits(x_TD: Tensor, router_ED: Tensor) -> Tensor:
+    """The router's logits without its bias, fp32 ``[..., E]``."""
+    return x_TD.float() @ router_ED.float().T

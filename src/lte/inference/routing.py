@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from lte.inference.parity import logits
 from lte.inference.synthetic import biases, layer_targets, random_router_, shift_to
 from lte.modules.recording import record_scores, sparse_layers
 from lte.modules.sparse_ffn import Selecting
@@ -29,8 +30,8 @@ def route_(model: nn.Module, tokens_BS: Tensor, sparsity: float, seed: int = 0) 
     targets = layer_targets(len(layers), sparsity, seed)
     for layer in layers:
         layer.router.bias.fill_(1e3)
-    for layer, logits, target, index in _with_logits(model, tokens_BS, targets):
-        layer.router.bias.copy_(biases(logits.flatten(0, -2), target, _threshold(layer), seed + index))
+    for layer, logits_BSE, target, index in _with_logits(model, tokens_BS, targets):
+        layer.router.bias.copy_(biases(logits_BSE.flatten(0, -2), target, _threshold(layer), seed + index))
     if sparsity not in (0, 1):
         for _ in range(_ROUNDS):
             adjust_(model, tokens_BS, targets)
@@ -39,8 +40,8 @@ def route_(model: nn.Module, tokens_BS: Tensor, sparsity: float, seed: int = 0) 
 @torch.no_grad()
 def adjust_(model: nn.Module, tokens_BS: Tensor, targets: list[float], first: int = 0) -> None:
     """Shift the biases of each layer to its target on these tokens, from position ``first`` on."""
-    for layer, logits, target, _ in _with_logits(model, tokens_BS, targets):
-        wanted = logits[:, first:] + layer.router.bias.float()
+    for layer, logits_BSE, target, _ in _with_logits(model, tokens_BS, targets):
+        wanted = logits_BSE[:, first:] + layer.router.bias.float()
         layer.router.bias.add_(shift_to([wanted], target, _threshold(layer)))
 
 
@@ -52,8 +53,8 @@ def measure(model: nn.Module, tokens_BS: Tensor, first: int) -> tuple[list[float
     """
     sparsity, union = [], []
     layers = list(sparse_layers(model).values())
-    for layer, logits, _, _ in _with_logits(model, tokens_BS, [0.0] * len(layers)):
-        active_BSE = logits[:, first:] + layer.router.bias.float() > _threshold(layer)
+    for layer, logits_BSE, _, _ in _with_logits(model, tokens_BS, [0.0] * len(layers)):
+        active_BSE = logits_BSE[:, first:] + layer.router.bias.float() > _threshold(layer)
         sparsity.append(1 - float(active_BSE.float().mean()))
         union.append(1 - float(active_BSE.any(0).float().mean()))
     return sparsity, union
@@ -82,7 +83,7 @@ def _with_logits(
     layers = sparse_layers(model)
     for index, (name, x_BSD) in enumerate(seen.items()):
         layer = layers[name]
-        yield layer, x_BSD.float() @ layer.router.weight.float().T, targets[index], index
+        yield layer, logits(x_BSD, layer.router.weight), targets[index], index
 
 
 def _threshold(layer: Selecting) -> float:

@@ -1,4 +1,4 @@
-"""Clocks: calls timed in turn, CUDA graphs, and the memory bandwidth and cache of the machine."""
+"""Clocks: calls timed in turn, what one that fails leaves, CUDA graphs, the machine's memory bandwidth and cache."""
 
 import math
 import os
@@ -18,6 +18,11 @@ _UNKNOWN_CACHE = 128 * 2**20
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def one_line(error: Exception) -> str:
+    """What a run that failed leaves in place of its time."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def capture(run: Run) -> Run:

@@ -68,7 +68,8 @@ def _compute(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, out_TD
     (T, D), (E, _) = x_TD.shape, weights.router.shape
     threads = torch.get_num_threads()
     parts_size = threads * T * D
-    scratch = torch.empty(parts_size + T * E // 4 + 1)  # the parts in fp32, behind them what the router chose, in bytes
+    size = parts_size + T * E // 4 + 1  # the parts in fp32, behind them what the router chose, in bytes
+    scratch = torch.empty(size, dtype=torch.float32, device="cpu")
     parts = scratch.data_ptr()
     up, router, router_bias = weights.up, weights.router, weights.router_bias
     up_bias, gate_bias, down_bias = weights.up_bias, weights.gate_bias, weights.down_bias

@@ -47,7 +47,7 @@ def sparse_ffn(x: Tensor, weights: FFNWeights, active: Tensor | None = None, bac
         weights: the FFN, see :class:`FFNWeights`.
         active: bool ``[..., E]``, in place of the router's choice.
         backend: ``auto`` takes the fastest for device, dtype, shape and number of tokens. A backend asked for by
-            name runs or raises. Only ``reference``, which is plain PyTorch, computes gradients.
+            name runs or raises (no token at all needs none). Only ``reference``, plain PyTorch, computes gradients.
 
     Returns:
         ``[..., D]``, in ``x``'s dtype.

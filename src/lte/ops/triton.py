@@ -28,11 +28,12 @@ def refuses(x_TD: Tensor, weights: FFNWeights) -> str | None:
     if x_TD.dtype not in DTYPES:
         return f"x is {x_TD.dtype}, and the kernels take float16, bfloat16 and float32"
     for name, tensor in weights.tensors().items():
-        if name in ("up", "down", "gate"):
-            if tensor.dtype != x_TD.dtype:
-                return f"x is {x_TD.dtype}, but {name} is {tensor.dtype}: convert one of them"
-            if tensor.stride() != (weights.d_model, 1):
-                return f"{name} is not laid out one row a neuron: pack the model with lte.optimize_"
+        if name in ("up", "down", "gate") and tensor.dtype != x_TD.dtype:
+            return f"x is {x_TD.dtype}, but {name} is {tensor.dtype}: convert one of them"
+        if tensor.dtype not in DTYPES:
+            return f"{name} is {tensor.dtype}, and the kernels take float16, bfloat16 and float32"
+        if not tensor.is_contiguous():
+            return f"{name} is not laid out one row a neuron: pack the model with lte.optimize_"
     if weights.d_model % 16 or weights.d_ff % 16:
         return f"d_model {weights.d_model} and d_ff {weights.d_ff} must be multiples of 16"
     if weights.d_model > MAX_WIDTH:
@@ -43,7 +44,7 @@ def refuses(x_TD: Tensor, weights: FFNWeights) -> str | None:
 
 
 def pays(x_TD: Tensor, weights: FFNWeights) -> bool:
-    """Always: beyond the tokens at which skipping helps it is the masked dense computation."""
+    """Always: beyond the tokens at which skipping can help it is the masked dense computation."""
     return True
 
 

@@ -1,10 +1,12 @@
 """What the kernels need to know of the device."""
+# pyright: basic, reportAttributeAccessIssue=false
 
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
+import triton.language as tl
 
 
 @dataclass(frozen=True)
@@ -28,5 +30,6 @@ def device_info(device: torch.device) -> DeviceInfo:
     if device.type != "cuda":
         return DeviceInfo(4, 100_000, {"PDL": False})
     properties = torch.cuda.get_device_properties(device)
-    overlap = {"PDL": True, "launch_pdl": True} if properties.major >= 9 else {"PDL": False}
+    overlaps = properties.major >= 9 and hasattr(tl.extra.cuda, "gdc_wait")  # Triton 3.4 and later
+    overlap = {"PDL": True, "launch_pdl": True} if overlaps else {"PDL": False}
     return DeviceInfo(properties.multi_processor_count, properties.shared_memory_per_block_optin, overlap)

@@ -56,8 +56,8 @@ def masked_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None) -> T
     """``[T, D]`` -> ``[T, D]``."""
     tokens, block = x_TD.shape[0], 1024
     given = active_TE is not None
-    up_TF = F.linear(x_TD, weights.up, weights.up_bias)
-    gate_TF = up_TF if weights.gate is None else F.linear(x_TD, weights.gate, weights.gate_bias)
+    up_TF = _linear(x_TD, weights.up, weights.up_bias)
+    gate_TF = up_TF if weights.gate is None else _linear(x_TD, weights.gate, weights.gate_bias)
     _activate_and_mask[(tokens, triton.cdiv(weights.d_ff, block))](
         gate_TF,
         up_TF,
@@ -75,7 +75,11 @@ def masked_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None) -> T
         N=weights.expert_size,
         BLOCK=block,
     )
-    return F.linear(up_TF, weights.down.T, weights.down_bias)
+    return _linear(up_TF, weights.down.T, weights.down_bias)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 def _logits(x_TD: Tensor, router_ED: Tensor) -> Tensor:

@@ -7,7 +7,7 @@
 3. ``_sum``: adds the programs' outputs in a fixed order.
 
 On Hopper each launch begins while the one before it ends (programmatic dependent launch): a kernel waits, before it
-reads what others wrote, until the one before it is done.
+reads anything that others wrote, until the one before it is done.
 """
 # pyright: basic, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false
 
@@ -30,10 +30,9 @@ MAX_WIDTH = 16384
 def _route(x, router, bias, active, D, threshold, HAS_BIAS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr):
     expert = tl.program_id(0)
     cols = tl.arange(0, BLOCK_D)
-    w_D = tl.load(router + expert * D + cols, mask=cols < D, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    w_D = tl.load(router + expert * D + cols, mask=cols < D, other=0.0)
     x_D = tl.load(x + cols, mask=cols < D, other=0.0)
     logit = tl.sum(w_D.to(tl.float32) * x_D.to(tl.float32), axis=0)
     if HAS_BIAS:
@@ -185,7 +184,7 @@ def token_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tunin
             HAS_BIAS=weights.router_bias is not None,
             BLOCK_D=block_d,
             num_warps=min(8, max(1, block_d // 512)),
-            **overlap,
+            PDL=overlap["PDL"],  # launched the plain way: it starts when all before it is done
         )
     order = torch.empty(tuning.programs, E, dtype=torch.int32, device=device)
     partial = torch.empty(tuning.programs, D, dtype=torch.float32, device=device)

@@ -59,7 +59,9 @@ def _logits(
             router + experts_E[:, None] * D + cols_D[None, :],
             mask=(experts_E < E)[:, None] & (cols_D < D)[None, :],
             other=0.0,
-        ).to(x_TD.dtype)
+        )
+        if x.dtype.element_ty != router.dtype.element_ty:  # no rounding of a router kept in fp32
+            x_TD, w_ED = x_TD.to(tl.float32), w_ED.to(tl.float32)
         logits_TE = tl.dot(x_TD, w_ED.T, logits_TE, input_precision=PRECISION)
     at_TE = split * T * E + tokens_T[:, None] * E + experts_E[None, :]
     tl.store(partial + at_TE, logits_TE, mask=(tokens_T < T)[:, None] & (experts_E < E)[None, :])
@@ -290,7 +292,7 @@ def union_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tunin
             BLOCK_D=tile,
             STEPS=steps,
             num_warps=4,
-            **tiles,
+            **{**tiles, "PRECISION": tiles["PRECISION"] if x_TD.dtype == weights.router.dtype else "ieee"},
             **overlap,
         )
     wanted = torch.empty(E, dtype=torch.int32, device=device)

@@ -47,7 +47,7 @@ class FFNWeights:
         if self.act not in _ACTIVATIONS:
             raise ValueError(f"act is {self.act!r}, but it is one of {', '.join(_ACTIVATIONS)}")
         up, router = self.up.shape, self.router.shape
-        if len(up) != 2 or len(router) != 2 or up[0] % max(1, router[0]):
+        if len(up) != 2 or len(router) != 2 or not router[0] or up[0] % router[0]:
             raise ValueError(
                 f"up is {tuple(up)} and router {tuple(router)}, but they are [F, D] and [E, D], F a multiple of E"
             )

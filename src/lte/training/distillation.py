@@ -22,22 +22,24 @@ def summed_kl(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> T
     Returns:
         A scalar. Its gradient has the student's dtype.
     """
-    rows = student.shape[-1]
+    vocabulary = student.shape[-1]
     every = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device) if mask is None else mask.bool()
-    return _SummedKL.apply(student.reshape(-1, rows), teacher.reshape(-1, rows), every.reshape(-1, 1))  # pyright: ignore
+    logits = student.reshape(-1, vocabulary), teacher.reshape(-1, vocabulary)
+    return _SummedKL.apply(*logits, every.reshape(-1, 1))  # pyright: ignore
 
 
 class _SummedKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student_RV: Tensor, teacher_RV: Tensor, counts_R1: Tensor) -> Tensor:
-        total = torch.zeros((), device=student_RV.device)
+        total = torch.zeros((), dtype=torch.float32, device=student_RV.device)
         gradient_RV = torch.empty_like(student_RV)
         pieces = zip(*(one.split(_ROWS) for one in (student_RV, teacher_RV, counts_R1, gradient_RV)), strict=True)
         for student, teacher, counts, gradient in pieces:
             log_student, log_teacher = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
             target = log_teacher.exp()
-            total += (target * (log_teacher - log_student)).sum(-1, keepdim=True).mul(counts).sum()
-            gradient.copy_((log_student.exp() - target) * counts)
+            # where, not a product: a row that does not count may hold infinities
+            total += torch.where(counts, target * (log_teacher - log_student), 0).sum()
+            gradient.copy_(torch.where(counts, log_student.exp() - target, 0))
         ctx.save_for_backward(gradient_RV)
         return total
 

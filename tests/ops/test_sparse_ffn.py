@@ -1,0 +1,101 @@
+"""The operation's own checks, and the choice of a backend."""
+
+import dataclasses
+import logging
+
+import pytest
+import torch
+from random_ffn import make_active, make_weights, make_x, relative_rms
+
+from lte.ops import reference
+from lte.ops.sparse_ffn import sparse_ffn
+from lte.ops.weights import FFNWeights
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_reference_is_the_sum_over_active_experts(gated):
+    weights = make_weights(16, 64, 16, gated=gated, bias=True)
+    x = make_x(5, weights)
+    active = make_active(5, weights, "half")
+    expected = torch.zeros_like(x) + weights.down_bias
+    for token in range(5):
+        for neuron in range(64):
+            if active[token, neuron // 16]:
+                up = weights.up[neuron] @ x[token] + weights.up_bias[neuron]
+                if gated:
+                    up = torch.nn.functional.silu(weights.gate[neuron] @ x[token] + weights.gate_bias[neuron]) * up
+                else:
+                    up = torch.nn.functional.silu(up)
+                expected[token] += up * weights.down[neuron]
+    assert relative_rms(sparse_ffn(x, weights, active, backend="reference"), expected) < 1e-6
+
+
+def test_router_decides_by_logit_and_threshold():
+    weights = dataclasses.replace(make_weights(16, 64, 16), threshold=0.3)
+    x = make_x(50, weights)
+    logits = x @ weights.router.T + weights.router_bias
+    assert torch.equal(reference.route(x, weights), logits > 0.3)
+
+
+def test_leading_shape_and_no_tokens():
+    weights = make_weights(16, 64, 16)
+    x = make_x(6, weights)
+    for backend in ("auto", "reference"):
+        assert torch.equal(
+            sparse_ffn(x.view(2, 3, 16), weights, backend=backend).view(6, 16), sparse_ffn(x, weights, backend=backend)
+        )
+        assert sparse_ffn(x[:0], weights, backend=backend).shape == (0, 16)
+
+
+def test_reference_computes_gradients_and_the_others_say_they_do_not():
+    weights = make_weights(16, 64, 16)
+    x = make_x(3, weights).requires_grad_()
+    with torch.enable_grad():
+        for backend in ("auto", "reference"):
+            (gradient,) = torch.autograd.grad(sparse_ffn(x, weights, backend=backend).sum(), x)
+            assert gradient.abs().sum() > 0
+        with pytest.raises(ValueError, match="computes no gradient"):
+            sparse_ffn(x, weights, backend="cpu")
+
+
+@pytest.mark.parametrize(
+    ("x", "active", "backend", "message"),
+    [
+        (torch.zeros(2, 8), None, "auto", "takes .*16"),
+        (torch.zeros(2, 16, dtype=torch.long), None, "auto", "floating point"),
+        (torch.zeros(2, 16, device="meta"), None, "auto", "move one of them"),
+        (torch.zeros(2, 16), torch.ones(2, 4), "auto", "torch.bool"),
+        (torch.zeros(2, 16), torch.ones(3, 4, dtype=torch.bool), "auto", "torch.bool"),
+        (torch.zeros(2, 16), None, "cuda", "one of auto"),
+    ],
+)
+def test_arguments_that_do_not_fit(x, active, backend, message):
+    with pytest.raises(ValueError, match=message):
+        sparse_ffn(x, make_weights(16, 64, 16), active, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"down": torch.zeros(16, 64)}, "down"),
+        ({"router": torch.zeros(3, 16)}, "multiple of E"),
+        ({"router": torch.zeros(0, 16)}, "multiple of E"),
+        ({"gate": None, "gate_bias": torch.zeros(64)}, "no gate"),
+        ({"act": "tanh"}, "one of silu"),
+        ({"router_bias": torch.zeros(5)}, "router_bias"),
+    ],
+)
+def test_weights_that_do_not_belong_together(change, message):
+    given = {**make_weights(16, 64, 16).arguments(), **change}
+    with pytest.raises(ValueError, match=message):
+        FFNWeights(**given)
+
+
+def test_auto_says_once_why_it_falls_back(caplog):
+    weights = make_weights(16, 64, 16, dtype=torch.float64)  # which no compiled backend takes
+    x = make_x(2, weights)
+    with caplog.at_level(logging.WARNING, "lte"):
+        first = sparse_ffn(x, weights)
+        sparse_ffn(x, weights)
+    assert torch.equal(first, reference.sparse_ffn(x, weights))
+    assert len(caplog.records) <= 1
