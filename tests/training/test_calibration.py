@@ -169,11 +169,13 @@ def test_cut(values, share, cut, below):
 
 def test_a_sample_of_the_logits_will_do(monkeypatch):
     model, data = hard_llama(), markov_blocks(128)
-    monkeypatch.setattr(calibration, "_MAX_LOGITS", 20_000)  # of 131,072
+    monkeypatch.setattr(calibration, "_MAX_LOGITS", 8_000)  # of 65,536, of experts that differ much
+    for layer in sparse_layers(model).values():
+        layer.router.bias.data.copy_(torch.linspace(-9, 9, layer.router.num_experts))
     batches = list(DataLoader(data, 16, collate_fn=data.collator))
-    assert len(calibration._margins(model, batches)) == pytest.approx(20_000, rel=0.2)
+    assert len(calibration._margins(model, batches)) == pytest.approx(8_000, rel=0.2)
     calibrate_(model, batches, 0.6)
-    assert sparsity(model, batches) == pytest.approx(0.6, abs=0.02)
+    assert sparsity(model, batches) == pytest.approx(0.6, abs=0.01)
 
 
 def test_half_precision():

@@ -29,7 +29,7 @@ class Calibrate:
     """Folder to save to."""
     in_place: bool = False
     """Save to the model's own folder."""
-    rows: int = 32
+    rows: int = 64
     """Rows (blocks) to calibrate on, and as many others to measure on; half of the data each where it holds fewer."""
     batch_size: int = 8
     """Rows a forward pass."""
