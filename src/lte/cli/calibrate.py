@@ -62,7 +62,8 @@ def main(argv: Sequence[str]) -> None:
     after = measure("measuring again")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    _show(before, after, f"{len(held_out)} rows, calibrated on {len(calibration)} others; saved to {folder}")
+    _show(before, after, f"{len(held_out)} rows, calibrated on {len(calibration)} others")
+    out.print(f"saved to {folder}", soft_wrap=True, markup=False)
     if options.json:
         print_json(
             {
@@ -116,4 +117,4 @@ def _show(before: Evaluation, after: Evaluation, title: str) -> None:
         [[name, quality[name], f"{one.sparsity:.1%}", f"{one.gflops_per_token:.4g}"] for name, one in measured.items()],
     )
     for name, one in measured.items():
-        out.print(f"layers {name}: {' '.join(f'{share:.2f}' for share in one.layer_sparsity)}")
+        out.print(f"layers {name}: {' '.join(f'{share:.2f}' for share in one.layer_sparsity)}", soft_wrap=True)
