@@ -15,6 +15,7 @@ from lte.ops.weights import FFNWeights
 from lte.surgery.convert import set_mode_, sparsify_
 from lte.surgery.cost import cost_per_token
 from lte.surgery.families import Family, register_family
+from lte.training.calibration import calibrate_
 
 if TYPE_CHECKING:
     from lte.training.arguments import LTETrainingArguments
@@ -31,6 +32,7 @@ __all__ = [
     "LTETrainingArguments",
     "Shape",
     "balanced_kmeans",
+    "calibrate_",
     "cost_per_token",
     "efficiency_loss",
     "generate",

@@ -435,6 +435,13 @@ def test_classification_with_a_real_bert_tokenizer(tmp_path, caplog):
 # Held-out part
 
 
+def test_blocks_can_be_chosen():
+    data = PackedBlocks(np.arange(20, dtype=np.uint16), 4)
+    chosen = data.select([3, 0])
+    assert [row["input_ids"].tolist() for row in chosen] == [[12, 13, 14, 15], [0, 1, 2, 3]]
+    assert len(data) == 5
+
+
 def test_last_blocks_are_held_out():
     dataset = PackedBlocks(np.arange(43, dtype=np.uint16), 4)
     train, held_out = split_held_out(dataset, 0.2, seed=3)

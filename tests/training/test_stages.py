@@ -1,14 +1,9 @@
-"""The plan of the stages, the controller of eta, and calibration."""
+"""The plan of the stages, and the controller of eta."""
 
 import math
 
 import pytest
-import torch
-from tiny_training import sparse_llama
 
-from lte.modules.recording import sparse_layers, track_sparsity
-from lte.surgery.convert import set_mode_
-from lte.training.calibration import calibrate_
 from lte.training.controller import SparsityController
 from lte.training.stages import StagePlan
 
@@ -100,45 +95,3 @@ def test_the_integral_is_all_its_memory():
     other.integral = one.integral
     assert one.step(0.4, 1.0) == other.step(0.4, 1.0)
     assert one.integral != 0
-
-
-def padded_batches(count: int = 3) -> list[dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(3)
-    batches = []
-    for _ in range(count):
-        ids = torch.randint(3, 64, (4, 24), generator=generator)
-        lengths = torch.randint(5, 25, (4, 1), generator=generator)
-        mask = (torch.arange(24) < lengths).long()
-        batches.append({"input_ids": ids.where(mask.bool(), 0), "attention_mask": mask})
-    return batches
-
-
-@pytest.mark.parametrize("target", [0.3, 0.5, 0.9])
-@pytest.mark.parametrize("tau", [0.5, 0.3])
-def test_calibrate_meets_the_target(target, tau):
-    model = sparse_llama(initializer_range=0.3)
-    for layer in sparse_layers(model).values():
-        layer.tau = tau
-        layer.router.weight.data.mul_(2)
-        layer.router.bias.data.fill_(0.7)
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    set_mode_(model, "hard")
-    model.train()
-    batches = padded_batches()
-    shift = calibrate_(model, batches, target)
-    assert model.training
-    model.eval()
-    with track_sparsity(model) as meter, torch.no_grad():
-        for batch in batches:
-            model(**batch)
-    assert meter.overall == pytest.approx(target, abs=0.005)
-    for name, parameter in model.named_parameters():
-        if name.endswith("router.bias"):
-            assert torch.allclose(parameter, before[name] - shift, atol=1e-5)
-        else:
-            assert torch.equal(parameter, before[name]), name
-
-
-def test_calibrate_needs_batches():
-    with pytest.raises(ValueError, match="at least one batch"):
-        calibrate_(sparse_llama(), [], 0.5)

@@ -13,6 +13,7 @@ from typing import Any
 COMMANDS = {
     "sparsify": "give a dense model experts and routers, and save it",
     "train": "train a model to use few neurons, through all stages",
+    "calibrate": "another sparsity for a trained model, without training it again",
     "eval": "perplexity, accuracy or ROUGE, sparsity and cost of a model on data",
     "generate": "continue a prompt",
     "bench": "dense against sparse in seconds: ffn, decode or train",

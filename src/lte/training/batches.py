@@ -50,6 +50,11 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
         """A dataset of the first `count` blocks."""
         return PackedBlocks(self.ids[: count * self.sequence_length], self.sequence_length)
 
+    def select(self, indices: Iterable[int]) -> PackedBlocks:
+        """A dataset of the blocks at `indices`, in that order; a copy."""
+        blocks = self.ids.reshape(-1, self.sequence_length)[list(indices)]
+        return PackedBlocks(blocks.reshape(-1), self.sequence_length)
+
     @staticmethod
     def collator(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Stack rows of (S,) to (B, S)."""

@@ -1,7 +1,10 @@
 """Meeting a sparsity when routers are fixed: one shift of all thresholds, measured on data."""
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,50 +12,151 @@ from torch import Tensor, nn
 
 from lte.modules.recording import record_scores, sparse_layers
 
-_PASSES = 2  # moving one layer's threshold changes the next layer's input, so measure again after the first shift
-_MAX_SCORES = 2_000_000
+logger = logging.getLogger(__name__)
+
+_MAX_LOGITS = 2_000_000
+_MISSED = 0.01
 
 
 @torch.no_grad()
-def calibrate_(model: nn.Module, batches: Sequence[dict[str, Any]], target: float) -> float:
-    """Shift every router's bias by the same amount, so that sparsity on ``batches`` is ``target``.
+def calibrate_(model: nn.Module, batches: Iterable[dict[str, Any]], target_sparsity: float, passes: int = 2) -> float:
+    """Shift every router's bias by the same amount, so that sparsity on ``batches`` is ``target_sparsity``.
 
-    The shift is the quantile of all layers' logits together, so layers keep their different sparsities.
+    It moves a trained model along its trade-off between quality and sparsity without training. The shift is the
+    quantile of all layers' logits together, so layers keep their different sparsities. Nothing else of the model
+    changes, neither tau nor its mode; an optimised model (``lte.optimize_``) stays so.
 
     Args:
-        model: sparse, in mode hard; its other weights stay as they are.
-        batches: inputs of the model, on its device. Take them from data it was not trained on: a model
-            uses fewer experts on text that is new to it than on what it has seen.
-        target: sparsity in (0, 1).
+        model: sparse, in mode hard.
+        batches: inputs of the model, read ``passes`` times. Take them from data it was not trained on: a model
+            uses fewer experts on text that is new to it than on what it has seen. Padding does not count.
+        target_sparsity: in (0, 1).
+        passes: forward passes over the batches. Moving one layer's threshold changes the next layer's input, so
+            one is not enough.
 
     Returns:
         The shift, in units of the logit; positive closed experts.
 
     Raises:
-        ValueError: no batches.
+        ValueError: no batches, a target outside (0, 1), a dense model, one in another mode, or one whose routers give
+            NaN. The model is then as it was.
     """
-    if not batches:
-        raise ValueError("calibrating needs at least one batch")
+    batches = list(batches)
+    if not batches or passes < 1:
+        raise ValueError("calibrating needs at least one batch, and at least one pass over them")
+    check_calibration(model, target_sparsity)
     layers = sparse_layers(model)
-    tau = next(iter(layers.values())).tau
-    total = 0.0
-    was_training = model.training
-    model.eval()
-    for _ in range(_PASSES):
-        logits: list[Tensor] = []
-        with record_scores(model) as recording:
-            for batch in batches:
-                model(**batch)
-                for name, scores in recording.scores.items():
-                    mask = recording.mask(name)
-                    kept = scores.flatten(0, -2) if mask is None else scores[mask.bool()]
-                    stride = max(1, kept.numel() * len(batches) * len(layers) // _MAX_SCORES)
-                    logits.append(kept[::stride].flatten().float().clamp(1e-6, 1 - 1e-6).logit())
-        values = torch.cat(logits)
-        k = min(len(values), max(1, round(target * len(values))))
-        shift = values.kthvalue(k).values.item() - math.log(tau / (1 - tau))
-        for layer in layers.values():
-            layer.router.bias.sub_(shift / layer.router.temperature)
-        total += shift
-    model.train(was_training)
+    before = {name: layer.router.bias.clone() for name, layer in layers.items()}
+    total, sparsity = 0.0, math.nan
+    try:
+        with _evaluating(model):
+            for _ in range(passes):
+                cut, sparsity = _cut(_margins(model, batches), target_sparsity)
+                total += cut
+                for name, layer in layers.items():  # from the start anew: shifts add up before they are rounded
+                    layer.router.bias.copy_(before[name].float() - total / layer.router.temperature)
+    except BaseException:
+        for name, layer in layers.items():
+            layer.router.bias.copy_(before[name])
+        raise
+    if abs(sparsity - target_sparsity) > _MISSED:
+        logger.warning(
+            "sparsity %.3f is as near to %.3f as one shift comes: many router logits are equal, or the batches hold "
+            "few tokens",
+            sparsity,
+            target_sparsity,
+        )
     return total
+
+
+def check_calibration(model: nn.Module, target_sparsity: float) -> None:
+    """Whether thresholds of the model can be calibrated.
+
+    Raises:
+        ValueError: a target outside (0, 1), a dense model, or one in mode dense or soft.
+    """
+    if not 0 < target_sparsity < 1:
+        raise ValueError(
+            f"target_sparsity is {target_sparsity}, but it must lie between 0 and 1, e.g. 0.5 "
+            '(for 0 use mode dense: lte.set_mode_(model, "dense"))'
+        )
+    layers = sparse_layers(model).values()
+    modes = sorted({layer.mode for layer in layers} - {"hard"})
+    if modes:
+        raise ValueError(
+            f"the model is in mode {modes[0]}, but thresholds are those of mode hard: train it first (lte.LTETrainer "
+            'ends in mode hard), or switch a trained one with lte.set_mode_(model, "hard")'
+        )
+    if not all(0 < layer.tau < 1 for layer in layers):
+        raise ValueError("tau is not between 0 and 1 in every layer: no shift of the router's bias reaches it")
+
+
+def _margins(model: nn.Module, batches: list[dict[str, Any]]) -> Tensor:
+    """By how much logits exceed the logit of tau, on all real tokens of all layers, or on a sample of them.
+
+    The sample has some experts of every token, in turn: tokens differ much (the first of a text uses nearly all
+    experts), so leaving tokens out would cost accuracy. Logits and not scores are kept, because a sigmoid is 1 from
+    17 on.
+    """
+    layers = sparse_layers(model)
+    device = next(model.parameters()).device
+    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
+    kept: list[Tensor] = []
+    stride = 0
+    with ExitStack() as hooks, record_scores(model) as recording:  # recording makes optimised layers call the router
+        for name, layer in layers.items():
+            hook = partial(_keep_logits, seen[name], math.log(layer.tau / (1 - layer.tau)))
+            hooks.callback(layer.router.register_forward_hook(hook).remove)
+        for batch in batches:
+            model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
+            if stride == 0:
+                logits = sum(one.numel() for parts in seen.values() for one in parts)
+                stride = max(1, logits * len(batches) // _MAX_LOGITS)
+                while any(math.gcd(stride, layer.router.num_experts) > 1 for layer in layers.values()):
+                    stride += 1  # otherwise some experts would never be seen
+            for name, parts in seen.items():
+                if not parts:  # not run in this pass
+                    continue
+                margins_TE = torch.cat(parts, dim=-2)  # in parts where the model runs its FFN in chunks of the sequence
+                mask = recording.mask(name)
+                real_TE = margins_TE.flatten(0, -2) if mask is None else margins_TE[mask.to(margins_TE.device).bool()]
+                kept.append(real_TE.flatten()[::stride].to(device))
+                parts.clear()
+    if not any(len(values) for values in kept):
+        raise ValueError("the batches hold no token to calibrate on: all is padding")
+    return torch.cat(kept)
+
+
+def _keep_logits(parts: list[Tensor], threshold: float, router: Any, args: tuple[Tensor, ...], _scores: Tensor) -> None:
+    parts.append(router.logits(args[0]) - threshold)
+
+
+def _cut(values: Tensor, share: float) -> tuple[float, float]:
+    """A number with about that share of the values below it and none equal to it, and the share there really is.
+
+    Equal values fall on one side together, the side that comes nearer to ``share``.
+    """
+    if not values.isfinite().all():
+        raise ValueError("router logits are not finite: the model is damaged, or its training went wrong")
+    value = values.kthvalue(min(len(values), max(1, round(share * len(values))))).values
+    below, above = values[values < value], values[values > value]
+    without, including = len(below) / len(values), 1 - len(above) / len(values)
+    if abs(including - share) <= abs(without - share):
+        return _between(value, above.min() if len(above) else value + 1), including
+    return _between(below.max() if len(below) else value - 1, value), without
+
+
+def _between(low: Tensor, high: Tensor) -> float:
+    return (low + (high - low) / 2).item()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Mode eval within; afterwards every module is as it was, also where some trained and some did not."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

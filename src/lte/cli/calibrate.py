@@ -1,0 +1,120 @@
+"""``lte calibrate``: another sparsity for a trained model, without training it again."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+from torch.utils.data import DataLoader
+
+from lte.cli.console import err, out, print_json, table, track
+from lte.cli.main import parse
+from lte.cli.options import DataOptions, DeviceOptions, Model, open_model
+from lte.evaluation.evaluate import Evaluation, evaluate
+from lte.surgery.loading import load_config, load_tokenizer
+from lte.training.calibration import calibrate_, check_calibration
+
+_PASSES = 3  # shifts are larger here than those that correct the drift of a training run
+
+
+@dataclass
+class Calibrate:
+    model: Model
+    """A trained sparse model: a local folder or a hub id."""
+    target_sparsity: float
+    """Fraction of inactive neurons to have on text like --text."""
+    output: Annotated[str | None, tyro.conf.arg(aliases=("-o",))] = None
+    """Folder to save to."""
+    in_place: bool = False
+    """Save to the model's own folder."""
+    rows: int = 64
+    """Rows (blocks) to calibrate on, and as many others to measure on; half of the data each where it holds fewer."""
+    batch_size: int = 8
+    """Rows a forward pass."""
+    seed: Annotated[int, tyro.conf.arg(help="Of the choice of rows.")] = 0
+    json: bool = False
+    """Print one JSON object on the last line."""
+    data: DataOptions = field(default_factory=DataOptions)
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+
+
+def main(argv: Sequence[str]) -> None:
+    options: Calibrate = parse(Calibrate, "calibrate", argv)
+    folder = _output(options)
+    if options.rows < 1:
+        raise ValueError(f"rows is {options.rows}: give at least 1")
+    device, dtype = DeviceOptions(options.device).resolve()
+    config, tokenizer = load_config(options.model), load_tokenizer(options.model)
+    calibration, held_out = _split(options.data.load(options.data.text, tokenizer, config), options.rows, options.seed)
+    model = open_model(options.model, options.data.head(config), device, dtype)
+    check_calibration(model, options.target_sparsity)  # now, not after the first evaluation
+
+    def measure(what: str) -> Evaluation:
+        return evaluate(model, held_out, options.batch_size, progress=lambda batches: track(batches, what))
+
+    before = measure("measuring")
+    batches = DataLoader(calibration, batch_size=options.batch_size, collate_fn=calibration.collator)
+    with err.status("calibrating"):
+        shift = calibrate_(model, batches, options.target_sparsity, passes=_PASSES)
+    after = measure("measuring again")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    _show(before, after, f"{len(held_out)} rows, calibrated on {len(calibration)} others")
+    out.print(f"saved to {folder}", soft_wrap=True, markup=False)
+    if options.json:
+        print_json(
+            {
+                "target_sparsity": options.target_sparsity,
+                "rows": len(calibration),
+                "rows_measured": len(held_out),
+                "output": str(folder),
+                "shift": shift,
+                "before": asdict(before),
+                "after": asdict(after),
+            }
+        )
+
+
+def _output(options: Calibrate) -> Path:
+    """The folder to save to.
+
+    Raises:
+        ValueError: none is given, or the model's own without ``--in-place``.
+    """
+    if options.output is not None and options.in_place:
+        raise ValueError("give --output or --in-place, not both")
+    if options.output is None and not options.in_place:
+        raise ValueError("give -o FOLDER to save to, or --in-place to change the model's own folder")
+    folder = Path(options.model if options.output is None else options.output)
+    if options.in_place and not folder.is_dir():
+        raise ValueError(f"{options.model} is no folder to save to: give -o FOLDER")
+    if not options.in_place and folder.resolve() == Path(options.model).resolve():
+        raise ValueError(f"{folder} is the model's own folder: give another one, or --in-place")
+    return folder
+
+
+def _split(dataset: Any, rows: int, seed: int) -> tuple[Any, Any]:
+    """Rows to calibrate on and others to measure on, drawn from all over the data, so that the two are alike."""
+    if len(dataset) < 2:
+        raise ValueError("the data is one row, but one to calibrate on and one to measure on are needed: give more")
+    count = min(rows, len(dataset) // 2)
+    order = np.random.default_rng(seed).permutation(len(dataset))[: 2 * count].tolist()
+    return dataset.select(sorted(order[:count])), dataset.select(sorted(order[count:]))
+
+
+def _show(before: Evaluation, after: Evaluation, title: str) -> None:
+    measured = {"before": before, "after": after}
+    quality = {
+        name: f"{one.accuracy:.4f}" if one.perplexity is None else f"{one.perplexity:.3f}"
+        for name, one in measured.items()
+    }
+    table(
+        title,
+        ["", "accuracy" if before.perplexity is None else "perplexity", "sparsity", "GFLOPs per token"],
+        [[name, quality[name], f"{one.sparsity:.1%}", f"{one.gflops_per_token:.4g}"] for name, one in measured.items()],
+    )
+    for name, one in measured.items():
+        out.print(f"layers {name}: {' '.join(f'{share:.2f}' for share in one.layer_sparsity)}", soft_wrap=True)
