@@ -301,6 +301,7 @@ def test_a_compiled_run_is_the_same_run(tmp_path):
     logs = {}
     for name, options in {"eager": {}, "compiled": {"torch_compile": True, "torch_compile_backend": "eager"}}.items():
         torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
         trainer = trainer_for(tmp_path / name, max_steps=32, **options)
         trainer.train()
         logs[name] = [entry for entry in trainer.state.log_history if "loss" in entry]
