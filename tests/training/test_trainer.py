@@ -311,3 +311,17 @@ def test_a_compiled_run_is_the_same_run(tmp_path):
     for eager, compiled in zip(logs["eager"], logs["compiled"], strict=True):
         for key in {"loss", "sparsity", "eta"} & eager.keys():
             assert compiled[key] == pytest.approx(eager[key], rel=1e-3, abs=1e-4)
+
+
+def test_a_model_trained_in_mixed_precision_is_left_without_autocast(tmp_path):
+    model = sparse_llama()
+    trainer = trainer_for(tmp_path, model=model, bf16=True, max_steps=6)
+    trainer.train()
+    seen = []
+    hook = next(iter(sparse_layers(model).values())).register_forward_pre_hook(
+        lambda _module, _args: seen.append(torch.is_autocast_enabled("cpu"))
+    )
+    model(torch.ones(1, 3, dtype=torch.long))
+    hook.remove()
+    assert seen == [False]
+    assert trainer.evaluate(markov_blocks(4))["eval_loss"] > 0

@@ -228,6 +228,8 @@ class LTETrainer(Trainer):
                 logger.warning("no whole checkpoint in %s: training starts from the beginning", self._folder)
             resume_from_checkpoint = str(found) if found else None
         result = super().train(resume_from_checkpoint, *args, **kwargs)
+        # mixed precision wrapped forward in autocast; the trained model is to run as it is, and optimised at full speed
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         if self._use_cache is not None:  # Trainer turns the KV cache off; the trained model is to generate with it
             self._unwrapped.config.use_cache = self._use_cache
         return result
