@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     BertConfig,
     BertForSequenceClassification,
     LlamaConfig,
@@ -13,7 +14,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import lte
 from byte_tokenizer import byte_tokenizer
+from lte.cli.main import main
 
 torch.set_num_threads(1)
 
@@ -41,4 +44,15 @@ def files(tmp_path_factory) -> Path:
     prompts = [{"prompt": f"after {n} comes ", "completion": f"{n + 1}"} for n in range(60)]
     for name, rows in {"classes.jsonl": classes, "prompts.jsonl": prompts}.items():
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sparse(files, tmp_path_factory):
+    """Hard, untrained."""
+    folder = tmp_path_factory.mktemp("sparse")
+    assert main(["sparsify", "--model", str(files / "llama"), "-o", str(folder), "--expert-size", "8"]) == 0
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    lte.set_mode_(model, "hard")
+    model.save_pretrained(folder)
     return folder

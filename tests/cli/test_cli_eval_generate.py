@@ -5,9 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
 
-import lte
 from lte.cli.main import main
 from lte.cli.options import _as_written
 from lte.cli.train import parse_train
@@ -24,17 +22,6 @@ def table(tmp_path_factory):
     with path.open("w", newline="") as file:
         csv.writer(file, quoting=csv.QUOTE_ALL).writerows([("mr", "ref"), *ROWS])
     return path
-
-
-@pytest.fixture(scope="module")
-def sparse(files, tmp_path_factory):
-    """Hard, untrained."""
-    folder = tmp_path_factory.mktemp("sparse")
-    assert main(["sparsify", "--model", str(files / "llama"), "-o", str(folder), "--expert-size", "8"]) == 0
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    lte.set_mode_(model, "hard")
-    model.save_pretrained(folder)
-    return folder
 
 
 def options(model, table, *more) -> list[str]:

@@ -3,23 +3,10 @@
 import json
 
 import pytest
-from transformers import AutoModelForCausalLM
 
-import lte
 from lte.cli.main import main
 
 TWO = ["--prompt", "1 and 2", "--prompt", "12 and 13 make"]
-
-
-@pytest.fixture(scope="module")
-def sparse(files, tmp_path_factory):
-    """Hard, untrained."""
-    folder = tmp_path_factory.mktemp("sparse")
-    assert main(["sparsify", "--model", str(files / "llama"), "-o", str(folder), "--expert-size", "8"]) == 0
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    lte.set_mode_(model, "hard")
-    model.save_pretrained(folder)
-    return folder
 
 
 def run(capfd, model, *given):

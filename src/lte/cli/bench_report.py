@@ -17,7 +17,7 @@ import lte
 from lte.cli.console import err, print_json, table
 from lte.evaluation.plots import plot_speed
 from lte.inference.shapes import SHAPES
-from lte.ops.sparse_ffn import BackendName, load_backend
+from lte.ops.sparse_ffn import COMPILED, BackendName, missing
 
 Row = dict[str, Any]
 Shape = Annotated[str, tyro.conf.arg(help=f"Random weights of a published size: {', '.join(SHAPES)}.")]
@@ -182,10 +182,7 @@ def resolve_backend(name: str, device: torch.device) -> BackendName:
     Raises:
         ValueError: it is not installed.
     """
-    backend = {"cuda": "triton", "cpu": "cpu"}.get(device.type, "reference") if name == "device" else name
-    if backend != "auto":
-        try:
-            load_backend(backend)
-        except ImportError as error:
-            raise ValueError(f"backend {backend!r} cannot run here: {error}; pip install 'lte[{backend}]'") from error
+    backend = COMPILED.get(device.type, "reference") if name == "device" else name
+    if backend != "auto" and (reason := missing(backend)) is not None:
+        raise ValueError(f"backend {backend!r} cannot run here: {reason}")
     return backend  # pyright: ignore[reportReturnType]

@@ -91,7 +91,7 @@ class Packed:
             gate_bias=gate_bias,
             down_bias=self.down.bias(),
             act=self.act,
-            threshold=_logit(tau),
+            threshold=logit(tau),
         )
 
 
@@ -167,7 +167,8 @@ def activation_name(act: nn.Module) -> Activation | None:
     return next((name for name in names if torch.allclose(activate(x, name), y, rtol=1e-5, atol=2e-6)), None)
 
 
-def _logit(tau: float) -> float:
+def logit(tau: float) -> float:
+    """What a router's logit has to exceed for the score to exceed tau."""
     if not 0 < tau < 1:
         return math.inf if tau >= 1 else -math.inf
     return math.log(tau / (1 - tau))

@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from lte.inference.packed import logit
 from lte.inference.parity import logits
 from lte.inference.synthetic import biases, layer_targets, random_router_, shift_to
 from lte.modules.recording import record_scores, sparse_layers
@@ -31,7 +32,7 @@ def route_(model: nn.Module, tokens_BS: Tensor, sparsity: float, seed: int = 0) 
     for layer in layers:
         layer.router.bias.fill_(1e3)
     for layer, logits_BSE, target, index in _with_logits(model, tokens_BS, targets):
-        layer.router.bias.copy_(biases(logits_BSE.flatten(0, -2), target, _threshold(layer), seed + index))
+        layer.router.bias.copy_(biases(logits_BSE.flatten(0, -2), target, logit(layer.tau), seed + index))
     if sparsity not in (0, 1):
         for _ in range(_ROUNDS):
             adjust_(model, tokens_BS, targets)
@@ -42,7 +43,7 @@ def adjust_(model: nn.Module, tokens_BS: Tensor, targets: list[float], first: in
     """Shift the biases of each layer to its target on these tokens, from position ``first`` on."""
     for layer, logits_BSE, target, _ in _with_logits(model, tokens_BS, targets):
         wanted = logits_BSE[:, first:] + layer.router.bias.float()
-        layer.router.bias.add_(shift_to([wanted], target, _threshold(layer)))
+        layer.router.bias.add_(shift_to([wanted], target, logit(layer.tau)))
 
 
 @torch.no_grad()
@@ -54,7 +55,7 @@ def measure(model: nn.Module, tokens_BS: Tensor, first: int) -> tuple[list[float
     sparsity, union = [], []
     layers = list(sparse_layers(model).values())
     for layer, logits_BSE, _, _ in _with_logits(model, tokens_BS, [0.0] * len(layers)):
-        active_BSE = logits_BSE[:, first:] + layer.router.bias.float() > _threshold(layer)
+        active_BSE = logits_BSE[:, first:] + layer.router.bias.float() > logit(layer.tau)
         sparsity.append(1 - float(active_BSE.float().mean()))
         union.append(1 - float(active_BSE.any(0).float().mean()))
     return sparsity, union
@@ -84,7 +85,3 @@ def _with_logits(
     for index, (name, x_BSD) in enumerate(seen.items()):
         layer = layers[name]
         yield layer, logits(x_BSD, layer.router.weight), targets[index], index
-
-
-def _threshold(layer: Selecting) -> float:
-    return float(torch.tensor(layer.tau, dtype=torch.float64).logit())

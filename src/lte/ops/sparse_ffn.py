@@ -16,6 +16,9 @@ logger = logging.getLogger(__name__)
 BackendName = Literal["auto", "reference", "triton", "cpu"]
 BACKENDS = get_args(BackendName)
 
+COMPILED: dict[str, BackendName] = {"cuda": "triton", "cpu": "cpu"}
+"""The backend made for a type of device."""
+
 
 class Backend(Protocol):
     """What a backend's module offers."""
@@ -80,14 +83,14 @@ def choose(x_TD: Tensor, weights: FFNWeights, backend: BackendName) -> BackendNa
         ValueError: asked for by name and unable.
     """
     if backend == "auto":
-        name = {"cuda": "triton", "cpu": "cpu"}.get(x_TD.device.type)
+        name = COMPILED.get(x_TD.device.type)
         if name is None:
             return "reference"
         reason = _why_not(name, x_TD, weights)
         if reason is not None:
             _say_once(f"{name} backend not used: {reason}")
             return "reference"
-        return cast(BackendName, name) if load_backend(name).pays(x_TD, weights) else "reference"
+        return name if load_backend(name).pays(x_TD, weights) else "reference"
     reason = _why_not(backend, x_TD, weights)
     if reason is not None:
         raise ValueError(f"backend {backend!r} cannot run here: {reason}")
@@ -101,11 +104,11 @@ def _run(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, backend: B
 
 
 def _why_not(name: str, x_TD: Tensor, weights: FFNWeights) -> str | None:
-    return _missing(name) or load_backend(name).refuses(x_TD, weights)
+    return missing(name) or load_backend(name).refuses(x_TD, weights)
 
 
 @cache
-def _missing(name: str) -> str | None:
+def missing(name: str) -> str | None:
     """Why a backend's module cannot be imported. Cached, as a failing import is slow and every layer asks."""
     try:
         load_backend(name)
