@@ -109,7 +109,7 @@ def test_the_model_is_left_as_it_was():
     model = llama().train()
     evaluate(model, rows())
     assert model.training
-    assert all(layer.recorder is None for layer in model.modules() if hasattr(layer, "recorder"))
+    assert all(not layer.kept_in for layer in model.modules() if hasattr(layer, "kept_in"))
 
 
 def test_no_label():

@@ -185,7 +185,7 @@ def test_the_model_is_left_as_it_was():
     model = model_of("llama").train()
     evaluate_generation(model, REFERENCES, make_tokenizer(), max_new_tokens=1, sequence_length=64)
     assert model.training
-    assert all(layer.recorder is None for layer in model.modules() if hasattr(layer, "recorder"))
+    assert all(not layer.kept_in for layer in model.modules() if hasattr(layer, "kept_in"))
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def test_scores_of_the_last_forward_pass_with_gradient(llama):
         assert recording.mask(name) is None
     llama(rows()[0][None])
     assert recording.scores[name].shape == (1, 4, EXPERTS)
-    assert all(layer.recorder is None for layer in sparse_layers(llama).values())
+    assert all(not layer.kept_in for layer in sparse_layers(llama).values())
 
 
 def test_dense_mode_records_ones(llama):

@@ -206,6 +206,7 @@ def test_opcheck(given):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("tokens", [1, 5, 40, 200])
 def test_in_a_cuda_graph_without_synchronising(tokens):
     weights = make_weights(576, 1536, dtype=torch.bfloat16, device=DEVICE)

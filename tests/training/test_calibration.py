@@ -57,7 +57,7 @@ def state(model) -> dict:
     return {
         "tensors": {name: value.clone() for name, value in model.state_dict().items()},
         "training": [module.training for module in model.modules()],
-        "layers": [(layer.tau, layer.mode, layer.recorder, len(layer.router._forward_hooks)) for layer in layers],
+        "layers": [(layer.tau, layer.mode, layer.kept_in, len(layer.router._forward_hooks)) for layer in layers],
         "config": model.config.to_dict(),
         "gradients": [parameter.requires_grad for parameter in model.parameters()],
     }

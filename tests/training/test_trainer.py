@@ -296,8 +296,9 @@ def test_too_few_steps_are_refused_before_training(tmp_path):
         trainer_for(tmp_path, max_steps=4, dense_fraction=0.5, hard_fraction=0.5).train()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own
 def test_a_compiled_run_is_the_same_run(tmp_path):
-    """Stages, hardness and recording of scores change under the compiled model; few programs must do for all steps."""
+    """Stages, hardness and recording of scores change under the compiled blocks; few programs must do for all."""
     logs = {}
     for name, options in {"eager": {}, "compiled": {"torch_compile": True, "torch_compile_backend": "eager"}}.items():
         torch._dynamo.reset()
@@ -306,7 +307,8 @@ def test_a_compiled_run_is_the_same_run(tmp_path):
         trainer.train()
         logs[name] = [entry for entry in trainer.state.log_history if "loss" in entry]
     programs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert 0 < programs <= 6
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert 0 < programs <= 20
     assert len(logs["eager"]) == len(logs["compiled"]) == 32
     for eager, compiled in zip(logs["eager"], logs["compiled"], strict=True):
         for key in {"loss", "sparsity", "eta"} & eager.keys():

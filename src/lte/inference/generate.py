@@ -55,7 +55,7 @@ def generate(
 
 def _steps(model: PreTrainedModel, compile: bool | None, options: dict[str, Any]) -> dict[str, Any]:
     """How Hugging Face is told to run the steps."""
-    recording = any(isinstance(module, Selecting) and module.recorder is not None for module in model.modules())
+    recording = any(isinstance(module, Selecting) and bool(module.kept_in) for module in model.modules())
     if compile and recording:
         raise ValueError("scores are being recorded, which a compiled step cannot do: leave compile=True away")
     if compile is None:

@@ -120,9 +120,9 @@ class PackedLayer(Selecting):
     def run(self, x_TD: Tensor) -> Tensor:
         """The FFN's output by ``sparse_ffn``."""
         active_TE = None
-        if self.recorder is not None:
+        if self.kept_in:
             scores_TE = self.router(x_TD)
-            self.recorder(scores_TE)
+            self.keep(scores_TE)
             active_TE = threshold(scores_TE, self.tau)
         weights = self.packed.weights(self.router, self.tau)
         return sparse_ffn(x_TD, weights, active_TE, self.packed.backend)

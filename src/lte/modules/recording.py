@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -64,10 +63,15 @@ class Recording:
     """What one forward pass showed: scores by layer (with gradient), and which tokens are real."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.scores: dict[str, Tensor] = {}
+        self._kept: dict[str, list[Tensor]] = {name: [] for name in sparse_layers(model)}
         self._masks = TokenMasks(model)
         self._running: nn.Module | None = None
         self._after: list[Callable[[], None]] = []
+
+    @property
+    def scores(self) -> dict[str, Tensor]:
+        """The scores of each layer that ran; in pieces where the model runs its FFN in chunks of the sequence."""
+        return {n: kept[0] if len(kept) == 1 else torch.cat(kept, dim=-2) for n, kept in self._kept.items() if kept}
 
     def mask(self, name: str) -> Tensor | None:
         """The tokens of layer ``name`` that are not padding, shaped like its scores without the last dimension.
@@ -82,14 +86,16 @@ class Recording:
         A decoder-only model gives one entry, an encoder-decoder two.
         """
         alike: dict[tuple[bool, torch.Size], list[str]] = {}
-        for name, scores in self.scores.items():
-            alike.setdefault((self._masks.is_decoder(name), scores.shape), []).append(name)
-        return [(names, torch.stack([self.scores[n] for n in names]), self.mask(names[0])) for names in alike.values()]
+        scores = self.scores
+        for name, one in scores.items():
+            alike.setdefault((self._masks.is_decoder(name), one.shape), []).append(name)
+        return [(names, torch.stack([scores[n] for n in names]), self.mask(names[0])) for names in alike.values()]
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self._running is None:
             self._running = module
-            self.scores.clear()
+            for kept in self._kept.values():
+                kept.clear()
             self._masks.see(module, args, kwargs)
 
     def _end(self, module: nn.Module, _args: tuple, output: Any) -> None:
@@ -98,10 +104,6 @@ class Recording:
             if output is not None:  # None: the forward pass raised
                 for call in self._after:
                     call()
-
-    def _on_scores(self, name: str, scores: Tensor) -> None:
-        before = self.scores.get(name)  # set already when the model runs its FFN in chunks of the sequence
-        self.scores[name] = scores if before is None else torch.cat([before, scores], dim=-2)
 
 
 @contextmanager
@@ -114,7 +116,7 @@ def record_scores(model: nn.Module) -> Iterator[Recording]:
     """
     layers = sparse_layers(model)
     recording = Recording(model)
-    before = {name: layer.recorder for name, layer in layers.items()}
+    before = {name: layer.kept_in for name, layer in layers.items()}
     with ExitStack() as hooks:
         for module in _entries(model, recording._masks.encoder_decoder):
             begin = module.register_forward_pre_hook(recording._begin, with_kwargs=True, prepend=True)
@@ -122,29 +124,18 @@ def record_scores(model: nn.Module) -> Iterator[Recording]:
             hooks.callback(begin.remove)
             hooks.callback(end.remove)
         for name, layer in layers.items():
-            layer.recorder = _chain(partial(recording._on_scores, name), layer.recorder)
+            layer.kept_in = [*layer.kept_in, recording._kept[name]]
         try:
             yield recording
         finally:
             for name, layer in layers.items():
-                layer.recorder = before[name]
+                layer.kept_in = before[name]
 
 
 def _entries(model: nn.Module, encoder_decoder: bool) -> list[nn.Module]:
     """The modules that start a forward pass: the model, and an encoder, which ``generate`` calls on its own."""
     get_encoder = getattr(model, "get_encoder", None)
     return [model, get_encoder()] if encoder_decoder and get_encoder is not None else [model]
-
-
-def _chain(first: Callable[[Tensor], None], then: Callable[[Tensor], None] | None) -> Callable[[Tensor], None]:
-    if then is None:
-        return first
-
-    def both(scores: Tensor) -> None:
-        first(scores)
-        then(scores)
-
-    return both
 
 
 class SparsityMeter:

@@ -51,7 +51,7 @@ class Router(nn.Module):
         self.temperature.fill_(1.0)
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        device_type = x_TD.device.type if torch.amp.is_autocast_available(x_TD.device.type) else "cpu"  # meta has none
+        device_type = "cpu" if x_TD.is_meta else x_TD.device.type  # meta has no autocast to turn off
         with torch.autocast(device_type, enabled=False):
             logits_TE = nn.functional.linear(x_TD.float(), self.weight.float(), self.bias.float())
             return logits_TE * self.temperature.float()

@@ -1,6 +1,5 @@
 """The sparse FFN: a dense model's own projections, with a router that decides which experts count."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -15,9 +14,11 @@ Mode = Literal["dense", "soft", "hard"]
 
 
 class Selecting(nn.Module):
-    """What both places of selection share: a router, a threshold, a mode, and a recorder of scores.
+    """What both places of selection share: a router, a threshold, a mode, and lists that scores are kept in.
 
     Attributes:
+        kept_in: lists to which each pass appends its scores ``[..., E]``; :func:`~lte.modules.recording.record_scores`
+            puts them here. Lists, not callables: all layers then look alike to ``torch.compile``.
         hardness: in mode soft, how far an expert's weight has moved from its score (0, the paper's) to the
             0 or 1 of hard selection (1, straight-through). The gradient is the score's throughout. Training
             raises it, so that the model meets hard selection before the hard stage does.
@@ -29,7 +30,7 @@ class Selecting(nn.Module):
         self.tau = tau
         self.mode: Mode = "dense"
         self.hardness = 0.0
-        self.recorder: Callable[[Tensor], None] | None = None
+        self.kept_in: list[list[Tensor]] = []
 
     def set_mode(self, mode: Mode) -> None:
         """Switch the mode.
@@ -41,15 +42,19 @@ class Selecting(nn.Module):
             raise ValueError(f"mode is {mode!r}, but it is one of {', '.join(get_args(Mode))}")
         self.mode = mode
 
+    def keep(self, scores_TE: Tensor) -> None:
+        """Append scores to the lists that want them."""
+        for kept in self.kept_in:
+            kept.append(scores_TE)
+
     def select(self, x_TD: Tensor, hidden_TF: Tensor) -> Tensor:
         """Neurons after the activation -> the same, weighted as the mode says."""
         if self.mode == "dense":
-            if self.recorder is not None:
-                self.recorder(torch.ones(*hidden_TF.shape[:-1], self.router.num_experts, device=hidden_TF.device))
+            if self.kept_in:
+                self.keep(torch.ones(*hidden_TF.shape[:-1], self.router.num_experts, device=hidden_TF.device))
             return hidden_TF
         scores_TE = self.router(x_TD)
-        if self.recorder is not None:
-            self.recorder(scores_TE)
+        self.keep(scores_TE)
         if self.mode == "hard":
             return scale_experts(hidden_TF, threshold(scores_TE, self.tau))
         if self.hardness:

@@ -1,6 +1,7 @@
 """Arguments of ``LTETrainer``: Hugging Face's, and the recipe."""
 
 import json
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -140,6 +141,8 @@ class LTETrainingArguments(TrainingArguments):
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = True  # frozen routers, and a dense stage that has none in its graph
         self._checkpoint_without_reentry()
+        # block by block: a whole model takes minutes to compile; Trainer, too, tells accelerate by its environment
+        os.environ.setdefault("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import compile_regions
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 _NEAR_TAU = 0.1
 _CALIBRATIONS = 4  # in the hard stage, evenly spaced; frozen routers' inputs move while the rest trains
 _TEACHER = "dense"
+_PROGRAMS = 32  # of a block under torch.compile: stages, hardness, teacher, evaluation; torch's own limit is 8
 
 
 class LTETrainer(Trainer):
@@ -74,6 +76,8 @@ class LTETrainer(Trainer):
                 kwargs["train_dataset"], args.calibration_rows, args.seed
             )
         self._use_cache = getattr(getattr(model, "config", None), "use_cache", None)
+        if args.torch_compile:
+            torch._dynamo.config.recompile_limit = max(_PROGRAMS, torch._dynamo.config.recompile_limit)
         super().__init__(model=model, args=args, **kwargs)
         self.plan = StagePlan(0, 0, 0)
         self.stage: Stage | None = None
@@ -205,7 +209,7 @@ class LTETrainer(Trainer):
             self._unwrapped.save_pretrained(partial)
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
-        return copy.deepcopy(self._unwrapped).eval().requires_grad_(False)
+        return self._frozen(copy.deepcopy(self._unwrapped))
 
     def _load_teacher(self) -> nn.Module:
         folder = self._folder / _TEACHER
@@ -213,7 +217,13 @@ class LTETrainer(Trainer):
             raise ValueError(f"{folder} is missing: resuming needs the dense model that this run distils from")
         teacher = type(self._unwrapped).from_pretrained(folder, dtype=self._unwrapped.dtype)
         set_mode_(teacher, "dense")
-        return teacher.to(self.args.device).eval().requires_grad_(False)
+        return self._frozen(teacher.to(self.args.device))
+
+    def _frozen(self, teacher: nn.Module) -> nn.Module:
+        """For inference, and compiled where the student is."""
+        teacher = teacher.eval().requires_grad_(False)
+        plugin = self.accelerator.state.dynamo_plugin
+        return compile_regions(teacher, **plugin.to_kwargs()) if self.args.torch_compile and plugin else teacher
 
     # ---- what Trainer asks for
 
