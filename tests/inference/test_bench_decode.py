@@ -48,7 +48,7 @@ def test_tokens_are_those_of_the_masked_dense_model(sparse, backend, static):
     decoder = Decoder(packed, 2, PROMPT, NEW, compile=False)
     if static:  # what CUDA does, less the graph
         decoder._static = True
-        decoder._step = decoder._static_runs(compile=False)
+        decoder._step = decoder._static_runs(compile=False, tune=False)
     for _ in range(2):  # the second time with a used cache
         found = decoder(prompt())
         assert torch.equal(found.tokens, expected)
@@ -73,7 +73,7 @@ def test_a_sliding_window_is_refused_where_the_step_is_static():
     decoder = Decoder(model, 1, PROMPT, NEW, compile=False)
     decoder._static = True
     with pytest.raises(ValueError, match="sliding window"):
-        decoder._static_runs(compile=False)
+        decoder._static_runs(compile=False, tune=False)
 
 
 def run(dense, **changes):

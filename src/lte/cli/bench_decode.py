@@ -57,6 +57,8 @@ class Decode:
     """Texts decoded by each model, in turn; medians are over all their tokens."""
     compile: bool | None = None
     """Whether the step is compiled by torch.compile, dense and sparse; the default is yes on CUDA, no on a CPU."""
+    tune: bool | None = None
+    """Whether it is also tuned (coordinate descent), dense and sparse, the fastest torch makes; default as above."""
     generate: bool = False
     """Also time model.generate() as it is without options."""
     seed: int = 0
@@ -88,6 +90,7 @@ def main(argv: Sequence[str]) -> int:
     else:  # how random or new routers' experts are grouped makes no difference to time
         sparsify_(sparse, LTEConfig(expert_size=options.expert_size, grouping="random", seed=options.seed))
     err.print(f"memory {gb_per_s:,.0f} GB/s, backend {backend}; building and compiling take a while", markup=False)
+    compiles = device.type == "cuda" if options.compile is None else options.compile
     grid = DecodeGrid(
         name=options.model or options.shape,
         sparsities=sparsities,
@@ -96,7 +99,8 @@ def main(argv: Sequence[str]) -> int:
         prompt_tokens=options.prompt_tokens,
         new_tokens=options.new_tokens,
         repeats=options.repeats,
-        compile=device.type == "cuda" if options.compile is None else options.compile,
+        compile=compiles,
+        tune=compiles and device.type == "cuda" if options.tune is None else options.tune,
         generate=options.generate,
         bandwidth=gb_per_s,
         seed=options.seed,

@@ -44,6 +44,8 @@ class DecodeGrid:
     new_tokens: int = 256
     repeats: int = 3
     compile: bool = True
+    tune: bool = False
+    """Whether compiling includes coordinate descent tuning, dense and sparse alike."""
     generate: bool = False
     """Also time ``model.generate``, as it is without options."""
     bandwidth: float = float("nan")
@@ -95,7 +97,7 @@ def _bench_batch(
     generator = torch.Generator().manual_seed(grid.seed)
     vocabulary = sparse.config.get_text_config().vocab_size
     prompt = torch.randint(vocabulary, (batch, grid.prompt_tokens), generator=generator).to(sparse.device)
-    sizes = (batch, grid.prompt_tokens, grid.new_tokens, grid.compile)
+    sizes = (batch, grid.prompt_tokens, grid.new_tokens, grid.compile, grid.tune)
     began = time.perf_counter()
     try:
         decoders = {name: Decoder(model, *sizes) for name, model in dense.items()}

@@ -198,6 +198,9 @@ def _dense_runs(grid: FFNGrid, layers: Layers, x_LTD: Tensor) -> dict[str, Run]:
     if grid.compile:
         torch._dynamo.reset()  # a new number of tokens is a new program, not a reason to make sizes dynamic
         variants["compiled"] = torch.compile(_ffn(grid.size), dynamic=False)
+        if x_LTD.shape[1] == 1 and grid.device.type == "cuda":  # torch's own matrix-vector kernels in place of cuBLAS
+            options: dict[str, Any] = {"coordinate_descent_tuning": True}
+            variants["tuned"] = torch.compile(_ffn(grid.size), dynamic=False, options=options)
         if grid.max_autotune:
             variants["autotuned"] = torch.compile(_ffn(grid.size), dynamic=False, mode="max-autotune-no-cudagraphs")
     for dtype, dense in layers.dense.items():

@@ -34,13 +34,23 @@ class Decoder:
 
     On CUDA a step uses a static cache, is compiled if asked for, and is one CUDA graph, which is what
     ``generate(cache_implementation="static")`` has with ``torch.compile(mode="reduce-overhead", fullgraph=True)``.
+    A tuned one is compiled with coordinate descent tuning, which at batch 1 also makes torch multiply matrices and
+    vectors by kernels of its own instead of cuBLAS.
     On a CPU it is eager with a dynamic cache, as ``generate`` is, unless it is to be compiled. Each step ends
     with the wait for the GPU that ``generate`` needs to see whether all texts have ended.
 
     The graph reads the model's weights where they are: a change in place (of router biases) counts.
     """
 
-    def __init__(self, model: PreTrainedModel, batch: int, prompt_tokens: int, new_tokens: int, compile: bool):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batch: int,
+        prompt_tokens: int,
+        new_tokens: int,
+        compile: bool,
+        tune: bool = False,
+    ):
         self.model, self.batch = model, batch
         self.prompt_tokens, self.new_tokens = prompt_tokens, new_tokens
         self.how = "eager"
@@ -55,7 +65,7 @@ class Decoder:
         self._end = torch.full((1,), -1, device=self.device)  # no token: every text gets its full length
         self._cache: Any = None
         self._static = compile or self.device.type == "cuda"
-        self._step: Run = self._static_runs(compile) if self._static else self._eager_step
+        self._step: Run = self._static_runs(compile, tune) if self._static else self._eager_step
 
     @torch.no_grad()
     def __call__(self, prompt_BS: Tensor) -> Decoded:
@@ -96,16 +106,17 @@ class Decoder:
         self._take(self.model(input_ids=self._token, past_key_values=self._cache, use_cache=True).logits)
 
     @torch.no_grad()
-    def _static_runs(self, compile: bool) -> Run:
+    def _static_runs(self, compile: bool, tune: bool) -> Run:
         """The step with a static cache: compiled where that works, on CUDA as a graph."""
         graph = ", CUDA graph" if self.device.type == "cuda" else ""
         if compile:
             try:
-                run = self._prepared(torch.compile(_static_step, fullgraph=True, dynamic=False))
+                options: Any = {"coordinate_descent_tuning": True} if tune else None
+                run = self._prepared(torch.compile(_static_step, fullgraph=True, dynamic=False, options=options))
             except Exception as error:  # of many kinds; without compiling it still runs
                 logger.warning("the step was not compiled: %s", " ".join(str(error).split())[:300])
             else:
-                self.how = f"compiled{graph}"
+                self.how = f"compiled{' and tuned' if tune else ''}{graph}"
                 return run
         self.how = f"static cache{graph}"
         return self._prepared(_static_step)
