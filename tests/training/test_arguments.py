@@ -64,6 +64,8 @@ def test_a_dense_run_is_one_dense_stage(tmp_path):
         ({"hardness": 1.1}, "share in"),
         ({"hardness": -0.1}, "share in"),
         ({"temperature": 0.5}, "at least 1"),
+        ({"ramp": 0.0}, "above 0 and at most 1"),
+        ({"ramp": 1.1}, "above 0 and at most 1"),
         ({"calibration_rows": 0}, "at least 1"),
         ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": REENTRANT}, "non-reentrant"),
         ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": json.dumps(REENTRANT)}, "non-reentrant"),

@@ -95,6 +95,20 @@ def test_the_temperature_is_folded_away(run):
     assert all(layer.router.temperature == 1 for layer in sparse_layers(trainer.model).values())
 
 
+@pytest.mark.parametrize(("ramp", "reached"), [(1.0, [0, 0.25, 0.5, 0.75]), (0.5, [0, 0.5, 1, 1])])
+def test_temperature_and_hardness_ramp(tmp_path, ramp, reached):
+    trainer = trainer_for(tmp_path, ramp=ramp, temperature=9.0, hardness=0.8, dense_fraction=0.0, hard_fraction=0.0)
+    trainer.create_optimizer()
+    trainer.create_scheduler(4)
+    trainer.begin(None)
+    found = []
+    for index in range(4):
+        trainer.begin_step(index)
+        layer = next(iter(sparse_layers(trainer.model).values()))
+        found.append((layer.router.temperature.item(), layer.hardness))
+    assert found == [pytest.approx((9.0**share, 0.8 * share)) for share in reached]
+
+
 def test_the_paper_recipe(tmp_path):
     trainer, watch = watched(tmp_path, recipe="paper", eta=0.5)
     trainer.train()

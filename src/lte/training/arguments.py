@@ -17,6 +17,7 @@ class Recipe:
     router_bias: float
     temperature: float
     hardness: float
+    ramp: float
     distillation_weight: float
 
 
@@ -29,6 +30,7 @@ RECIPES = {
         router_bias=0.0,
         temperature=1.0,
         hardness=0.0,
+        ramp=1.0,
         distillation_weight=0.0,
     ),
     # no routers at all: the baseline that a sparse model of the same budget is held against
@@ -39,6 +41,7 @@ RECIPES = {
         router_bias=0.0,
         temperature=1.0,
         hardness=0.0,
+        ramp=1.0,
         distillation_weight=0.0,
     ),
     "default": Recipe(
@@ -48,6 +51,7 @@ RECIPES = {
         router_bias=1.0,
         temperature=10.0,
         hardness=1.0,
+        ramp=1.0,
         distillation_weight=0.9,
     ),
 }
@@ -92,10 +96,14 @@ class LTETrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Bias of the routers at the start of the soft stage; 0 freezes it there."}
     )
     temperature: float | None = field(
-        default=None, metadata={"help": "Sharpness of the sigmoid at the end of the soft stage; it starts at 1."}
+        default=None, metadata={"help": "Sharpness of the sigmoid that the soft stage grows to; it starts at 1."}
     )
     hardness: float | None = field(
-        default=None, metadata={"help": "How far the soft stage has moved to hard selection by its end, in [0, 1]."}
+        default=None, metadata={"help": "How far the soft stage moves to hard selection, in [0, 1]."}
+    )
+    ramp: float | None = field(
+        default=None,
+        metadata={"help": "Share of the soft stage in which temperature and hardness grow; then they stay. In (0, 1]."},
     )
     calibration_rows: int = field(
         default=64, metadata={"help": "Training rows kept out (at most 5 %) to set thresholds on; default recipe."}
@@ -135,6 +143,8 @@ class LTETrainingArguments(TrainingArguments):
             raise ValueError(f"distillation_weight is {self.distillation_weight}, but it is a share in [0, 1]")
         if not 0 <= self._get("hardness") <= 1:
             raise ValueError(f"hardness is {self.hardness}, but it is a share in [0, 1]")
+        if not 0 < self._get("ramp") <= 1:
+            raise ValueError(f"ramp is {self.ramp}, but it is a share of the soft stage, above 0 and at most 1")
         if self._get("temperature") < 1:
             raise ValueError(f"temperature is {self.temperature}, but it grows from 1, so it is at least 1")
         if self.ddp_find_unused_parameters is None:

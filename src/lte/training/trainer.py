@@ -103,10 +103,10 @@ class LTETrainer(Trainer):
         if stage != self.stage:
             self._enter(stage)
         if stage == "soft":
-            temperature = cast(float, self.args.temperature) ** self.progress
+            ramped = min(1.0, self.progress / cast(float, self.args.ramp))
             for layer in self._layers.values():
-                layer.router.temperature.fill_(temperature)
-                layer.hardness = cast(float, self.args.hardness) * self.progress
+                layer.router.temperature.fill_(cast(float, self.args.temperature) ** ramped)
+                layer.hardness = cast(float, self.args.hardness) * ramped
 
     def end_step(self) -> None:
         """Called after each optimizer step: move eta toward the target (soft), now and then the thresholds (hard)."""
