@@ -90,6 +90,19 @@ def test_router_weights_are_frozen_in_the_hard_stage_only(run):
     assert watch.changed("hard", "router.bias")  # calibration
 
 
+def test_routers_may_train_in_the_hard_stage(tmp_path):
+    trainer, watch = watched(
+        tmp_path, max_steps=40, learning_rate=1e-2, train_routers_in_hard=True, train_dataset=markov_blocks(1500)
+    )
+    trainer.train()
+    assert watch.changed("hard", "router.weight")
+    layers = sparse_layers(trainer.model).values()
+    assert {(layer.mode, layer.straight_through) for layer in layers} == {("hard", False)}
+    assert trainer.evaluate(markov_blocks(100, seed=9))["eval_sparsity"] == pytest.approx(0.5, abs=0.04)
+    for entry in steps_logged(trainer)[-10:]:  # what a loss is, is as without
+        assert entry["loss"] == pytest.approx(0.1 * entry["task_loss"] + 0.9 * entry["distillation_loss"], rel=1e-3)
+
+
 def test_the_temperature_is_folded_away(run):
     trainer, _ = run
     assert all(layer.router.temperature == 1 for layer in sparse_layers(trainer.model).values())

@@ -19,6 +19,7 @@ class Recipe:
     hardness: float
     ramp: float
     distillation_weight: float
+    train_routers_in_hard: bool
 
 
 RECIPES = {
@@ -32,6 +33,7 @@ RECIPES = {
         hardness=0.0,
         ramp=1.0,
         distillation_weight=0.0,
+        train_routers_in_hard=False,
     ),
     # no routers at all: the baseline that a sparse model of the same budget is held against
     "dense": Recipe(
@@ -43,6 +45,7 @@ RECIPES = {
         hardness=0.0,
         ramp=1.0,
         distillation_weight=0.0,
+        train_routers_in_hard=False,
     ),
     "default": Recipe(
         separability_weight=0.0,
@@ -53,6 +56,7 @@ RECIPES = {
         hardness=1.0,
         ramp=1.0,
         distillation_weight=0.9,
+        train_routers_in_hard=False,
     ),
 }
 
@@ -110,6 +114,10 @@ class LTETrainingArguments(TrainingArguments):
     )
     distillation_weight: float | None = field(
         default=None, metadata={"help": "Share of the task loss that is KL to the dense model's outputs, in [0, 1]."}
+    )
+    train_routers_in_hard: bool | None = field(
+        default=None,
+        metadata={"help": "Train routers in the hard stage too, by straight-through gradients of its task loss."},
     )
 
     def __post_init__(self) -> None:

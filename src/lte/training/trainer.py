@@ -156,10 +156,13 @@ class LTETrainer(Trainer):
         """The settings of a stage, without its once-only actions."""
         self.stage = stage
         set_mode_(self._unwrapped, stage)
+        in_hard = stage == "hard" and bool(self.args.train_routers_in_hard)
+        routers_train = stage == "soft" or in_hard
         for layer in self._layers.values():
             layer.hardness = 0.0
-            layer.router.weight.requires_grad_(stage == "soft")
-            layer.router.bias.requires_grad_(stage == "soft" and self.args.router_bias != 0)
+            layer.straight_through = in_hard
+            layer.router.weight.requires_grad_(routers_train)
+            layer.router.bias.requires_grad_(routers_train and self.args.router_bias != 0)
 
     def _calibrate(self) -> None:
         """Move the thresholds so that rows which are not trained on have the target's sparsity."""
@@ -228,6 +231,8 @@ class LTETrainer(Trainer):
                 logger.warning("no whole checkpoint in %s: training starts from the beginning", self._folder)
             resume_from_checkpoint = str(found) if found else None
         result = super().train(resume_from_checkpoint, *args, **kwargs)
+        for layer in self._layers.values():
+            layer.straight_through = False
         # mixed precision wrapped forward in autocast; the trained model is to run as it is, and optimised at full speed
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         if self._use_cache is not None:  # Trainer turns the KV cache off; the trained model is to generate with it
