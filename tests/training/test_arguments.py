@@ -61,6 +61,7 @@ def test_a_dense_run_is_one_dense_stage(tmp_path):
         ({"separability_floor": 0.0}, "separability_floor is 0"),
         ({"distillation_weight": 1.1}, "share in"),
         ({"distillation_weight": -0.1}, "share in"),
+        ({"feature_distillation_weight": -0.1}, "at least 0"),
         ({"hardness": 1.1}, "share in"),
         ({"hardness": -0.1}, "share in"),
         ({"temperature": 0.5}, "at least 1"),

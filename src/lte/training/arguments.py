@@ -19,6 +19,7 @@ class Recipe:
     hardness: float
     ramp: float
     distillation_weight: float
+    feature_distillation_weight: float
     train_routers_in_hard: bool
 
 
@@ -33,6 +34,7 @@ RECIPES = {
         hardness=0.0,
         ramp=1.0,
         distillation_weight=0.0,
+        feature_distillation_weight=0.0,
         train_routers_in_hard=False,
     ),
     # no routers at all: the baseline that a sparse model of the same budget is held against
@@ -45,6 +47,7 @@ RECIPES = {
         hardness=0.0,
         ramp=1.0,
         distillation_weight=0.0,
+        feature_distillation_weight=0.0,
         train_routers_in_hard=False,
     ),
     "default": Recipe(
@@ -56,6 +59,7 @@ RECIPES = {
         hardness=1.0,
         ramp=1.0,
         distillation_weight=0.9,
+        feature_distillation_weight=0.0,
         train_routers_in_hard=False,
     ),
 }
@@ -115,6 +119,10 @@ class LTETrainingArguments(TrainingArguments):
     distillation_weight: float | None = field(
         default=None, metadata={"help": "Share of the task loss that is KL to the dense model's outputs, in [0, 1]."}
     )
+    feature_distillation_weight: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the relative squared error of hidden states to the dense model's; 0 for none."},
+    )
     train_routers_in_hard: bool | None = field(
         default=None,
         metadata={"help": "Train routers in the hard stage too, by straight-through gradients of its task loss."},
@@ -149,6 +157,8 @@ class LTETrainingArguments(TrainingArguments):
             raise ValueError(f"calibration_rows is {self.calibration_rows}, but at least 1 is needed, e.g. 64")
         if not 0 <= self._get("distillation_weight") <= 1:
             raise ValueError(f"distillation_weight is {self.distillation_weight}, but it is a share in [0, 1]")
+        if self._get("feature_distillation_weight") < 0:
+            raise ValueError(f"feature_distillation_weight is {self.feature_distillation_weight}, but it is at least 0")
         if not 0 <= self._get("hardness") <= 1:
             raise ValueError(f"hardness is {self.hardness}, but it is a share in [0, 1]")
         if not 0 < self._get("ramp") <= 1:

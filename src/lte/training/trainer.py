@@ -25,7 +25,7 @@ from lte.training.batches import PackedBlocks, PaddedRows, split_held_out
 from lte.training.calibration import calibrate_
 from lte.training.checkpoints import last_complete_checkpoint
 from lte.training.controller import SparsityController
-from lte.training.distillation import summed_kl
+from lte.training.distillation import hidden_state_error, show_hidden_states_, summed_kl
 from lte.training.stages import Stage, StagePlan
 
 logger = logging.getLogger(__name__)
@@ -73,6 +73,8 @@ class LTETrainer(Trainer):
             kwargs["train_dataset"], self.calibration_dataset = _split_calibration(
                 kwargs["train_dataset"], args.calibration_rows, args.seed
             )
+        if args.feature_distillation_weight:
+            show_hidden_states_(cast(nn.Module, model))
         self._use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(model=model, args=args, **kwargs)
         self.plan = StagePlan(0, 0, 0)
@@ -94,7 +96,7 @@ class LTETrainer(Trainer):
             self.eta = resumed["eta"]
             self.controller.integral = resumed["integral"]
             self._switch(resumed["stage"])
-            if self.stage != "dense" and self.args.distillation_weight:
+            if self.stage != "dense" and self._distils:
                 self.teacher = self._load_teacher()
 
     def begin_step(self, step: int) -> None:
@@ -137,7 +139,7 @@ class LTETrainer(Trainer):
         if stage == "soft":
             if before == "dense":
                 self._regroup()
-            if self.args.distillation_weight:
+            if self._distils:
                 self.teacher = self._make_teacher()
             generator = torch.Generator().manual_seed(self.args.seed)
             for layer in self._layers.values():
@@ -280,9 +282,9 @@ class LTETrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         with record_scores(self._unwrapped) as recording:
-            task, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        loss = self._distil(task, outputs, inputs, num_items_in_batch if scaled else None)
-        extra = self._extra_losses(recording)
+            task, outputs = super().compute_loss(model, {**inputs, **self._wanted}, True, num_items_in_batch)
+        loss, features = self._distil(task, outputs, inputs, num_items_in_batch if scaled else None, recording)
+        extra = self._extra_losses(recording) + features
         if scaled:  # a mean over this micro-batch, while the task loss is already a share of the whole batch
             extra = extra / self.current_gradient_accumulation_steps
         self._note("task_loss", task * (self.current_gradient_accumulation_steps if scaled else 1))
@@ -311,26 +313,45 @@ class LTETrainer(Trainer):
             return efficiency.new_zeros(())
         return self.eta * efficiency + cast(float, self.args.separability_weight) * separability
 
-    def _distil(self, task: Tensor, outputs: Any, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
-        """Mix the task loss with KL to the teacher's outputs, over the positions that have a label."""
+    def _distil(
+        self, task: Tensor, outputs: Any, inputs: dict[str, Any], num_items: Tensor | int | None, recording: Recording
+    ) -> tuple[Tensor, Tensor]:
+        """The task loss mixed with KL to the teacher's outputs, and the weighted error of the hidden states."""
+        nothing = task.new_zeros(())
         if self.teacher is None:
-            return task
+            return task, nothing
         encoder_decoder = getattr(self._unwrapped.config, "is_encoder_decoder", False)
         with torch.no_grad(), self.accelerator.autocast():
             # labels only where the decoder reads them: from them the teacher would compute a loss nobody wants
-            teacher = self.teacher(**{k: v for k, v in inputs.items() if k != "labels" or encoder_decoder})["logits"]
+            kept = {k: v for k, v in inputs.items() if k != "labels" or encoder_decoder}
+            teacher = self.teacher(**kept, **self._wanted)
+        features = self._feature_loss(outputs, teacher, recording) if self._wanted else nothing
+        share = cast(float, self.args.distillation_weight)
+        if not share:
+            return task, features
         student, labels = outputs["logits"], inputs.get("labels")
         mask = None
         if student.ndim == 3 and labels is not None:
             mask = (labels if encoder_decoder else F.pad(labels[:, 1:], (0, 1), value=-100)).ne(-100)
-        total = summed_kl(student, teacher, mask)
+        total = summed_kl(student, teacher["logits"], mask)
         if num_items is not None:
             kl = total / num_items * self._ranks_scale
         else:
             kl = total / (mask.sum() if mask is not None else student[..., 0].numel())
         self._note("distillation_loss", kl * (1 if num_items is None else self.current_gradient_accumulation_steps))
-        share = cast(float, self.args.distillation_weight)
-        return (1 - share) * task + share * kl
+        return (1 - share) * task + share * kl, features
+
+    def _feature_loss(self, student: Any, teacher: Any, recording: Recording) -> Tensor:
+        """The weighted error of what every block put out, over the tokens that are real."""
+        prefixes = ("encoder_", "decoder_") if "decoder_hidden_states" in student else ("",)
+        errors = []
+        for prefix in prefixes:
+            blocks = student[f"{prefix}hidden_states"][1:]  # 0 is the embeddings
+            mask = recording.masks.of(prefix.rstrip("_"), blocks[0].shape[:-1])
+            errors.append(hidden_state_error(blocks, teacher[f"{prefix}hidden_states"][1:], mask))
+        error = torch.stack(errors).mean()
+        self._note("feature_distillation_loss", error)
+        return cast(float, self.args.feature_distillation_weight) * error
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._logged and "loss" in logs:
@@ -361,6 +382,15 @@ class LTETrainer(Trainer):
     @property
     def _layers(self) -> dict[str, Any]:
         return sparse_layers(self._unwrapped)
+
+    @property
+    def _distils(self) -> bool:
+        return bool(self.args.distillation_weight or self.args.feature_distillation_weight)
+
+    @property
+    def _wanted(self) -> dict[str, bool]:
+        """What student and teacher are asked for beyond logits."""
+        return {"output_hidden_states": True} if self.args.feature_distillation_weight else {}
 
     @property
     def _ranks_scale(self) -> int:
