@@ -5,11 +5,13 @@ import math
 
 import pytest
 import torch
-from tiny_training import TOKENS, arguments, markov_blocks, sparse_llama, trainer_for
+from tiny_training import TOKENS, arguments, dense_llama, markov_blocks, sparse_llama, trainer_for
 from transformers import T5Config, T5ForConditionalGeneration, TrainerCallback
 
 import lte
 from lte.modules.recording import sparse_layers, track_sparsity
+from lte.surgery.convert import group
+from lte.surgery.sites import find_sites
 from lte.training.batches import PackedBlocks
 from lte.training.trainer import LTETrainer
 
@@ -161,6 +163,26 @@ def test_the_dense_recipe_leaves_routers_alone(tmp_path):
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(parameter, before[name]) == ("router" in name), name
     assert all(layer.mode == "dense" for layer in sparse_layers(trainer.model).values())
+
+
+@pytest.mark.parametrize("grouping", ["kmeans", "coactivation"])
+def test_neurons_are_grouped_anew_on_the_dense_stages_model(tmp_path, grouping):
+    """On the weights and neurons of then, without a change of the function or of the random state."""
+    method, blocks = lte.LTEConfig(expert_size=8, grouping=grouping), markov_blocks(40)
+    batch = PackedBlocks.collator(list(blocks))
+    model = lte.sparsify_(dense_llama(), method, [batch])
+    trainer = trainer_for(tmp_path, model=model, train_dataset=blocks, recipe="paper", eta=0.5)
+    sites = find_sites(model, "llama")
+    for site in sites:
+        site.permute_neurons(torch.randperm(site.d_ff))
+    orders = list(group(model, sites, method, trainer._batches(blocks, trainer.args.seed)))
+    expected = [site.first.weight[order] for site, order in zip(sites, orders, strict=True)]
+    before, state = model(**batch).logits, torch.get_rng_state()
+    with torch.no_grad():
+        trainer._regroup()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(site.first.weight, other) for site, other in zip(sites, expected, strict=True))
+    assert torch.allclose(model(**batch).logits, before, atol=1e-5)
 
 
 def test_routers_have_their_own_learning_rate_and_decay(tmp_path):

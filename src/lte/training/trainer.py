@@ -3,6 +3,7 @@
 import copy
 import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,10 +15,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 
 from lte.core.accounting import count_active
-from lte.core.grouping import grouping_permutation
 from lte.core.losses import efficiency_loss, separability_loss
 from lte.modules.recording import Recording, SparsityMeter, record_scores, sparse_layers, track_sparsity
-from lte.surgery.convert import set_mode_
+from lte.surgery.convert import group, set_mode_
 from lte.surgery.method import Method
 from lte.surgery.sites import find_sites
 from lte.training.arguments import LTETrainingArguments
@@ -170,19 +170,19 @@ class LTETrainer(Trainer):
         """Move the thresholds so that rows which are not trained on have the target's sparsity."""
         if self.calibration_dataset is None or self.args.target_sparsity is None:
             return
-        loader = DataLoader(
-            self.calibration_dataset, batch_size=self.args.per_device_eval_batch_size, collate_fn=self.data_collator
-        )
         model = self._unwrapped
         before = [layer.router.bias.clone() for layer in self._layers.values()]
         with self.accelerator.autocast():
-            shift = calibrate_(model, [self._prepare_inputs(batch) for batch in loader], self.args.target_sparsity)
+            shift = calibrate_(model, list(self._batches(self.calibration_dataset)), self.args.target_sparsity)
         mean = self._mean_over_ranks(shift)
         for layer, bias in zip(self._layers.values(), before, strict=True):
             layer.router.bias.data.copy_(bias - mean / layer.router.temperature)
 
     def _regroup(self) -> None:
-        """Group the neurons again, on the weights that the dense stage left (LTE paper, section 4.1)."""
+        """Group the neurons again, on the weights that the dense stage left (LTE paper, section 4.1).
+
+        A method that groups by activations records them anew, on training rows.
+        """
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
                 "the dense stage cannot be followed by regrouping when parameters are sharded: "
@@ -190,13 +190,23 @@ class LTETrainer(Trainer):
             )
         model = self._unwrapped
         method = Method.from_dict(model.config.lte)
-        if method.needs_activations:
-            return  # grouped on recorded activations before training; those are not at hand here
-        for index, site in enumerate(find_sites(model, model.config.model_type)):
-            order = grouping_permutation(method.group(site, None, index))
+        sites = find_sites(model, model.config.model_type)
+        orders = group(model, sites, method, self._batches(self.train_dataset, self.args.seed))
+        for site, order in zip(sites, orders, strict=True):
             if self.args.world_size > 1:
                 torch.distributed.broadcast(order := order.to(self.args.device), src=0)
             site.permute_neurons(order)
+
+    def _batches(self, dataset: Any, seed: int | None = None) -> Iterator[dict[str, Any]]:
+        """Rows outside of the training loop, in an order of ``seed`` if it is given. Leaves the random state alone."""
+        loader = DataLoader(
+            dataset,
+            batch_size=self.args.per_device_eval_batch_size,
+            shuffle=seed is not None,
+            generator=torch.Generator().manual_seed(seed or 0),
+            collate_fn=self.data_collator,
+        )
+        return (cast(dict[str, Any], self._prepare_inputs(batch)) for batch in loader)
 
     # ---- the teacher
 
