@@ -1,10 +1,10 @@
-"""The distillation loss against plain autograd."""
+"""The distillation losses, written out."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from lte.training.distillation import summed_kl
+from lte.training.distillation import hidden_state_error, summed_kl
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -35,3 +35,24 @@ def test_no_mask_and_leading_shape():
         summed_kl(student.flatten(0, 1), teacher.flatten(0, 1)).item(), rel=1e-6
     )
     assert summed_kl(student, student).abs() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_state_error(dtype):
+    torch.manual_seed(0)
+    student = [torch.randn(2, 5, 8).to(dtype).requires_grad_() for _ in range(3)]
+    teacher = [(3 * torch.randn(2, 5, 8)).to(dtype) for _ in range(3)]
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 0]])
+    pairs = [(s[mask.bool()].float(), t[mask.bool()].float()) for s, t in zip(student, teacher, strict=True)]
+    expected = sum((s - t).square().sum(-1).mean() / t.square().sum(-1).mean() for s, t in pairs) / 3
+    gradients = torch.autograd.grad(expected, student)
+    for one in (*student, *teacher):  # padding is not read
+        one.data[~mask.bool()] = torch.nan
+    found = hidden_state_error(student, teacher, mask)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert hidden_state_error(teacher, teacher, mask) == 0
+    for one, other in zip(torch.autograd.grad(found, student), gradients, strict=True):
+        torch.testing.assert_close(one, other)
+    rows = [[one[:1] for one in two] for two in (student, teacher)]
+    assert hidden_state_error(*rows).item() == pytest.approx(hidden_state_error(*rows, mask[:1]).item(), rel=1e-6)

@@ -105,6 +105,19 @@ def test_resumed_with_gradient_accumulation_over_epochs(tmp_path):
         assert torch.allclose(value, resumed.model.state_dict()[name], rtol=1e-5, atol=1e-6), name
 
 
+@pytest.mark.parametrize("step", [7, 11])
+def test_resumed_with_what_is_not_default(tmp_path, step):
+    """The teacher of hidden states alone, routers that train on, and a ramp that has ended."""
+    given = {"distillation_weight": 0.0, "feature_distillation_weight": 1.0, "train_routers_in_hard": True, "ramp": 0.5}
+    trainer = trainer_for(tmp_path / "whole", **given)
+    trainer.train()
+    with pytest.raises(Stop):
+        trainer_for(tmp_path / "cut", callbacks=[StopAfter(step)], **SAVING, **given).train()
+    resumed = trainer_for(tmp_path / "cut", **SAVING, **given)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(resumed, trainer)
+
+
 def test_a_process_that_was_killed(tmp_path, whole):
     command = [sys.executable, tiny_training.__file__, str(tmp_path), "7"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

@@ -57,7 +57,7 @@ class LTEConfig(Method):
         if self.grouping == "kmeans":
             return balanced_kmeans(site.feature_rows(), num_experts, seed)
         assert activations_TF is not None
-        return coactivation_grouping(activations_TF, num_experts, seed)
+        return coactivation_grouping(activations_TF.to(site.feature_rows().device), num_experts, seed)
 
     def build_router(self, site: Site, device: torch.device) -> Router:
         return Router(site.d_model, check_divisible(site.d_ff, self.expert_size), device)

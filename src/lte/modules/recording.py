@@ -64,7 +64,7 @@ class Recording:
 
     def __init__(self, model: nn.Module) -> None:
         self._kept: dict[str, list[Tensor]] = {name: [] for name in sparse_layers(model)}
-        self._masks = TokenMasks(model)
+        self.masks = TokenMasks(model)
         self._running: nn.Module | None = None
         self._after: list[Callable[[], None]] = []
 
@@ -78,7 +78,7 @@ class Recording:
 
         None when the model was given no 2-D attention mask: every token counts.
         """
-        return self._masks.of(name, self.scores[name].shape[:-1])
+        return self.masks.of(name, self.scores[name].shape[:-1])
 
     def stacked(self) -> list[tuple[list[str], Tensor, Tensor | None]]:
         """The scores of all layers in few tensors: (names, scores ``[L, ..., E]``, mask) of layers that are alike.
@@ -88,7 +88,7 @@ class Recording:
         alike: dict[tuple[bool, torch.Size], list[str]] = {}
         scores = self.scores
         for name, one in scores.items():
-            alike.setdefault((self._masks.is_decoder(name), one.shape), []).append(name)
+            alike.setdefault((self.masks.is_decoder(name), one.shape), []).append(name)
         return [(names, torch.stack([scores[n] for n in names]), self.mask(names[0])) for names in alike.values()]
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -96,7 +96,7 @@ class Recording:
             self._running = module
             for kept in self._kept.values():
                 kept.clear()
-            self._masks.see(module, args, kwargs)
+            self.masks.see(module, args, kwargs)
 
     def _end(self, module: nn.Module, _args: tuple, output: Any) -> None:
         if self._running is module:
@@ -118,7 +118,7 @@ def record_scores(model: nn.Module) -> Iterator[Recording]:
     recording = Recording(model)
     before = {name: layer.kept_in for name, layer in layers.items()}
     with ExitStack() as hooks:
-        for module in _entries(model, recording._masks.encoder_decoder):
+        for module in _entries(model, recording.masks.encoder_decoder):
             begin = module.register_forward_pre_hook(recording._begin, with_kwargs=True, prepend=True)
             end = module.register_forward_hook(recording._end, always_call=True)
             hooks.callback(begin.remove)

@@ -1,6 +1,6 @@
 """Converting a model in place: group its neurons, make experts contiguous, put in routers, switch modes."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -33,7 +33,8 @@ def sparsify_(
     Args:
         model: a Hugging Face model of a known family (see ``lte.Family``), with any head.
         method: which method, e.g. ``lte.LTEConfig(expert_size=32)``; its type picks it.
-        data: batches for the model, needed by a method that groups by co-activation.
+        data: batches for the model, needed by a method that groups by co-activation. Neurons of up to 4096 tokens are
+            kept in bf16 on the CPU: 0.4 GB for a model of 135M parameters, 3 GB for one of 7B.
         progress: wraps the iteration over FFNs, e.g. in a progress bar.
 
     Returns:
@@ -51,17 +52,29 @@ def sparsify_(
     if len({id(weight) for weight in weights}) < len(weights):
         raise ValueError(f"{type(model).__name__} shares FFN weights between layers: that is not supported")
     lte_model_class(type(model))  # made now, so that an error leaves the model as it was
-    activations = _record_activations(model, sites, data) if method.needs_activations else [None] * len(sites)
-    orders = [
-        grouping_permutation(method.group(site, recorded, index))
-        for index, (site, recorded) in enumerate(zip(progress(sites), activations, strict=True))
-    ]  # all before the first change, for the same reason
+    orders = list(group(model, sites, method, data, progress))  # all before the first change, for the same reason
     generator = torch.Generator().manual_seed(method.seed)
     for site, order in zip(sites, orders, strict=True):
         site.permute_neurons(order)
         install_(site, method).router.reset(generator=generator)
     become_lte_(model, {**method.to_dict(), "mode": "dense"})
     return model
+
+
+def group(
+    model: PreTrainedModel,
+    sites: list[Site],
+    method: Method,
+    data: Iterable[dict[str, Tensor]] | None,
+    progress: Callable[[Iterable[Site]], Iterable[Site]] = iter,
+) -> Iterator[Tensor]:
+    """The order of each site's neurons that makes the method's experts contiguous. Changes nothing.
+
+    Args: as :func:`sparsify_`; ``model`` may be sparse already, in mode dense.
+    """
+    activations = _record_activations(model, sites, data) if method.needs_activations else [None] * len(sites)
+    for index, (site, recorded) in enumerate(zip(progress(sites), activations, strict=True)):
+        yield grouping_permutation(method.group(site, recorded, index))
 
 
 def install_(site: Site, method: Method) -> SparseFFN | SparseActivation:
@@ -105,7 +118,7 @@ def set_mode_(model: nn.Module, mode: Mode) -> None:
 def _record_activations(
     model: PreTrainedModel, sites: list[Site], data: Iterable[dict[str, Tensor]] | None
 ) -> list[Tensor]:
-    """Neurons of every FFN on up to 4096 tokens of ``data``: one ``[T, F]`` a site, on the CPU."""
+    """Neurons of every FFN on up to 4096 tokens of ``data``: one ``[T, F]`` a site, in bf16 on the CPU."""
     if data is None:
         raise ValueError("grouping by co-activation needs data: pass sparsify_(model, config, data=batches)")
     recorded: list[list[Tensor]] = [[] for _ in sites]
@@ -130,4 +143,4 @@ def _record_activations(
                 break
     if not recorded[0]:
         raise ValueError("grouping by co-activation got no batch: data is empty")
-    return [torch.cat(parts)[:_MAX_RECORDED_TOKENS].float() for parts in recorded]
+    return [torch.cat(parts)[:_MAX_RECORDED_TOKENS] for parts in recorded]

@@ -18,7 +18,10 @@ class Recipe:
     router_bias: float
     temperature: float
     hardness: float
+    ramp: float
     distillation_weight: float
+    feature_distillation_weight: float
+    train_routers_in_hard: bool
 
 
 RECIPES = {
@@ -30,7 +33,10 @@ RECIPES = {
         router_bias=0.0,
         temperature=1.0,
         hardness=0.0,
+        ramp=1.0,
         distillation_weight=0.0,
+        feature_distillation_weight=0.0,
+        train_routers_in_hard=False,
     ),
     # no routers at all: the baseline that a sparse model of the same budget is held against
     "dense": Recipe(
@@ -40,7 +46,10 @@ RECIPES = {
         router_bias=0.0,
         temperature=1.0,
         hardness=0.0,
+        ramp=1.0,
         distillation_weight=0.0,
+        feature_distillation_weight=0.0,
+        train_routers_in_hard=False,
     ),
     "default": Recipe(
         separability_weight=0.0,
@@ -49,7 +58,10 @@ RECIPES = {
         router_bias=1.0,
         temperature=10.0,
         hardness=1.0,
+        ramp=1.0,
         distillation_weight=0.9,
+        feature_distillation_weight=0.0,
+        train_routers_in_hard=False,
     ),
 }
 
@@ -93,16 +105,28 @@ class LTETrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Bias of the routers at the start of the soft stage; 0 freezes it there."}
     )
     temperature: float | None = field(
-        default=None, metadata={"help": "Sharpness of the sigmoid at the end of the soft stage; it starts at 1."}
+        default=None, metadata={"help": "Sharpness of the sigmoid that the soft stage grows to; it starts at 1."}
     )
     hardness: float | None = field(
-        default=None, metadata={"help": "How far the soft stage has moved to hard selection by its end, in [0, 1]."}
+        default=None, metadata={"help": "How far the soft stage moves to hard selection, in [0, 1]."}
+    )
+    ramp: float | None = field(
+        default=None,
+        metadata={"help": "Share of the soft stage in which temperature and hardness grow; then they stay. In (0, 1]."},
     )
     calibration_rows: int = field(
         default=64, metadata={"help": "Training rows kept out (at most 5 %) to set thresholds on; default recipe."}
     )
     distillation_weight: float | None = field(
         default=None, metadata={"help": "Share of the task loss that is KL to the dense model's outputs, in [0, 1]."}
+    )
+    feature_distillation_weight: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the relative squared error of hidden states to the dense model's; 0 for none."},
+    )
+    train_routers_in_hard: bool | None = field(
+        default=None,
+        metadata={"help": "Train routers in the hard stage too, by straight-through gradients of its task loss."},
     )
 
     def __post_init__(self) -> None:
@@ -134,8 +158,12 @@ class LTETrainingArguments(TrainingArguments):
             raise ValueError(f"calibration_rows is {self.calibration_rows}, but at least 1 is needed, e.g. 64")
         if not 0 <= self._get("distillation_weight") <= 1:
             raise ValueError(f"distillation_weight is {self.distillation_weight}, but it is a share in [0, 1]")
+        if self._get("feature_distillation_weight") < 0:
+            raise ValueError(f"feature_distillation_weight is {self.feature_distillation_weight}, but it is at least 0")
         if not 0 <= self._get("hardness") <= 1:
             raise ValueError(f"hardness is {self.hardness}, but it is a share in [0, 1]")
+        if not 0 < self._get("ramp") <= 1:
+            raise ValueError(f"ramp is {self.ramp}, but it is a share of the soft stage, above 0 and at most 1")
         if self._get("temperature") < 1:
             raise ValueError(f"temperature is {self.temperature}, but it grows from 1, so it is at least 1")
         if self.ddp_find_unused_parameters is None:

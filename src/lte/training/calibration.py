@@ -49,7 +49,7 @@ def calibrate_(model: nn.Module, batches: Iterable[dict[str, Any]], target_spars
     before = {name: layer.router.bias.clone() for name, layer in layers.items()}
     total, sparsity = 0.0, math.nan
     try:
-        with _evaluating(model):
+        with evaluating(model):
             for _ in range(passes):
                 cut, sparsity = _cut(_margins(model, batches), target_sparsity)
                 total += cut
@@ -151,7 +151,7 @@ def _between(low: Tensor, high: Tensor) -> float:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Mode eval within; afterwards every module is as it was, also where some trained and some did not."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -1,9 +1,12 @@
-"""The distillation loss: KL divergence from a teacher's next-token distribution, at the memory of one gradient."""
+"""The distillation losses: KL divergence from a teacher's next-token distribution, and the error of hidden states."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from lte.training.calibration import evaluating
 
 _ROWS = 2048
 """Rows worked on at a time: a vocabulary in fp32 is large."""
@@ -26,6 +29,38 @@ def summed_kl(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> T
     every = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device) if mask is None else mask.bool()
     logits = student.reshape(-1, vocabulary), teacher.reshape(-1, vocabulary)
     return _SummedKL.apply(*logits, every.reshape(-1, 1))  # pyright: ignore
+
+
+def hidden_state_error(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+    """``mean |s - t|^2 / mean |t|^2`` over tokens, mean over layers, in fp32.
+
+    For backward it keeps one fp32 tensor a layer, and not the teacher's.
+
+    Args:
+        student: hidden states ``[..., D]`` by layer, with gradient.
+        teacher: the same of the teacher, without.
+        mask: which tokens count, ``[...]``; None for all.
+    """
+    total = torch.zeros((), device=student[0].device)
+    for student_TD, teacher_TD in zip(student, teacher, strict=True):
+        error_TD, size_TD = student_TD.float() - teacher_TD.float(), teacher_TD.float()
+        if mask is not None:  # where, not a product: padding may hold infinities
+            counts_T1 = mask.bool().unsqueeze(-1)
+            error_TD, size_TD = torch.where(counts_T1, error_TD, 0), torch.where(counts_T1, size_TD, 0)
+        total = total + error_TD.square().sum() / size_TD.square().sum()
+    return total / len(student)
+
+
+@torch.no_grad()
+def show_hidden_states_(model: nn.Module) -> None:
+    """Have transformers put its hooks on the blocks now, which it does when hidden states are first asked for.
+
+    A compiled model cannot: it would be cut into pieces there.
+    """
+    inputs: Any = model.dummy_inputs
+    device = next(model.parameters()).device
+    with evaluating(model):
+        model(**{name: value.to(device) for name, value in inputs.items()}, output_hidden_states=True)
 
 
 class _SummedKL(torch.autograd.Function):

@@ -3,6 +3,7 @@
 import copy
 import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,10 +16,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 
 from lte.core.accounting import count_active
-from lte.core.grouping import grouping_permutation
 from lte.core.losses import efficiency_loss, separability_loss
 from lte.modules.recording import Recording, SparsityMeter, record_scores, sparse_layers, track_sparsity
-from lte.surgery.convert import set_mode_
+from lte.surgery.convert import group, set_mode_
 from lte.surgery.method import Method
 from lte.surgery.sites import find_sites
 from lte.training.arguments import LTETrainingArguments
@@ -26,7 +26,7 @@ from lte.training.batches import PackedBlocks, PaddedRows, split_held_out
 from lte.training.calibration import calibrate_
 from lte.training.checkpoints import last_complete_checkpoint
 from lte.training.controller import SparsityController
-from lte.training.distillation import summed_kl
+from lte.training.distillation import hidden_state_error, show_hidden_states_, summed_kl
 from lte.training.stages import Stage, StagePlan
 
 logger = logging.getLogger(__name__)
@@ -75,6 +75,8 @@ class LTETrainer(Trainer):
             kwargs["train_dataset"], self.calibration_dataset = _split_calibration(
                 kwargs["train_dataset"], args.calibration_rows, args.seed
             )
+        if args.feature_distillation_weight:
+            show_hidden_states_(cast(nn.Module, model))
         self._use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         if args.torch_compile:
             torch._dynamo.config.recompile_limit = max(_PROGRAMS, torch._dynamo.config.recompile_limit)
@@ -98,7 +100,7 @@ class LTETrainer(Trainer):
             self.eta = resumed["eta"]
             self.controller.integral = resumed["integral"]
             self._switch(resumed["stage"])
-            if self.stage != "dense" and self.args.distillation_weight:
+            if self.stage != "dense" and self._distils:
                 self.teacher = self._load_teacher()
 
     def begin_step(self, step: int) -> None:
@@ -107,10 +109,10 @@ class LTETrainer(Trainer):
         if stage != self.stage:
             self._enter(stage)
         if stage == "soft":
-            temperature = cast(float, self.args.temperature) ** self.progress
+            ramped = min(1.0, self.progress / cast(float, self.args.ramp))
             for layer in self._layers.values():
-                layer.router.temperature.fill_(temperature)
-                layer.hardness = cast(float, self.args.hardness) * self.progress
+                layer.router.temperature.fill_(cast(float, self.args.temperature) ** ramped)
+                layer.hardness = cast(float, self.args.hardness) * ramped
 
     def end_step(self) -> None:
         """Called after each optimizer step: move eta toward the target (soft), now and then the thresholds (hard)."""
@@ -141,7 +143,7 @@ class LTETrainer(Trainer):
         if stage == "soft":
             if before == "dense":
                 self._regroup()
-            if self.args.distillation_weight:
+            if self._distils:
                 self.teacher = self._make_teacher()
             generator = torch.Generator().manual_seed(self.args.seed)
             for layer in self._layers.values():
@@ -160,28 +162,31 @@ class LTETrainer(Trainer):
         """The settings of a stage, without its once-only actions."""
         self.stage = stage
         set_mode_(self._unwrapped, stage)
+        in_hard = stage == "hard" and bool(self.args.train_routers_in_hard)
+        routers_train = stage == "soft" or in_hard
         for layer in self._layers.values():
             layer.hardness = 0.0
-            layer.router.weight.requires_grad_(stage == "soft")
-            layer.router.bias.requires_grad_(stage == "soft" and self.args.router_bias != 0)
+            layer.straight_through = in_hard
+            layer.router.weight.requires_grad_(routers_train)
+            layer.router.bias.requires_grad_(routers_train and self.args.router_bias != 0)
 
     def _calibrate(self) -> None:
         """Move the thresholds so that rows which are not trained on have the target's sparsity."""
         if self.calibration_dataset is None or self.args.target_sparsity is None:
             return
-        loader = DataLoader(
-            self.calibration_dataset, batch_size=self.args.per_device_eval_batch_size, collate_fn=self.data_collator
-        )
         model = self._unwrapped
         before = [layer.router.bias.clone() for layer in self._layers.values()]
         with self.accelerator.autocast():
-            shift = calibrate_(model, [self._prepare_inputs(batch) for batch in loader], self.args.target_sparsity)
+            shift = calibrate_(model, list(self._batches(self.calibration_dataset)), self.args.target_sparsity)
         mean = self._mean_over_ranks(shift)
         for layer, bias in zip(self._layers.values(), before, strict=True):
             layer.router.bias.data.copy_(bias - mean / layer.router.temperature)
 
     def _regroup(self) -> None:
-        """Group the neurons again, on the weights that the dense stage left (LTE paper, section 4.1)."""
+        """Group the neurons again, on the weights that the dense stage left (LTE paper, section 4.1).
+
+        A method that groups by activations records them anew, on training rows.
+        """
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
                 "the dense stage cannot be followed by regrouping when parameters are sharded: "
@@ -189,13 +194,23 @@ class LTETrainer(Trainer):
             )
         model = self._unwrapped
         method = Method.from_dict(model.config.lte)
-        if method.needs_activations:
-            return  # grouped on recorded activations before training; those are not at hand here
-        for index, site in enumerate(find_sites(model, model.config.model_type)):
-            order = grouping_permutation(method.group(site, None, index))
+        sites = find_sites(model, model.config.model_type)
+        orders = group(model, sites, method, self._batches(self.train_dataset, self.args.seed))
+        for site, order in zip(sites, orders, strict=True):
             if self.args.world_size > 1:
                 torch.distributed.broadcast(order := order.to(self.args.device), src=0)
             site.permute_neurons(order)
+
+    def _batches(self, dataset: Any, seed: int | None = None) -> Iterator[dict[str, Any]]:
+        """Rows outside of the training loop, in an order of ``seed`` if it is given. Leaves the random state alone."""
+        loader = DataLoader(
+            dataset,
+            batch_size=self.args.per_device_eval_batch_size,
+            shuffle=seed is not None,
+            generator=torch.Generator().manual_seed(seed or 0),
+            collate_fn=self.data_collator,
+        )
+        return (cast(dict[str, Any], self._prepare_inputs(batch)) for batch in loader)
 
     # ---- the teacher
 
@@ -238,6 +253,8 @@ class LTETrainer(Trainer):
                 logger.warning("no whole checkpoint in %s: training starts from the beginning", self._folder)
             resume_from_checkpoint = str(found) if found else None
         result = super().train(resume_from_checkpoint, *args, **kwargs)
+        for layer in self._layers.values():
+            layer.straight_through = False
         # mixed precision wrapped forward in autocast; the trained model is to run as it is, and optimised at full speed
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         if self._use_cache is not None:  # Trainer turns the KV cache off; the trained model is to generate with it
@@ -285,9 +302,9 @@ class LTETrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         with record_scores(self._unwrapped) as recording:
-            task, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        loss = self._distil(task, outputs, inputs, num_items_in_batch if scaled else None)
-        extra = self._extra_losses(recording)
+            task, outputs = super().compute_loss(model, {**inputs, **self._wanted}, True, num_items_in_batch)
+        loss, features = self._distil(task, outputs, inputs, num_items_in_batch if scaled else None, recording)
+        extra = self._extra_losses(recording) + features
         if scaled:  # a mean over this micro-batch, while the task loss is already a share of the whole batch
             extra = extra / self.current_gradient_accumulation_steps
         self._note("task_loss", task * (self.current_gradient_accumulation_steps if scaled else 1))
@@ -316,26 +333,45 @@ class LTETrainer(Trainer):
             return efficiency.new_zeros(())
         return self.eta * efficiency + cast(float, self.args.separability_weight) * separability
 
-    def _distil(self, task: Tensor, outputs: Any, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
-        """Mix the task loss with KL to the teacher's outputs, over the positions that have a label."""
+    def _distil(
+        self, task: Tensor, outputs: Any, inputs: dict[str, Any], num_items: Tensor | int | None, recording: Recording
+    ) -> tuple[Tensor, Tensor]:
+        """The task loss mixed with KL to the teacher's outputs, and the weighted error of the hidden states."""
+        nothing = task.new_zeros(())
         if self.teacher is None:
-            return task
+            return task, nothing
         encoder_decoder = getattr(self._unwrapped.config, "is_encoder_decoder", False)
         with torch.no_grad(), self.accelerator.autocast():
             # labels only where the decoder reads them: from them the teacher would compute a loss nobody wants
-            teacher = self.teacher(**{k: v for k, v in inputs.items() if k != "labels" or encoder_decoder})["logits"]
+            kept = {k: v for k, v in inputs.items() if k != "labels" or encoder_decoder}
+            teacher = self.teacher(**kept, **self._wanted)
+        features = self._feature_loss(outputs, teacher, recording) if self._wanted else nothing
+        share = cast(float, self.args.distillation_weight)
+        if not share:
+            return task, features
         student, labels = outputs["logits"], inputs.get("labels")
         mask = None
         if student.ndim == 3 and labels is not None:
             mask = (labels if encoder_decoder else F.pad(labels[:, 1:], (0, 1), value=-100)).ne(-100)
-        total = summed_kl(student, teacher, mask)
+        total = summed_kl(student, teacher["logits"], mask)
         if num_items is not None:
             kl = total / num_items * self._ranks_scale
         else:
             kl = total / (mask.sum() if mask is not None else student[..., 0].numel())
         self._note("distillation_loss", kl * (1 if num_items is None else self.current_gradient_accumulation_steps))
-        share = cast(float, self.args.distillation_weight)
-        return (1 - share) * task + share * kl
+        return (1 - share) * task + share * kl, features
+
+    def _feature_loss(self, student: Any, teacher: Any, recording: Recording) -> Tensor:
+        """The weighted error of what every block put out, over the tokens that are real."""
+        prefixes = ("encoder_", "decoder_") if "decoder_hidden_states" in student else ("",)
+        errors = []
+        for prefix in prefixes:
+            blocks = student[f"{prefix}hidden_states"][1:]  # 0 is the embeddings
+            mask = recording.masks.of(prefix.rstrip("_"), blocks[0].shape[:-1])
+            errors.append(hidden_state_error(blocks, teacher[f"{prefix}hidden_states"][1:], mask))
+        error = torch.stack(errors).mean()
+        self._note("feature_distillation_loss", error)
+        return cast(float, self.args.feature_distillation_weight) * error
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._logged and "loss" in logs:
@@ -366,6 +402,15 @@ class LTETrainer(Trainer):
     @property
     def _layers(self) -> dict[str, Any]:
         return sparse_layers(self._unwrapped)
+
+    @property
+    def _distils(self) -> bool:
+        return bool(self.args.distillation_weight or self.args.feature_distillation_weight)
+
+    @property
+    def _wanted(self) -> dict[str, bool]:
+        """What student and teacher are asked for beyond logits."""
+        return {"output_hidden_states": True} if self.args.feature_distillation_weight else {}
 
     @property
     def _ranks_scale(self) -> int:
