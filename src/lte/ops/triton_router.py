@@ -14,9 +14,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
 from lte.ops.triton_device import device_info
 from lte.ops.weights import FFNWeights
+
+_MIXED_MM = hasattr(torch.ops.aten.mm, "dtype")
+"""Whether this torch multiplies half precision into fp32 (2.8 and later)."""
 
 
 @triton.jit
@@ -187,3 +191,13 @@ def in_parts(x_TD: Tensor, weights: FFNWeights, tuning: Tuning, by_expert: bool)
         **device_info(x_TD.device).overlap,
     )
     return Choice(logits_STE, weights.router_bias, weights.threshold)
+
+
+def at_once(x_TD: Tensor, weights: FFNWeights) -> Choice:
+    """By cuBLAS. In half precision by tensor cores, which accumulate in fp32 too."""
+    router_ED = weights.router
+    if x_TD.is_cuda and x_TD.dtype == router_ED.dtype and x_TD.dtype.itemsize == 2 and _MIXED_MM:
+        logits_TE = torch.mm(x_TD, router_ED.T, out_dtype=torch.float32)
+    else:
+        logits_TE = F.linear(x_TD.float(), router_ED.float())
+    return Choice(logits_TE[None], weights.router_bias, weights.threshold)
