@@ -204,11 +204,13 @@ def test_any_tuning_of_several_tokens_gives_the_same(up_neurons, down_experts, s
 
 
 @pytest.mark.parametrize("router_tokens", [0, 70])
-@pytest.mark.parametrize("neurons", [16, 256])
-def test_any_tuning_of_many_tokens_gives_the_same(neurons, router_tokens):
+@pytest.mark.parametrize(("block", "neurons"), [(1, 256), (4, 16)])
+def test_any_tuning_of_many_tokens_gives_the_same(block, neurons, router_tokens):
     weights = make_weights(80, 160, bias=True, device=DEVICE)
     x = make_x(70, weights)
-    found = triton_masked.masked_ffn(x, weights, None, triton_masked.Tuning(neurons, router_tokens=router_tokens))
+    found = triton_masked.masked_ffn(
+        x, weights, None, triton_masked.Tuning(block, neurons, router_tokens=router_tokens)
+    )
     assert relative_rms(found, expected(x, weights, None)) < 3e-6
 
 

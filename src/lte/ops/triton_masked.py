@@ -22,6 +22,7 @@ def _activate_and_mask(
     hidden,
     logits,
     router_bias,
+    T,
     E,
     stride_s,
     stride_t,
@@ -30,39 +31,43 @@ def _activate_and_mask(
     ACT: tl.constexpr,
     GATED: tl.constexpr,
     SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     HAS_ROUTER_BIAS: tl.constexpr,
     N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
         tl.extra.cuda.gdc_wait()
-    token = tl.program_id(0).to(tl.int64)
+    tokens_T = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     experts_E = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-    inside_E = experts_E < E
-    on_E = chosen(
+    on_TE = chosen(
         logits,
         router_bias,
         stride_s,
         stride_t,
         stride_e,
         threshold,
-        token,
+        tokens_T,
         experts_E,
-        inside_E,
+        T,
         E,
         SPLITS,
+        BLOCK_S,
         HAS_ROUTER_BIAS,
     )
-    # an expert a row: one mask for all of its neurons keeps their loads wide
-    at_EN = (token * E + experts_E)[:, None] * N + tl.arange(0, N)[None, :]
-    u_EN = tl.load(up + at_EN, mask=on_E[:, None], other=0.0).to(tl.float32)
+    # one mask for all neurons of an expert keeps their loads wide
+    on_TEN = on_TE[:, :, None]
+    at_TEN = (tokens_T[:, None] * E + experts_E[None, :])[:, :, None] * N + tl.arange(0, N)[None, None, :]
+    u_TEN = tl.load(up + at_TEN, mask=on_TEN, other=0.0).to(tl.float32)
     if GATED:
-        g_EN = tl.load(gate + at_EN, mask=on_E[:, None], other=0.0).to(tl.float32)
-        h_EN = activate(g_EN, ACT).to(hidden.dtype.element_ty).to(tl.float32) * u_EN
+        g_TEN = tl.load(gate + at_TEN, mask=on_TEN, other=0.0).to(tl.float32)
+        h_TEN = activate(g_TEN, ACT).to(hidden.dtype.element_ty).to(tl.float32) * u_TEN
     else:
-        h_EN = activate(u_EN, ACT)
-    tl.store(hidden + at_EN, tl.where(on_E[:, None], h_EN, 0.0), mask=inside_E[:, None])
+        h_TEN = activate(u_TEN, ACT)
+    inside_TE = (tokens_T < T)[:, None] & (experts_E < E)[None, :]
+    tl.store(hidden + at_TEN, tl.where(on_TEN, h_TEN, 0.0), mask=inside_TE[:, :, None])
 
 
 @dataclass(frozen=True)
@@ -70,12 +75,13 @@ class Tuning:
     """How the work is cut.
 
     Attributes:
-        neurons: of a token, that a program of ``_activate_and_mask`` takes.
+        tokens, neurons: that a program of ``_activate_and_mask`` takes.
         warps: of it.
         router_tokens: up to so many the router is a kernel of ours. cuBLAS cuts it into too few programs.
         router: how that kernel is cut; None: as fits.
     """
 
+    tokens: int = 1
     neurons: int = 1024
     warps: int = 4
     router_tokens: int = 1024
@@ -89,15 +95,17 @@ def masked_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tuni
     up_TF = _linear(x_TD, weights.up, weights.up_bias)
     gate_TF = up_TF if weights.gate is None else _linear(x_TD, weights.gate, weights.gate_bias)
     block = max(1, tuning.neurons // N)
-    _activate_and_mask[(T, triton.cdiv(E, block))](
+    _activate_and_mask[(triton.cdiv(T, tuning.tokens), triton.cdiv(E, block))](
         gate_TF,
         up_TF,
         up_TF,
+        T=T,
         E=E,
         **_choose(x_TD, weights, active_TE, tuning).arguments(),
         ACT=weights.act,
         GATED=weights.gate is not None,
         N=N,
+        BLOCK_T=tuning.tokens,
         BLOCK_E=block,
         num_warps=tuning.warps,
         **device_info(x_TD.device).overlap,

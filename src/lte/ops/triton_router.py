@@ -74,21 +74,27 @@ def chosen(
     stride_t,
     stride_e,
     threshold,
-    tokens,
-    experts,
-    inside,
+    tokens_T,
+    experts_E,
+    T,
     E,
     SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     HAS_ROUTER_BIAS: tl.constexpr,
 ):
-    """Whether ``tokens`` want ``experts``: numbers of any shapes that broadcast to that of ``inside``."""
-    at = tokens * stride_t + experts * stride_e
-    total = tl.load(logits + at, mask=inside, other=0).to(tl.float32)
-    for split in tl.static_range(1, SPLITS):
-        total += tl.load(logits + split * stride_s + at, mask=inside, other=0)
+    """Whether these tokens want these experts, ``[T, E]``; numbers beyond the last are allowed."""
+    splits_S = tl.arange(0, BLOCK_S)
+    inside_TE = (tokens_T < T)[:, None] & (experts_E < E)[None, :]
+    at_TE = tokens_T[:, None] * stride_t + experts_E[None, :] * stride_e
+    part_STE = tl.load(
+        logits + splits_S[:, None, None] * stride_s + at_TE[None, :, :],
+        mask=(splits_S < SPLITS)[:, None, None] & inside_TE[None, :, :],
+        other=0,
+    )
+    logits_TE = tl.sum(part_STE.to(tl.float32), axis=0)
     if HAS_ROUTER_BIAS:
-        total += tl.load(router_bias + experts, mask=experts < E, other=0).to(tl.float32)
-    return (total > threshold) & inside
+        logits_TE += tl.load(router_bias + experts_E, mask=experts_E < E, other=0.0).to(tl.float32)[None, :]
+    return (logits_TE > threshold) & inside_TE
 
 
 @triton.jit
@@ -126,6 +132,7 @@ class Choice:
             "stride_e": stride_e,
             "threshold": self.threshold,
             "SPLITS": self.logits.shape[0],
+            "BLOCK_S": triton.next_power_of_2(self.logits.shape[0]),
             "HAS_ROUTER_BIAS": self.bias is not None,
         }
 

@@ -50,6 +50,7 @@ def _up(
     HAS_GATE_BIAS: tl.constexpr,
     HAS_UP_BIAS: tl.constexpr,
     SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     HAS_ROUTER_BIAS: tl.constexpr,
     N: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -73,11 +74,12 @@ def _up(
         stride_t,
         stride_e,
         threshold,
-        tokens_T[:, None],
-        experts_E[None, :],
-        (tokens_T < T)[:, None] & (experts_E < E)[None, :],
+        tokens_T,
+        experts_E,
+        T,
         E,
         SPLITS,
+        BLOCK_S,
         HAS_ROUTER_BIAS,
     ).to(tl.int32)
     on_E = tl.max(on_TE, axis=0)
@@ -111,7 +113,11 @@ def _up(
             h_TN = activate(up_TN, ACT)
         h_TN = tl.where(on_TN, h_TN, 0.0)
         at_TN = tokens_T[:, None] * (E * N) + neurons_N[None, :]
-        tl.store(hidden + at_TN, h_TN.to(hidden.dtype.element_ty), mask=(tokens_T < T)[:, None] & on_N[None, :])
+        tl.store(
+            hidden + at_TN,
+            h_TN.to(hidden.dtype.element_ty),
+            mask=(tokens_T < T)[:, None] & (neurons_N < E * N)[None, :],
+        )
 
 
 @triton.jit
