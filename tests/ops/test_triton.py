@@ -10,15 +10,13 @@ pytest.importorskip("triton")
 
 from random_ffn import make_active, make_weights, make_x, relative_rms
 
-from lte.ops import reference
+from lte.ops import reference, triton_masked, triton_router, triton_token, triton_union
 from lte.ops.sparse_ffn import sparse_ffn
 from lte.ops.triton_device import device_info
-from lte.ops.triton_token import Tuning, token_ffn
 from lte.ops.weights import FFNWeights
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-# the interpreter's tl.dot is wrong in bf16, so bf16 goes through it with 1 token and with more than 64
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 9e-3}
 TOKENS = [0, 1, 3, 17, 64, 65, 130]
@@ -35,9 +33,17 @@ def expected(x, weights, active):
     return reference.sparse_ffn(x.double(), upcast(weights), active)
 
 
-def skip_what_the_interpreter_cannot(dtype, tokens):
-    if not ON_GPU and dtype == torch.bfloat16 and 1 < tokens <= 64:
-        pytest.skip("Triton's interpreter computes tl.dot wrongly in bf16")
+def poisoned(weights, active):
+    """``weights``, NaN wherever no token wants them, and ``active``; None stands for the router's choice."""
+    if active is None:
+        return weights, active
+    idle = (~active.any(0)).repeat_interleave(weights.expert_size)
+    changes = {
+        name: tensor.masked_fill(idle.view(-1, *[1] * (tensor.ndim - 1)), float("nan"))
+        for name, tensor in weights.tensors().items()
+        if name in ("up", "gate", "down", "up_bias", "gate_bias")
+    }
+    return replace(weights, **changes), active
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -45,10 +51,14 @@ def skip_what_the_interpreter_cannot(dtype, tokens):
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("gated", [False, True], ids=["up", "gated"])
 def test_parity(gated, bias, dtype, tokens):
-    skip_what_the_interpreter_cannot(dtype, tokens)
+    shares = ["none", "one", "half", "all", "router"]
+    if not ON_GPU and dtype == torch.bfloat16 and tokens > 1:  # the interpreter's tl.dot is wrong in bf16
+        if tokens <= triton_union.MAX_TOKENS:
+            pytest.skip("all of it is tl.dot")
+        shares.remove("router")
     weights = make_weights(48, 160, 32, gated=gated, bias=bias, dtype=dtype, device=DEVICE)
     x = make_x(tokens, weights)
-    for share in ("none", "one", "half", "all", "router"):
+    for share in shares:
         active = None if share == "router" else make_active(tokens, weights, share)
         found = sparse_ffn(x, weights, active, backend="triton")
         assert found.shape == x.shape
@@ -94,14 +104,8 @@ def test_inactive_experts_are_not_read(tokens):
     x = make_x(tokens, weights)
     active = make_active(tokens, weights, "one")
     clean = sparse_ffn(x, weights, active, backend="triton")
-    idle = (~active.any(0)).repeat_interleave(weights.expert_size)
-    poisoned = {
-        name: tensor.masked_fill(idle.view(-1, *[1] * (tensor.ndim - 1)), float("nan"))
-        for name, tensor in weights.tensors().items()
-        if name in ("up", "gate", "down", "up_bias", "gate_bias")
-    }
-    assert idle.any()
-    found = sparse_ffn(x, replace(weights, **poisoned), active, backend="triton")
+    assert not active.any(0).all()
+    found = sparse_ffn(x, *poisoned(weights, active), backend="triton")
     assert torch.equal(found, clean)
     assert clean.isfinite().all()
 
@@ -171,19 +175,62 @@ def test_refuses_a_dtype():
         sparse_ffn(make_x(1, weights), weights, backend="triton")
 
 
-def test_any_tuning_gives_the_same():
+def test_any_tuning_of_one_token_gives_the_same():
     weights = make_weights(64, 256, device=DEVICE)
     x = make_x(1, weights)
     for programs, rows, stages in itertools.product((1, 7), (1, 4), (1, 3)):
-        found = token_ffn(x, weights, None, Tuning(programs, rows, stages, warps=4, columns=32))
+        tuning = triton_token.Tuning(programs, rows, stages, warps=4, columns=32)
+        found = triton_token.token_ffn(x, weights, None, tuning)
         assert relative_rms(found, expected(x, weights, None)) < 3e-6
 
 
-def test_tuning_fits_the_shared_memory():
+@pytest.mark.parametrize("expert_size", [16, 32, 128])
+@pytest.mark.parametrize(("up_neurons", "down_experts", "splits"), [(16, 1, 1), (32, 2, 3), (64, 4, 8)])
+def test_any_tuning_of_several_tokens_gives_the_same(up_neurons, down_experts, splits, expert_size):
+    weights = make_weights(80, 5 * expert_size, expert_size, bias=True, device=DEVICE)
+    tuning = triton_union.Tuning(
+        up_neurons=up_neurons,
+        up_width=32,
+        slice_width=32,
+        down_experts=down_experts,
+        down_stages=2,
+        splits=splits,
+        router=triton_router.Tuning(tokens=16, experts=16, width=16, splits=splits, stages=2, warps=4),
+    )
+    x = make_x(9, weights)
+    for active in (None, make_active(9, weights, "one"), make_active(9, weights, "one") & (x[:, :1] > 1)):
+        found = triton_union.union_ffn(x, *poisoned(weights, active), tuning)
+        assert relative_rms(found, expected(x, weights, active)) < 3e-6
+
+
+@pytest.mark.parametrize("router_tokens", [0, 70])
+@pytest.mark.parametrize(("block", "neurons"), [(1, 256), (4, 16)])
+def test_any_tuning_of_many_tokens_gives_the_same(block, neurons, router_tokens):
+    weights = make_weights(80, 160, bias=True, device=DEVICE)
+    x = make_x(70, weights)
+    found = triton_masked.masked_ffn(
+        x, weights, None, triton_masked.Tuning(block, neurons, router_tokens=router_tokens)
+    )
+    assert relative_rms(found, expected(x, weights, None)) < 3e-6
+
+
+def test_tunings_fit_the_shared_memory():
+    device = torch.device(DEVICE)
+    room = device_info(device).shared_memory
     for width, matrices, itemsize in itertools.product((576, 4096, 8192, 16384), (2, 3), (2, 4)):
-        tuning = Tuning.of(torch.device(DEVICE), width, matrices, itemsize)
-        lot = matrices * tuning.rows * width * itemsize
-        assert tuning.stages == 1 or tuning.stages * lot < device_info(torch.device(DEVICE)).shared_memory
+        tuning = triton_token.Tuning.of(device, width, matrices, itemsize)
+        assert tuning.stages == 1 or tuning.stages * matrices * tuning.rows * width * itemsize < room
+    for tokens, expert_size, itemsize in itertools.product((2, 17, 64), (16, 32, 64, 128), (2, 4)):
+        tuning = triton_union.Tuning.of(device, tokens, 4096, expert_size, itemsize)
+        rows = tuning.down_experts * expert_size
+        up = (2 * tuning.up_neurons + tokens) * tuning.up_width * itemsize
+        down = rows * (tuning.slice_width + tokens) * itemsize
+        assert tuning.up_stages == 1 or tuning.up_stages * up < room
+        assert tuning.down_stages == 1 or tuning.down_stages * down < room
+    for tokens, itemsize in itertools.product((2, 17, 64, 200, 512), (2, 4)):
+        tuning = triton_router.Tuning.of(device, tokens, 4096, itemsize)
+        tile = (tuning.tokens + tuning.experts) * tuning.width * itemsize
+        assert tuning.stages == 1 or tuning.stages * tile < room
 
 
 @pytest.mark.parametrize("tokens", [1, 3])

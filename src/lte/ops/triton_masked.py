@@ -1,89 +1,127 @@
-"""Many tokens: all experts by cuBLAS, then activation, gate and mask in one kernel in place of three."""
+"""Many tokens: all experts by cuBLAS, then router, activation, gate and mask in two kernels of ours."""
 # pyright: basic, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false
 
-import torch
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from lte.ops import triton_router
 from lte.ops.triton_activations import activate
+from lte.ops.triton_device import device_info
+from lte.ops.triton_router import Choice, chosen
 from lte.ops.weights import FFNWeights
-
-_MIXED_MM = hasattr(torch.ops.aten.mm, "dtype")
-"""Whether this torch multiplies half precision into fp32 (2.8 and later)."""
 
 
 @triton.jit
 def _activate_and_mask(
     gate,
     up,
-    logits,
-    bias,
-    active,
     hidden,
-    F,
+    logits,
+    router_bias,
+    T,
     E,
+    stride_s,
+    stride_t,
+    stride_e,
     threshold,
     ACT: tl.constexpr,
     GATED: tl.constexpr,
-    GIVEN: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    HAS_ROUTER_BIAS: tl.constexpr,
     N: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64)
-    neurons_F = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside_F = neurons_F < F
-    if GIVEN:
-        on_F = tl.load(active + token * E + neurons_F // N, mask=inside_F, other=0) != 0
-    else:
-        logit_F = tl.load(logits + token * E + neurons_F // N, mask=inside_F, other=0.0)
-        if HAS_BIAS:
-            logit_F += tl.load(bias + neurons_F // N, mask=inside_F, other=0.0).to(tl.float32)
-        on_F = logit_F > threshold
-    wanted_F = inside_F & on_F
-    u_F = tl.load(up + token * F + neurons_F, mask=wanted_F, other=0.0).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    tokens_T = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    experts_E = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    on_TE = chosen(
+        logits,
+        router_bias,
+        stride_s,
+        stride_t,
+        stride_e,
+        threshold,
+        tokens_T,
+        experts_E,
+        T,
+        E,
+        SPLITS,
+        BLOCK_S,
+        HAS_ROUTER_BIAS,
+    )
+    # one mask for all neurons of an expert keeps their loads wide
+    on_TEN = on_TE[:, :, None]
+    at_TEN = (tokens_T[:, None] * E + experts_E[None, :])[:, :, None] * N + tl.arange(0, N)[None, None, :]
+    u_TEN = tl.load(up + at_TEN, mask=on_TEN, other=0.0).to(tl.float32)
     if GATED:
-        g_F = tl.load(gate + token * F + neurons_F, mask=wanted_F, other=0.0).to(tl.float32)
-        h_F = activate(g_F, ACT).to(hidden.dtype.element_ty).to(tl.float32) * u_F
+        g_TEN = tl.load(gate + at_TEN, mask=on_TEN, other=0.0).to(tl.float32)
+        h_TEN = activate(g_TEN, ACT).to(hidden.dtype.element_ty).to(tl.float32) * u_TEN
     else:
-        h_F = activate(u_F, ACT)
-    tl.store(hidden + token * F + neurons_F, tl.where(on_F, h_F, 0.0), mask=inside_F)
+        h_TEN = activate(u_TEN, ACT)
+    inside_TE = (tokens_T < T)[:, None] & (experts_E < E)[None, :]
+    tl.store(hidden + at_TEN, tl.where(on_TEN, h_TEN, 0.0), mask=inside_TE[:, :, None])
 
 
-def masked_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None) -> Tensor:
+@dataclass(frozen=True)
+class Tuning:
+    """How the work is cut.
+
+    Attributes:
+        tokens, neurons: that a program of ``_activate_and_mask`` takes.
+        warps: of it.
+        router_tokens: up to so many the router is a kernel of ours. cuBLAS cuts it into too few programs.
+        router: how that kernel is cut; None: as fits.
+    """
+
+    tokens: int = 1
+    neurons: int = 1024
+    warps: int = 4
+    router_tokens: int = 1024
+    router: triton_router.Tuning | None = None
+
+
+def masked_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tuning: Tuning | None = None) -> Tensor:
     """``[T, D]`` -> ``[T, D]``."""
-    tokens, block = x_TD.shape[0], 1024
-    given = active_TE is not None
+    tuning = tuning or Tuning()
+    T, E, N = x_TD.shape[0], weights.num_experts, weights.expert_size
     up_TF = _linear(x_TD, weights.up, weights.up_bias)
     gate_TF = up_TF if weights.gate is None else _linear(x_TD, weights.gate, weights.gate_bias)
-    _activate_and_mask[(tokens, triton.cdiv(weights.d_ff, block))](
+    block = max(1, tuning.neurons // N)
+    _activate_and_mask[(triton.cdiv(T, tuning.tokens), triton.cdiv(E, block))](
         gate_TF,
         up_TF,
-        None if given else _logits(x_TD, weights.router),
-        weights.router_bias,
-        active_TE.view(torch.uint8) if given else None,
         up_TF,
-        weights.d_ff,
-        weights.num_experts,
-        weights.threshold,
+        T=T,
+        E=E,
+        **_choose(x_TD, weights, active_TE, tuning).arguments(),
         ACT=weights.act,
         GATED=weights.gate is not None,
-        GIVEN=given,
-        HAS_BIAS=weights.router_bias is not None,
-        N=weights.expert_size,
-        BLOCK=block,
+        N=N,
+        BLOCK_T=tuning.tokens,
+        BLOCK_E=block,
+        num_warps=tuning.warps,
+        **device_info(x_TD.device).overlap,
     )
     return _linear(up_TF, weights.down.T, weights.down_bias)
 
 
+def _choose(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tuning: Tuning) -> Choice:
+    if active_TE is not None:
+        return triton_router.given(active_TE)
+    T, D = x_TD.shape
+    if tuning.router_tokens < T:
+        return triton_router.at_once(x_TD, weights)
+    cut = tuning.router or triton_router.Tuning.of(x_TD.device, T, D, weights.router.dtype.itemsize)
+    return triton_router.in_parts(x_TD, weights, cut, by_expert=False)
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-
-
-def _logits(x_TD: Tensor, router_ED: Tensor) -> Tensor:
-    """fp32 ``[T, E]``, without the bias. In half precision by tensor cores, which accumulate in fp32 too."""
-    if x_TD.is_cuda and x_TD.dtype == router_ED.dtype and x_TD.dtype.itemsize == 2 and _MIXED_MM:
-        return torch.mm(x_TD, router_ED.T, out_dtype=torch.float32)
-    return F.linear(x_TD.float(), router_ED.float())

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lte.ops.triton_activations import activate
 from lte.ops.triton_device import device_info
+from lte.ops.triton_router import list_wanted
 from lte.ops.weights import FFNWeights
 
 MAX_WIDTH = 16384
@@ -76,14 +77,8 @@ def _experts(
     cols_D = tl.arange(0, BLOCK_D)
     x_D = tl.load(x + cols_D, mask=cols_D < D, other=0.0).to(tl.float32)
 
-    # the active experts in order, a copy for each program so that none waits for another
-    experts_E = tl.arange(0, BLOCK_E)
-    on_E = tl.load(active + experts_E, mask=experts_E < E, other=0).to(tl.int32)
     order += program * E
-    tl.store(order + tl.cumsum(on_E, 0) - 1, experts_E, mask=on_E != 0)
-    tl.debug_barrier()
-
-    total = tl.sum(on_E, 0) * N
+    total = list_wanted(active, order, E, BLOCK_E) * N
     last = ((program + 1) * total) // programs
     sum_D = tl.zeros([BLOCK_D], dtype=tl.float32)
     for first in tl.range((program * total) // programs, last, ROWS, num_stages=STAGES):

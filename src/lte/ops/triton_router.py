@@ -1,0 +1,210 @@
+"""The router of several tokens, and what other kernels ask of it.
+
+Few tokens and few experts make few tiles, so the width of the router is shared out as well: ``_logits`` leaves partial
+sums, and a kernel that needs the choice adds up those of its own experts (:func:`chosen`). No launch lies in between. A
+choice that is given goes the same way, as logits of 0 and 1.
+"""
+# pyright: basic, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from lte.ops.triton_device import device_info
+from lte.ops.weights import FFNWeights
+
+_MIXED_MM = hasattr(torch.ops.aten.mm, "dtype")
+"""Whether this torch multiplies half precision into fp32 (2.8 and later)."""
+
+
+@triton.jit
+def _logits(
+    x,
+    router,
+    logits,
+    T,
+    E,
+    D,
+    stride_s,
+    stride_t,
+    stride_e,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STEPS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    split = tl.program_id(1)
+    tokens_T = tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)
+    experts_E = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    sum_TE = tl.zeros([BLOCK_T, BLOCK_E], dtype=tl.float32)
+    for step in tl.range(0, STEPS):
+        cols_D = (split * STEPS + step) * BLOCK_D + tl.arange(0, BLOCK_D)
+        x_TD = tl.load(
+            x + tokens_T[:, None] * D + cols_D[None, :],
+            mask=(tokens_T < T)[:, None] & (cols_D < D)[None, :],
+            other=0.0,
+        )
+        w_ED = tl.load(
+            router + experts_E[:, None] * D + cols_D[None, :],
+            mask=(experts_E < E)[:, None] & (cols_D < D)[None, :],
+            other=0.0,
+        )
+        if x.dtype.element_ty != router.dtype.element_ty:  # no rounding of a router kept in fp32
+            x_TD, w_ED = x_TD.to(tl.float32), w_ED.to(tl.float32)
+        sum_TE = tl.dot(x_TD, w_ED.T, sum_TE, input_precision="ieee")
+    at_TE = split * stride_s + tokens_T[:, None] * stride_t + experts_E[None, :] * stride_e
+    tl.store(logits + at_TE, sum_TE, mask=(tokens_T < T)[:, None] & (experts_E < E)[None, :])
+
+
+@triton.jit
+def chosen(
+    logits,
+    router_bias,
+    stride_s,
+    stride_t,
+    stride_e,
+    threshold,
+    tokens_T,
+    experts_E,
+    T,
+    E,
+    SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    HAS_ROUTER_BIAS: tl.constexpr,
+):
+    """Whether these tokens want these experts, ``[T, E]``; numbers beyond the last are allowed."""
+    splits_S = tl.arange(0, BLOCK_S)
+    inside_TE = (tokens_T < T)[:, None] & (experts_E < E)[None, :]
+    at_TE = tokens_T[:, None] * stride_t + experts_E[None, :] * stride_e
+    part_STE = tl.load(
+        logits + splits_S[:, None, None] * stride_s + at_TE[None, :, :],
+        mask=(splits_S < SPLITS)[:, None, None] & inside_TE[None, :, :],
+        other=0,
+    )
+    logits_TE = tl.sum(part_STE.to(tl.float32), axis=0)
+    if HAS_ROUTER_BIAS:
+        logits_TE += tl.load(router_bias + experts_E, mask=experts_E < E, other=0.0).to(tl.float32)[None, :]
+    return (logits_TE > threshold) & inside_TE
+
+
+@triton.jit
+def list_wanted(wanted, order, E, BLOCK_E: tl.constexpr):
+    """How many experts are wanted; ``order`` gets their numbers. It must be this program's own."""
+    experts_E = tl.arange(0, BLOCK_E)
+    on_E = tl.load(wanted + experts_E, mask=experts_E < E, other=0).to(tl.int32)
+    tl.store(order + tl.cumsum(on_E, 0) - 1, experts_E, mask=on_E != 0)
+    tl.debug_barrier()
+    return tl.sum(on_E, 0)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a kernel that calls :func:`chosen` needs.
+
+    Attributes:
+        logits: ``[S, T, E]``, of any strides; the sum over S counts.
+        bias: ``[E]``, or None.
+        threshold: a token wants an expert whose logit with bias is above it.
+    """
+
+    logits: Tensor
+    bias: Tensor | None
+    threshold: float
+
+    def arguments(self) -> dict[str, Any]:
+        """By the names that the kernels use."""
+        stride_s, stride_t, stride_e = self.logits.stride()
+        return {
+            "logits": self.logits,
+            "router_bias": self.bias,
+            "stride_s": stride_s,
+            "stride_t": stride_t,
+            "stride_e": stride_e,
+            "threshold": self.threshold,
+            "SPLITS": self.logits.shape[0],
+            "BLOCK_S": triton.next_power_of_2(self.logits.shape[0]),
+            "HAS_ROUTER_BIAS": self.bias is not None,
+        }
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the work of ``_logits`` is cut.
+
+    Attributes:
+        tokens, experts: of a program.
+        width: columns at a time.
+        splits: programs that share the columns.
+        stages: how many tiles are on their way.
+        warps: of a program.
+    """
+
+    tokens: int
+    experts: int
+    width: int
+    splits: int
+    stages: int
+    warps: int
+
+    @staticmethod
+    @cache
+    def of(device: torch.device, tokens: int, d_model: int, itemsize: int) -> "Tuning":
+        """For a shape and a device."""
+        padded = max(16, triton.next_power_of_2(tokens))
+        rows, experts, width, warps = (padded, 16, 128, 4) if padded > 32 else (padded, 16, 256, 4)
+        if padded > 64:
+            rows, experts, width, warps = (64, 64, 64, 4) if padded <= 256 else (128, 128, 64, 8)
+        width = min(width, triton.next_power_of_2(d_model))
+        budget = int(0.45 * device_info(device).shared_memory)
+        stages = max(1, min(4, budget // ((rows + experts) * width * itemsize)))
+        return Tuning(rows, experts, width, min(8, triton.cdiv(d_model, width)), stages, warps)
+
+
+def given(active_TE: Tensor) -> Choice:
+    """A choice that was made elsewhere."""
+    return Choice(active_TE.view(torch.uint8)[None], None, 0.5)
+
+
+def in_parts(x_TD: Tensor, weights: FFNWeights, tuning: Tuning, by_expert: bool) -> Choice:
+    """By ``_logits``. ``by_expert``: an expert's logits lie side by side, and not a token's."""
+    (T, D), E = x_TD.shape, weights.num_experts
+    shape = (tuning.splits, E, T) if by_expert else (tuning.splits, T, E)
+    logits = torch.empty(shape, dtype=torch.float32, device=x_TD.device)
+    logits_STE = logits.transpose(1, 2) if by_expert else logits
+    _logits[(triton.cdiv(E, tuning.experts), tuning.splits, triton.cdiv(T, tuning.tokens))](
+        x_TD,
+        weights.router,
+        logits_STE,
+        T,
+        E,
+        D,
+        *logits_STE.stride(),
+        BLOCK_T=tuning.tokens,
+        BLOCK_E=tuning.experts,
+        BLOCK_D=tuning.width,
+        STEPS=triton.cdiv(triton.cdiv(D, tuning.width), tuning.splits),
+        num_warps=tuning.warps,
+        num_stages=tuning.stages,
+        **device_info(x_TD.device).overlap,
+    )
+    return Choice(logits_STE, weights.router_bias, weights.threshold)
+
+
+def at_once(x_TD: Tensor, weights: FFNWeights) -> Choice:
+    """By cuBLAS. In half precision by tensor cores, which accumulate in fp32 too."""
+    router_ED = weights.router
+    if x_TD.is_cuda and x_TD.dtype == router_ED.dtype and x_TD.dtype.itemsize == 2 and _MIXED_MM:
+        logits_TE = torch.mm(x_TD, router_ED.T, out_dtype=torch.float32)
+    else:
+        logits_TE = F.linear(x_TD.float(), router_ED.float())
+    return Choice(logits_TE[None], weights.router_bias, weights.threshold)
