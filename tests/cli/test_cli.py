@@ -6,12 +6,19 @@ import math
 import pytest
 import yaml
 
+from byte_tokenizer import byte_tokenizer
 from lte.cli.main import COMMANDS, main
 from lte.cli.train import SUMMARY, parse_train
+from lte.evaluation.evaluate import evaluate
+from lte.surgery.loading import load_model
+from lte.training.data import DataConfig, load_dataset_for
 
 STEPS = ["--max-steps", "8", "--per-device-train-batch-size", "4", "--sequence-length", "32", "--report-to", "none"]
 STEPS += ["--expert-size", "8", "--grouping", "random", "--device", "cpu", "--save-strategy", "no"]
 REENTRANT = ["--gradient-checkpointing", "True", "--gradient-checkpointing-kwargs", '{"use_reentrant": true}']
+
+BEST = ["--load-best-model-at-end", "--metric-for-best-model", "eval_loss", "--eval-strategy", "steps"]
+BEST += ["--eval-steps", "2", "--save-strategy", "steps", "--save-steps", "2"]
 
 
 def last_json(capsys) -> dict:
@@ -167,6 +174,31 @@ def test_train_the_paper_recipe(files, tmp_path):
     assert json.loads((tmp_path / SUMMARY).read_text())["eta"] == 0.5
 
 
+def test_the_best_dense_model_by_other_data_than_the_last_evaluations(files, tmp_path):
+    model, text = str(files / "llama"), str(files / "text.txt")
+    chosen_by = tmp_path / "validation.txt"
+    chosen_by.write_text("".join(f"{n} less {n} makes 0.\n" for n in range(40)))
+    given = ["train", "--model", model, "--text", text, "-o", str(tmp_path / "out"), *STEPS, "--recipe", "dense", *BEST]
+    given += ["--eval-text", text, "--calibration-text", str(chosen_by), "--calibration-rows", "2"]
+    assert main([*given, "--learning-rate", "0.1", "--lr-scheduler-type", "constant"]) == 0
+    losses = {}
+    for folder in (tmp_path / "out").glob("checkpoint-*"):
+        losses[folder.name] = evaluation_loss(folder, chosen_by)
+    state = json.loads((tmp_path / "out" / "checkpoint-8" / "trainer_state.json").read_text())
+    found = {f"checkpoint-{logs['step']}": logs["eval_loss"] for logs in state["log_history"] if "eval_loss" in logs}
+    assert found == pytest.approx(losses, rel=1e-3)
+    assert evaluation_loss(tmp_path / "out", chosen_by) == pytest.approx(min(losses.values()), rel=1e-5)
+    assert losses["checkpoint-8"] > 1.01 * min(losses.values())  # the last would not have done
+    evaluated = json.loads((tmp_path / "out" / SUMMARY).read_text())["evaluation"]["loss"]
+    assert evaluated == pytest.approx(evaluation_loss(tmp_path / "out", text), rel=1e-5)
+
+
+def evaluation_loss(folder, text) -> float:
+    model = load_model(str(folder))
+    dataset = load_dataset_for("language_modelling", str(text), byte_tokenizer(), DataConfig(sequence_length=32))
+    return evaluate(model, dataset).loss
+
+
 def test_resume(files, tmp_path, monkeypatch, capfd):
     from lte.training.trainer import LTETrainer
 
@@ -244,6 +276,8 @@ def refused(capfd, argv, said):
         (["--target-sparsity", "0.5", "--held-out", "5000"], "hold out"),
         (["--target-sparsity", "0.5", "--model", "./none"], "no such folder"),
         (["--target-sparsity", "0.5", *REENTRANT], "non-reentrant"),
+        (["--target-sparsity", "0.5", *BEST], "only recipe='dense'"),
+        (["--recipe", "dense", *BEST], "give --calibration-text"),
     ],
 )
 def test_train_refuses(files, tmp_path, capfd, options, said):

@@ -68,6 +68,7 @@ def test_a_dense_run_is_one_dense_stage(tmp_path):
         ({"ramp": 0.0}, "above 0 and at most 1"),
         ({"ramp": 1.1}, "above 0 and at most 1"),
         ({"calibration_rows": 0}, "at least 1"),
+        ({"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"}, "only recipe='dense'"),
         ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": REENTRANT}, "non-reentrant"),
         ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": json.dumps(REENTRANT)}, "non-reentrant"),
         pytest.param(

@@ -60,9 +60,10 @@ class Train:
     data: DataOptions = field(default_factory=DataOptions)
     where: DeviceOptions = field(default_factory=DeviceOptions)
     eval_text: tuple[str, ...] = ()
-    """Held-out data; without it, part of --text is held out."""
+    """Held-out data, evaluated once training is over; without it, part of --text is held out."""
     calibration_text: tuple[str, ...] = ()
-    """Data to set thresholds on, best a sample of what the model will see; without it, rows of --text."""
+    """Data to set thresholds on, best a sample of what the model will see; without it, rows of --text. Evaluations
+    during training (--eval-strategy) are on all of it; without it, on what is evaluated after training."""
     held_out: float = 0.02
     """How much of --text is held out: a fraction, or from 1 a number of rows (blocks)."""
     expert_size: int = 32
@@ -136,14 +137,18 @@ def train(options: Train, argv: Sequence[str]) -> dict[str, Any]:
     set_seed(args.seed)
     device, dtype = options.where.resolve()
     config, tokenizer = load_config(options.model), load_tokenizer(options.model)
+    if args.load_best_model_at_end and not options.calibration_text:
+        raise ValueError(
+            "load_best_model_at_end would choose by the data of the final evaluation: give --calibration-text FILE"
+        )
     train_set, held_out, calibration = _load_data(options, config, tokenizer)
     model = _load_sparse(options, config, device, dtype, train_set)
     trainer = LTETrainer(
         model=model,
         args=args,
         train_dataset=train_set,
-        calibration_dataset=calibration,
-        eval_dataset=held_out,
+        calibration_dataset=None if calibration is None else calibration.head(args.calibration_rows),
+        eval_dataset=held_out if calibration is None else calibration,
         data_collator=train_set.collator,
         processing_class=tokenizer,
     )
@@ -188,7 +193,6 @@ def _load_data(options: Train, config: Any, tokenizer: Any) -> tuple[Any, Any, A
     calibration = None
     if options.calibration_text:
         calibration = options.data.load(options.calibration_text, tokenizer, config, like_data)
-        calibration = calibration.head(options.training.calibration_rows)
     if options.eval_text:
         train_set, held_out = data, options.data.load(options.eval_text, tokenizer, config, like_data)
     else:

@@ -32,8 +32,10 @@ def summed_kl(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> T
 
 
 def hidden_state_error(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
-    """``mean |s - t|^2 / mean |t|^2`` over tokens, mean over layers, in fp32.
+    """``|s - t|^2 / |t|^2``, mean over tokens and layers, in fp32.
 
+    Each token counts alike. In the ratio of the means the first token of a text would be nearly all there is in the
+    middle of a model: in blocks 11 to 20 of SmolLM2-135M it has 90 to 97 % of the squares of a row of 1024.
     For backward it keeps one fp32 tensor a layer, and not the teacher's.
 
     Args:
@@ -43,11 +45,12 @@ def hidden_state_error(student: Sequence[Tensor], teacher: Sequence[Tensor], mas
     """
     total = torch.zeros((), device=student[0].device)
     for student_TD, teacher_TD in zip(student, teacher, strict=True):
-        error_TD, size_TD = student_TD.float() - teacher_TD.float(), teacher_TD.float()
+        error_TD, size_T = student_TD.float() - teacher_TD.float(), teacher_TD.float().square().sum(-1)
         if mask is not None:  # where, not a product: padding may hold infinities
-            counts_T1 = mask.bool().unsqueeze(-1)
-            error_TD, size_TD = torch.where(counts_T1, error_TD, 0), torch.where(counts_T1, size_TD, 0)
-        total = total + error_TD.square().sum() / size_TD.square().sum()
+            counts_T = mask.bool()
+            error_TD, size_T = torch.where(counts_T.unsqueeze(-1), error_TD, 0), torch.where(counts_T, size_T, 1)
+        tokens = size_T.numel() if mask is None else mask.bool().sum()
+        total = total + (error_TD.square().sum(-1) / size_T).sum() / tokens
     return total / len(student)
 
 
