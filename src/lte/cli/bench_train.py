@@ -40,6 +40,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @dataclass
 class Train:
     shape: Shape = "smollm2-135m"
+    variant: tuple[str, ...] = tuple(VARIANTS)
+    """Which of the recipes to time."""
     model: str | None = None
     """In place of --shape: a local folder, a hub id, or a .gguf file."""
     batch: int = 16
@@ -63,6 +65,8 @@ class Train:
 def main(argv: Sequence[str]) -> int:
     options: Train = parse(Train, "bench train", argv)
     check_positive("batch, sequence_length and steps", [options.batch, options.sequence_length, options.steps])
+    if unknown := set(options.variant) - VARIANTS.keys():
+        raise ValueError(f"variant is {', '.join(sorted(unknown))!r}, but there are: {'; '.join(VARIANTS)}")
     if options.to.plot is not None:
         raise ValueError("there is no picture of training steps: leave --plot away")
     options.to.check()
@@ -72,7 +76,9 @@ def main(argv: Sequence[str]) -> int:
     model = _model(options, device)
     name = options.model or options.shape
     report = Report(shlex.join(["lte", "bench", "train", *argv]), device, None, options.to.output)
-    err.print(f"{len(VARIANTS)} variants, each beside a dense run, {_WARMUP + options.steps} steps a run", markup=False)
+    err.print(
+        f"{len(options.variant)} variants, each beside a dense run, {_WARMUP + options.steps} steps a run", markup=False
+    )
     with tempfile.TemporaryDirectory() as folder:
         report.collect(_rows(options, name, model, device, folder), _line)
     return report.finish(f"a training step of {name}", _COLUMNS, options.to.json)
@@ -99,12 +105,12 @@ def _rows(options: Train, name: str, model: PreTrainedModel, device: torch.devic
         .astype(np.uint16)
     )
     dataset = PackedBlocks(ids, options.sequence_length)
-    for variant, settings in VARIANTS.items():
+    for variant in options.variant:
         row: Row = {"shape": name, "variant": variant, "batch": options.batch}
         row |= {"sequence_length": options.sequence_length, "bf16": _bf16(options, device), "compiled": options.compile}
         try:
             dense, dense_memory = _run(options, model, device, folder, dataset, {"recipe": "dense"})
-            lte, lte_memory = _run(options, model, device, folder, dataset, settings)
+            lte, lte_memory = _run(options, model, device, folder, dataset, VARIANTS[variant])
         except Exception as error:  # out of memory with a teacher, say; the other variants may fit
             yield {**row, "error": one_line(error)}
             continue

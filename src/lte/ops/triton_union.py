@@ -216,20 +216,22 @@ class Tuning:
         """For a shape and a device."""
         info = device_info(device)
         padded = max(16, triton.next_power_of_2(tokens))
-        budget = int(0.45 * info.shared_memory)  # two programs to a multiprocessor
-        up_neurons = min(32, expert_size)
-        up_width = min(128 if padded <= 32 else 64, triton.next_power_of_2(d_model))
+        slice_width, slices = 128, triton.cdiv(d_model, 128)
+        up_neurons, up_width, up_stages = (32, 128, 4) if padded == 16 else (64, 64, 4) if padded == 32 else (32, 64, 3)
+        up_width = min(up_width, triton.next_power_of_2(d_model))
+        # with many tokens one program of _down to a multiprocessor, with large tiles, where they fit; else two
+        down_neurons, share = (128, 1) if padded > 16 and info.shared_memory > 160_000 else (64, 2)
         up_tile = (2 * up_neurons + padded) * up_width * itemsize
-        slice_width, down_experts = 128, max(1, 64 // expert_size)
+        down_experts = max(1, down_neurons // expert_size)
         down_tile = down_experts * expert_size * (slice_width + padded) * itemsize
         return Tuning(
             up_neurons=up_neurons,
             up_width=up_width,
-            up_stages=max(1, min(4, budget // up_tile)),
+            up_stages=max(1, min(up_stages, int(0.45 * info.shared_memory) // up_tile)),
             slice_width=slice_width,
             down_experts=down_experts,
-            down_stages=max(1, min(6, budget // down_tile)),
-            splits=max(1, min(16, 2 * info.multiprocessors // triton.cdiv(d_model, slice_width))),
+            down_stages=max(1, min(6, int(0.9 * info.shared_memory) // share // down_tile)),
+            splits=max(1, min(16, share * info.multiprocessors // slices)),
         )
 
 
