@@ -12,7 +12,7 @@ from lte.inference.decoding import Decoded, Decoder
 from lte.inference.optimize import optimize_
 from lte.inference.routing import random_routers_, route_
 from lte.methods.lte import LTEConfig
-from lte.modules.recording import sparse_layers
+from lte.modules.recording import record_scores, sparse_layers
 from lte.surgery.convert import set_mode_, sparsify_
 
 torch.set_num_threads(1)
@@ -130,6 +130,18 @@ def test_the_check_leaves_the_layers_as_they_were(sparse):
     with bench_decode._by_reference(packed):
         assert {layer.packed.backend for layer in sparse_layers(packed).values()} == {"reference"}
     assert all(a.packed is b for a, b in zip(sparse_layers(packed).values(), layers, strict=True))
+
+
+def test_the_check_decides_half_of_the_experts_and_gives_the_biases_back(sparse):
+    biases = {name: layer.router.bias.clone() for name, layer in sparse_layers(sparse).items()}
+    tokens = torch.randint(100, (2, 9))
+    with bench_decode._fixed_choice(sparse, seed=0), record_scores(sparse) as recording:
+        sparse(input_ids=tokens)
+        for scores in recording.scores.values():
+            assert ((scores == 0) | (scores == 1)).all()
+            assert 0 < scores.mean() < 1
+            assert (scores == scores[0, 0]).all()
+    assert all(torch.equal(layer.router.bias, biases[name]) for name, layer in sparse_layers(sparse).items())
 
 
 def test_dense_is_the_fastest_of_its_contenders_in_each_measure(dense, monkeypatch):
