@@ -135,7 +135,7 @@ def test_the_check_leaves_the_layers_as_they_were(sparse):
 def test_the_check_decides_half_of_the_experts_and_gives_the_biases_back(sparse):
     biases = {name: layer.router.bias.clone() for name, layer in sparse_layers(sparse).items()}
     tokens = torch.randint(100, (2, 9))
-    with bench_decode._fixed_choice(sparse, seed=0), record_scores(sparse) as recording:
+    with torch.no_grad(), bench_decode._fixed_choice(sparse, seed=0), record_scores(sparse) as recording:
         sparse(input_ids=tokens)
         for scores in recording.scores.values():
             assert ((scores == 0) | (scores == 1)).all()
