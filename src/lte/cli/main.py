@@ -13,6 +13,7 @@ from typing import Any
 COMMANDS = {
     "sparsify": "give a dense model experts and routers, and save it",
     "train": "train a model to use few neurons, through all stages",
+    "sweep": "train over a grid of options: a row a run, resumable",
     "calibrate": "another sparsity for a trained model, without training it again",
     "eval": "perplexity, accuracy or ROUGE, sparsity and cost of a model on data",
     "generate": "continue a prompt",
@@ -83,6 +84,15 @@ def parse(options: Callable[..., Any], command: str, argv: Sequence[str]) -> Any
     Raises:
         UsageError: in one line, what does not parse.
     """
+    return _parse(options, command, argv)
+
+
+def parse_known(options: Callable[..., Any], command: str, argv: Sequence[str]) -> tuple[Any, list[str]]:
+    """As :func:`parse`; arguments that are none of these options come back as a list."""
+    return _parse(options, command, argv, return_unknown_args=True)
+
+
+def _parse(options: Callable[..., Any], command: str, argv: Sequence[str], **more: Any) -> Any:
     import tyro
 
     stderr = io.StringIO()
@@ -94,6 +104,7 @@ def parse(options: Callable[..., Any], command: str, argv: Sequence[str]) -> Any
                 description=COMMANDS[command.split()[0]].capitalize() + ".",
                 args=argv,
                 config=(tyro.conf.OmitArgPrefixes,),
+                **more,
             )
     except SystemExit as stop:
         if not stop.code:

@@ -1,0 +1,230 @@
+"""``lte sweep``: ``lte train`` over a grid of options, a row a run; what is done is not done again."""
+
+import itertools
+import json
+import os
+import queue
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+
+from lte.cli.console import err, print_json, table
+from lte.cli.main import parse_known
+from lte.cli.options import Output
+from lte.cli.train import SUMMARY, parse_train
+
+ROWS = "rows.jsonl"
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Sweep:
+    output: Output
+    """Folder for the runs, a folder each, and for their rows (rows.jsonl)."""
+    vary: Annotated[
+        tuple[str, ...], tyro.conf.arg(help="An option of lte train and its values: target-sparsity=0.3,0.5 seed=1,2.")
+    ]
+    jobs: int = 1
+    """Runs at a time, dealt out to the GPUs there are; each gets its share of the cores."""
+    discard_models: bool = False
+    """Delete each trained model once it is evaluated."""
+    json: bool = False
+    """Print one JSON object on the last line."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One point of the grid: what varies, and the whole of ``lte train``'s options."""
+
+    varied: dict[str, str]
+    arguments: list[str]
+    folder: Path
+
+    @property
+    def command(self) -> str:
+        return shlex.join(["lte", "train", *self.arguments])
+
+
+def main(argv: Sequence[str]) -> int:
+    options, base = parse_known(Sweep, "sweep", argv)
+    if options.jobs < 1:
+        raise ValueError(f"jobs is {options.jobs}, but at least one run goes on at a time")
+    folder = Path(options.output)
+    runs = plan(options.vary, base, folder)
+    before = [json.loads(line) for line in _lines(folder / ROWS)]
+    done = {row["command"] for row in before if "error" not in row}
+    _check_same_options(runs, before, folder)
+    todo = [run for run in runs if run.command not in done]
+    err.print(f"{len(runs)} runs, {len(runs) - len(todo)} of them done already", markup=False)
+    rows = [row for row in before if row["command"] in done & {run.command for run in runs}]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ROWS).open("a") as file:
+        for row in execute(todo, options.jobs, options.discard_models):
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            err.print(_line(row), markup=False, soft_wrap=True)
+            rows.append(row)
+    order = [run.command for run in runs]
+    rows.sort(key=lambda row: order.index(row["command"]))
+    show(rows)
+    if options.json:
+        print_json({"rows": rows})
+    return int(any("error" in row for row in rows))
+
+
+def plan(vary: Sequence[str], base: Sequence[str], folder: Path) -> list[Run]:
+    """Every combination of the values, each checked by ``lte train``'s own parser before any of them runs.
+
+    Raises:
+        ValueError: an entry that is not ``option=value,value``, or given twice.
+        UsageError: options that ``lte train`` refuses.
+    """
+    if not vary:
+        raise ValueError("nothing varies: write an option and its values, --vary target-sparsity=0.3,0.5 seed=1,2,3")
+    grid: dict[str, list[str]] = {}
+    for entry in vary:
+        name, _, values = entry.partition("=")
+        name = name.removeprefix("--").replace("_", "-")
+        if not name or not values or not all(values.split(",")):
+            raise ValueError(f"{entry!r} does not say what varies: write an option and its values, seed=1,2,3")
+        if name in grid:
+            raise ValueError(f"{name} varies twice: give all its values at once, {name}=1,2,3")
+        grid[name] = values.split(",")
+    runs = []
+    for values in itertools.product(*grid.values()):
+        varied = dict(zip(grid, values, strict=True))
+        inside = folder / "_".join(f"{name}-{value.replace('/', '-')}" for name, value in varied.items())
+        given = [one for name, value in varied.items() for one in (f"--{name}", value)]
+        arguments = [*base, *given, "--output-dir", str(inside), "--resume"]
+        parse_train(arguments)
+        runs.append(Run(varied, arguments, inside))
+    return runs
+
+
+def execute(runs: Sequence[Run], jobs: int, discard_models: bool) -> Iterable[Row]:
+    """Rows as they come. Each run is a process of its own, so that one that fails takes no other with it."""
+    slots: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for slot in range(jobs):
+        slots.put(slot)
+
+    def one(run: Run) -> Row:
+        slot = slots.get()
+        try:
+            return _execute(run, _environment(slot, jobs), discard_models)
+        finally:
+            slots.put(slot)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            for future in as_completed([pool.submit(one, run) for run in runs]):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _execute(run: Run, environment: dict[str, str], discard_models: bool) -> Row:
+    began = time.perf_counter()
+    run.folder.mkdir(parents=True, exist_ok=True)
+    log = run.folder.with_suffix(run.folder.suffix + ".log")
+    with log.open("w") as file:
+        command = [sys.executable, "-m", "lte.cli.main", "train", *run.arguments]
+        code = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+    row: Row = {"run": run.varied, "command": run.command, "seconds": round(time.perf_counter() - began, 1)}
+    if code:
+        last = next((line for line in reversed(_lines(log)) if line.strip()), "")
+        return {**row, "error": last.removeprefix("lte: error: ").strip() or f"exit code {code}"}
+    summary = json.loads((run.folder / SUMMARY).read_text())
+    if discard_models:
+        for path in run.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != SUMMARY:
+                path.unlink()
+    return {**row, **{name: value for name, value in summary.items() if name != "command"}}
+
+
+def _environment(slot: int, jobs: int) -> dict[str, str]:
+    """Of a run in this slot: one GPU, and a share of the cores unless the user has set it."""
+    environment = dict(os.environ)
+    gpus = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if gpus == [""]:
+        gpus = [str(index) for index in range(torch.cuda.device_count())]
+    if gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    return environment
+
+
+def _check_same_options(runs: Sequence[Run], before: Sequence[Row], folder: Path) -> None:
+    commands = {json.dumps(run.varied): run.command for run in runs}
+    for row in before:
+        if commands.get(json.dumps(row["run"]), row["command"]) != row["command"]:
+            raise ValueError(f"{folder} holds {_name(row)} made with other options: take another folder with -o")
+
+
+def show(rows: Sequence[Row]) -> None:
+    """A table of the rows that did not fail; where the seed varies, also the mean and spread over seeds."""
+    good = [row for row in rows if "error" not in row]
+    columns: dict[str, Callable[[dict[str, Any]], float | None]] = {
+        "perplexity": lambda e: e["perplexity"],
+        "accuracy": lambda e: e["accuracy"],
+        "sparsity": lambda e: e["sparsity"],
+        "GFLOPs per token": lambda e: e["gflops_per_token"],
+    }
+    columns = {name: of for name, of in columns.items() if any(of(row["evaluation"]) is not None for row in good)}
+    lines = [[_name(row), *(_number(of(row["evaluation"])) for of in columns.values())] for row in good]
+    for name, several in _by_seed(good).items():
+        values = [[of(row["evaluation"]) for row in several] for of in columns.values()]
+        lines.append([f"{name}, {len(several)} seeds", *map(_mean_and_spread, values)])
+    table("sweep", ["run", *columns], lines)
+    for row in rows:
+        if "error" in row:
+            err.print(_line(row), markup=False, soft_wrap=True)
+
+
+def _by_seed(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows that differ in nothing but the seed, where there are several."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if "seed" in row["run"]:
+            rest = {name: value for name, value in row["run"].items() if name != "seed"}
+            found.setdefault(_name({"run": rest}) or "all", []).append(row)
+    return {name: several for name, several in found.items() if len(several) > 1}
+
+
+def _mean_and_spread(values: Sequence[float | None]) -> str:
+    numbers = [value for value in values if value is not None]
+    return f"{_number(statistics.mean(numbers))} ± {_number(statistics.stdev(numbers))}" if len(numbers) > 1 else ""
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _name(row: Row) -> str:
+    return ", ".join(f"{name} {value}" for name, value in row["run"].items())
+
+
+def _line(row: Row) -> str:
+    if "error" in row:
+        return f"error: {_name(row)}: {row['error']}"
+    result = row["evaluation"]
+    quality = f"perplexity {result['perplexity']:.4g}" if result["accuracy"] is None else f"{result['accuracy']:.2%}"
+    return f"{_name(row)}: {quality} at sparsity {result['sparsity']:.1%}, {row['seconds']:.0f} s"
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
