@@ -29,7 +29,9 @@ def rows(folder):
 @pytest.mark.slow
 def test_a_grid_is_run_once(files, tmp_path, capsys):
     arguments = ["sweep", *base(files), "--vary", "target-sparsity=0.3,0.6", "seed=1,2", "--jobs", "2"]
-    assert main([*arguments, "-o", str(tmp_path), "--discard-models", "--json"]) == 0
+    more = ["--then", f"eval --text {files / 'text.txt'} --sequence-length 16"]
+    arguments = [*arguments, *more, "-o", str(tmp_path), "--discard-models"]
+    assert main([*arguments, "--json"]) == 0
     shown = capsys.readouterr().out
     assert "2 seeds" in shown
     result = json.loads(shown.splitlines()[-1])["rows"]
@@ -41,7 +43,13 @@ def test_a_grid_is_run_once(files, tmp_path, capsys):
     assert result[0]["evaluation"]["perplexity"] != result[1]["evaluation"]["perplexity"]
     assert not list(tmp_path.glob("**/*.safetensors"))
 
-    assert main([*arguments, "-o", str(tmp_path), "--discard-models"]) == 0
+    for row in result:
+        (also,) = row["evals"]
+        assert also["perplexity"] > 1
+        assert also["num_tokens"] != row["evaluation"]["num_tokens"]
+        assert also["command"] in row["command"]
+
+    assert main(arguments) == 0
     assert len(rows(tmp_path)) == 4
 
     others = ["sweep", *base(files, **{"max-steps": 5}), "--vary", "target-sparsity=0.3", "seed=1", "-o", str(tmp_path)]
@@ -86,6 +94,9 @@ def test_the_error_of_a_run_is_what_it_said_last(files, tmp_path):
         (["--vary", "target-sparsity=0.5,2"], "target_sparsity is 2"),
         (["--vary", "colour=red"], "colour"),
         (["--vary"], "nothing varies"),
+        (["--vary", "seed=1", "--then", "eval --max-rows 0"], "max_rows is 0"),
+        (["--vary", "seed=1", "--then", "train --seed 1"], "is no eval"),
+        (["--vary", "seed=1", "--then", "eval --colour red"], "colour"),
     ],
 )
 def test_refused_before_anything_runs(files, tmp_path, capsys, monkeypatch, options, message):

@@ -44,8 +44,7 @@ class Eval:
 
 
 def main(argv: Sequence[str]) -> None:
-    options: Eval = parse(Eval, "eval", argv)
-    _check(options)
+    options = parse_eval(argv)
     device, dtype = options.where.resolve()
     config, tokenizer = load_config(options.model), load_tokenizer(options.model)
     references = {}
@@ -84,12 +83,14 @@ def main(argv: Sequence[str]) -> None:
         print_json({**values, "perplexity": perplexity})
 
 
-def _check(options: Eval) -> None:
-    """What can be known before a model is loaded.
+def parse_eval(argv: Sequence[str]) -> Eval:
+    """The options, checked as far as they can be before a model is loaded.
 
     Raises:
+        UsageError: options that do not parse.
         ValueError: an option out of its range, or without the option it belongs to.
     """
+    options: Eval = parse(Eval, "eval", argv)
     for name in ("max_rows", "batch_size", "max_new_tokens", "num_beams"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -99,6 +100,7 @@ def _check(options: Eval) -> None:
             raise ValueError("there are no predictions to write without --generate")
         if not Path(options.predictions).parent.is_dir():
             raise ValueError(f"{options.predictions}: there is no such folder to write to")
+    return options
 
 
 def _write_predictions(path: Path, references: dict[str, list[str]], predictions: list[str]) -> None:

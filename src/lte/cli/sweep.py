@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 import tyro
 
 from lte.cli.console import err, print_json, table
+from lte.cli.eval import parse_eval
 from lte.cli.main import parse_known
 from lte.cli.options import Output
 from lte.cli.train import SUMMARY, parse_train
@@ -36,6 +37,8 @@ class Sweep:
     vary: Annotated[
         tuple[str, ...], tyro.conf.arg(help="An option of lte train and its values: target-sparsity=0.3,0.5 seed=1,2.")
     ]
+    then: tuple[str, ...] = ()
+    """Further measurements of each trained model: lte eval without its model, as one string: "eval --text FILE"."""
     jobs: int = 1
     """Runs at a time, dealt out to the GPUs there are; each gets its share of the cores."""
     discard_models: bool = False
@@ -51,10 +54,17 @@ class Run:
     varied: dict[str, str]
     arguments: list[str]
     folder: Path
+    evals: tuple[str, ...] = ()
+
+    @property
+    def commands(self) -> list[list[str]]:
+        """``lte train`` and each ``lte eval``."""
+        evals = [["eval", str(self.folder), *shlex.split(one)[1:], "--json"] for one in self.evals]
+        return [["train", *self.arguments], *evals]
 
     @property
     def command(self) -> str:
-        return shlex.join(["lte", "train", *self.arguments])
+        return " && ".join(shlex.join(["lte", *one]) for one in self.commands)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -62,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
     if options.jobs < 1:
         raise ValueError(f"jobs is {options.jobs}, but at least one run goes on at a time")
     folder = Path(options.output)
-    runs = plan(options.vary, base, folder)
+    runs = plan(options.vary, base, folder, options.then)
     before = [json.loads(line) for line in _lines(folder / ROWS)]
     done = {row["command"] for row in before if "error" not in row}
     _check_same_options(runs, before, folder)
@@ -84,12 +94,12 @@ def main(argv: Sequence[str]) -> int:
     return int(any("error" in row for row in rows))
 
 
-def plan(vary: Sequence[str], base: Sequence[str], folder: Path) -> list[Run]:
-    """Every combination of the values, each checked by ``lte train``'s own parser before any of them runs.
+def plan(vary: Sequence[str], base: Sequence[str], folder: Path, evals: Sequence[str] = ()) -> list[Run]:
+    """Every combination of the values, each checked by the commands' own parsers before any of them runs.
 
     Raises:
         ValueError: an entry that is not ``option=value,value``, or given twice.
-        UsageError: options that ``lte train`` refuses.
+        UsageError: options that ``lte train`` or ``lte eval`` refuses.
     """
     if not vary:
         raise ValueError("nothing varies: write an option and its values, --vary target-sparsity=0.3,0.5 seed=1,2,3")
@@ -109,7 +119,11 @@ def plan(vary: Sequence[str], base: Sequence[str], folder: Path) -> list[Run]:
         given = [one for name, value in varied.items() for one in (f"--{name}", value)]
         arguments = [*base, *given, "--output-dir", str(inside), "--resume"]
         parse_train(arguments)
-        runs.append(Run(varied, arguments, inside))
+        runs.append(Run(varied, arguments, inside, tuple(evals)))
+    for command in evals:
+        if shlex.split(command)[:1] != ["eval"]:
+            raise ValueError(f"{command!r} is no eval: write it as for a shell without the model, 'eval --text FILE'")
+        parse_eval(["MODEL", *shlex.split(command)[1:]])
     return runs
 
 
@@ -139,13 +153,21 @@ def _execute(run: Run, environment: dict[str, str], discard_models: bool) -> Row
     began = time.perf_counter()
     run.folder.mkdir(parents=True, exist_ok=True)
     log = run.folder.with_suffix(run.folder.suffix + ".log")
+    row: Row = {"run": run.varied, "command": run.command}
+    found: list[Row] = []
     with log.open("w") as file:
-        command = [sys.executable, "-m", "lte.cli.main", "train", *run.arguments]
-        code = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
-    row: Row = {"run": run.varied, "command": run.command, "seconds": round(time.perf_counter() - began, 1)}
-    if code:
-        last = next((line for line in reversed(_lines(log)) if line.strip()), "")
-        return {**row, "error": last.removeprefix("lte: error: ").strip() or f"exit code {code}"}
+        for arguments in run.commands:
+            command = [sys.executable, "-m", "lte.cli.main", *arguments]
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=file, text=True, check=False)
+            if done.returncode:
+                file.flush()
+                last = next((line for line in reversed(_lines(log)) if line.strip()), "")
+                reason = last.removeprefix("lte: error: ").strip() or f"exit code {done.returncode}"
+                return {**row, "error": reason if arguments[0] == "train" else f"{shlex.join(arguments)}: {reason}"}
+            file.write(done.stdout)
+            if arguments[0] == "eval":
+                found.append({"command": shlex.join(["lte", *arguments]), **json.loads(done.stdout.splitlines()[-1])})
+    row |= {"seconds": round(time.perf_counter() - began, 1)}
     summary = json.loads((run.folder / SUMMARY).read_text())
     if discard_models:
         for path in run.folder.iterdir():
@@ -153,7 +175,8 @@ def _execute(run: Run, environment: dict[str, str], discard_models: bool) -> Row
                 shutil.rmtree(path)
             elif path.name != SUMMARY:
                 path.unlink()
-    return {**row, **{name: value for name, value in summary.items() if name != "command"}}
+    row |= {name: value for name, value in summary.items() if name != "command"}
+    return {**row, "evals": found} if found else row
 
 
 def _environment(slot: int, jobs: int) -> dict[str, str]:
@@ -178,21 +201,25 @@ def _check_same_options(runs: Sequence[Run], before: Sequence[Row], folder: Path
 def show(rows: Sequence[Row]) -> None:
     """A table of the rows that did not fail; where the seed varies, also the mean and spread over seeds."""
     good = [row for row in rows if "error" not in row]
-    columns: dict[str, Callable[[dict[str, Any]], float | None]] = {
-        "perplexity": lambda e: e["perplexity"],
-        "accuracy": lambda e: e["accuracy"],
-        "sparsity": lambda e: e["sparsity"],
-        "GFLOPs per token": lambda e: e["gflops_per_token"],
-    }
-    columns = {name: of for name, of in columns.items() if any(of(row["evaluation"]) is not None for row in good)}
-    lines = [[_name(row), *(_number(of(row["evaluation"])) for of in columns.values())] for row in good]
+    columns = list(dict.fromkeys(name for row in good for name in _measured(row)))
+    lines = [[_name(row), *(_number(_measured(row).get(name)) for name in columns)] for row in good]
     for name, several in _by_seed(good).items():
-        values = [[of(row["evaluation"]) for row in several] for of in columns.values()]
+        values = [[_measured(row).get(column) for row in several] for column in columns]
         lines.append([f"{name}, {len(several)} seeds", *map(_mean_and_spread, values)])
     table("sweep", ["run", *columns], lines)
     for row in rows:
         if "error" in row:
             err.print(_line(row), markup=False, soft_wrap=True)
+
+
+def _measured(row: Row) -> dict[str, float]:
+    """What was measured of a run, by the heading of its column."""
+    found = {}
+    for index, result in enumerate([row["evaluation"], *row.get("evals", [])]):
+        for name in ("rougeL", "bleu", "perplexity", "accuracy", "sparsity", "gflops_per_token"):
+            if result.get(name) is not None:
+                found[f"{name} {index + 1}" if row.get("evals") else name] = result[name]
+    return found
 
 
 def _by_seed(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -221,9 +248,8 @@ def _name(row: Row) -> str:
 def _line(row: Row) -> str:
     if "error" in row:
         return f"error: {_name(row)}: {row['error']}"
-    result = row["evaluation"]
-    quality = f"perplexity {result['perplexity']:.4g}" if result["accuracy"] is None else f"{result['accuracy']:.2%}"
-    return f"{_name(row)}: {quality} at sparsity {result['sparsity']:.1%}, {row['seconds']:.0f} s"
+    measured = ", ".join(f"{name} {_number(value)}" for name, value in _measured(row).items())
+    return f"{_name(row)}: {measured}; {row['seconds']:.0f} s"
 
 
 def _lines(path: Path) -> list[str]:
