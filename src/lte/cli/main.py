@@ -14,7 +14,7 @@ COMMANDS = {
     "sparsify": "give a dense model experts and routers, and save it",
     "train": "train a model to use few neurons, through all stages",
     "calibrate": "another sparsity for a trained model, without training it again",
-    "eval": "perplexity, accuracy or ROUGE, sparsity and cost of a model on data",
+    "eval": "perplexity, accuracy, ROUGE or MMLU, with sparsity and cost",
     "generate": "continue a prompt",
     "bench": "dense against sparse in seconds: ffn, decode or train",
     "inspect": "what a model is, what would be converted, and what a token costs",
