@@ -86,12 +86,13 @@ def parse(options: Callable[..., Any], command: str, argv: Sequence[str]) -> Any
     import tyro
 
     stderr = io.StringIO()
+    about = COMMANDS[command.split()[0]]
     try:
         with contextlib.redirect_stderr(stderr):
             return tyro.cli(
                 options,
                 prog=f"lte {command}",
-                description=COMMANDS[command.split()[0]].capitalize() + ".",
+                description=f"{about[0].upper()}{about[1:]}.",
                 args=argv,
                 config=(tyro.conf.OmitArgPrefixes,),
             )
