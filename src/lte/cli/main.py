@@ -15,7 +15,7 @@ COMMANDS = {
     "train": "train a model to use few neurons, through all stages",
     "sweep": "train over a grid of options: a row a run, resumable",
     "calibrate": "another sparsity for a trained model, without training it again",
-    "eval": "perplexity, accuracy or ROUGE, sparsity and cost of a model on data",
+    "eval": "perplexity, accuracy, ROUGE or MMLU, with sparsity and cost",
     "generate": "continue a prompt",
     "bench": "dense against sparse in seconds: ffn, decode or train",
     "inspect": "what a model is, what would be converted, and what a token costs",
@@ -96,12 +96,13 @@ def _parse(options: Callable[..., Any], command: str, argv: Sequence[str], **mor
     import tyro
 
     stderr = io.StringIO()
+    about = COMMANDS[command.split()[0]]
     try:
         with contextlib.redirect_stderr(stderr):
             return tyro.cli(
                 options,
                 prog=f"lte {command}",
-                description=COMMANDS[command.split()[0]].capitalize() + ".",
+                description=f"{about[0].upper()}{about[1:]}.",
                 args=argv,
                 config=(tyro.conf.OmitArgPrefixes,),
                 **more,

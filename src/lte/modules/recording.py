@@ -139,9 +139,14 @@ def _entries(model: nn.Module, encoder_decoder: bool) -> list[nn.Module]:
 
 
 class SparsityMeter:
-    """Counts active neurons over forward passes."""
+    """Counts active neurons over forward passes.
+
+    Attributes:
+        weight: how often each token counts from here on: of a pass that stands for several, their number.
+    """
 
     def __init__(self) -> None:
+        self.weight = 1
         self._active: dict[str, Tensor] = {}
         self._total: dict[str, Tensor] = {}
 
@@ -150,8 +155,8 @@ class SparsityMeter:
         for names, scores, mask in stacked:
             active_L, total = count_active(threshold(scores, layers[names[0]].tau), mask)
             for name, active in zip(names, active_L, strict=True):
-                self._active[name] = self._active.get(name, 0) + active
-                self._total[name] = self._total.get(name, 0) + total
+                self._active[name] = self._active.get(name, 0) + self.weight * active
+                self._total[name] = self._total.get(name, 0) + self.weight * total
 
     @property
     def by_layer(self) -> list[float]:

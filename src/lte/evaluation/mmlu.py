@@ -1,0 +1,193 @@
+"""MMLU: multiple choice answered by the likeliest next token, with sparsity and cost of the same passes."""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+
+from lte.evaluation.mmlu_prompts import PromptEncoder
+from lte.evaluation.mmlu_questions import CATEGORIES, CATEGORY_OF, LETTERS, Subject
+from lte.inference.completions import padded
+from lte.modules.recording import SparsityMeter, track_sparsity
+from lte.surgery.cost import cost_per_token
+from lte.training.tokenise import most_tokens
+
+
+@dataclass
+class Score:
+    """Share of right answers, and of how many."""
+
+    accuracy: float
+    num_questions: int
+
+
+@dataclass
+class MMLUEvaluation:
+    """What answering MMLU showed.
+
+    Attributes:
+        accuracy: share of right answers among all questions.
+        subject_mean: the mean of the subjects' accuracies.
+        by_category: the release's four categories; among all questions of a category.
+        by_subject: by the names of the files.
+        num_questions: how many there were.
+        shots: examples before a question.
+        fewer_shots: questions before which not all of them had room in the model's positions.
+        cut: questions too long even without an example; they lost their start.
+        num_tokens: of all prompts.
+        sparsity: fraction of inactive neurons, mean over layers and the tokens of all prompts; 0 for dense.
+        layer_sparsity: the same, layer by layer.
+        gflops_per_token, gflops_per_token_dense: FFN, attention projections and routers, G = 2^30.
+        mode: dense, soft or hard.
+        predictions: the letters given, by subject, in the order of its questions.
+    """
+
+    accuracy: float
+    subject_mean: float
+    by_category: dict[str, Score]
+    by_subject: dict[str, Score]
+    num_questions: int
+    shots: int
+    fewer_shots: int
+    cut: int
+    num_tokens: int
+    sparsity: float
+    layer_sparsity: list[float]
+    gflops_per_token: float
+    gflops_per_token_dense: float
+    mode: str
+    predictions: dict[str, str] = field(repr=False)
+
+
+@torch.no_grad()
+def evaluate_mmlu(
+    model: PreTrainedModel,
+    subjects: Sequence[Subject],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    shots: int = 5,
+    batch_size: int = 8,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> MMLUEvaluation:
+    """Answer every question in the model's present mode.
+
+    The tokens that all prompts of a subject begin with are run once; each of them counts in sparsity once a question,
+    as if every prompt had been run on its own.
+
+    Args:
+        model: a causal language model, on any device.
+        subjects: as :func:`~lte.evaluation.mmlu_questions.read_mmlu` gives them.
+        tokenizer: the model's.
+        shots: examples before a question. Where they have no room, the last ones are left out.
+        batch_size: questions a forward pass.
+        progress: wraps the iteration over batches.
+
+    Raises:
+        ValueError: not a causal language model, no question, more shots than examples, a tokenizer that does not tell
+            the letters apart.
+    """
+    check_causal(model.config)
+    encoder = PromptEncoder(tokenizer, most_tokens(tokenizer, model.config))
+    groups = [group for subject in subjects for group in encoder.groups(subject, shots)]
+    if not groups:
+        raise ValueError("there is no question to answer")
+    sparse = hasattr(model.config, "lte")
+    was_training = model.training
+    model.eval()
+    letters: dict[tuple[str, int], str] = {}
+    group, prefix = None, None
+    with track_sparsity(model) if sparse else nullcontext(SparsityMeter()) as meter:
+        for of, first in progress([(g, i) for g in groups for i in range(0, len(g.rows), batch_size)]):
+            if of is not group:
+                meter.weight = len(of.rows)
+                group, prefix = of, _prefix(model, of.prefix)
+                meter.weight = 1
+            logits_BV = _next_token(model, of.rows[first : first + batch_size], prefix)
+            best = logits_BV[:, encoder.answers].argmax(-1).tolist()
+            places = of.places[first : first + batch_size]
+            letters |= {(of.subject, place): LETTERS[i] for place, i in zip(places, best, strict=True)}
+    model.train(was_training)
+    predictions = {
+        subject.name: "".join(letters[subject.name, i] for i in range(len(subject.questions))) for subject in subjects
+    }
+    right = {
+        subject.name: [q.answer == p for q, p in zip(subject.questions, predictions[subject.name], strict=True)]
+        for subject in subjects
+    }
+    by_subject = {name: _score({name: right[name]}) for name in right}
+    of_category = {c: {name: right[name] for name in right if CATEGORY_OF[name] == c} for c in CATEGORIES}
+    return MMLUEvaluation(
+        accuracy=_score(right).accuracy,
+        subject_mean=sum(score.accuracy for score in by_subject.values()) / len(by_subject),
+        by_category={category: _score(some) for category, some in of_category.items() if some},
+        by_subject=by_subject,
+        num_questions=len(letters),
+        shots=shots,
+        fewer_shots=sum(len(one.rows) for one in groups if one.shots < shots),
+        cut=sum(len(one.rows) for one in groups if one.cut),
+        num_tokens=sum(len(one.prefix) + len(row) for one in groups for row in one.rows),
+        sparsity=meter.overall if sparse else 0.0,
+        layer_sparsity=meter.by_layer,
+        gflops_per_token=cost_per_token(model, meter.by_layer if sparse else 0.0).gflops,
+        gflops_per_token_dense=cost_per_token(model, 0.0).gflops,
+        mode=model.config.lte["mode"] if sparse else "dense",
+        predictions=predictions,
+    )
+
+
+def check_causal(config: PretrainedConfig) -> None:
+    """Refuse a model that reads what comes after a token.
+
+    Raises:
+        ValueError: it is an encoder, or has one.
+    """
+    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if config.is_encoder_decoder or encoder:
+        raise ValueError(f"MMLU asks for the next token: it needs a causal language model, not a {config.model_type}")
+
+
+def _score(right: Mapping[str, list[bool]]) -> Score:
+    every = [one for some in right.values() for one in some]
+    return Score(sum(every) / len(every), len(every))
+
+
+def _prefix(model: PreTrainedModel, ids: Tensor) -> Any:
+    """Keys and values of a prefix, or None without one."""
+    if not len(ids):
+        return None
+    keep = _logits_to_keep(model, torch.tensor([len(ids) - 1]))
+    return model(input_ids=ids[None].to(model.device), use_cache=True, **keep).past_key_values
+
+
+def _next_token(model: PreTrainedModel, rows: list[Tensor], prefix: Any) -> Tensor:
+    """Logits ``[B, V]`` of what comes after each row, the rows after the prefix.
+
+    Padded on the right: positions go on where the prefix ends, and what is behind a row's last token it does not see.
+    """
+    inputs = padded(rows)
+    last_B = inputs["attention_mask"].sum(-1) - 1
+    kept, row_B = last_B.unique(return_inverse=True)
+    cache = {}
+    if prefix is not None:
+        several = copy.deepcopy(prefix)  # a pass appends to its cache
+        several.batch_repeat_interleave(len(rows))
+        mask = inputs["attention_mask"]
+        inputs["attention_mask"] = torch.cat([mask.new_ones(len(rows), prefix.get_seq_length()), mask], dim=1)
+        cache = {"past_key_values": several, "use_cache": True}
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    keep = _logits_to_keep(model, kept)
+    logits_BTV = model(**inputs, **cache, **keep).logits
+    return logits_BTV[torch.arange(len(rows)), row_B if keep else last_B].float()
+
+
+def _logits_to_keep(model: PreTrainedModel, positions: Tensor) -> dict[str, Tensor]:
+    """The head for these positions alone, where the model can: a vocabulary for every token is large."""
+    can = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": positions.to(model.device)} if can else {}
