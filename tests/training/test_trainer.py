@@ -415,7 +415,7 @@ def test_a_compiled_run_is_the_same_run(tmp_path, given):
     programs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     if not given:  # transformers' hooks that collect hidden states break each block once
         assert not torch._dynamo.utils.counters["graph_break"]
-        assert 0 < programs <= 20
+        assert 0 < programs <= 24
     assert len(logs["eager"]) == len(logs["compiled"]) == 32
     for eager, compiled in zip(logs["eager"], logs["compiled"], strict=True):
         for key in {"loss", "sparsity", "eta", "feature_distillation_loss"} & eager.keys():
