@@ -180,11 +180,11 @@ class LTETrainingArguments(TrainingArguments):
         self._checkpoint_without_reentry()
         # block by block: a whole model takes minutes to compile; Trainer, too, tells accelerate by its environment
         os.environ.setdefault("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
-        copies = self.accelerator_config
+        unset = self.accelerator_config is None
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
-        elif self.device.type == "cuda" and copies is None and self.dataloader_pin_memory:
+        elif self.device.type == "cuda" and unset and self.dataloader_pin_memory:
             cast(Any, self.accelerator_config).non_blocking = True  # a batch is copied while the step before it runs
 
     def _checkpoint_without_reentry(self) -> None:
