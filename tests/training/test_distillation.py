@@ -1,10 +1,21 @@
 """The distillation losses, written out."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from tiny_training import dense_llama
 from torch.nn import functional as F
+from transformers.loss.loss_utils import ForCausalLMLoss
 
-from lte.training.distillation import hidden_state_error, summed_kl
+from lte.training.distillation import (
+    DistilledLoss,
+    causal_loss,
+    hidden_state_error,
+    mix_rows,
+    summed_kl,
+    summed_mix,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -27,6 +38,62 @@ def test_value_and_gradient(rows, dtype):
     error = (student.grad.float() - plain.grad).norm() / plain.grad.norm().clamp(min=1e-9)
     assert error < (1e-5 if dtype == torch.float32 else 1e-2)
     assert student.grad[~mask].abs().sum() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("piece", [None, mix_rows])
+def test_both_losses_and_their_gradient(dtype, piece):
+    generator = torch.Generator().manual_seed(1)
+    student = (3 * torch.randn(2049, 11, generator=generator)).to(dtype).requires_grad_()
+    teacher = torch.randn(2049, 11, generator=generator).to(dtype)
+    labels = torch.randint(0, 11, (2049,), generator=generator)
+    labels[::3] = -100
+    mask, plain = labels != -100, student.detach().float().clone().requires_grad_()
+    student.data[::3] = torch.inf  # does not count
+    expected = (
+        F.cross_entropy(plain, labels, ignore_index=-100, reduction="sum"),
+        F.kl_div(plain[mask].log_softmax(-1), teacher[mask].float().softmax(-1), reduction="sum"),
+    )
+    mixed, *parts = summed_mix(student, teacher, labels, 0.9, piece)
+    assert [one.item() for one in parts] == pytest.approx([one.item() for one in expected], rel=1e-5)
+    assert mixed.item() == pytest.approx(0.1 * parts[0].item() + 0.9 * parts[1].item(), rel=1e-5)
+    assert [one.requires_grad for one in (mixed, *parts)] == [True, False, False]
+    (3 * (0.1 * expected[0] + 0.9 * expected[1])).backward()
+    (3 * mixed).backward()
+    assert student.grad is not None
+    error = (student.grad.float() - plain.grad).norm() / plain.grad.norm()
+    assert error < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("items", [None, torch.tensor(17)])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_a_causal_model_calls_the_distilled_loss(items, shifted):
+    """Without a share for the teacher it is transformers' own loss."""
+    model, ids = dense_llama(), torch.arange(3, 27).reshape(2, 12)
+    labels = ids.masked_fill(ids % 5 == 0, -100)
+    batch = {"input_ids": ids, "labels": labels}
+    if items is not None:
+        batch["num_items_in_batch"] = items
+    if shifted:
+        batch["shift_labels"] = labels.flip(1)
+    loss = DistilledLoss(torch.randn(2, 12, 64), 0.0, None)
+    with causal_loss(model, loss):
+        found = model(**batch).loss
+    assert model.loss_function is ForCausalLMLoss
+    expected = model(**batch).loss
+    torch.testing.assert_close(found, expected)
+    assert loss.parts is not None
+    torch.testing.assert_close(loss.parts[0], expected.detach())
+    for one, other in zip(*(torch.autograd.grad(x, model.lm_head.weight) for x in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_loss_of_ones_own_is_left_alone():
+    model = dense_llama()
+    model.loss_function = own = SimpleNamespace()
+    with causal_loss(model, DistilledLoss(torch.zeros(1), 0.5, None)):
+        assert model.loss_function is own
+    assert model.loss_function is own
 
 
 def test_no_mask_and_leading_shape():

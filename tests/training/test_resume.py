@@ -48,8 +48,8 @@ def assert_same(trainer, whole):
     assert trainer.state.global_step == 12
     for name, value in trainer.model.state_dict().items():
         assert torch.allclose(value, expected[name], rtol=1e-5, atol=1e-6), name
-    assert trainer.eta == pytest.approx(whole.eta, rel=1e-5)
-    assert trainer.controller.integral == pytest.approx(whole.controller.integral, rel=1e-5)
+    assert trainer.eta == pytest.approx(float(whole.eta), rel=1e-5)
+    assert trainer.controller.integral == pytest.approx(float(whole.controller.integral), rel=1e-5)
     assert by_step(trainer, "eta") == pytest.approx(by_step(whole, "eta"), rel=1e-4)
     assert by_step(trainer, "sparsity") == pytest.approx(by_step(whole, "sparsity"), abs=1e-4)
 

@@ -107,7 +107,11 @@ def main(folder: str, kill_after: str | None = None) -> None:
     trainer.train()
     rank = os.environ.get("RANK", "0")
     torch.save(trainer.model.state_dict(), Path(folder, f"weights-{rank}.pt"))
-    kept = {"logs": trainer.state.log_history, "eta": trainer.eta, "integral": trainer.controller.integral}
+    kept = {
+        "logs": trainer.state.log_history,
+        "eta": float(trainer.eta),
+        "integral": float(trainer.controller.integral),
+    }
     Path(folder, f"run-{rank}.json").write_text(json.dumps(kept))
 
 

@@ -163,7 +163,7 @@ def train(options: Train, argv: Sequence[str]) -> dict[str, Any]:
         "seed": args.seed,
         "recipe": args.recipe,
         "target_sparsity": args.target_sparsity,
-        "eta": trainer.eta,
+        "eta": float(trainer.eta),
         "steps": asdict(trainer.plan),
         "evaluation": result,
     }

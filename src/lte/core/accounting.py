@@ -8,7 +8,6 @@ LLaMA-7B comes to 12.0625 G dense: 8.0625 in FFNs and 4.0 in attention projectio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 G = 2**30
@@ -99,6 +98,6 @@ def count_active(active_LTE: Tensor, mask: Tensor | None = None) -> tuple[Tensor
     """
     active_LT = active_LTE.sum(-1).flatten(1)
     if mask is None:
-        return active_LT.sum(-1), torch.tensor(active_LTE[0].numel(), device=active_LTE.device)
+        return active_LT.sum(-1), active_LT.new_full((), active_LTE[0].numel())  # torch.tensor() would wait for the GPU
     counted_T = mask.to(active_LTE.device).ne(0).flatten()
     return (active_LT * counted_T).sum(-1), counted_T.sum() * active_LTE.shape[-1]

@@ -1,7 +1,7 @@
 """Recording router scores during forward passes, and the sparsity they amount to. Padding is left out."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -29,7 +29,8 @@ class TokenMasks:
     """Which tokens of a forward pass are real: what the model was told by its masks and labels."""
 
     def __init__(self, model: nn.Module) -> None:
-        configs = (getattr(part, "config", None) for part in model.modules())  # under DDP or a LoRA wrapper too
+        # under DDP or a LoRA wrapper too; asking modules for what they lack would take longer than all else here
+        configs = (vars(part).get("config") for part in model.modules())
         self.encoder_decoder = any(getattr(config, "is_encoder_decoder", False) for config in configs)
         self._masks: dict[str, Tensor | None] = {}
 
@@ -62,8 +63,8 @@ class TokenMasks:
 class Recording:
     """What one forward pass showed: scores by layer (with gradient), and which tokens are real."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._kept: dict[str, list[Tensor]] = {name: [] for name in sparse_layers(model)}
+    def __init__(self, model: nn.Module, layers: Iterable[str]) -> None:
+        self._kept: dict[str, list[Tensor]] = {name: [] for name in layers}
         self.masks = TokenMasks(model)
         self._running: nn.Module | None = None
         self._after: list[Callable[[], None]] = []
@@ -115,7 +116,7 @@ def record_scores(model: nn.Module) -> Iterator[Recording]:
     read before ``backward`` and left by then. May be nested.
     """
     layers = sparse_layers(model)
-    recording = Recording(model)
+    recording = Recording(model, layers)
     before = {name: layer.kept_in for name, layer in layers.items()}
     with ExitStack() as hooks:
         for module in _entries(model, recording.masks.encoder_decoder):
@@ -153,24 +154,29 @@ class SparsityMeter:
     def add(self, layers: dict[str, Selecting], stacked: list[tuple[list[str], Tensor, Tensor | None]]) -> None:
         """Count a forward pass, given as :meth:`Recording.stacked` gives it."""
         for names, scores, mask in stacked:
-            active_L, total = count_active(threshold(scores, layers[names[0]].tau), mask)
-            for name, active in zip(names, active_L, strict=True):
-                self._active[name] = self._active.get(name, 0) + self.weight * active
-                self._total[name] = self._total.get(name, 0) + self.weight * total
+            self.add_counts(names, *count_active(threshold(scores, layers[names[0]].tau), mask))
+
+    def add_counts(self, names: list[str], active_L: Tensor, total: Tensor) -> None:
+        """Add what :func:`~lte.core.accounting.count_active` counted of some layers."""
+        active_L, total = self.weight * active_L, self.weight * total
+        for name, active in zip(names, active_L.unbind(), strict=True):
+            self._active[name] = self._active[name] + active if name in self._active else active
+            self._total[name] = self._total[name] + total if name in self._total else total
+
+    def measured(self) -> tuple[Tensor, Tensor]:
+        """Sparsity overall, and of each layer ``[L]``, left on the device: nothing waits for it."""
+        active_L, total_L = torch.stack(list(self._active.values())), torch.stack(list(self._total.values()))
+        return 1 - active_L.sum() / total_L.sum(), 1 - active_L / total_L
 
     @property
     def by_layer(self) -> list[float]:
         """Sparsity of each layer, in order. Empty before the first forward pass."""
-        if not self._active:
-            return []
-        return (1 - torch.stack(list(self._active.values())) / torch.stack(list(self._total.values()))).tolist()
+        return self.measured()[1].tolist() if self._active else []
 
     @property
     def overall(self) -> float:
         """Fraction of inactive neurons, mean over tokens and layers; NaN before the first forward pass."""
-        if not self._active:
-            return float("nan")
-        return 1 - (sum(self._active.values()) / sum(self._total.values())).item()  # pyright: ignore
+        return self.measured()[0].item() if self._active else float("nan")
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import json
 import os
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, cast
 
 from transformers import TrainingArguments
 
@@ -79,6 +79,10 @@ class LTETrainingArguments(TrainingArguments):
 
     warmup_steps: float = field(
         default=0.06, metadata={"help": "Warm-up of each stage: steps, or below 1 a share of the stage (paper: 0.06)."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Leave a loss of NaN or inf out of the log, which makes each step wait for it."},
     )
     recipe: str = field(
         default="default",
@@ -176,9 +180,12 @@ class LTETrainingArguments(TrainingArguments):
         self._checkpoint_without_reentry()
         # block by block: a whole model takes minutes to compile; Trainer, too, tells accelerate by its environment
         os.environ.setdefault("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
+        unset = self.accelerator_config is None
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
+        elif self.device.type == "cuda" and unset and self.dataloader_pin_memory:
+            cast(Any, self.accelerator_config).non_blocking = True  # a batch is copied while the step before it runs
 
     def _checkpoint_without_reentry(self) -> None:
         """Scores are recorded in the forward pass, which reentrant checkpointing runs without gradient."""

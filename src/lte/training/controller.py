@@ -1,7 +1,9 @@
 """Meeting a sparsity while scores are learned: the controller that moves eta in the soft stage."""
 
-import math
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 
 @dataclass
@@ -14,7 +16,7 @@ class SparsityController:
 
     Attributes:
         target: sparsity to reach, in (0, 1).
-        integral: the controller's memory; saved with checkpoints.
+        integral: the controller's memory; saved with checkpoints. A tensor after the first step.
     """
 
     target: float
@@ -22,14 +24,17 @@ class SparsityController:
     gain: float = 10.0
     integral_gain: float = 0.5
     ramp: float = 2 / 3
-    integral: float = 0.0
+    integral: float | Tensor = 0.0
 
     def wanted(self, progress: float) -> float:
         """Target at a point of the soft stage, ``progress`` in [0, 1]."""
         return self.target * min(1.0, progress / self.ramp)
 
-    def step(self, measured: float, progress: float) -> float:
-        """Take one optimizer step's sparsity; give eta for the next."""
-        error = self.wanted(progress) - measured
-        self.integral = min(7.0, max(-7.0, self.integral + self.integral_gain * error))
-        return self.eta_start * math.exp(min(7.0, max(-7.0, self.gain * error + self.integral)))
+    def step(self, measured: float | Tensor, progress: float) -> Tensor:
+        """Take one optimizer step's sparsity; give eta for the next, on the device of ``measured``.
+
+        All of it stays there: a number read by Python would make every training step wait for the one before.
+        """
+        error = torch.as_tensor(self.wanted(progress) - measured)
+        self.integral = (self.integral + self.integral_gain * error).clamp(-7.0, 7.0)
+        return self.eta_start * (self.gain * error + self.integral).clamp(-7.0, 7.0).exp()

@@ -1,21 +1,26 @@
 """The distillation losses: KL divergence from a teacher's next-token distribution, and the error of hidden states."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
 
+from lte.training.batches import IGNORED
 from lte.training.calibration import evaluating
 
 _ROWS = 2048
-"""Rows worked on at a time: a vocabulary in fp32 is large."""
+"""Rows worked on at a time where the arithmetic is not compiled: a vocabulary in fp32 is large."""
+
+Piece = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
 
 
 def summed_kl(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """``sum KL(teacher || student)`` over rows, in fp32.
-
-    Done in pieces, with the gradient worked out on the way: plain autograd keeps several fp32 copies of all logits.
 
     Args:
         student: logits ``[..., V]``, with gradient.
@@ -25,10 +30,99 @@ def summed_kl(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> T
     Returns:
         A scalar. Its gradient has the student's dtype.
     """
-    vocabulary = student.shape[-1]
-    every = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device) if mask is None else mask.bool()
-    logits = student.reshape(-1, vocabulary), teacher.reshape(-1, vocabulary)
-    return _SummedKL.apply(*logits, every.reshape(-1, 1))  # pyright: ignore
+    every = torch.zeros(student.shape[:-1], dtype=torch.long, device=student.device)
+    labels = every if mask is None else every.masked_fill(~mask.bool(), IGNORED)
+    return summed_mix(student, teacher, labels, 1.0)[0]
+
+
+def summed_mix(
+    student: Tensor, teacher: Tensor, labels: Tensor, share: float, piece: Piece | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(1 - share) * cross entropy + share * KL(teacher || student)``, summed over rows, in fp32.
+
+    The gradient is worked out on the way, and of both losses together: plain autograd keeps several fp32 copies of
+    all logits, and reads them many times.
+
+    Args:
+        student: logits ``[..., V]``, with gradient.
+        teacher: logits of the same shape, without.
+        labels: ``[...]``; rows with -100 do not count.
+        share: in [0, 1].
+        piece: :func:`mix_rows` compiled. None runs it as it is, on few rows at a time.
+
+    Returns:
+        The mix, whose gradient has the student's dtype; and without gradient: cross entropy, KL.
+    """
+    logits = [one.reshape(-1, one.shape[-1]) for one in (student, teacher)]
+    return _SummedMix.apply(*logits, labels.reshape(-1, 1), share, piece)  # pyright: ignore
+
+
+def mix_rows(student_RV: Tensor, teacher_RV: Tensor, labels_R1: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Summed cross entropy, summed KL, and the gradient ``[R, V]`` of their mix by the student's logits."""
+    log_student, log_teacher = student_RV.float().log_softmax(-1), teacher_RV.float().log_softmax(-1)
+    target = log_teacher.exp()
+    counts_R1 = labels_R1 != IGNORED
+    picked_R1 = labels_R1.clamp_min(0)
+    kl_R1 = (target * (log_teacher - log_student)).sum(-1, keepdim=True)
+    label = torch.where(torch.arange(student_RV.shape[-1], device=student_RV.device) == picked_R1, 1 - share, 0.0)
+    gradient = log_student.exp() - share * target - label
+    # where, not a product: a row that does not count may hold infinities
+    return (
+        torch.where(counts_R1, -log_student.gather(-1, picked_R1), 0).sum(),
+        torch.where(counts_R1, kl_R1, 0).sum(),
+        torch.where(counts_R1, gradient, 0).to(student_RV.dtype),
+    )
+
+
+class DistilledLoss:
+    """Stands in for ``ForCausalLMLoss`` of transformers, mixed with KL to a teacher.
+
+    The model calls it in its forward pass, so that it sees the logits before mixed precision copies them to fp32.
+
+    Attributes:
+        parts: cross entropy and KL of the last call, each divided as the loss is; None before it.
+    """
+
+    def __init__(self, teacher: Tensor, share: float, piece: Piece | None):
+        self.teacher, self.share, self.piece = teacher, share, piece
+        self.parts: tuple[Tensor, Tensor] | None = None
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = IGNORED,
+        shift_labels: Tensor | None = None,
+        **_kwargs: Any,
+    ) -> Tensor:
+        if shift_labels is None:
+            shift_labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
+        shift_labels = shift_labels.to(logits.device).masked_fill(shift_labels == ignore_index, IGNORED)
+        loss, *parts = summed_mix(logits, self.teacher, shift_labels, self.share, self.piece)
+        items = (shift_labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        self.parts = parts[0] / items, parts[1] / items
+        return loss / items
+
+
+@contextmanager
+def causal_loss(model: nn.Module, loss: Callable[..., Tensor] | None) -> Iterator[None]:
+    """Within it a causal language model calls ``loss`` where transformers has ``ForCausalLMLoss``; no other model does.
+
+    Args:
+        model: or a wrapper around it.
+        loss: None changes nothing.
+    """
+    inner = next((one for one in model.modules() if isinstance(one, PreTrainedModel)), None)
+    if loss is None or inner is None or inner.loss_function is not ForCausalLMLoss:
+        yield
+        return
+    inner.loss_function = loss
+    try:
+        yield
+    finally:
+        del inner._loss_function
 
 
 def hidden_state_error(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
@@ -66,22 +160,26 @@ def show_hidden_states_(model: nn.Module) -> None:
         model(**{name: value.to(device) for name, value in inputs.items()}, output_hidden_states=True)
 
 
-class _SummedKL(torch.autograd.Function):
+class _SummedMix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student_RV: Tensor, teacher_RV: Tensor, counts_R1: Tensor) -> Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=student_RV.device)
-        gradient_RV = torch.empty_like(student_RV)
-        pieces = zip(*(one.split(_ROWS) for one in (student_RV, teacher_RV, counts_R1, gradient_RV)), strict=True)
-        for student, teacher, counts, gradient in pieces:
-            log_student, log_teacher = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
-            target = log_teacher.exp()
-            # where, not a product: a row that does not count may hold infinities
-            total += torch.where(counts, target * (log_teacher - log_student), 0).sum()
-            gradient.copy_(torch.where(counts, log_student.exp() - target, 0))
+    def forward(
+        ctx: Any, student_RV: Tensor, teacher_RV: Tensor, labels_R1: Tensor, share: float, piece: Piece | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if piece is not None:
+            cross_entropy, kl, gradient_RV = piece(student_RV, teacher_RV, labels_R1, share)
+        else:
+            cross_entropy = kl = torch.zeros((), device=student_RV.device)
+            gradient_RV = torch.empty_like(student_RV)
+            rows = zip(*(one.split(_ROWS) for one in (student_RV, teacher_RV, labels_R1, gradient_RV)), strict=True)
+            for student, teacher, labels, gradient in rows:
+                more_cross_entropy, more_kl, found = mix_rows(student, teacher, labels, share)
+                cross_entropy, kl = cross_entropy + more_cross_entropy, kl + more_kl
+                gradient.copy_(found)
         ctx.save_for_backward(gradient_RV)
-        return total
+        ctx.mark_non_differentiable(cross_entropy, kl)
+        return (1 - share) * cross_entropy + share * kl, cross_entropy, kl
 
     @staticmethod
     def backward(ctx: Any, *outputs: Any) -> Any:
         (gradient_RV,) = ctx.saved_tensors
-        return gradient_RV * outputs[0].to(gradient_RV.dtype), None, None
+        return gradient_RV * outputs[0].to(gradient_RV.dtype), None, None, None, None

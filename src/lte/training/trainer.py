@@ -3,20 +3,24 @@
 import copy
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import MethodType
 from typing import Any, cast
 
 import torch
 from accelerate.utils import compile_regions
+from accelerate.utils.operations import ConvertOutputsToFp32
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_callback import ExportableState
 
 from lte.core.accounting import count_active
 from lte.core.losses import efficiency_loss, separability_loss
+from lte.core.selection import threshold
 from lte.modules.recording import Recording, SparsityMeter, record_scores, sparse_layers, track_sparsity
 from lte.surgery.convert import group, set_mode_
 from lte.surgery.method import Method
@@ -26,7 +30,14 @@ from lte.training.batches import PackedBlocks, PaddedRows, split_held_out
 from lte.training.calibration import calibrate_
 from lte.training.checkpoints import last_complete_checkpoint
 from lte.training.controller import SparsityController
-from lte.training.distillation import hidden_state_error, show_hidden_states_, summed_kl
+from lte.training.distillation import (
+    DistilledLoss,
+    causal_loss,
+    hidden_state_error,
+    mix_rows,
+    show_hidden_states_,
+    summed_kl,
+)
 from lte.training.stages import Stage, StagePlan
 
 logger = logging.getLogger(__name__)
@@ -85,10 +96,15 @@ class LTETrainer(Trainer):
         self.stage: Stage | None = None
         self.progress = 0.0
         self.teacher: nn.Module | None = None
-        self.eta = args.eta or 0.0
+        self.eta: float | Tensor = args.eta or 0.0
         self.controller = SparsityController(args.target_sparsity or 0.0)
         self._step_meter = SparsityMeter()
         self._logged: dict[str, list[Tensor]] = {}
+        self._found: tuple[Any, dict[str, Any]] = (None, {})
+        self._flops_per_token: int | None = None
+        self._measure_scores = self._compiled(_measure_scores)
+        self._mix_rows = self._compiled(mix_rows) if args.torch_compile else None
+        self._causal_loss = self._compiled(ForCausalLMLoss) if args.torch_compile else None
         self.add_callback(_Stages(self))
 
     # ---- the stages
@@ -96,6 +112,7 @@ class LTETrainer(Trainer):
     def begin(self, resumed: dict[str, Any] | None) -> None:
         """Called when training begins, with what a checkpoint remembers of the run, or None."""
         self.stage = None
+        _keep_dtypes(cast(nn.Module, self.model_wrapped))
         if resumed:
             self.eta = resumed["eta"]
             self.controller.integral = resumed["integral"]
@@ -110,18 +127,21 @@ class LTETrainer(Trainer):
             self._enter(stage)
         if stage == "soft":
             ramped = min(1.0, self.progress / cast(float, self.args.ramp))
+            temperatures = [layer.router.temperature for layer in self._layers.values()]
+            torch._foreach_zero_(temperatures)  # pyright: ignore  # one launch, not one a layer
+            torch._foreach_add_(temperatures, cast(float, self.args.temperature) ** ramped)  # pyright: ignore
             for layer in self._layers.values():
-                layer.router.temperature.fill_(cast(float, self.args.temperature) ** ramped)
                 layer.hardness = cast(float, self.args.hardness) * ramped
 
     def end_step(self) -> None:
         """Called after each optimizer step: move eta toward the target (soft), now and then the thresholds (hard)."""
         if self.stage == "dense":
             return
-        sparsity = self._mean_over_ranks(self._step_meter.overall)
-        self._note("sparsity", torch.tensor(sparsity))
-        for index, share in enumerate(self._step_meter.by_layer):
-            self._note(f"sparsity/layer_{index:02d}", torch.tensor(share))
+        sparsity, by_layer = self._step_meter.measured()
+        sparsity = self._mean_over_ranks(sparsity)
+        self._note("sparsity", sparsity)
+        for index, share in enumerate(by_layer.unbind()):
+            self._note(f"sparsity/layer_{index:02d}", share)
         if self.args.target_sparsity is not None and self.stage == "soft":
             self.eta = self.controller.step(sparsity, self.progress)
         self._step_meter = SparsityMeter()
@@ -133,7 +153,7 @@ class LTETrainer(Trainer):
 
     def memory(self) -> dict[str, Any]:
         """What a checkpoint has to remember to go on."""
-        return {"stage": self.stage, "eta": self.eta, "integral": self.controller.integral}
+        return {"stage": self.stage, "eta": float(self.eta), "integral": float(self.controller.integral)}
 
     @torch.no_grad()
     def _enter(self, stage: Stage) -> None:
@@ -178,7 +198,7 @@ class LTETrainer(Trainer):
         before = [layer.router.bias.clone() for layer in self._layers.values()]
         with self.accelerator.autocast():
             shift = calibrate_(model, list(self._batches(self.calibration_dataset)), self.args.target_sparsity)
-        mean = self._mean_over_ranks(shift)
+        mean = self._mean_over_ranks(torch.tensor(shift, device=self.args.device))
         for layer, bias in zip(self._layers.values(), before, strict=True):
             layer.router.bias.data.copy_(bias - mean / layer.router.temperature)
 
@@ -205,7 +225,7 @@ class LTETrainer(Trainer):
         """Rows outside of the training loop, in an order of ``seed`` if it is given. Leaves the random state alone."""
         loader = DataLoader(
             dataset,
-            batch_size=self.args.per_device_eval_batch_size,
+            batch_size=self.args.per_device_train_batch_size,  # of the shape that blocks are compiled for already
             shuffle=seed is not None,
             generator=torch.Generator().manual_seed(seed or 0),
             collate_fn=self.data_collator,
@@ -224,7 +244,7 @@ class LTETrainer(Trainer):
             self._unwrapped.save_pretrained(partial)
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
-        return self._frozen(copy.deepcopy(self._unwrapped))
+        return self._frozen(copy.deepcopy(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)))
 
     def _load_teacher(self) -> nn.Module:
         folder = self._folder / _TEACHER
@@ -237,8 +257,8 @@ class LTETrainer(Trainer):
     def _frozen(self, teacher: nn.Module) -> nn.Module:
         """For inference, and compiled where the student is."""
         teacher = teacher.eval().requires_grad_(False)
-        plugin = self.accelerator.state.dynamo_plugin
-        return compile_regions(teacher, **plugin.to_kwargs()) if self.args.torch_compile and plugin else teacher
+        _keep_dtypes(teacher)
+        return compile_regions(teacher, **self._compilation) if self.args.torch_compile else teacher
 
     # ---- what Trainer asks for
 
@@ -299,67 +319,85 @@ class LTETrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         if not model.training or self.stage not in ("soft", "hard"):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            with causal_loss(model, self._causal_loss if model.training else None):
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        with record_scores(self._unwrapped) as recording:
+        teacher = self._teach(inputs)
+        distilled = None
+        if teacher is not None and self.args.distillation_weight:
+            distilled = DistilledLoss(teacher["logits"], self.args.distillation_weight, self._mix_rows)
+        with record_scores(self._unwrapped) as recording, causal_loss(model, distilled or self._causal_loss):
             task, outputs = super().compute_loss(model, {**inputs, **self._wanted}, True, num_items_in_batch)
-        loss, features = self._distil(task, outputs, inputs, num_items_in_batch if scaled else None, recording)
-        extra = self._extra_losses(recording) + features
+        if distilled is not None:
+            loss, task, kl = self._distil(task, distilled, outputs, inputs, num_items_in_batch if scaled else None)
+            self._note("distillation_loss", kl * (self.current_gradient_accumulation_steps if scaled else 1))
+        else:
+            loss = task
+        self._note("task_loss", task * (self.current_gradient_accumulation_steps if scaled else 1))
+        extra = self._extra_losses(recording)
+        if teacher is not None and self._wanted:
+            extra = extra + self._feature_loss(outputs, teacher, recording)
         if scaled:  # a mean over this micro-batch, while the task loss is already a share of the whole batch
             extra = extra / self.current_gradient_accumulation_steps
-        self._note("task_loss", task * (self.current_gradient_accumulation_steps if scaled else 1))
         loss = loss + extra
         return (loss, outputs) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As ``Trainer``'s, but parameters are counted once: it takes a millisecond or more of every step."""
+        tokens = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
+        if tokens is None:
+            return super().floating_point_ops(inputs)
+        if self._flops_per_token is None:
+            self._flops_per_token = super().floating_point_ops(inputs) // tokens.numel()
+        return self._flops_per_token * tokens.numel()
 
     def _extra_losses(self, recording: Recording) -> Tensor:
         """The weighted efficiency and separability losses; also notes what is logged of the scores."""
         layers = self._layers
         tau = next(iter(layers.values())).tau
-        floor = self.args.separability_floor
-        efficiency = separability = near = torch.zeros((), device=self.args.device)
         stacked = recording.stacked()
-        for names, scores, mask in stacked:
-            share = len(names) / len(layers)
-            efficiency = efficiency + share * efficiency_loss(scores, mask)
-            separability = separability + share * separability_loss(scores, tau, floor, mask)
-            close_L, total = count_active(scores.detach().sub(tau).abs() <= _NEAR_TAU, mask)
-            near = near + share * (close_L / total).mean()
-        with torch.no_grad():
-            self._step_meter.add(layers, stacked)
+        groups = [(len(names) / len(layers), scores, mask) for names, scores, mask in stacked]
+        efficiency, separability, near, counts = self._measure_scores(groups, tau, self.args.separability_floor)
+        for (names, _, _), count in zip(stacked, counts, strict=True):
+            self._step_meter.add_counts(names, *count)
         self._note("efficiency_loss", efficiency)
         self._note("separability_loss", separability)
         self._note("near_tau", near)
         if self.stage == "hard":
             return efficiency.new_zeros(())
-        return self.eta * efficiency + cast(float, self.args.separability_weight) * separability
+        loss, weight = self.eta * efficiency, cast(float, self.args.separability_weight)
+        return loss + weight * separability if weight else loss
+
+    @torch.no_grad()
+    def _teach(self, inputs: dict[str, Any]) -> Any:
+        """What the teacher says of a batch; None where there is none."""
+        if self.teacher is None:
+            return None
+        # labels only where the decoder reads them: from them the teacher would compute a loss nobody wants
+        kept = {name: value for name, value in inputs.items() if name != "labels" or self._encoder_decoder}
+        with self.accelerator.autocast():
+            return self.teacher(**kept, **self._wanted)
 
     def _distil(
-        self, task: Tensor, outputs: Any, inputs: dict[str, Any], num_items: Tensor | int | None, recording: Recording
-    ) -> tuple[Tensor, Tensor]:
-        """The task loss mixed with KL to the teacher's outputs, and the weighted error of the hidden states."""
-        nothing = task.new_zeros(())
-        if self.teacher is None:
-            return task, nothing
-        encoder_decoder = getattr(self._unwrapped.config, "is_encoder_decoder", False)
-        with torch.no_grad(), self.accelerator.autocast():
-            # labels only where the decoder reads them: from them the teacher would compute a loss nobody wants
-            kept = {k: v for k, v in inputs.items() if k != "labels" or encoder_decoder}
-            teacher = self.teacher(**kept, **self._wanted)
-        features = self._feature_loss(outputs, teacher, recording) if self._wanted else nothing
-        share = cast(float, self.args.distillation_weight)
-        if not share:
-            return task, features
+        self,
+        loss: Tensor,
+        distilled: DistilledLoss,
+        outputs: Any,
+        inputs: dict[str, Any],
+        num_items: Tensor | int | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The task loss mixed with KL to the teacher's outputs; and the two of them."""
+        scale = 1 if num_items is None else self._ranks_scale
+        if distilled.parts is not None:  # the model has called it
+            task, kl = distilled.parts
+            return loss, task * scale, kl * scale
         student, labels = outputs["logits"], inputs.get("labels")
         mask = None
         if student.ndim == 3 and labels is not None:
-            mask = (labels if encoder_decoder else F.pad(labels[:, 1:], (0, 1), value=-100)).ne(-100)
-        total = summed_kl(student, teacher["logits"], mask)
-        if num_items is not None:
-            kl = total / num_items * self._ranks_scale
-        else:
-            kl = total / (mask.sum() if mask is not None else student[..., 0].numel())
-        self._note("distillation_loss", kl * (1 if num_items is None else self.current_gradient_accumulation_steps))
-        return (1 - share) * task + share * kl, features
+            mask = (labels if self._encoder_decoder else F.pad(labels[:, 1:], (0, 1), value=-100)).ne(-100)
+        items = student[..., 0].numel() if mask is None else mask.sum()
+        kl = summed_kl(student, distilled.teacher, mask) / (items if num_items is None else num_items) * scale
+        return (1 - distilled.share) * loss + distilled.share * kl, loss, kl
 
     def _feature_loss(self, student: Any, teacher: Any, recording: Recording) -> Tensor:
         """The weighted error of what every block put out, over the tokens that are real."""
@@ -377,7 +415,7 @@ class LTETrainer(Trainer):
         if self._logged and "loss" in logs:
             means = [torch.stack(values).mean().to(self.args.device) for values in self._logged.values()]
             reduced = cast(Tensor, self.accelerator.reduce(torch.stack(means), reduction="mean"))
-            logs = {**logs, "eta": self.eta, **dict(zip(self._logged, reduced.tolist(), strict=True))}
+            logs = {**logs, "eta": float(self.eta), **dict(zip(self._logged, reduced.tolist(), strict=True))}
             self._logged = {}
         super().log(logs, *args, **kwargs)
 
@@ -401,11 +439,17 @@ class LTETrainer(Trainer):
 
     @property
     def _layers(self) -> dict[str, Any]:
-        return sparse_layers(self._unwrapped)
+        if self._found[0] is not self.model:  # kept: looking through all modules takes a while, at every step
+            self._found = self.model, sparse_layers(self._unwrapped)
+        return self._found[1]
 
     @property
     def _distils(self) -> bool:
         return bool(self.args.distillation_weight or self.args.feature_distillation_weight)
+
+    @property
+    def _encoder_decoder(self) -> bool:
+        return getattr(self._unwrapped.config, "is_encoder_decoder", False)
 
     @property
     def _wanted(self) -> dict[str, bool]:
@@ -417,14 +461,47 @@ class LTETrainer(Trainer):
         """``num_items_in_batch`` counts all ranks, gradients are averaged over them."""
         return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
 
+    @property
+    def _compilation(self) -> dict[str, Any]:
+        return self.accelerator.state.dynamo_plugin.to_kwargs()  # pyright: ignore
+
+    def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Where blocks are compiled, so is what lies between them."""
+        return torch.compile(function, **self._compilation) if self.args.torch_compile else function
+
     def _note(self, name: str, value: Tensor) -> None:
         self._logged.setdefault(name, []).append(value.detach().float())
 
-    def _mean_over_ranks(self, value: float) -> float:
-        if self.args.world_size == 1:
-            return value
-        reduced = self.accelerator.reduce(torch.tensor(value, device=self.args.device), reduction="mean")
-        return cast(Tensor, reduced).item()
+    def _mean_over_ranks(self, value: Tensor) -> Tensor:
+        return value if self.args.world_size == 1 else cast(Tensor, self.accelerator.reduce(value, reduction="mean"))
+
+
+def _keep_dtypes(model: nn.Module) -> None:
+    """Undo what accelerate adds to mixed precision, a copy in fp32 of all outputs: logits are large."""
+    for module in model.modules():
+        convert = getattr(vars(module).get("forward"), "__wrapped__", None)
+        if isinstance(convert, ConvertOutputsToFp32):
+            module.forward = MethodType(convert.model_forward, module)
+
+
+def _measure_scores(
+    groups: list[tuple[float, Tensor, Tensor | None]], tau: float, floor: float
+) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+    """Efficiency loss, separability loss and the share of scores near tau; and active experts, counted by layer.
+
+    Args:
+        groups: of layers that are alike: their share of all layers, scores ``[L, ..., E]``, mask.
+    """
+    efficiency = separability = near = torch.zeros((), device=groups[0][1].device)
+    counts = []
+    for share, scores, mask in groups:
+        efficiency = efficiency + share * efficiency_loss(scores, mask)
+        separability = separability + share * separability_loss(scores, tau, floor, mask)
+        scores = scores.detach()
+        close_L, total = count_active(scores.sub(tau).abs() <= _NEAR_TAU, mask)
+        near = near + share * (close_L / total).mean()
+        counts.append(count_active(threshold(scores, tau), mask))
+    return efficiency, separability, near, counts
 
 
 def _split_calibration(dataset: Any, rows: int, seed: int) -> tuple[Any, Any]:
