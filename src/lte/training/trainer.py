@@ -2,15 +2,12 @@
 
 import copy
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import MethodType
 from typing import Any, cast
 
 import torch
 from accelerate.utils import compile_regions
-from accelerate.utils.operations import ConvertOutputsToFp32
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
@@ -18,9 +15,6 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_callback import ExportableState
 
-from lte.core.accounting import count_active
-from lte.core.losses import efficiency_loss, separability_loss
-from lte.core.selection import threshold
 from lte.modules.recording import Recording, SparsityMeter, record_scores, sparse_layers, track_sparsity
 from lte.surgery.convert import group, set_mode_
 from lte.surgery.method import Method
@@ -38,11 +32,12 @@ from lte.training.distillation import (
     show_hidden_states_,
     summed_kl,
 )
+from lte.training.scores import measure_scores
 from lte.training.stages import Stage, StagePlan
+from lte.training.teacher import keep_dtypes, load_teacher, save_teacher
 
 logger = logging.getLogger(__name__)
 
-_NEAR_TAU = 0.1
 _CALIBRATIONS = 4  # in the hard stage, evenly spaced; frozen routers' inputs move while the rest trains
 _TEACHER = "dense"
 _PROGRAMS = 32  # of a block under torch.compile: stages, hardness, teacher, evaluation; torch's own limit is 8
@@ -102,7 +97,7 @@ class LTETrainer(Trainer):
         self._logged: dict[str, list[Tensor]] = {}
         self._found: tuple[Any, dict[str, Any]] = (None, {})
         self._flops_per_token: int | None = None
-        self._measure_scores = self._compiled(_measure_scores)
+        self._measure_scores = self._compiled(measure_scores)
         self._mix_rows = self._compiled(mix_rows) if args.torch_compile else None
         self._causal_loss = self._compiled(ForCausalLMLoss) if args.torch_compile else None
         self.add_callback(_Stages(self))
@@ -112,13 +107,13 @@ class LTETrainer(Trainer):
     def begin(self, resumed: dict[str, Any] | None) -> None:
         """Called when training begins, with what a checkpoint remembers of the run, or None."""
         self.stage = None
-        _keep_dtypes(cast(nn.Module, self.model_wrapped))
+        keep_dtypes(cast(nn.Module, self.model_wrapped))
         if resumed:
             self.eta = resumed["eta"]
             self.controller.integral = resumed["integral"]
             self._switch(resumed["stage"])
             if self.stage != "dense" and self._distils:
-                self.teacher = self._load_teacher()
+                self.teacher = self._frozen(load_teacher(self._folder / _TEACHER, self._unwrapped))
 
     def begin_step(self, step: int) -> None:
         """Called before each optimizer step: change the stage when it is time, sharpen the routers."""
@@ -237,27 +232,14 @@ class LTETrainer(Trainer):
     def _make_teacher(self) -> nn.Module:
         """A copy of the model as the dense stage left it, also kept on disk for resuming."""
         set_mode_(self._unwrapped, "dense")
-        folder = self._folder / _TEACHER
         if self.args.should_save:
-            partial = folder.with_name(f"{_TEACHER}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            self._unwrapped.save_pretrained(partial)
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
+            save_teacher(self._unwrapped, self._folder / _TEACHER)
         return self._frozen(copy.deepcopy(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)))
-
-    def _load_teacher(self) -> nn.Module:
-        folder = self._folder / _TEACHER
-        if not folder.is_dir():
-            raise ValueError(f"{folder} is missing: resuming needs the dense model that this run distils from")
-        teacher = type(self._unwrapped).from_pretrained(folder, dtype=self._unwrapped.dtype)
-        set_mode_(teacher, "dense")
-        return self._frozen(teacher.to(self.args.device))
 
     def _frozen(self, teacher: nn.Module) -> nn.Module:
         """For inference, and compiled where the student is."""
         teacher = teacher.eval().requires_grad_(False)
-        _keep_dtypes(teacher)
+        keep_dtypes(teacher)
         return compile_regions(teacher, **self._compilation) if self.args.torch_compile else teacher
 
     # ---- what Trainer asks for
@@ -474,34 +456,6 @@ class LTETrainer(Trainer):
 
     def _mean_over_ranks(self, value: Tensor) -> Tensor:
         return value if self.args.world_size == 1 else cast(Tensor, self.accelerator.reduce(value, reduction="mean"))
-
-
-def _keep_dtypes(model: nn.Module) -> None:
-    """Undo what accelerate adds to mixed precision, a copy in fp32 of all outputs: logits are large."""
-    for module in model.modules():
-        convert = getattr(vars(module).get("forward"), "__wrapped__", None)
-        if isinstance(convert, ConvertOutputsToFp32):
-            module.forward = MethodType(convert.model_forward, module)
-
-
-def _measure_scores(
-    groups: list[tuple[float, Tensor, Tensor | None]], tau: float, floor: float
-) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-    """Efficiency loss, separability loss and the share of scores near tau; and active experts, counted by layer.
-
-    Args:
-        groups: of layers that are alike: their share of all layers, scores ``[L, ..., E]``, mask.
-    """
-    efficiency = separability = near = torch.zeros((), device=groups[0][1].device)
-    counts = []
-    for share, scores, mask in groups:
-        efficiency = efficiency + share * efficiency_loss(scores, mask)
-        separability = separability + share * separability_loss(scores, tau, floor, mask)
-        scores = scores.detach()
-        close_L, total = count_active(scores.sub(tau).abs() <= _NEAR_TAU, mask)
-        near = near + share * (close_L / total).mean()
-        counts.append(count_active(threshold(scores, tau), mask))
-    return efficiency, separability, near, counts
 
 
 def _split_calibration(dataset: Any, rows: int, seed: int) -> tuple[Any, Any]:
