@@ -18,7 +18,7 @@ from lte.inference.optimize import optimize_
 from lte.inference.packed import PackedLayer
 from lte.inference.parity import parity
 from lte.inference.routing import adjust_, measure, random_routers_, route_, router_inputs
-from lte.inference.synthetic import layer_targets
+from lte.inference.synthetic import OPEN, layer_targets
 from lte.inference.timing import one_line
 from lte.modules.recording import sparse_layers
 from lte.ops.sparse_ffn import BackendName, choose
@@ -28,8 +28,6 @@ from lte.surgery.cost import model_shape
 _CLOSE = 0.01
 _FITS = 3
 _CHECKED = 8
-_DECIDED = 1e3
-"""A bias beyond any logit."""
 _SHORT = {torch.float32: 0.01, torch.bfloat16: 0.25, torch.float16: 0.25}
 """Standard deviations of the logits by which rounding may put a token below the best one."""
 
@@ -236,7 +234,7 @@ def _fixed_choice(model: PreTrainedModel, seed: int) -> Iterator[None]:
     try:
         for router in routers:
             open_E = torch.rand(router.num_experts, generator=generator) < 0.5
-            router.bias.copy_(torch.where(open_E, _DECIDED, -_DECIDED))
+            router.bias.copy_(torch.where(open_E, OPEN, -OPEN))
         yield
     finally:
         for router, bias in zip(routers, kept, strict=True):

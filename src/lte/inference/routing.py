@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lte.inference.packed import logit
 from lte.inference.parity import logits
-from lte.inference.synthetic import biases, layer_targets, random_router_, shift_to
+from lte.inference.synthetic import OPEN, biases, layer_targets, random_router_, shift_to
 from lte.modules.recording import record_scores, sparse_layers
 from lte.modules.sparse_ffn import Selecting
 
@@ -30,7 +30,7 @@ def route_(model: nn.Module, tokens_BS: Tensor, sparsity: float, seed: int = 0) 
     layers = list(sparse_layers(model).values())
     targets = layer_targets(len(layers), sparsity, seed)
     for layer in layers:
-        layer.router.bias.fill_(1e3)
+        layer.router.bias.fill_(OPEN)
     for layer, logits_BSE, target, index in _with_logits(model, tokens_BS, targets):
         layer.router.bias.copy_(biases(logits_BSE.flatten(0, -2), target, logit(layer.tau), seed + index))
     if sparsity not in (0, 1):

@@ -22,7 +22,8 @@ EXPERT_SPREAD = 1.0
 TOKEN_SPREAD = 0.05
 """Correlation of the logits of a layer's experts: some tokens want more of them all. Assumed."""
 
-_OPEN = 1e3  # a bias beyond any logit
+OPEN = 1e3
+"""A bias beyond any logit: all tokens want that expert, and with the other sign none does."""
 
 
 def layer_targets(layers: int, sparsity: float, seed: int = 0) -> list[float]:
@@ -68,7 +69,7 @@ def biases(logits_TE: Tensor, sparsity: float, threshold: float, seed: int = 0) 
     """Biases ``[E]`` at which these logits (without bias) have that sparsity, some experts wanted more than others."""
     num_tokens, num_experts = logits_TE.shape
     if sparsity in (0, 1):
-        return torch.full((num_experts,), _OPEN if sparsity == 0 else -_OPEN, device=logits_TE.device)
+        return torch.full((num_experts,), OPEN if sparsity == 0 else -OPEN, device=logits_TE.device)
     generator = torch.Generator().manual_seed(seed)
     share_E = _spread(EXPERT_SPREAD * torch.randn(num_experts, generator=generator), 1 - sparsity)
     idle_E = (num_tokens * (1 - share_E)).round().long().clamp(0, num_tokens).to(logits_TE.device)

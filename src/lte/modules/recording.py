@@ -90,7 +90,10 @@ class Recording:
         scores = self.scores
         for name, one in scores.items():
             alike.setdefault((self.masks.is_decoder(name), one.shape), []).append(name)
-        return [(names, torch.stack([scores[n] for n in names]), self.mask(names[0])) for names in alike.values()]
+        return [
+            (names, torch.stack([scores[n] for n in names]), self.masks.of(names[0], shape[:-1]))
+            for (_, shape), names in alike.items()
+        ]
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self._running is None:

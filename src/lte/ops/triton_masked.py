@@ -116,11 +116,9 @@ def masked_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tuni
 def _choose(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tuning: Tuning) -> Choice:
     if active_TE is not None:
         return triton_router.given(active_TE)
-    T, D = x_TD.shape
-    if tuning.router_tokens < T:
+    if tuning.router_tokens < len(x_TD):
         return triton_router.at_once(x_TD, weights)
-    cut = tuning.router or triton_router.Tuning.of(x_TD.device, T, D, weights.router.dtype.itemsize)
-    return triton_router.in_parts(x_TD, weights, cut, by_expert=False)
+    return triton_router.in_parts(x_TD, weights, tuning.router, by_expert=False)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -175,9 +175,10 @@ def given(active_TE: Tensor) -> Choice:
     return Choice(active_TE.view(torch.uint8)[None], None, 0.5)
 
 
-def in_parts(x_TD: Tensor, weights: FFNWeights, tuning: Tuning, by_expert: bool) -> Choice:
-    """By ``_logits``. ``by_expert``: an expert's logits lie side by side, and not a token's."""
+def in_parts(x_TD: Tensor, weights: FFNWeights, tuning: Tuning | None, by_expert: bool) -> Choice:
+    """By ``_logits``; without a tuning cut as fits. ``by_expert``: an expert's logits lie together, not a token's."""
     (T, D), E = x_TD.shape, weights.num_experts
+    tuning = tuning or Tuning.of(x_TD.device, T, D, max(x_TD.dtype.itemsize, weights.router.dtype.itemsize))
     shape = (tuning.splits, E, T) if by_expert else (tuning.splits, T, E)
     logits = torch.empty(shape, dtype=torch.float32, device=x_TD.device)
     logits_STE = logits.transpose(1, 2) if by_expert else logits

@@ -238,13 +238,12 @@ class Tuning:
 def union_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tuning: Tuning | None = None) -> Tensor:
     """``[T, D]`` -> ``[T, D]``, T up to :data:`MAX_TOKENS`."""
     (T, D), E, N = x_TD.shape, weights.num_experts, weights.expert_size
-    device, itemsize = x_TD.device, x_TD.dtype.itemsize
-    tuning = tuning or Tuning.of(device, T, D, N, itemsize)
+    device = x_TD.device
+    tuning = tuning or Tuning.of(device, T, D, N, x_TD.dtype.itemsize)
     overlap = device_info(device).overlap
     block_t = max(16, triton.next_power_of_2(T))
     if active_TE is None:
-        cut = tuning.router or triton_router.Tuning.of(device, T, D, itemsize)
-        choice = triton_router.in_parts(x_TD, weights, cut, by_expert=True)
+        choice = triton_router.in_parts(x_TD, weights, tuning.router, by_expert=True)
     else:
         choice = triton_router.given(active_TE)
     wanted = torch.empty(E, dtype=torch.int32, device=device)

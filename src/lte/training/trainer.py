@@ -20,7 +20,7 @@ from lte.surgery.convert import group, set_mode_
 from lte.surgery.method import Method
 from lte.surgery.sites import find_sites
 from lte.training.arguments import LTETrainingArguments
-from lte.training.batches import PackedBlocks, PaddedRows, split_held_out
+from lte.training.batches import IGNORED, PackedBlocks, PaddedRows, split_held_out
 from lte.training.calibration import calibrate_
 from lte.training.checkpoints import last_complete_checkpoint
 from lte.training.controller import SparsityController
@@ -376,7 +376,7 @@ class LTETrainer(Trainer):
         student, labels = outputs["logits"], inputs.get("labels")
         mask = None
         if student.ndim == 3 and labels is not None:
-            mask = (labels if self._encoder_decoder else F.pad(labels[:, 1:], (0, 1), value=-100)).ne(-100)
+            mask = (labels if self._encoder_decoder else F.pad(labels[:, 1:], (0, 1), value=IGNORED)).ne(IGNORED)
         items = student[..., 0].numel() if mask is None else mask.sum()
         kl = summed_kl(student, distilled.teacher, mask) / (items if num_items is None else num_items) * scale
         return (1 - distilled.share) * loss + distilled.share * kl, loss, kl
