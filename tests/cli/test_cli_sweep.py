@@ -73,6 +73,10 @@ def test_a_run_that_fails_is_a_row_and_is_tried_again(files, tmp_path, monkeypat
     assert "error: seed 1: no luck" in capsys.readouterr().err
     assert main(arguments) == 0
     assert tries == [{"seed": "1"}, {"seed": "2"}, {"seed": "1"}]
+    capsys.readouterr()
+    assert main(arguments) == 0  # what failed once and then went well has not failed
+    assert "no luck" not in capsys.readouterr().err
+    assert len(tries) == 3
 
 
 def test_the_error_of_a_run_is_what_it_said_last(files, tmp_path):

@@ -74,20 +74,18 @@ def main(argv: Sequence[str]) -> int:
     folder = Path(options.output)
     runs = plan(options.vary, base, folder, options.then)
     before = [json.loads(line) for line in _lines(folder / ROWS)]
-    done = {row["command"] for row in before if "error" not in row}
+    done = {row["command"]: row for row in before if "error" not in row}
     _check_same_options(runs, before, folder)
     todo = [run for run in runs if run.command not in done]
     err.print(f"{len(runs)} runs, {len(runs) - len(todo)} of them done already", markup=False)
-    rows = [row for row in before if row["command"] in done & {run.command for run in runs}]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ROWS).open("a") as file:
         for row in execute(todo, options.jobs, options.discard_models):
             file.write(json.dumps(row) + "\n")
             file.flush()
             err.print(_line(row), markup=False, soft_wrap=True)
-            rows.append(row)
-    order = [run.command for run in runs]
-    rows.sort(key=lambda row: order.index(row["command"]))
+            done[row["command"]] = row
+    rows = [done[run.command] for run in runs]
     show(rows)
     if options.json:
         print_json({"rows": rows})
