@@ -107,8 +107,8 @@ def test_resumed_with_gradient_accumulation_over_epochs(tmp_path):
 
 @pytest.mark.parametrize("step", [7, 11])
 def test_resumed_with_what_is_not_default(tmp_path, step):
-    """The teacher of hidden states alone, routers that train on, and a ramp that has ended."""
-    given = {"distillation_weight": 0.0, "feature_distillation_weight": 1.0, "train_routers_in_hard": True, "ramp": 0.5}
+    """The teacher of hidden states alone, and a ramp that has ended."""
+    given = {"distillation_weight": 0.0, "feature_distillation_weight": 1.0, "ramp": 0.5}
     trainer = trainer_for(tmp_path / "whole", **given)
     trainer.train()
     with pytest.raises(Stop):

@@ -97,19 +97,6 @@ def test_router_weights_are_frozen_in_the_hard_stage_only(run):
     assert watch.changed("hard", "router.bias")  # calibration
 
 
-def test_routers_may_train_in_the_hard_stage(tmp_path):
-    trainer, watch = watched(
-        tmp_path, max_steps=40, learning_rate=1e-2, train_routers_in_hard=True, train_dataset=markov_blocks(1500)
-    )
-    trainer.train()
-    assert watch.changed("hard", "router.weight")
-    layers = sparse_layers(trainer.model).values()
-    assert {(layer.mode, layer.straight_through) for layer in layers} == {("hard", False)}
-    assert trainer.evaluate(markov_blocks(100, seed=9))["eval_sparsity"] == pytest.approx(0.5, abs=0.04)
-    for entry in steps_logged(trainer)[-10:]:  # what a loss is, is as without
-        assert entry["loss"] == pytest.approx(0.1 * entry["task_loss"] + 0.9 * entry["distillation_loss"], rel=1e-3)
-
-
 def test_the_temperature_is_folded_away(run):
     trainer, _ = run
     assert all(layer.router.temperature == 1 for layer in sparse_layers(trainer.model).values())
@@ -404,9 +391,7 @@ def test_too_few_steps_are_refused_before_training(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own
-@pytest.mark.parametrize(
-    "given", [{}, {"ramp": 0.5, "feature_distillation_weight": 1.0, "train_routers_in_hard": True}], ids=str
-)
+@pytest.mark.parametrize("given", [{}, {"ramp": 0.5, "feature_distillation_weight": 1.0}], ids=str)
 def test_a_compiled_run_is_the_same_run(tmp_path, given):
     """Stages, hardness and recording of scores change under the compiled blocks; few programs must do for all."""
     logs = {}

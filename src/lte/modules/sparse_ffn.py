@@ -22,7 +22,6 @@ class Selecting(nn.Module):
         hardness: in mode soft, how far an expert's weight has moved from its score (0, the paper's) to the
             0 or 1 of hard selection (1, straight-through). The gradient is the score's throughout. Training
             raises it, so that the model meets hard selection before the hard stage does.
-        straight_through: in mode hard, whether the router has a gradient: the score's, as at hardness 1.
     """
 
     def __init__(self, router: Router, tau: float):
@@ -32,7 +31,6 @@ class Selecting(nn.Module):
         self.mode: Mode = "dense"
         self.hardness = 0.0
         self.kept_in: list[list[Tensor]] = []
-        self.straight_through = False
 
     def set_mode(self, mode: Mode) -> None:
         """Switch the mode.
@@ -58,10 +56,7 @@ class Selecting(nn.Module):
         scores_TE = self.router(x_TD)
         self.keep(scores_TE)
         if self.mode == "hard":
-            kept_TE = threshold(scores_TE, self.tau)
-            if self.straight_through:  # adds 0, with a gradient
-                kept_TE = kept_TE + (scores_TE - scores_TE.detach())
-            return scale_experts(hidden_TF, kept_TE)
+            return scale_experts(hidden_TF, threshold(scores_TE, self.tau))
         if self.hardness:
             kept_TE = threshold(scores_TE, self.tau).to(scores_TE.dtype)
             scores_TE = scores_TE + self.hardness * (kept_TE - scores_TE).detach()

@@ -1,7 +1,6 @@
 """Converting a model in place: group its neurons, make experts contiguous, put in routers, switch modes."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -9,11 +8,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lte.core.grouping import grouping_permutation
-from lte.modules.recording import TokenMasks, sparse_layers
+from lte.modules.recording import sparse_layers
 from lte.modules.sparse_ffn import Mode, Roles, Selecting, SparseActivation, SparseFFN
 from lte.surgery.architectures import become_lte_, lte_model_class
 from lte.surgery.method import Method
 from lte.surgery.sites import Site, find_sites
+from lte.surgery.watching import watch_ffns
 
 _MAX_RECORDED_TOKENS = 4096
 
@@ -114,7 +114,6 @@ def set_mode_(model: nn.Module, mode: Mode) -> None:
         config.lte["mode"] = mode
 
 
-@torch.no_grad()
 def _record_activations(
     model: PreTrainedModel, sites: list[Site], data: Iterable[dict[str, Tensor]] | None
 ) -> list[Tensor]:
@@ -122,25 +121,9 @@ def _record_activations(
     if data is None:
         raise ValueError("grouping by co-activation needs data: pass sparsify_(model, config, data=batches)")
     recorded: list[list[Tensor]] = [[] for _ in sites]
-    masks = TokenMasks(model)
-    was_training = model.training
-    model.eval()
-    with ExitStack() as hooks:
-        hooks.callback(model.train, was_training)
-        hooks.callback(model.register_forward_pre_hook(masks.see, with_kwargs=True).remove)
-        for site, parts in zip(sites, recorded, strict=True):
 
-            def keep(_module: nn.Module, args: tuple[Tensor, ...], site: Site = site, parts: list = parts) -> None:
-                hidden_TF = args[0]
-                mask = masks.of(site.name, hidden_TF.shape[:-1])
-                real_TF = hidden_TF.flatten(0, -2) if mask is None else hidden_TF[mask.to(hidden_TF.device).bool()]
-                parts.append(real_TF.bfloat16().cpu())  # half the memory, and the largest neurons do not overflow
+    def keep(index: int, _x_TD: Tensor, hidden_TF: Tensor) -> None:
+        recorded[index].append(hidden_TF.bfloat16().cpu())  # half the memory, and the largest neurons do not overflow
 
-            hooks.callback(site.down.register_forward_pre_hook(keep).remove)
-        for batch in data:
-            model(**{name: value.to(model.device) for name, value in batch.items()})
-            if sum(len(part) for part in recorded[0]) >= _MAX_RECORDED_TOKENS:
-                break
-    if not recorded[0]:
-        raise ValueError("grouping by co-activation got no batch: data is empty")
+    watch_ffns(model, sites, data, keep, _MAX_RECORDED_TOKENS)
     return [torch.cat(parts)[:_MAX_RECORDED_TOKENS] for parts in recorded]

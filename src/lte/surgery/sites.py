@@ -107,6 +107,12 @@ class Site:
         rows = weight.T if isinstance(linear, Conv1D) else weight
         return rows[: self.d_ff].detach()
 
+    def down_norms(self) -> Tensor:
+        """``[F]``, fp32: the length of what each neuron adds to the output when it is 1."""
+        weight = self.down.weight
+        assert isinstance(weight, Tensor)
+        return weight.detach().float().norm(dim=1 if isinstance(self.down, Conv1D) else 0)
+
     @torch.no_grad()
     def permute_neurons(self, order_F: Tensor) -> None:
         """Reorder the neurons in every projection. The FFN computes the same function."""

@@ -16,12 +16,12 @@ class Recipe:
     router_learning_rate: float
     router_weight_decay: float
     router_bias: float
+    router_start: str
     temperature: float
     hardness: float
     ramp: float
     distillation_weight: float
     feature_distillation_weight: float
-    train_routers_in_hard: bool
 
 
 RECIPES = {
@@ -31,12 +31,12 @@ RECIPES = {
         router_learning_rate=1e-2,
         router_weight_decay=0.1,
         router_bias=0.0,
+        router_start="random",
         temperature=1.0,
         hardness=0.0,
         ramp=1.0,
         distillation_weight=0.0,
         feature_distillation_weight=0.0,
-        train_routers_in_hard=False,
     ),
     # no routers at all: the baseline that a sparse model of the same budget is held against
     "dense": Recipe(
@@ -44,24 +44,24 @@ RECIPES = {
         router_learning_rate=0.0,
         router_weight_decay=0.0,
         router_bias=0.0,
+        router_start="random",
         temperature=1.0,
         hardness=0.0,
         ramp=1.0,
         distillation_weight=0.0,
         feature_distillation_weight=0.0,
-        train_routers_in_hard=False,
     ),
     "default": Recipe(
         separability_weight=0.0,
         router_learning_rate=5e-3,
         router_weight_decay=0.0,
         router_bias=1.0,
+        router_start="random",
         temperature=10.0,
         hardness=1.0,
         ramp=1.0,
         distillation_weight=0.9,
         feature_distillation_weight=0.0,
-        train_routers_in_hard=False,
     ),
 }
 
@@ -108,6 +108,10 @@ class LTETrainingArguments(TrainingArguments):
     router_bias: float | None = field(
         default=None, metadata={"help": "Bias of the routers at the start of the soft stage; 0 freezes it there."}
     )
+    router_start: str | None = field(
+        default=None,
+        metadata={"help": "random, or fitted: to what each expert contributes in the dense model, on training rows."},
+    )
     temperature: float | None = field(
         default=None, metadata={"help": "Sharpness of the sigmoid that the soft stage grows to; it starts at 1."}
     )
@@ -127,10 +131,6 @@ class LTETrainingArguments(TrainingArguments):
     feature_distillation_weight: float | None = field(
         default=None,
         metadata={"help": "Weight of the relative squared error of hidden states to the dense model's; 0 for none."},
-    )
-    train_routers_in_hard: bool | None = field(
-        default=None,
-        metadata={"help": "Train routers in the hard stage too, by straight-through gradients of its task loss."},
     )
 
     def __post_init__(self) -> None:
@@ -171,6 +171,8 @@ class LTETrainingArguments(TrainingArguments):
             raise ValueError(f"feature_distillation_weight is {self.feature_distillation_weight}, but it is at least 0")
         if not 0 <= self._get("hardness") <= 1:
             raise ValueError(f"hardness is {self.hardness}, but it is a share in [0, 1]")
+        if self.router_start not in ("random", "fitted"):
+            raise ValueError(f"router_start is {self.router_start!r}, but it is random or fitted")
         if not 0 < self._get("ramp") <= 1:
             raise ValueError(f"ramp is {self.ramp}, but it is a share of the soft stage, above 0 and at most 1")
         if self._get("temperature") < 1:

@@ -32,6 +32,7 @@ from lte.training.distillation import (
     show_hidden_states_,
     summed_kl,
 )
+from lte.training.router_start import fit_routers_
 from lte.training.scores import measure_scores
 from lte.training.stages import Stage, StagePlan
 from lte.training.teacher import keep_dtypes, load_teacher, save_teacher
@@ -160,9 +161,7 @@ class LTETrainer(Trainer):
                 self._regroup()
             if self._distils:
                 self.teacher = self._make_teacher()
-            generator = torch.Generator().manual_seed(self.args.seed)
-            for layer in self._layers.values():
-                layer.router.reset(cast(float, self.args.router_bias), generator)
+            self._start_routers()
         if stage == "hard":
             for layer in self._layers.values():
                 layer.router.fold_temperature()
@@ -177,11 +176,9 @@ class LTETrainer(Trainer):
         """The settings of a stage, without its once-only actions."""
         self.stage = stage
         set_mode_(self._unwrapped, stage)
-        in_hard = stage == "hard" and bool(self.args.train_routers_in_hard)
-        routers_train = stage == "soft" or in_hard
+        routers_train = stage == "soft"
         for layer in self._layers.values():
             layer.hardness = 0.0
-            layer.straight_through = in_hard
             layer.router.weight.requires_grad_(routers_train)
             layer.router.bias.requires_grad_(routers_train and self.args.router_bias != 0)
 
@@ -215,6 +212,22 @@ class LTETrainer(Trainer):
             if self.args.world_size > 1:
                 torch.distributed.broadcast(order := order.to(self.args.device), src=0)
             site.permute_neurons(order)
+
+    def _start_routers(self) -> None:
+        bias = cast(float, self.args.router_bias)
+        generator = torch.Generator().manual_seed(self.args.seed)
+        for layer in self._layers.values():
+            layer.router.reset(bias, generator)
+        if self.args.router_start == "random":
+            return
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("routers cannot be fitted when parameters are sharded: give router_start='random'")
+        set_mode_(self._unwrapped, "dense")
+        fit_routers_(self._unwrapped, self._batches(self.train_dataset, self.args.seed), bias)
+        if self.args.world_size > 1:
+            for layer in self._layers.values():
+                torch.distributed.broadcast(layer.router.weight, src=0)
+                torch.distributed.broadcast(layer.router.bias, src=0)
 
     def _batches(self, dataset: Any, seed: int | None = None) -> Iterator[dict[str, Any]]:
         """Rows outside of the training loop, in an order of ``seed`` if it is given. Leaves the random state alone."""
@@ -255,8 +268,6 @@ class LTETrainer(Trainer):
                 logger.warning("no whole checkpoint in %s: training starts from the beginning", self._folder)
             resume_from_checkpoint = str(found) if found else None
         result = super().train(resume_from_checkpoint, *args, **kwargs)
-        for layer in self._layers.values():
-            layer.straight_through = False
         # mixed precision wrapped forward in autocast; the trained model is to run as it is, and optimised at full speed
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         if self._use_cache is not None:  # Trainer turns the KV cache off; the trained model is to generate with it

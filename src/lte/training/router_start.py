@@ -1,0 +1,77 @@
+"""Where routers start: fitted to how much each expert does in the dense model."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lte.modules.sparse_ffn import SparseActivation, SparseFFN
+from lte.surgery.sites import Site, find_sites
+from lte.surgery.watching import watch_ffns
+
+TOKENS_PER_INPUT = 16  # seen for each of the D + 1 numbers that an expert's row has
+_RIDGE = 1e-3  # of the mean square of an input
+
+
+@torch.no_grad()
+def fit_routers_(model: Any, batches: Iterable[dict[str, Tensor]], bias: float) -> None:
+    """Set every router to the ridge regression of its experts' contributions on the FFN's input.
+
+    An expert contributes ``c_e(x) = sqrt(sum_n (h_n |down_n|)^2)`` over its neurons n, the norm of what it adds to the
+    output if its neurons pointed in independent directions. Regressed is the fourth root of c: it ranks experts as
+    well as the logarithm does, and takes zeros. Logits are then scaled, one scale a layer, to have mean ``bias`` and
+    standard deviation 1 over tokens and experts. MoEfication (Zhang et al., 2022) trains its routers for contributions,
+    too, as a step after which nothing is trained; here it is where training begins.
+
+    Args:
+        model: sparse, in mode dense, temperatures 1.
+        batches: of the model; 16 (D + 1) tokens are read.
+
+    Raises:
+        ValueError: no batch.
+    """
+    sites = find_sites(model, model.config.model_type)
+    moments = [_Moments(site) for site in sites]
+    tokens = TOKENS_PER_INPUT * (1 + max(site.d_model for site in sites))
+    watch_ffns(model, sites, batches, lambda index, *seen: moments[index].add(*seen), tokens)
+    for one in moments:
+        one.fit_(bias)
+
+
+class _Moments:
+    """Sums over tokens of products of an FFN's input (and a 1) with itself and with its experts' contributions."""
+
+    def __init__(self, site: Site) -> None:
+        self.router = site_sparse(site).router
+        self.down_F = site.down_norms()
+        device, inputs = self.down_F.device, site.d_model + 1
+        self.gram_II = torch.zeros(inputs, inputs, device=device)
+        self.cross_IE = torch.zeros(inputs, self.router.num_experts, device=device)
+
+    def add(self, x_TD: Tensor, hidden_TF: Tensor) -> None:
+        with torch.autocast(x_TD.device.type, enabled=False):
+            x_TI = torch.nn.functional.pad(x_TD.float(), (0, 1), value=1.0)
+            parts_TEN = (hidden_TF.float() * self.down_F).unflatten(-1, (self.router.num_experts, -1))
+            self.gram_II.addmm_(x_TI.T, x_TI)
+            self.cross_IE.addmm_(x_TI.T, parts_TEN.norm(dim=-1).pow(0.25))
+
+    def fit_(self, bias: float) -> None:
+        gram_II, cross_IE = self.gram_II.double(), self.cross_IE.double()
+        count = gram_II[-1, -1]
+        ridge_I = torch.full_like(gram_II[0], _RIDGE * float(gram_II.diagonal()[:-1].mean()))
+        ridge_I[-1] = 0  # the constant is free
+        weight_IE = torch.linalg.solve(gram_II + ridge_I.diag(), cross_IE)
+        mean_E = gram_II[-1] @ weight_IE / count
+        square_E = (weight_IE * (gram_II @ weight_IE)).sum(0) / count
+        mean = mean_E.mean()
+        spread = (square_E.mean() - mean.square()).clamp_min(1e-12).sqrt()
+        self.router.weight.copy_(weight_IE[:-1].T / spread)
+        self.router.bias.copy_((weight_IE[-1] - mean) / spread + bias)
+
+
+def site_sparse(site: Site) -> SparseFFN | SparseActivation:
+    """The sparse FFN that was installed at a site."""
+    module = site.module(site.family.site or site.family.act)
+    assert isinstance(module, SparseFFN | SparseActivation)
+    return module
