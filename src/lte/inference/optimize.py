@@ -12,7 +12,7 @@ from lte.inference.packed import (
     Projection,
     activation_name,
 )
-from lte.modules.recording import sparse_layers
+from lte.modules.recording import check_linear, sparse_layers
 from lte.modules.sparse_ffn import Selecting, SparseFFN
 from lte.ops.sparse_ffn import BACKENDS, BackendName
 from lte.surgery.sites import Site, find_sites
@@ -34,12 +34,13 @@ def optimize_(model: PreTrainedModel, backend: BackendName = "auto") -> PreTrain
         The same model.
 
     Raises:
-        ValueError: unknown backend, a dense model, one in mode dense or soft; quantised, adapted or mixed precision
+        ValueError: unknown backend, a dense model, one in mode dense or soft, one of another method; quantised, adapted or mixed precision
             projections, an activation that ``sparse_ffn`` does not know. The model is then as it was.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, but it is one of {', '.join(BACKENDS)}")
     layers = sparse_layers(model).values()
+    check_linear(layers, "its kernels cannot run it, use the model as it is, it computes the same")
     modes = sorted({layer.mode for layer in layers} - {"hard"})
     if modes:
         raise ValueError(
@@ -52,7 +53,7 @@ def optimize_(model: PreTrainedModel, backend: BackendName = "auto") -> PreTrain
         for projection in (packed.gate, packed.up, packed.down):
             if projection is not None:
                 projection.pack_()
-        layer.router.fold_temperature()
+        layer.linear_router.fold_temperature()
         _become_packed_(layer, packed)
     return model.eval()
 

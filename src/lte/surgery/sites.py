@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lte.modules.router import Reads
 from lte.surgery.families import Family, family_rows
 
 
@@ -47,6 +48,12 @@ class Site:
         """Weights of all its matrices, biases not counted."""
         sizes = (_sizes(linear) for linear in self.projections())
         return sum(d_in * d_out for d_in, d_out in sizes)
+
+    def weights_before(self, reads: Reads) -> int:
+        """Weights multiplied to compute, for all neurons, what a router reads."""
+        if reads == "input":
+            return 0
+        return self.d_model * self.d_ff * (2 if reads == "neurons" and self.gated else 1)
 
     def projections(self) -> list[nn.Module]:
         return [self.module(path) for path in self._projection_paths()]
@@ -106,6 +113,12 @@ class Site:
         assert isinstance(weight, Tensor)
         rows = weight.T if isinstance(linear, Conv1D) else weight
         return rows[: self.d_ff].detach()
+
+    def down_rows(self) -> Tensor:
+        """``[F, D]``: what each neuron adds to the output when it is 1."""
+        weight = self.down.weight
+        assert isinstance(weight, Tensor)
+        return (weight if isinstance(self.down, Conv1D) else weight.T).detach()
 
     @torch.no_grad()
     def permute_neurons(self, order_F: Tensor) -> None:

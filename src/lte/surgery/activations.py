@@ -1,0 +1,70 @@
+"""Recording what goes into modules on data, padding left out: what grouping and fitting look at."""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lte.modules.recording import TokenMasks
+
+Wanted = tuple[str, nn.Module, Callable[[Tensor], Tensor]]
+"""The layer a module belongs to, by name; the module; what to keep of its input ``[T, ...]``, one row or more."""
+
+
+@torch.no_grad()
+def record_inputs(
+    model: PreTrainedModel, wanted: Sequence[Wanted], batches: Iterable[dict[str, Tensor]], max_tokens: int
+) -> list[Tensor]:
+    """Run ``model`` in mode eval over ``batches`` until each module has seen ``max_tokens`` real tokens.
+
+    Returns:
+        For each of ``wanted`` what was kept, rows of all batches together, on the CPU.
+
+    Raises:
+        ValueError: no batch, or nothing but padding.
+    """
+    recorded: list[list[Tensor]] = [[] for _ in wanted]
+    seen = [0] * len(wanted)
+    masks = TokenMasks(model)
+    was_training = model.training
+    model.eval()
+    with ExitStack() as hooks:
+        hooks.callback(model.train, was_training)
+        hooks.callback(model.register_forward_pre_hook(masks.see, with_kwargs=True).remove)
+        for index, (name, module, keep) in enumerate(wanted):
+
+            def see(
+                _module: nn.Module,
+                args: tuple[Tensor, ...],
+                index: int = index,
+                name: str = name,
+                keep: Callable[[Tensor], Tensor] = keep,
+            ) -> None:
+                mask = masks.of(name, args[0].shape[:-1])
+                real = args[0].flatten(0, -2) if mask is None else args[0][mask.to(args[0].device).bool()]
+                real = real[: max_tokens - seen[index]]
+                seen[index] += len(real)
+                if len(real):
+                    recorded[index].append(keep(real).cpu())
+
+            hooks.callback(module.register_forward_pre_hook(see).remove)
+        for batch in batches:
+            model(**{name: value.to(model.device) for name, value in batch.items()})
+            if min(seen, default=0) >= max_tokens:
+                break
+    if not all(recorded):
+        raise ValueError("the data is empty: give at least one batch with a token that is not padding")
+    return [torch.cat(parts) for parts in recorded]
+
+
+def first_tokens(data: Iterable[dict[str, Tensor]], count: int) -> list[dict[str, Tensor]]:
+    """The first batches of ``data`` that hold ``count`` tokens, or all of them; padding does not count."""
+    batches: list[dict[str, Tensor]] = []
+    iterator = iter(data)
+    while count > 0 and (batch := next(iterator, None)) is not None:
+        batches.append(batch)
+        mask = batch.get("attention_mask")
+        count -= next(iter(batch.values())).shape[:2].numel() if mask is None else int(mask.sum())
+    return batches
