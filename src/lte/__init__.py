@@ -8,7 +8,11 @@ from lte.core.grouping import balanced_kmeans
 from lte.core.losses import efficiency_loss, separability_loss
 from lte.inference.generate import generate
 from lte.inference.optimize import optimize_
+from lte.methods.cats import CATSConfig
+from lte.methods.deja_vu import DejaVuConfig
 from lte.methods.lte import LTEConfig
+from lte.methods.moefication import MoEficationConfig
+from lte.methods.static_pruning import StaticPruningConfig
 from lte.modules.recording import record_scores, track_sparsity
 from lte.ops.sparse_ffn import sparse_ffn
 from lte.ops.weights import FFNWeights
@@ -24,13 +28,17 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CATSConfig",
     "Cost",
+    "DejaVuConfig",
     "FFNWeights",
     "Family",
     "LTEConfig",
     "LTETrainer",
     "LTETrainingArguments",
+    "MoEficationConfig",
     "Shape",
+    "StaticPruningConfig",
     "balanced_kmeans",
     "calibrate_",
     "cost_per_token",

@@ -33,7 +33,9 @@ def check_linear(layers: Iterable[Selecting], consequence: str) -> None:
     """
     other = next((layer.router for layer in layers if not layer.router.is_linear), None)
     if other is not None:
-        raise ValueError(f"this model's experts are chosen by a {type(other).__name__}, not LTE's router: {consequence}")
+        raise ValueError(
+            f"this model's experts are chosen by a {type(other).__name__}, not LTE's router: {consequence}"
+        )
 
 
 class TokenMasks:

@@ -6,7 +6,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-
 Reads = Literal["input", "activation", "neurons"]
 
 

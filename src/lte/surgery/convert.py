@@ -27,8 +27,10 @@ def sparsify_(
 ) -> PreTrainedModel:
     """Give every FFN of ``model`` experts and a router, in place.
 
-    With a method that is trained (LTE) the function stays the same (mode dense); one that needs no training sets its
-    routers on ``data`` and the model is sparse at once (mode hard). Neurons are reordered so that each expert is contiguous, routers are initialised from the
+    With a method that is trained (LTE) the function stays the same (mode dense). One that needs no training sets its
+    routers on ``data``, and the model is sparse at once (mode hard).
+
+    Neurons are reordered so that each expert is contiguous, routers are initialised from the
     method's seed, and the model's class becomes ``LTE...`` so that it saves under its own name.
     Parameter names stay as Hugging Face has them; only ``router.*`` is new.
 

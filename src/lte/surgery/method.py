@@ -89,8 +89,7 @@ class Method:
         unknown = values.keys() - set(cls.options())
         if unknown:
             raise ValueError(
-                f"unknown option {', '.join(sorted(unknown))} for method {name!r}: "
-                f"it has {', '.join(cls.options())}"
+                f"unknown option {', '.join(sorted(unknown))} for method {name!r}: it has {', '.join(cls.options())}"
             )
         try:
             return cls(**values)

@@ -56,7 +56,8 @@ class LTETrainer(Trainer):
             text like it: best a sample of what the model will see. None keeps some rows out of training for it.
 
     Raises:
-        ValueError: a dense model, one of another method than LTE, arguments of another class, or several GPUs in one process.
+        ValueError: a dense model, one of another method than LTE, arguments of another class, or several GPUs in one
+            process.
     """
 
     args: LTETrainingArguments
