@@ -177,7 +177,9 @@ def test_fixed_fields_are_no_options():
         lte.CATSConfig(expert_size=8)  # pyright: ignore
     saved = lte.CATSConfig(target_sparsity=0.7).to_dict()
     assert saved == {"method": "cats", "target_sparsity": 0.7, "tokens": 4096}
-    with pytest.raises(ValueError, match="unknown option expert_size for method 'cats': it has target_sparsity, tokens"):
+    with pytest.raises(
+        ValueError, match="unknown option expert_size for method 'cats': it has target_sparsity, tokens"
+    ):
         Method.from_dict({**saved, "expert_size": 8})
     assert list(lte.LTEConfig().to_dict()) == ["method", "expert_size", "tau", "seed", "grouping"]
 
