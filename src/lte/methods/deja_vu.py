@@ -33,7 +33,8 @@ class DejaVuConfig(PostHoc):
         rank: of the predictor, which costs ``rank * (D + E)`` weights; None is D / 8.
         selection: ``threshold`` (paper), one a layer, set on data; or ``top_k``, as many neurons for every token.
         grouping: with ``expert_size`` above 1, as LTE's.
-        epochs, learning_rate: of the predictors' training.
+        epochs: of the predictors' training.
+        learning_rate: of the same, at its start.
 
     Raises:
         ValueError: an option outside its range.

@@ -35,7 +35,8 @@ class MoEficationConfig(PostHoc):
             row of the first weight, without data (paper); ``oracle``, the experts whose neurons are longest: an upper
             bound, since all neurons are computed to know, and charged.
         grouping: ``kmeans`` on the rows of the first FFN weight (paper), ``coactivation`` from data, or ``random``.
-        epochs, learning_rate: of the training of ``mlp``.
+        epochs: of the training of ``mlp``.
+        learning_rate: of the same, at its start.
 
     Raises:
         ValueError: an option outside its range.

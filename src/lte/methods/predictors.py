@@ -45,7 +45,7 @@ def train_predictors_(
         tokens: how many tokens to train on.
         target_of: neurons ``[T, F]`` and the number of experts -> targets ``[T, E]``, booleans or not negative; the
             latter are divided by the layer's largest.
-        epochs, learning_rate: of Adam, 128 tokens a step, with a linear decay to 0.
+        epochs, learning_rate: of AdamW, 128 tokens a step, with a linear decay to 0.
         seed: of the order of tokens.
     """
     found = list(sites_and_layers(model))
