@@ -13,6 +13,7 @@ from lte.methods.deja_vu import DejaVuConfig
 from lte.methods.lte import LTEConfig
 from lte.methods.moefication import MoEficationConfig
 from lte.methods.static_pruning import StaticPruningConfig
+from lte.methods.weight_pruning import MagnitudeConfig, WandaConfig, prune_, weight_sparsity
 from lte.modules.recording import record_scores, track_sparsity
 from lte.ops.sparse_ffn import sparse_ffn
 from lte.ops.weights import FFNWeights
@@ -36,15 +37,18 @@ __all__ = [
     "LTEConfig",
     "LTETrainer",
     "LTETrainingArguments",
+    "MagnitudeConfig",
     "MoEficationConfig",
     "Shape",
     "StaticPruningConfig",
+    "WandaConfig",
     "balanced_kmeans",
     "calibrate_",
     "cost_per_token",
     "efficiency_loss",
     "generate",
     "optimize_",
+    "prune_",
     "record_scores",
     "register_family",
     "separability_loss",
@@ -52,6 +56,7 @@ __all__ = [
     "sparse_ffn",
     "sparsify_",
     "track_sparsity",
+    "weight_sparsity",
 ]
 
 _ON_DEMAND = {"LTETrainer": "lte.training.trainer", "LTETrainingArguments": "lte.training.arguments"}

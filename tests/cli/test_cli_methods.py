@@ -72,3 +72,21 @@ def test_commands_for_lte_refuse(files, tmp_path, capfd):
     refused(capfd, given, "convert the dense model again with another target_sparsity")
     given = ["train", "--model", tmp_path / "cats", *data, "--target-sparsity", "0.4", "-o", tmp_path / "out"]
     refused(capfd, [*given, "--max-steps", "2"], "fine-tune it with transformers.Trainer")
+
+
+@pytest.mark.parametrize("options", [["--pattern", "2:4"], ["--method", "magnitude", "--target-sparsity", "0.5"]])
+def test_prune(files, tmp_path, capsys, options):
+    data = ["--text", str(files / "text.txt"), "--sequence-length", "32", "--device", "cpu", "--json"]
+    assert main(["prune", "--model", str(files / "llama"), "-o", str(tmp_path), *options, *data]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["weight_sparsity"] == pytest.approx(0.5, abs=1e-3)
+    assert found["gflops_per_token_if_skipped"] == pytest.approx(found["gflops_per_token_dense"] / 2, rel=1e-2)
+    assert main(["eval", str(tmp_path), *data]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["sparsity"] == 0
+
+
+def test_prune_refused(files, tmp_path, capfd):
+    given = ["prune", "--model", files / "llama", "-o", tmp_path / "out"]
+    refused(capfd, given, "no data: give --text FILE")
+    refused(capfd, [*given, "--pattern", "2:4", "--target-sparsity", "0.6"], "make them one")
+    assert not (tmp_path / "out").exists()

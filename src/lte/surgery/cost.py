@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from lte.core.accounting import Cost, Shape, cost
 from lte.core.grouping import check_divisible
 from lte.modules.sparse_ffn import Selecting
-from lte.surgery.sites import find_sites
+from lte.surgery.sites import block_of, find_sites
 
 
 def model_shape(model: PreTrainedModel, expert_size: int = 32) -> Shape:
@@ -39,7 +39,7 @@ def model_shape(model: PreTrainedModel, expert_size: int = 32) -> Shape:
         router_weights = tuple(site.d_model * check_divisible(site.d_ff, expert_size) for site in sites)
         selection = (0,) * len(sites)
     ffn = {id(linear) for site in sites for linear in site.projections()}
-    blocks = {_block(site.name) for site in sites}
+    blocks = {block_of(site.name) for site in sites}
     head = model.get_output_embeddings()
     attention, head_weights, embedding = 0, 0, 0
     counted = set()  # a weight tied to another is there once; to the head, it is the head's
@@ -106,10 +106,3 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
         auto = AutoModelForSequenceClassification
     with torch.device("meta"):
         return auto.from_config(config)
-
-
-def _block(name: str) -> str:
-    """``model.layers.3`` of ``model.layers.3.mlp``: up to the first number."""
-    parts = name.split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
-    return ".".join(parts[: number + 1])

@@ -148,6 +148,27 @@ def find_sites(model: nn.Module, model_type: str) -> list[Site]:
     return sites
 
 
+def block_linears(model: nn.Module, model_type: str) -> dict[str, nn.Linear | Conv1D]:
+    """Every linear layer, by name, of the blocks that hold an FFN: attention and FFN; neither head nor embedding.
+
+    Raises:
+        ValueError: as :func:`find_sites`.
+    """
+    blocks = {block_of(site.name) for site in find_sites(model, model_type)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and any(name.startswith(f"{block}.") for block in blocks)
+    }
+
+
+def block_of(name: str) -> str:
+    """``model.layers.3`` of ``model.layers.3.mlp``: up to the first number."""
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+    return ".".join(parts[: number + 1])
+
+
 def _matching(model: nn.Module, rows: tuple[Family, ...]) -> Iterator[Site]:
     for name, module in model.named_modules():
         row = next((row for row in rows if row.fits(module)), None)
