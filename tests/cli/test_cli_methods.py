@@ -39,6 +39,16 @@ def test_sparsify_inspect_eval(files, tmp_path, capsys, name):
     assert found["gflops_per_token"] < found["gflops_per_token_dense"]
 
 
+def test_generate(files, tmp_path, capsys):
+    assert sparsified(files, tmp_path, "cats") == 0
+    capsys.readouterr()
+    given = ["generate", str(tmp_path), "--prompt", "1 and 2", "--max-new-tokens", "5", "--device", "cpu", "--json"]
+    assert main(given) == 0
+    printed = capsys.readouterr()
+    assert "ActivationRouter, not LTE's router: its kernels cannot run it" in printed.err
+    assert 0.2 < json.loads(printed.out.splitlines()[-1])["sparsity"] < 0.8
+
+
 def test_bert_by_labels(files, tmp_path, capsys):
     data = ["--text", str(files / "classes.jsonl"), "--task", "classification"]
     given = ["sparsify", "--model", str(files / "bert"), "--method", "cats", *data, "-o", str(tmp_path)]

@@ -46,8 +46,8 @@ class DejaVuConfig(PostHoc):
     rank: int | None = None
     selection: Selection = "threshold"
     grouping: Grouping = "kmeans"
-    epochs: int = 20
-    learning_rate: float = 1e-3
+    epochs: int = 10
+    learning_rate: float = 1e-2
 
     def __post_init__(self) -> None:
         super().__post_init__()
