@@ -15,6 +15,7 @@ def batch(rows, length, padded=0):
 def test_first_tokens_counts_what_is_not_padding():
     data = [batch(2, 5, padded=3), batch(2, 5), batch(2, 5)]  # 7, 10 and 10 tokens
     assert [len(first_tokens(data, count)) for count in (0, 1, 7, 8, 17, 18, 1000)] == [0, 1, 1, 2, 2, 3, 3]
+    assert first_tokens([batch(1, 4, padded=4)], 5) == []
     assert len(first_tokens([{"input_ids": torch.ones(2, 5)}] * 3, 11)) == 2
 
 

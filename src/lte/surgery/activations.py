@@ -60,11 +60,13 @@ def record_inputs(
 
 
 def first_tokens(data: Iterable[dict[str, Tensor]], count: int) -> list[dict[str, Tensor]]:
-    """The first batches of ``data`` that hold ``count`` tokens, or all of them; padding does not count."""
+    """The first batches of ``data`` that hold ``count`` tokens, or all of them; without those that are all padding."""
     batches: list[dict[str, Tensor]] = []
     iterator = iter(data)
     while count > 0 and (batch := next(iterator, None)) is not None:
-        batches.append(batch)
         mask = batch.get("attention_mask")
-        count -= next(iter(batch.values())).shape[:2].numel() if mask is None else int(mask.sum())
+        tokens = next(iter(batch.values())).shape[:2].numel() if mask is None else int(mask.sum())
+        if tokens > 0:
+            batches.append(batch)
+        count -= tokens
     return batches
