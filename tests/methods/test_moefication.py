@@ -6,7 +6,7 @@ from tiny_methods import agreement, batches, converted, logits, measured
 from tiny_models import relative_rms, tiny_model
 
 import lte
-from lte.methods.moefication import MLPRouter, OracleRouter, SimilarityRouter, _relative_norms
+from lte.methods.moefication import MLPRouter, OracleRouter, SimilarityRouter
 
 
 def test_oracle_takes_the_longest_experts():
@@ -31,11 +31,6 @@ def test_centres_are_mean_directions_of_the_gate_rows():
     rows_FD = mlp.gate_proj.weight / mlp.gate_proj.weight.norm(dim=1, keepdim=True)
     centre_D = rows_FD[16:24].mean(0)
     assert torch.allclose(mlp.router.weight[2], centre_D / centre_D.norm(), atol=1e-6)
-
-
-def test_targets_are_relative_to_the_tokens_longest_expert():
-    hidden_TF = torch.tensor([[3.0, -4.0, 0.0, 2.5], [0.0, 0.0, 0.0, 0.0]])
-    assert torch.allclose(_relative_norms(hidden_TF, 2), torch.tensor([[1.0, 0.5], [0.0, 0.0]]))
 
 
 def test_mlp_starts_as_similarity():

@@ -68,7 +68,7 @@ class MoEficationConfig(PostHoc):
         self.num_active(check_divisible(site.d_ff, self.expert_size))  # an error is due before the first change
         return group_neurons(site, self.grouping, self.expert_size, activations_TF, self.seed + layer_index)
 
-    def build_router(self, site: Site, device: torch.device) -> ChoosingRouter:
+    def build_router(self, site: Site, device: torch.device) -> "ChoosingRouter":
         num_experts = check_divisible(site.d_ff, self.expert_size)
         k = self.num_active(num_experts)
         if self.selection == "oracle":
@@ -85,14 +85,8 @@ class MoEficationConfig(PostHoc):
                     normalize(rows_FD.unflatten(0, (layer.router.num_experts, -1)).mean(1), dim=1)
                 )
         if self.selection == "mlp":
-            train_predictors_(model, batches, self.tokens, _relative_norms, self.epochs, self.learning_rate, self.seed)
+            train_predictors_(model, batches, self.tokens, expert_norms, self.epochs, self.learning_rate, self.seed)
         super().fit(model, batches)
-
-
-def _relative_norms(hidden_TF: Tensor, num_experts: int) -> Tensor:
-    """Length of each expert's neurons over the token's longest expert."""
-    norms_TE = expert_norms(hidden_TF, num_experts)
-    return norms_TE / norms_TE.amax(dim=-1, keepdim=True).clamp(min=1e-12)
 
 
 class OracleRouter(ChoosingRouter):

@@ -43,7 +43,8 @@ def train_predictors_(
     Args:
         model: with routers whose values are logits.
         tokens: how many tokens to train on.
-        target_of: neurons ``[T, F]`` and the number of experts -> targets ``[T, E]`` in [0, 1].
+        target_of: neurons ``[T, F]`` and the number of experts -> targets ``[T, E]``, booleans or not negative; the
+            latter are divided by the layer's largest.
         epochs, learning_rate: of AdamW, 128 tokens a step, with a linear decay to 0.
         seed: of the order of tokens.
     """
@@ -73,12 +74,13 @@ def _train_(
     dtype, device = parameters[0].dtype, parameters[0].device
     router.float()
     x_TD, target_TE = x_TD.to(device), target_TE.to(device)
+    scale = 1.0 if target_TE.dtype == torch.bool else 1 / target_TE.max().clamp(min=1e-12)
     optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.01)
     steps = epochs * -(-len(x_TD) // _BATCH)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     for _ in range(epochs):
         for rows in torch.randperm(len(x_TD), generator=generator).to(device).split(_BATCH):
-            loss = binary_cross_entropy_with_logits(router.values(x_TD[rows]), target_TE[rows].float())
+            loss = binary_cross_entropy_with_logits(router.values(x_TD[rows]), target_TE[rows].float() * scale)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
