@@ -8,7 +8,12 @@ from lte.core.grouping import balanced_kmeans
 from lte.core.losses import efficiency_loss, separability_loss
 from lte.inference.generate import generate
 from lte.inference.optimize import optimize_
+from lte.methods.cats import CATSConfig
+from lte.methods.deja_vu import DejaVuConfig
 from lte.methods.lte import LTEConfig
+from lte.methods.moefication import MoEficationConfig
+from lte.methods.static_pruning import StaticPruningConfig
+from lte.methods.weight_pruning import MagnitudeConfig, WandaConfig, prune_, weight_sparsity
 from lte.modules.recording import record_scores, track_sparsity
 from lte.ops.sparse_ffn import sparse_ffn
 from lte.ops.weights import FFNWeights
@@ -24,19 +29,26 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CATSConfig",
     "Cost",
+    "DejaVuConfig",
     "FFNWeights",
     "Family",
     "LTEConfig",
     "LTETrainer",
     "LTETrainingArguments",
+    "MagnitudeConfig",
+    "MoEficationConfig",
     "Shape",
+    "StaticPruningConfig",
+    "WandaConfig",
     "balanced_kmeans",
     "calibrate_",
     "cost_per_token",
     "efficiency_loss",
     "generate",
     "optimize_",
+    "prune_",
     "record_scores",
     "register_family",
     "separability_loss",
@@ -44,6 +56,7 @@ __all__ = [
     "sparse_ffn",
     "sparsify_",
     "track_sparsity",
+    "weight_sparsity",
 ]
 
 _ON_DEMAND = {"LTETrainer": "lte.training.trainer", "LTETrainingArguments": "lte.training.arguments"}

@@ -41,6 +41,13 @@ def test_a_sparsity_for_each_layer():
     assert cost(shape, (0.5, 0.25)).ffn_gflops == cost(shape, torch.tensor([0.5, 0.25])).ffn_gflops
 
 
+def test_what_a_choice_is_made_by_is_charged_in_full():
+    """As for CATS: of three matrices the first is multiplied for all neurons, two for the active ones."""
+    shape = Shape((3 * G,), (0,), 0, selection_weights=(G,))
+    assert [cost(shape, s).ffn_gflops for s in (0, 0.5, 1)] == [6, 4, 2]
+    assert cost(shape, 0.5).weight_bytes == 2 * 2 * G
+
+
 def test_head_and_embedding_are_apart():
     bigger = Shape(LLAMA_7B.ffn_weights, LLAMA_7B.router_weights, LLAMA_7B.attention_weights, 1, 10**9)
     assert cost(bigger).weight_bytes == cost(LLAMA_7B).weight_bytes

@@ -130,8 +130,8 @@ def test_coactivation_leaves_padding_out():
     batch["attention_mask"][1, 4:] = 0
     model = tiny_model("llama")
     sites = find_sites(model, "llama")
-    padded = convert._record_activations(model, sites, [batch])
-    apart = convert._record_activations(
+    padded = convert._record_neurons(model, sites, [batch])
+    apart = convert._record_neurons(
         model, sites, [{"input_ids": batch["input_ids"][:1]}, {"input_ids": batch["input_ids"][1:, :4]}]
     )
     assert [part.shape for part in padded] == [(9 + 4, 64)] * 2

@@ -6,7 +6,7 @@ from tiny_training import markov_blocks, sparse_llama, trainer_for
 from torch.nn.functional import silu
 
 from lte.modules.recording import sparse_layers
-from lte.training.router_start import fit_routers_
+from lte.training.router_start import TOKENS_PER_INPUT, fit_routers_
 
 
 def batches(rows: int = 400, size: int = 50):
@@ -53,7 +53,7 @@ def test_it_is_the_ridge_regression():
     hook = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1)))
     fit_routers_(model, data, bias=1.0)
     hook.remove()
-    x_TD = torch.cat(inputs)
+    x_TD = torch.cat(inputs)[: TOKENS_PER_INPUT * 33]
     x_TI = torch.cat([x_TD, torch.ones(len(x_TD), 1)], 1).double()
     should = x_TI @ torch.linalg.lstsq(x_TI, contributions(layer, x_TD).pow(0.25).double()).solution
     should = 1 + (should - should.mean()) / should.std()

@@ -12,6 +12,7 @@ from lte.cli.options import Model
 from lte.core.grouping import check_divisible
 from lte.surgery.cost import cost_per_token, meta_model
 from lte.surgery.loading import load_config
+from lte.surgery.method import Method
 from lte.surgery.sites import find_sites
 
 
@@ -32,7 +33,7 @@ def describe(name: str, expert_size: int, sparsities: Sequence[float]) -> dict[s
     model = meta_model(config)
     sites = find_sites(model, config.model_type)
     lte = getattr(config, "lte", None)
-    size = lte["expert_size"] if lte else expert_size
+    size = Method.from_dict(lte).expert_size if lte else expert_size
     ffns = [
         {
             "name": site.name,
@@ -41,7 +42,7 @@ def describe(name: str, expert_size: int, sparsities: Sequence[float]) -> dict[s
             "gated": site.gated,
             "experts": check_divisible(site.d_ff, size),
             "weights": site.num_weights,
-            "converts": site.family.site or site.family.act,
+            "converts": site.place,
         }
         for site in sites
     ]

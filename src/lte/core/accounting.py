@@ -23,6 +23,8 @@ class Shape:
         attention_weights: weights of all attention projections together.
         head_weights: weights of the LM or classification head.
         embedding_weights: weights of the embeddings, not counting a head tied to them.
+        selection_weights: of each layer's ``ffn_weights``, those multiplied for every neuron because a choice is made
+            by what they give; empty where none are.
     """
 
     ffn_weights: tuple[int, ...]
@@ -30,6 +32,7 @@ class Shape:
     attention_weights: int
     head_weights: int = 0
     embedding_weights: int = 0
+    selection_weights: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,8 @@ def cost(
         raise ValueError(f"sparsity is {sparsity}, but it is a fraction between 0 (dense) and 1")
     if router is None:
         router = any(s > 0 for s in by_layer)
-    ffn = sum(weights * (1 - s) for weights, s in zip(shape.ffn_weights, by_layer, strict=True))
+    always = shape.selection_weights or (0,) * layers
+    ffn = sum(a + (w - a) * (1 - s) for w, a, s in zip(shape.ffn_weights, always, by_layer, strict=True))
     routers = sum(shape.router_weights) if router else 0
     counted = ffn + shape.attention_weights + routers
     return Cost(

@@ -12,7 +12,7 @@ from lte.inference.packed import (
     Projection,
     activation_name,
 )
-from lte.modules.recording import sparse_layers
+from lte.modules.recording import check_linear, sparse_layers
 from lte.modules.sparse_ffn import Selecting, SparseFFN
 from lte.ops.sparse_ffn import BACKENDS, BackendName
 from lte.surgery.sites import Site, find_sites
@@ -34,12 +34,14 @@ def optimize_(model: PreTrainedModel, backend: BackendName = "auto") -> PreTrain
         The same model.
 
     Raises:
-        ValueError: unknown backend, a dense model, one in mode dense or soft; quantised, adapted or mixed precision
-            projections, an activation that ``sparse_ffn`` does not know. The model is then as it was.
+        ValueError: unknown backend, a dense model, one in mode dense or soft, one of another method than LTE;
+            quantised, adapted or mixed precision projections, an activation that ``sparse_ffn`` does not know. The
+            model is then as it was.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, but it is one of {', '.join(BACKENDS)}")
     layers = sparse_layers(model).values()
+    check_linear(layers, "its kernels cannot run it, use the model as it is, it computes the same")
     modes = sorted({layer.mode for layer in layers} - {"hard"})
     if modes:
         raise ValueError(
@@ -47,20 +49,14 @@ def optimize_(model: PreTrainedModel, backend: BackendName = "auto") -> PreTrain
             'or switch a trained one with lte.set_mode_(model, "hard")'
         )
     sites = find_sites(model, model.config.model_type)
-    found = [(_layer_at(site), _packed(site, backend)) for site in sites]  # all checked before the first change
+    found = [(site.installed, _packed(site, backend)) for site in sites]  # all checked before the first change
     for layer, packed in found:
         for projection in (packed.gate, packed.up, packed.down):
             if projection is not None:
                 projection.pack_()
-        layer.router.fold_temperature()
+        layer.linear_router.fold_temperature()
         _become_packed_(layer, packed)
     return model.eval()
-
-
-def _layer_at(site: Site) -> Selecting:
-    layer = site.module(site.family.site or site.family.act)
-    assert isinstance(layer, Selecting)
-    return layer
 
 
 def _packed(site: Site, backend: BackendName) -> Packed:
@@ -77,7 +73,7 @@ def _packed(site: Site, backend: BackendName) -> Packed:
         raise ValueError(
             f"{site.name} mixes precisions ({text}): make them one, e.g. model.to(torch.bfloat16) or model.float()"
         )
-    layer = _layer_at(site)
+    layer = site.installed
     module = getattr(layer, "act", None) if family.site is None else site.module(family.act)
     assert isinstance(module, nn.Module)
     act = activation_name(module)

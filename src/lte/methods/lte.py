@@ -1,22 +1,17 @@
 """LTE: experts by balanced k-means, a linear sigmoid router, a threshold (Zheng et al., NeurIPS 2024)."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lte.core.grouping import (
-    balanced_kmeans,
-    check_divisible,
-    coactivation_grouping,
-    random_grouping,
-)
+from lte.core.grouping import check_divisible
+from lte.methods.experts import Grouping, check_experts, group_neurons
 from lte.modules.router import Router
+from lte.surgery.convert import RECORDED_TOKENS
 from lte.surgery.method import Method
 from lte.surgery.sites import Site
-
-Grouping = Literal["kmeans", "coactivation", "random"]
 
 
 @dataclass(frozen=True)
@@ -38,26 +33,20 @@ class LTEConfig(Method):
     grouping: Grouping = "kmeans"
 
     def __post_init__(self) -> None:
-        if self.expert_size < 1:
-            raise ValueError(f"expert_size is {self.expert_size}, but an expert has at least 1 neuron (usual: 32)")
+        check_experts(self.expert_size, self.grouping)
         if not 0 < self.tau < 1:
             raise ValueError(f"tau is {self.tau}, but scores lie between 0 and 1, so tau does too (usual: 0.5)")
-        if self.grouping not in get_args(Grouping):
-            raise ValueError(f"grouping is {self.grouping!r}, but it is one of {', '.join(get_args(Grouping))}")
 
     @property
     def needs_activations(self) -> bool:
         return self.grouping == "coactivation"
 
+    @property
+    def data_tokens(self) -> int:
+        return RECORDED_TOKENS if self.needs_activations else 0
+
     def group(self, site: Site, activations_TF: Tensor | None, layer_index: int) -> Tensor:
-        num_experts = check_divisible(site.d_ff, self.expert_size)
-        seed = self.seed + layer_index
-        if self.grouping == "random":
-            return random_grouping(site.d_ff, num_experts, seed)
-        if self.grouping == "kmeans":
-            return balanced_kmeans(site.feature_rows(), num_experts, seed)
-        assert activations_TF is not None
-        return coactivation_grouping(activations_TF.to(site.feature_rows().device), num_experts, seed)
+        return group_neurons(site, self.grouping, self.expert_size, activations_TF, self.seed + layer_index)
 
     def build_router(self, site: Site, device: torch.device) -> Router:
         return Router(site.d_model, check_divisible(site.d_ff, self.expert_size), device)

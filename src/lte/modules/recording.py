@@ -25,6 +25,19 @@ def sparse_layers(model: nn.Module) -> dict[str, Selecting]:
     return found
 
 
+def check_linear(layers: Iterable[Selecting], consequence: str) -> None:
+    """Whether all routers are LTE's, one linear map and a sigmoid.
+
+    Raises:
+        ValueError: they are not; the message ends in ``consequence``.
+    """
+    other = next((layer.router for layer in layers if not layer.router.is_linear), None)
+    if other is not None:
+        raise ValueError(
+            f"this model's experts are chosen by a {type(other).__name__}, not LTE's router: {consequence}"
+        )
+
+
 class TokenMasks:
     """Which tokens of a forward pass are real: what the model was told by its masks and labels."""
 

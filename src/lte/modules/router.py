@@ -1,12 +1,48 @@
-"""The router: one linear map and a sigmoid, from an FFN's input to a score for every expert."""
+"""Routers: a score for every expert. LTE's is one linear map and a sigmoid, on an FFN's input."""
 
 import math
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+Reads = Literal["input", "activation", "neurons"]
 
-class Router(nn.Module):
+
+class BaseRouter(nn.Module):
+    """What every router is to a sparse FFN: scores ``[..., E]`` in [0, 1], booleans where it only chooses.
+
+    Attributes:
+        reads: what it is given: the FFN's ``input`` ``[..., D]``; its ``activation`` ``[..., F]``, the gate's in a
+            gated FFN; or the ``neurons`` ``[..., F]``, as the down projection takes them. What it reads is computed
+            for all neurons, and charged so.
+        is_linear: whether it is LTE's :class:`Router`, which training, calibration and kernels are made for.
+    """
+
+    reads: ClassVar[Reads] = "input"
+    is_linear: ClassVar[bool] = False
+
+    def __init__(self, num_experts: int):
+        super().__init__()
+        self.num_experts = num_experts
+
+    @property
+    def num_weights(self) -> int:
+        """What a token costs it: the weights of its matrices."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.ndim == 2)
+
+    def reset(self, bias: float = 0.0, generator: torch.Generator | None = None) -> None:
+        """Initialise it, before it is trained or fitted, or weights are loaded. ``bias``: where it has one."""
+
+
+def linear_fp32(x_TD: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear map in fp32, whatever the dtypes or autocast."""
+    device_type = "cpu" if x_TD.is_meta else x_TD.device.type  # meta has no autocast to turn off
+    with torch.autocast(device_type, enabled=False):
+        return nn.functional.linear(x_TD.float(), weight.float(), None if bias is None else bias.float())
+
+
+class Router(BaseRouter):
     """``scores = sigmoid(temperature * (x W^T + bias))``, in fp32 whatever the input or autocast.
 
     The paper's router is the case bias 0, temperature 1 (LTE paper, section 4.1). The bias lets
@@ -18,19 +54,16 @@ class Router(nn.Module):
     Shapes: weight ``[E, D]``, bias ``[E]``, input ``[..., D]``, scores ``[..., E]``.
     """
 
+    is_linear: ClassVar[bool] = True
     weight: nn.Parameter
     bias: nn.Parameter
     temperature: Tensor
 
     def __init__(self, d_model: int, num_experts: int, device: torch.device | None = None):
-        super().__init__()
+        super().__init__(num_experts)
         self.weight = nn.Parameter(torch.empty(num_experts, d_model, device=device))
         self.bias = nn.Parameter(torch.empty(num_experts, device=device))
         self.register_buffer("temperature", torch.ones((), device=device))
-
-    @property
-    def num_experts(self) -> int:
-        return self.weight.shape[0]
 
     @torch.no_grad()
     def reset(self, bias: float = 0.0, generator: torch.Generator | None = None) -> None:
@@ -51,10 +84,7 @@ class Router(nn.Module):
         self.temperature.fill_(1.0)
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        device_type = "cpu" if x_TD.is_meta else x_TD.device.type  # meta has no autocast to turn off
-        with torch.autocast(device_type, enabled=False):
-            logits_TE = nn.functional.linear(x_TD.float(), self.weight.float(), self.bias.float())
-            return logits_TE * self.temperature.float()
+        return linear_fp32(x_TD, self.weight, self.bias) * self.temperature.float()
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.logits(x_TD).sigmoid()

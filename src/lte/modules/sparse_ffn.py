@@ -1,13 +1,13 @@
 """The sparse FFN: a dense model's own projections, with a router that decides which experts count."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lte.core.selection import scale_experts, threshold
-from lte.modules.router import Router
+from lte.modules.router import BaseRouter, Router
 
 Mode = Literal["dense", "soft", "hard"]
 """dense: all experts, router not run. soft: each expert scaled by its score. hard: kept or dropped, unscaled."""
@@ -24,7 +24,7 @@ class Selecting(nn.Module):
             raises it, so that the model meets hard selection before the hard stage does.
     """
 
-    def __init__(self, router: Router, tau: float):
+    def __init__(self, router: BaseRouter, tau: float):
         super().__init__()
         self.router = router
         self.tau = tau
@@ -42,18 +42,31 @@ class Selecting(nn.Module):
             raise ValueError(f"mode is {mode!r}, but it is one of {', '.join(get_args(Mode))}")
         self.mode = mode
 
+    @property
+    def linear_router(self) -> Router:
+        """The router, where it is LTE's (``check_linear`` says so to users)."""
+        assert self.router.is_linear
+        return cast(Router, self.router)  # peft can put a wrapper around it
+
     def keep(self, scores_TE: Tensor) -> None:
         """Append scores to the lists that want them."""
         for kept in self.kept_in:
             kept.append(scores_TE)
 
-    def select(self, x_TD: Tensor, hidden_TF: Tensor) -> Tensor:
-        """Neurons after the activation -> the same, weighted as the mode says."""
+    def select(self, x_TD: Tensor, fired_TF: Tensor, hidden_TF: Tensor) -> Tensor:
+        """Neurons -> the same, weighted as the mode says.
+
+        Args:
+            x_TD: the FFN's input.
+            fired_TF: what the activation gave; in an FFN without a gate, the neurons.
+            hidden_TF: the neurons: in a gated FFN, the activation times up.
+        """
         if self.mode == "dense":
             if self.kept_in:
                 self.keep(torch.ones(*hidden_TF.shape[:-1], self.router.num_experts, device=hidden_TF.device))
             return hidden_TF
-        scores_TE = self.router(x_TD)
+        reads = self.router.reads
+        scores_TE = self.router(x_TD if reads == "input" else fired_TF if reads == "activation" else hidden_TF)
         self.keep(scores_TE)
         if self.mode == "hard":
             return scale_experts(hidden_TF, threshold(scores_TE, self.tau))
@@ -88,7 +101,7 @@ class SparseFFN(Selecting):
     Shapes: ``[..., D]`` -> ``[..., D]``. In mode dense it computes what the dense module did.
     """
 
-    def __init__(self, dense: nn.Module, roles: Roles, router: Router, tau: float):
+    def __init__(self, dense: nn.Module, roles: Roles, router: BaseRouter, tau: float):
         super().__init__(router, tau)
         self.roles = roles
         for name, child in dense.named_children():
@@ -103,14 +116,16 @@ class SparseFFN(Selecting):
         hidden_TF = getattr(self, roles.up)(x_TD)
         if roles.fused_gate_up:
             gate_TF, hidden_TF = hidden_TF.chunk(2, dim=-1)
-            hidden_TF = act(gate_TF) * hidden_TF
+            fired_TF = act(gate_TF)
+            hidden_TF = fired_TF * hidden_TF
         elif roles.gate:
-            hidden_TF = act(getattr(self, roles.gate)(x_TD)) * hidden_TF
+            fired_TF = act(getattr(self, roles.gate)(x_TD))
+            hidden_TF = fired_TF * hidden_TF
         else:
-            hidden_TF = act(hidden_TF)
+            fired_TF = hidden_TF = act(hidden_TF)
         if roles.hidden_dropout:
             hidden_TF = getattr(self, roles.hidden_dropout)(hidden_TF)
-        y_TD = self._down(self.select(x_TD, hidden_TF))
+        y_TD = self._down(self.select(x_TD, fired_TF, hidden_TF))
         return getattr(self, roles.output_dropout)(y_TD) if roles.output_dropout else y_TD
 
     def _down(self, hidden_TF: Tensor) -> Tensor:
@@ -135,7 +150,7 @@ class SparseActivation(Selecting):
     Shapes: ``[..., F]`` -> ``[..., F]``.
     """
 
-    def __init__(self, act: nn.Module, watch: nn.Module, router: Router, tau: float):
+    def __init__(self, act: nn.Module, watch: nn.Module, router: BaseRouter, tau: float):
         super().__init__(router, tau)
         self.act = act
         self._x_TD: Tensor | None = None
@@ -148,4 +163,5 @@ class SparseActivation(Selecting):
         x_TD, self._x_TD = self._x_TD, None
         if x_TD is None:
             raise RuntimeError("the router did not see this FFN's input: call the layer, not its activation alone")
-        return self.select(x_TD, self.act(hidden_TF))
+        hidden_TF = self.act(hidden_TF)
+        return self.select(x_TD, hidden_TF, hidden_TF)

@@ -121,7 +121,7 @@ class LTEModelMixin:
         assert isinstance(self, nn.Module)
         for site in find_sites(self, config.model_type):
             router = install_(site, method).router
-            if not router.weight.is_meta:
+            if not any(tensor.is_meta for tensor in router.state_dict().values()):
                 router.reset()
         set_mode_(self, config.lte.get("mode", "dense"))
 

@@ -1,4 +1,4 @@
-"""Converting a model in place: group its neurons, make experts contiguous, put in routers, switch modes."""
+"""Converting a model in place: group its neurons, make experts contiguous, put in routers, fit them, switch modes."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -10,12 +10,13 @@ from transformers import PreTrainedModel
 from lte.core.grouping import grouping_permutation
 from lte.modules.recording import sparse_layers
 from lte.modules.sparse_ffn import Mode, Roles, Selecting, SparseActivation, SparseFFN
+from lte.surgery.activations import first_tokens, record_inputs
 from lte.surgery.architectures import become_lte_, lte_model_class
 from lte.surgery.method import Method
 from lte.surgery.sites import Site, find_sites
-from lte.surgery.watching import watch_ffns
 
-_MAX_RECORDED_TOKENS = 4096
+RECORDED_TOKENS = 4096
+"""How many tokens grouping by co-activation looks at."""
 
 
 def sparsify_(
@@ -24,7 +25,10 @@ def sparsify_(
     data: Iterable[dict[str, Tensor]] | None = None,
     progress: Callable[[Iterable[Site]], Iterable[Site]] = iter,
 ) -> PreTrainedModel:
-    """Give every FFN of ``model`` experts and a router, in place. The function stays the same (mode dense).
+    """Give every FFN of ``model`` experts and a router, in place.
+
+    With a method that is trained (LTE) the function stays the same (mode dense). One that needs no training sets its
+    routers on ``data``, and the model is sparse at once (mode hard).
 
     Neurons are reordered so that each expert is contiguous, routers are initialised from the
     method's seed, and the model's class becomes ``LTE...`` so that it saves under its own name.
@@ -33,8 +37,9 @@ def sparsify_(
     Args:
         model: a Hugging Face model of a known family (see ``lte.Family``), with any head.
         method: which method, e.g. ``lte.LTEConfig(expert_size=32)``; its type picks it.
-        data: batches for the model, needed by a method that groups by co-activation. Neurons of up to 4096 tokens are
-            kept in bf16 on the CPU: 0.4 GB for a model of 135M parameters, 3 GB for one of 7B.
+        data: batches for the model, read as far as the method needs them: to group by co-activation, or to set its
+            routers. What 4096 tokens do to the neurons is kept in bf16 on the CPU while grouping by co-activation:
+            0.4 GB for a model of 135M parameters, 3 GB for one of 7B.
         progress: wraps the iteration over FFNs, e.g. in a progress bar.
 
     Returns:
@@ -52,27 +57,40 @@ def sparsify_(
     if len({id(weight) for weight in weights}) < len(weights):
         raise ValueError(f"{type(model).__name__} shares FFN weights between layers: that is not supported")
     lte_model_class(type(model))  # made now, so that an error leaves the model as it was
-    orders = list(group(model, sites, method, data, progress))  # all before the first change, for the same reason
+    batches = _needed(data, method)
+    orders = list(group(model, sites, method, batches, progress))  # all before the first change, for the same reason
     generator = torch.Generator().manual_seed(method.seed)
     for site, order in zip(sites, orders, strict=True):
         site.permute_neurons(order)
         install_(site, method).router.reset(generator=generator)
     become_lte_(model, {**method.to_dict(), "mode": "dense"})
+    method.fit(model, batches)
     return model
+
+
+def _needed(data: Iterable[dict[str, Tensor]] | None, method: Method) -> list[dict[str, Tensor]]:
+    if not method.data_tokens:
+        return []
+    if data is None:
+        raise ValueError(f"this {type(method).__name__} needs data: pass sparsify_(model, config, data=batches)")
+    batches = first_tokens(data, method.data_tokens)
+    if not batches:
+        raise ValueError(f"this {type(method).__name__} needs data, but the data is empty")
+    return batches
 
 
 def group(
     model: PreTrainedModel,
     sites: list[Site],
     method: Method,
-    data: Iterable[dict[str, Tensor]] | None,
+    data: Iterable[dict[str, Tensor]],
     progress: Callable[[Iterable[Site]], Iterable[Site]] = iter,
 ) -> Iterator[Tensor]:
     """The order of each site's neurons that makes the method's experts contiguous. Changes nothing.
 
     Args: as :func:`sparsify_`; ``model`` may be sparse already, in mode dense.
     """
-    activations = _record_activations(model, sites, data) if method.needs_activations else [None] * len(sites)
+    activations = _record_neurons(model, sites, data) if method.needs_activations else [None] * len(sites)
     for index, (site, recorded) in enumerate(zip(progress(sites), activations, strict=True)):
         yield grouping_permutation(method.group(site, recorded, index))
 
@@ -114,16 +132,9 @@ def set_mode_(model: nn.Module, mode: Mode) -> None:
         config.lte["mode"] = mode
 
 
-def _record_activations(
-    model: PreTrainedModel, sites: list[Site], data: Iterable[dict[str, Tensor]] | None
-) -> list[Tensor]:
-    """Neurons of every FFN on up to 4096 tokens of ``data``: one ``[T, F]`` a site, in bf16 on the CPU."""
-    if data is None:
-        raise ValueError("grouping by co-activation needs data: pass sparsify_(model, config, data=batches)")
-    recorded: list[list[Tensor]] = [[] for _ in sites]
+def _record_neurons(model: PreTrainedModel, sites: list[Site], data: Iterable[dict[str, Tensor]]) -> list[Tensor]:
+    """Neurons of every FFN on up to 4096 tokens of ``data``: one ``[T, F]`` a site.
 
-    def keep(index: int, _x_TD: Tensor, hidden_TF: Tensor) -> None:
-        recorded[index].append(hidden_TF.bfloat16().cpu())  # half the memory, and the largest neurons do not overflow
-
-    watch_ffns(model, sites, data, keep, _MAX_RECORDED_TOKENS)
-    return [torch.cat(parts)[:_MAX_RECORDED_TOKENS] for parts in recorded]
+    In bf16: half the memory, and the largest neurons do not overflow.
+    """
+    return record_inputs(model, [(site.name, site.down, Tensor.bfloat16) for site in sites], data, RECORDED_TOKENS)

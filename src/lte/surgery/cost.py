@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from lte.core.accounting import Cost, Shape, cost
 from lte.core.grouping import check_divisible
 from lte.modules.sparse_ffn import Selecting
-from lte.surgery.sites import find_sites
+from lte.surgery.sites import block_of, find_sites
 
 
 def model_shape(model: PreTrainedModel, expert_size: int = 32) -> Shape:
@@ -31,10 +31,15 @@ def model_shape(model: PreTrainedModel, expert_size: int = 32) -> Shape:
         ValueError: unknown family, or an expert size that does not divide d_ff.
     """
     sites = find_sites(model, model.config.model_type)
-    routers = [m.router.weight.numel() for m in model.modules() if isinstance(m, Selecting)]
-    routers = routers or [site.d_model * check_divisible(site.d_ff, expert_size) for site in sites]
+    routers = [m.router for m in model.modules() if isinstance(m, Selecting)]
+    if routers:
+        router_weights = tuple(router.num_weights for router in routers)
+        selection = tuple(s.weights_before(router.reads) for s, router in zip(sites, routers, strict=True))
+    else:
+        router_weights = tuple(site.d_model * check_divisible(site.d_ff, expert_size) for site in sites)
+        selection = (0,) * len(sites)
     ffn = {id(linear) for site in sites for linear in site.projections()}
-    blocks = {_block(site.name) for site in sites}
+    blocks = {block_of(site.name) for site in sites}
     head = model.get_output_embeddings()
     attention, head_weights, embedding = 0, 0, 0
     counted = set()  # a weight tied to another is there once; to the head, it is the head's
@@ -54,7 +59,8 @@ def model_shape(model: PreTrainedModel, expert_size: int = 32) -> Shape:
             attention += module.weight.numel()
         else:
             head_weights += module.weight.numel()
-    return Shape(tuple(site.num_weights for site in sites), tuple(routers), attention, head_weights, embedding)
+    ffn_weights = tuple(site.num_weights for site in sites)
+    return Shape(ffn_weights, router_weights, attention, head_weights, embedding, selection)
 
 
 def cost_per_token(
@@ -70,7 +76,7 @@ def cost_per_token(
         config: e.g. ``LlamaConfig()``; no weights are made. Or a model.
         sparsity: FFN sparsity, one number or one a layer; 0 is dense.
         expert_size: neurons an expert; decides the router's size.
-        router: charge the routers. None charges them when ``sparsity`` is above 0.
+        router: charge the routers, of a sparse model those it has. None charges them when ``sparsity`` is above 0.
         bytes_per_weight: None takes the model's dtype, or the config's, or 2 where it names none.
 
     Returns:
@@ -100,10 +106,3 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
         auto = AutoModelForSequenceClassification
     with torch.device("meta"):
         return auto.from_config(config)
-
-
-def _block(name: str) -> str:
-    """``model.layers.3`` of ``model.layers.3.mlp``: up to the first number."""
-    parts = name.split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
-    return ".".join(parts[: number + 1])

@@ -1,12 +1,13 @@
-"""What a method is to surgery: a frozen dataclass that groups neurons and builds routers. Its type is the choice."""
+"""What a method is: a frozen dataclass that groups neurons, builds routers and fits them. Its type is the choice."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from lte.modules.router import Router
+from lte.modules.router import BaseRouter
 from lte.surgery.sites import Site
 
 
@@ -15,7 +16,8 @@ class Method:
     """Base of all methods. A subclass names itself and is then known to saving and loading.
 
     Subclasses say how neurons are grouped (:meth:`group`) and what routes to the groups
-    (:meth:`build_router`); both are called once an FFN.
+    (:meth:`build_router`); both are called once an FFN. One that needs no training sets its routers in :meth:`fit`.
+    A field declared with ``init=False`` is fixed: no option, and not saved.
     """
 
     name: ClassVar[str] = ""
@@ -34,9 +36,21 @@ class Method:
         """Labels ``[F]``: the expert of each neuron."""
         raise NotImplementedError
 
-    def build_router(self, site: Site, device: torch.device) -> Router:
+    def build_router(self, site: Site, device: torch.device) -> BaseRouter:
         """A router for this FFN, not yet initialised."""
         raise NotImplementedError
+
+    def fit(self, model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> None:
+        """Set the routers of a model just converted, in mode dense. Nothing to do where training does it.
+
+        Args:
+            batches: the first ``data_tokens`` of the data, or more; none where that is 0.
+        """
+
+    @property
+    def data_tokens(self) -> int:
+        """How many tokens of data it wants for grouping or :meth:`fit`; 0: none."""
+        return 0
 
     @property
     def needs_activations(self) -> bool:
@@ -44,7 +58,23 @@ class Method:
         return False
 
     def to_dict(self) -> dict[str, Any]:
-        return {"method": self.name, **asdict(self)}
+        return {"method": self.name, **{option: getattr(self, option) for option in self.options()}}
+
+    @classmethod
+    def options(cls) -> list[str]:
+        return [field.name for field in fields(cls) if field.init]
+
+    @staticmethod
+    def named(name: str | None) -> type["Method"]:
+        """The method of that name.
+
+        Raises:
+            ValueError: there is none.
+        """
+        cls = Method._by_name.get(name or "")
+        if cls is None:
+            raise ValueError(f"unknown method {name!r}: this version of lte knows {', '.join(sorted(Method._by_name))}")
+        return cls
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "Method":
@@ -55,14 +85,11 @@ class Method:
         """
         values = {option: value for option, value in values.items() if option != "mode"}
         name = values.pop("method", None)
-        cls = Method._by_name.get(name or "")
-        if cls is None:
-            raise ValueError(f"unknown method {name!r}: this version of lte knows {', '.join(sorted(Method._by_name))}")
-        unknown = values.keys() - {field.name for field in fields(cls)}
+        cls = Method.named(name)
+        unknown = values.keys() - set(cls.options())
         if unknown:
             raise ValueError(
-                f"unknown option {', '.join(sorted(unknown))} for method {name!r}: "
-                f"it has {', '.join(field.name for field in fields(cls))}"
+                f"unknown option {', '.join(sorted(unknown))} for method {name!r}: it has {', '.join(cls.options())}"
             )
         try:
             return cls(**values)

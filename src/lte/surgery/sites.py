@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lte.modules.router import Reads
+from lte.modules.sparse_ffn import Selecting
 from lte.surgery.families import Family, family_rows
 
 
@@ -20,6 +22,18 @@ class Site:
 
     def module(self, path: str) -> nn.Module:
         return self.layer.get_submodule(path)
+
+    @property
+    def place(self) -> str:
+        """Path of the module that converting replaces: the FFN, or its activation where it is no module of its own."""
+        return self.family.site or self.family.act
+
+    @property
+    def installed(self) -> Selecting:
+        """What stands there once the model is sparse."""
+        module = self.module(self.place)
+        assert isinstance(module, Selecting)
+        return module
 
     @property
     def first(self) -> nn.Module:
@@ -47,6 +61,12 @@ class Site:
         """Weights of all its matrices, biases not counted."""
         sizes = (_sizes(linear) for linear in self.projections())
         return sum(d_in * d_out for d_in, d_out in sizes)
+
+    def weights_before(self, reads: Reads) -> int:
+        """Weights multiplied to compute, for all neurons, what a router reads."""
+        if reads == "input":
+            return 0
+        return self.d_model * self.d_ff * (2 if reads == "neurons" and self.gated else 1)
 
     def projections(self) -> list[nn.Module]:
         return [self.module(path) for path in self._projection_paths()]
@@ -107,11 +127,11 @@ class Site:
         rows = weight.T if isinstance(linear, Conv1D) else weight
         return rows[: self.d_ff].detach()
 
-    def down_norms(self) -> Tensor:
-        """``[F]``, fp32: the length of what each neuron adds to the output when it is 1."""
+    def down_rows(self) -> Tensor:
+        """``[F, D]``: what each neuron adds to the output when it is 1."""
         weight = self.down.weight
         assert isinstance(weight, Tensor)
-        return weight.detach().float().norm(dim=1 if isinstance(self.down, Conv1D) else 0)
+        return (weight if isinstance(self.down, Conv1D) else weight.T).detach()
 
     @torch.no_grad()
     def permute_neurons(self, order_F: Tensor) -> None:
@@ -139,6 +159,27 @@ def find_sites(model: nn.Module, model_type: str) -> list[Site]:
             f"correct the row with lte.register_family({model_type!r}, ..., replace=True)"
         )
     return sites
+
+
+def block_linears(model: nn.Module, model_type: str) -> dict[str, nn.Linear | Conv1D]:
+    """Every linear layer, by name, of the blocks that hold an FFN: attention and FFN; neither head nor embedding.
+
+    Raises:
+        ValueError: as :func:`find_sites`.
+    """
+    blocks = {block_of(site.name) for site in find_sites(model, model_type)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and any(name.startswith(f"{block}.") for block in blocks)
+    }
+
+
+def block_of(name: str) -> str:
+    """``model.layers.3`` of ``model.layers.3.mlp``: up to the first number."""
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+    return ".".join(parts[: number + 1])
 
 
 def _matching(model: nn.Module, rows: tuple[Family, ...]) -> Iterator[Site]:

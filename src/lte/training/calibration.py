@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lte.modules.recording import record_scores, sparse_layers
+from lte.modules.recording import check_linear, record_scores, sparse_layers
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def calibrate_(model: nn.Module, batches: Iterable[dict[str, Any]], target_spars
         raise ValueError("calibrating needs at least one batch, and at least one pass over them")
     check_calibration(model, target_sparsity)
     layers = sparse_layers(model)
-    before = {name: layer.router.bias.clone() for name, layer in layers.items()}
+    before = {name: layer.linear_router.bias.clone() for name, layer in layers.items()}
     total, sparsity = 0.0, math.nan
     try:
         with evaluating(model):
@@ -54,10 +54,10 @@ def calibrate_(model: nn.Module, batches: Iterable[dict[str, Any]], target_spars
                 cut, sparsity = _cut(_margins(model, batches), target_sparsity)
                 total += cut
                 for name, layer in layers.items():  # from the start anew: shifts add up before they are rounded
-                    layer.router.bias.copy_(before[name].float() - total / layer.router.temperature)
+                    layer.linear_router.bias.copy_(before[name].float() - total / layer.linear_router.temperature)
     except BaseException:
         for name, layer in layers.items():
-            layer.router.bias.copy_(before[name])
+            layer.linear_router.bias.copy_(before[name])
         raise
     if abs(sparsity - target_sparsity) > _MISSED:
         logger.warning(
@@ -73,7 +73,7 @@ def check_calibration(model: nn.Module, target_sparsity: float) -> None:
     """Whether thresholds of the model can be calibrated.
 
     Raises:
-        ValueError: a target outside (0, 1), a dense model, or one in mode dense or soft.
+        ValueError: a target outside (0, 1), a dense model, one in mode dense or soft, or of another method than LTE.
     """
     if not 0 < target_sparsity < 1:
         raise ValueError(
@@ -81,6 +81,7 @@ def check_calibration(model: nn.Module, target_sparsity: float) -> None:
             '(for 0 use mode dense: lte.set_mode_(model, "dense"))'
         )
     layers = sparse_layers(model).values()
+    check_linear(layers, "convert the dense model again with another target_sparsity")
     modes = sorted({layer.mode for layer in layers} - {"hard"})
     if modes:
         raise ValueError(

@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lte.modules.sparse_ffn import SparseActivation, SparseFFN
+from lte.surgery.activations import watch_inputs
 from lte.surgery.sites import Site, find_sites
-from lte.surgery.watching import watch_ffns
 
 TOKENS_PER_INPUT = 16  # seen for each of the D + 1 numbers that an expert's row has
 _RIDGE = 1e-3  # of the mean square of an input
@@ -34,7 +33,8 @@ def fit_routers_(model: Any, batches: Iterable[dict[str, Tensor]], bias: float) 
     sites = find_sites(model, model.config.model_type)
     moments = [_Moments(site) for site in sites]
     tokens = TOKENS_PER_INPUT * (1 + max(site.d_model for site in sites))
-    watch_ffns(model, sites, batches, lambda index, *seen: moments[index].add(*seen), tokens)
+    modules = [(site.name, module) for site in sites for module in (site.first, site.down)]
+    watch_inputs(model, modules, batches, lambda index, rows: moments[index // 2].see(index % 2, rows), tokens)
     for one in moments:
         one.fit_(bias)
 
@@ -43,13 +43,20 @@ class _Moments:
     """Sums over tokens of products of an FFN's input (and a 1) with itself and with its experts' contributions."""
 
     def __init__(self, site: Site) -> None:
-        self.router = site_sparse(site).router
-        self.down_F = site.down_norms()
+        self.router = site.installed.linear_router
+        self.down_F = site.down_rows().float().norm(dim=1)
         device, inputs = self.down_F.device, site.d_model + 1
         self.gram_II = torch.zeros(inputs, inputs, device=device)
         self.cross_IE = torch.zeros(inputs, self.router.num_experts, device=device)
 
-    def add(self, x_TD: Tensor, hidden_TF: Tensor) -> None:
+    def see(self, neurons: int, rows: Tensor) -> None:
+        """An FFN's input, then, with ``neurons``, what its neurons make of it."""
+        if neurons:
+            self._add(self.x_TD, rows)
+        else:
+            self.x_TD = rows
+
+    def _add(self, x_TD: Tensor, hidden_TF: Tensor) -> None:
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TI = torch.nn.functional.pad(x_TD.float(), (0, 1), value=1.0)
             parts_TEN = (hidden_TF.float() * self.down_F).unflatten(-1, (self.router.num_experts, -1))
@@ -68,10 +75,3 @@ class _Moments:
         spread = (square_E.mean() - mean.square()).clamp_min(1e-12).sqrt()
         self.router.weight.copy_(weight_IE[:-1].T / spread)
         self.router.bias.copy_((weight_IE[-1] - mean) / spread + bias)
-
-
-def site_sparse(site: Site) -> SparseFFN | SparseActivation:
-    """The sparse FFN that was installed at a site."""
-    module = site.module(site.family.site or site.family.act)
-    assert isinstance(module, SparseFFN | SparseActivation)
-    return module

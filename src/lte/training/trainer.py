@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_callback import ExportableState
 
-from lte.modules.recording import Recording, SparsityMeter, record_scores, sparse_layers, track_sparsity
+from lte.modules.recording import Recording, SparsityMeter, check_linear, record_scores, sparse_layers, track_sparsity
 from lte.surgery.convert import group, set_mode_
 from lte.surgery.method import Method
 from lte.surgery.sites import find_sites
@@ -57,7 +57,8 @@ class LTETrainer(Trainer):
             text like it: best a sample of what the model will see. None keeps some rows out of training for it.
 
     Raises:
-        ValueError: a dense model, arguments of another class, or several GPUs in one process.
+        ValueError: a dense model, one of another method than LTE, arguments of another class, or several GPUs in one
+            process.
     """
 
     args: LTETrainingArguments
@@ -76,7 +77,8 @@ class LTETrainer(Trainer):
                 f"LTETrainer does not use DataParallel, but this one process sees {args.n_gpu} GPUs: start it with "
                 "torchrun --nproc_per_node N, or set CUDA_VISIBLE_DEVICES to one GPU"
             )
-        sparse_layers(model)  # says what to do if there are none
+        layers = sparse_layers(model).values()  # says what to do if there are none
+        check_linear(layers, "fine-tune it with transformers.Trainer, it stays as sparse as it is")
         self.calibration_dataset = calibration_dataset
         if args.target_sparsity is not None and calibration_dataset is None and kwargs.get("train_dataset") is not None:
             kwargs["train_dataset"], self.calibration_dataset = _split_calibration(

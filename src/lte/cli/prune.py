@@ -1,0 +1,64 @@
+"""``lte prune``: single weights of a dense checkpoint set to 0, by Wanda or by size."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch.utils.data import DataLoader
+
+from lte.cli.console import err, out, print_json
+from lte.cli.main import parse
+from lte.cli.options import DataOptions, DeviceOptions, Output, open_model
+from lte.methods.weight_pruning import MagnitudeConfig, WandaConfig, prune_, weight_sparsity
+from lte.surgery.cost import cost_per_token
+from lte.surgery.loading import load_config, load_tokenizer
+
+
+@dataclass
+class Prune:
+    model: str
+    """A local folder, a hub id, or a .gguf file; dense."""
+    output: Output
+    """Folder to save to."""
+    method: Literal["wanda", "magnitude"] = "wanda"
+    """wanda: by weight and input, needs --text. magnitude: by weight alone."""
+    target_sparsity: float = 0.5
+    """Fraction of the weights that become 0, in every linear layer of the blocks."""
+    pattern: str | None = None
+    """N:M keeps N of every M consecutive inputs, e.g. 2:4 or 4:8."""
+    tokens: int = 4096
+    """With wanda: how many tokens of the data to look at."""
+    json: bool = False
+    """Print one JSON object on the last line."""
+    data: DataOptions = field(default_factory=DataOptions)
+    where: DeviceOptions = field(default_factory=DeviceOptions)
+
+
+def main(argv: Sequence[str]) -> None:
+    options: Prune = parse(Prune, "prune", argv)
+    wanda = options.method == "wanda"
+    pruning = MagnitudeConfig(options.target_sparsity, options.pattern)
+    if wanda:
+        pruning = WandaConfig(options.target_sparsity, options.pattern, options.tokens)
+    device, dtype = options.where.resolve()
+    config, tokenizer = load_config(options.model), load_tokenizer(options.model)
+    batches = None
+    if wanda:
+        dataset = options.data.load(options.data.text, tokenizer, config)
+        batches = DataLoader(dataset, batch_size=1, collate_fn=dataset.collator)
+    model = open_model(options.model, options.data.head(config), device, dtype)
+    with err.status("pruning"):
+        prune_(model, pruning, batches)
+    model.save_pretrained(options.output)
+    tokenizer.save_pretrained(options.output)
+    share, dense = weight_sparsity(model), cost_per_token(model).gflops
+    out.print(f"{options.output}: {share:.1%} of the blocks' weights are 0", soft_wrap=True, markup=False)
+    if options.json:
+        print_json(
+            {
+                "output": options.output,
+                "weight_sparsity": share,
+                "gflops_per_token_if_skipped": (1 - share) * dense,
+                "gflops_per_token_dense": dense,
+            }
+        )

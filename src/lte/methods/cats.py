@@ -1,0 +1,49 @@
+"""CATS: a neuron is skipped when its activation is small (Lee et al., arXiv 2404.08763)."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lte.methods.choosing import ChoosingRouter, set_cuts_
+from lte.methods.post_hoc import PostHoc
+from lte.modules.router import Reads
+from lte.surgery.sites import Site
+
+
+@dataclass(frozen=True)
+class CATSConfig(PostHoc):
+    """How to convert a model for CATS: one threshold a layer, set on data, no training.
+
+    A neuron is active where ``|act(gate)|`` is above its layer's threshold; in an FFN without a gate, ``|act(up)|``.
+    The projection before the activation is computed for all neurons and charged so.
+
+    Attributes:
+        target_sparsity: fraction of neurons to leave idle, in every layer.
+        tokens: how many tokens of the data the thresholds are set on.
+
+    Raises:
+        ValueError: an option outside its range.
+    """
+
+    name: ClassVar[str] = "cats"
+
+    expert_size: int = field(default=1, init=False)
+    seed: int = field(default=0, init=False)
+
+    def build_router(self, site: Site, device: torch.device) -> "ActivationRouter":
+        return ActivationRouter(site.d_ff, device=device)
+
+    def fit(self, model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> None:
+        set_cuts_(model, batches, self.target_sparsity, self.tokens)
+
+
+class ActivationRouter(ChoosingRouter):
+    """True where ``|activation| > cut``. Shapes: ``[..., F]`` -> ``[..., F]``."""
+
+    reads: ClassVar[Reads] = "activation"
+
+    def values(self, fired_TF: Tensor, /) -> Tensor:
+        return fired_TF.abs()

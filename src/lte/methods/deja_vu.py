@@ -1,0 +1,118 @@
+"""Deja Vu: a low-rank network predicts from x which neurons will matter (Liu et al., arXiv 2310.17157)."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lte.core.grouping import check_divisible
+from lte.methods.choosing import ChoosingRouter, set_cuts_
+from lte.methods.experts import Grouping, check_experts, group_neurons
+from lte.methods.post_hoc import PostHoc, most_active
+from lte.methods.predictors import check_training, train_predictors_
+from lte.modules.router import linear_fp32
+from lte.surgery.convert import RECORDED_TOKENS
+from lte.surgery.sites import Site
+
+Selection = Literal["threshold", "top_k"]
+
+
+@dataclass(frozen=True)
+class DejaVuConfig(PostHoc):
+    """How to convert a model for Deja Vu: predictors trained on data, the model as it is.
+
+    Attributes:
+        expert_size: neurons that are predicted together; must divide d_ff (paper: 1).
+        seed: of the predictors' start and training, and of grouping.
+        target_sparsity: fraction of neurons to leave idle in every layer. A neuron's label is whether it is among the
+            others, by ``|h|``, for this token (paper: whether ReLU lets it through).
+        tokens: how many tokens of the data predictors are trained, and thresholds set, on.
+        rank: of the predictor, which costs ``rank * (D + E)`` weights; None is D / 8.
+        selection: ``threshold`` (paper), one a layer, set on data; or ``top_k``, as many neurons for every token.
+        grouping: with ``expert_size`` above 1, as LTE's.
+        epochs: of the predictors' training.
+        learning_rate: of the same, at its start.
+
+    Raises:
+        ValueError: an option outside its range.
+    """
+
+    name: ClassVar[str] = "deja-vu"
+
+    expert_size: int = 1
+    rank: int | None = None
+    selection: Selection = "threshold"
+    grouping: Grouping = "kmeans"
+    epochs: int = 10
+    learning_rate: float = 1e-2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_experts(self.expert_size, self.grouping)
+        check_training(self.epochs, self.learning_rate)
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"rank is {self.rank}, but at least 1 is needed (usual: an eighth of the model's width)")
+        if self.selection not in get_args(Selection):
+            raise ValueError(f"selection is {self.selection!r}, but it is one of {', '.join(get_args(Selection))}")
+
+    @property
+    def needs_activations(self) -> bool:
+        return self.grouping == "coactivation" and self.expert_size > 1
+
+    @property
+    def data_tokens(self) -> int:
+        return max(self.tokens, RECORDED_TOKENS * self.needs_activations)
+
+    def group(self, site: Site, activations_TF: Tensor | None, layer_index: int) -> Tensor:
+        self.num_active(check_divisible(site.d_ff, self.expert_size))  # an error is due before the first change
+        if self.expert_size == 1:
+            return super().group(site, activations_TF, layer_index)
+        return group_neurons(site, self.grouping, self.expert_size, activations_TF, self.seed + layer_index)
+
+    def build_router(self, site: Site, device: torch.device) -> "LowRankRouter":
+        num_experts = check_divisible(site.d_ff, self.expert_size)
+        k = self.num_active(num_experts) if self.selection == "top_k" else None
+        return LowRankRouter(site.d_model, num_experts, self.rank or max(1, site.d_model // 8), k, device)
+
+    def fit(self, model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> None:
+        train_predictors_(
+            model,
+            batches,
+            self.tokens,
+            lambda hidden_TF, experts: most_active(hidden_TF, experts, self.num_active(experts)),
+            self.epochs,
+            self.learning_rate,
+            self.seed,
+        )
+        if self.selection == "threshold":
+            set_cuts_(model, batches, self.target_sparsity, self.tokens)
+        super().fit(model, batches)
+
+
+class LowRankRouter(ChoosingRouter):
+    """An expert's value is ``up (down x) + bias``: a linear map of low rank.
+
+    Shapes: down ``[R, D]``, up ``[E, R]``, bias ``[E]``; ``[..., D]`` -> ``[..., E]``.
+    """
+
+    def __init__(
+        self, d_model: int, num_experts: int, rank: int, k: int | None = None, device: torch.device | None = None
+    ):
+        super().__init__(num_experts, k, device)
+        self.down = nn.Parameter(torch.empty(rank, d_model, device=device))
+        self.up = nn.Parameter(torch.empty(num_experts, rank, device=device))
+        self.bias = nn.Parameter(torch.empty(num_experts, device=device))
+
+    @torch.no_grad()
+    def reset(self, bias: float = 0.0, generator: torch.Generator | None = None) -> None:
+        """Draw both matrices as ``nn.Linear`` does, on the CPU."""
+        for matrix in (self.down, self.up):
+            bound = 1 / math.sqrt(matrix.shape[1])
+            matrix.copy_(torch.empty(matrix.shape).uniform_(-bound, bound, generator=generator))
+        self.bias.fill_(bias)
+
+    def values(self, x_TD: Tensor, /) -> Tensor:
+        return linear_fp32(linear_fp32(x_TD, self.down), self.up, self.bias)

@@ -1,0 +1,127 @@
+"""MoEfication: experts of similar neurons, the same number for every token (Zhang et al., arXiv 2110.01786)."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from transformers import PreTrainedModel
+
+from lte.core.grouping import check_divisible
+from lte.methods.choosing import ChoosingRouter
+from lte.methods.experts import Grouping, check_experts, group_neurons
+from lte.methods.post_hoc import PostHoc, expert_norms, sites_and_layers
+from lte.methods.predictors import check_training, train_predictors_
+from lte.modules.router import Reads, linear_fp32
+from lte.surgery.convert import RECORDED_TOKENS
+from lte.surgery.sites import Site
+
+Selection = Literal["mlp", "similarity", "oracle"]
+
+
+@dataclass(frozen=True)
+class MoEficationConfig(PostHoc):
+    """How to convert a model by MoEfication.
+
+    Every token uses ``round((1 - target_sparsity) * E)`` of a layer's E experts.
+
+    Attributes:
+        expert_size: neurons an expert; must divide d_ff (paper: 32).
+        seed: of grouping and of the routers' training.
+        target_sparsity: fraction of neurons to leave idle, for every token in every layer.
+        tokens: how many tokens of the data the routers are trained on.
+        selection: ``mlp``, a router of two layers trained on data (paper); ``similarity`` of x and the expert's mean
+            row of the first weight, without data (paper); ``oracle``, the experts whose neurons are longest: an upper
+            bound, since all neurons are computed to know, and charged.
+        grouping: ``kmeans`` on the rows of the first FFN weight (paper), ``coactivation`` from data, or ``random``.
+        epochs: of the training of ``mlp``.
+        learning_rate: of the same, at its start.
+
+    Raises:
+        ValueError: an option outside its range.
+    """
+
+    name: ClassVar[str] = "moefication"
+
+    selection: Selection = "mlp"
+    grouping: Grouping = "kmeans"
+    epochs: int = 30
+    learning_rate: float = 1e-2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_experts(self.expert_size, self.grouping)
+        check_training(self.epochs, self.learning_rate)
+        if self.selection not in get_args(Selection):
+            raise ValueError(f"selection is {self.selection!r}, but it is one of {', '.join(get_args(Selection))}")
+
+    @property
+    def needs_activations(self) -> bool:
+        return self.grouping == "coactivation"
+
+    @property
+    def data_tokens(self) -> int:
+        return max(RECORDED_TOKENS * self.needs_activations, self.tokens * (self.selection == "mlp"))
+
+    def group(self, site: Site, activations_TF: Tensor | None, layer_index: int) -> Tensor:
+        self.num_active(check_divisible(site.d_ff, self.expert_size))  # an error is due before the first change
+        return group_neurons(site, self.grouping, self.expert_size, activations_TF, self.seed + layer_index)
+
+    def build_router(self, site: Site, device: torch.device) -> "ChoosingRouter":
+        num_experts = check_divisible(site.d_ff, self.expert_size)
+        k = self.num_active(num_experts)
+        if self.selection == "oracle":
+            return OracleRouter(num_experts, k)
+        router = MLPRouter if self.selection == "mlp" else SimilarityRouter
+        return router(site.d_model, num_experts, k, device)
+
+    @torch.no_grad()
+    def fit(self, model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> None:
+        if self.selection != "oracle":
+            for site, layer in sites_and_layers(model):
+                rows_FD = normalize(site.feature_rows().float(), dim=1)
+                cast(SimilarityRouter, layer.router).start(
+                    normalize(rows_FD.unflatten(0, (layer.router.num_experts, -1)).mean(1), dim=1)
+                )
+        if self.selection == "mlp":
+            train_predictors_(model, batches, self.tokens, expert_norms, self.epochs, self.learning_rate, self.seed)
+        super().fit(model, batches)
+
+
+class OracleRouter(ChoosingRouter):
+    """An expert's value is the length of its neurons. Shapes: ``[..., F]`` -> ``[..., E]``."""
+
+    reads: ClassVar[Reads] = "neurons"
+
+    def values(self, hidden_TF: Tensor, /) -> Tensor:
+        return expert_norms(hidden_TF, self.num_experts)
+
+
+class SimilarityRouter(ChoosingRouter):
+    """An expert's value is the cosine of x and its centre. Shapes: weight ``[E, D]``, ``[..., D]`` -> ``[..., E]``."""
+
+    def __init__(self, d_model: int, num_experts: int, k: int, device: torch.device | None = None):
+        super().__init__(num_experts, k)
+        self.weight = nn.Parameter(torch.zeros(num_experts, d_model, device=device))
+
+    def start(self, centres_ED: Tensor) -> None:
+        self.weight.copy_(centres_ED)
+
+    def values(self, x_TD: Tensor, /) -> Tensor:
+        return linear_fp32(normalize(x_TD.float(), dim=-1), self.weight)
+
+
+class MLPRouter(SimilarityRouter):
+    """``mix tanh(weight x)`` of x scaled to length 1. Shapes: weight ``[E, D]``, mix ``[E, E]``."""
+
+    def __init__(self, d_model: int, num_experts: int, k: int, device: torch.device | None = None):
+        super().__init__(d_model, num_experts, k, device)
+        self.mix = nn.Parameter(torch.zeros(num_experts, num_experts, device=device))
+
+    def start(self, centres_ED: Tensor) -> None:
+        super().start(centres_ED)
+        self.mix.copy_(torch.eye(self.num_experts))
+
+    def values(self, x_TD: Tensor, /) -> Tensor:
+        return linear_fp32(super().values(x_TD).tanh(), self.mix)

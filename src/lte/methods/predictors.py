@@ -1,0 +1,89 @@
+"""Training small networks to predict which experts a token will use, on what a dense model shows."""
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+from transformers import PreTrainedModel
+
+from lte.methods.choosing import ChoosingRouter
+from lte.methods.post_hoc import sites_and_layers
+from lte.surgery.activations import Wanted, record_inputs
+
+_BATCH = 128  # tokens a step
+
+
+def check_training(epochs: int, learning_rate: float) -> None:
+    """Whether the options are in their range.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if epochs < 1:
+        raise ValueError(f"epochs is {epochs}, but at least 1 is needed (usual: 10)")
+    if learning_rate <= 0:
+        raise ValueError(f"learning_rate is {learning_rate}, but it must be above 0 (usual: 0.01)")
+
+
+def train_predictors_(
+    model: PreTrainedModel,
+    batches: list[dict[str, Tensor]],
+    tokens: int,
+    target_of: Callable[[Tensor, int], Tensor],
+    epochs: int,
+    learning_rate: float,
+    seed: int,
+) -> None:
+    """Train every router of ``model`` (mode dense) to predict its targets from the FFN's input, by cross entropy.
+
+    Inputs are kept in bf16 on the CPU, ``[tokens, D]`` a layer, beside the targets.
+
+    Args:
+        model: with routers whose values are logits.
+        tokens: how many tokens to train on.
+        target_of: neurons ``[T, F]`` and the number of experts -> targets ``[T, E]``, booleans or not negative; the
+            latter are divided by the layer's largest.
+        epochs, learning_rate: of AdamW, 128 tokens a step, with a linear decay to 0.
+        seed: of the order of tokens.
+    """
+    found = list(sites_and_layers(model))
+    wanted: list[Wanted] = []
+    for site, layer in found:
+        experts = layer.router.num_experts
+        wanted.append((site.name, site.first, Tensor.bfloat16))
+        wanted.append((site.name, site.down, lambda hidden_TF, experts=experts: target_of(hidden_TF, experts)))
+    recorded = record_inputs(model, wanted, batches, tokens)
+    for index, (_site, layer) in enumerate(found):
+        generator = torch.Generator().manual_seed(seed + index)
+        x_TD, target_TE = recorded[2 * index], recorded[2 * index + 1]
+        _train_(cast(ChoosingRouter, layer.router), x_TD, target_TE, epochs, learning_rate, generator)
+
+
+@torch.enable_grad()
+def _train_(
+    router: ChoosingRouter,
+    x_TD: Tensor,
+    target_TE: Tensor,
+    epochs: int,
+    learning_rate: float,
+    generator: torch.Generator,
+) -> None:
+    parameters = list(router.parameters())
+    dtype, device = parameters[0].dtype, parameters[0].device
+    router.float()
+    x_TD, target_TE = x_TD.to(device), target_TE.to(device)
+    scale = 1.0 if target_TE.dtype == torch.bool else 1 / target_TE.max().clamp(min=1e-12)
+    optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.01)
+    steps = epochs * -(-len(x_TD) // _BATCH)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x_TD), generator=generator).to(device).split(_BATCH):
+            loss = binary_cross_entropy_with_logits(router.values(x_TD[rows]), target_TE[rows].float() * scale)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    optimizer.zero_grad()
+    router.to(dtype)

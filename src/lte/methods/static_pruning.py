@@ -1,0 +1,68 @@
+"""Static pruning: the same neurons are left out for every token. What a method that chooses by token has to beat."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lte.core.selection import top_k
+from lte.methods.post_hoc import PostHoc, sites_and_layers
+from lte.modules.router import BaseRouter
+from lte.surgery.activations import record_inputs
+from lte.surgery.sites import Site
+
+
+@dataclass(frozen=True)
+class StaticPruningConfig(PostHoc):
+    """How to prune whole neurons: those with the least mean ``|h| * |down row|`` on data, the same share of each layer.
+
+    Fine-tuning the result (``transformers.Trainer``) leaves the choice alone.
+
+    Attributes:
+        target_sparsity: fraction of each layer's neurons to leave out.
+        tokens: how many tokens of the data neurons are judged on.
+
+    Raises:
+        ValueError: an option outside its range.
+    """
+
+    name: ClassVar[str] = "static-pruning"
+
+    expert_size: int = field(default=1, init=False)
+    seed: int = field(default=0, init=False)
+
+    def group(self, site: Site, activations_TF: Tensor | None, layer_index: int) -> Tensor:
+        self.num_active(site.d_ff)  # an error is due before the first change
+        return super().group(site, activations_TF, layer_index)
+
+    def build_router(self, site: Site, device: torch.device) -> "FixedRouter":
+        return FixedRouter(site.d_ff, device)
+
+    @torch.no_grad()
+    def fit(self, model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> None:
+        found = list(sites_and_layers(model))
+        wanted = [(site.name, site.down, _summed) for site, _ in found]
+        for (site, layer), sums in zip(found, record_inputs(model, wanted, batches, self.tokens), strict=True):
+            rows_FD = site.down_rows().float()
+            importance_F = sums.sum(0).to(rows_FD.device) * rows_FD.norm(dim=1)
+            cast(FixedRouter, layer.router).kept_F.copy_(top_k(importance_F, self.num_active(site.d_ff)))
+        super().fit(model, batches)
+
+
+class FixedRouter(BaseRouter):
+    """The neurons that are kept, whatever the token: ``kept_F``. It costs nothing."""
+
+    kept_F: Tensor
+
+    def __init__(self, num_neurons: int, device: torch.device | None = None):
+        super().__init__(num_neurons)
+        self.register_buffer("kept_F", torch.ones(num_neurons, dtype=torch.bool, device=device))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.kept_F.expand(*x_TD.shape[:-1], -1)
+
+
+def _summed(hidden_TF: Tensor) -> Tensor:
+    return hidden_TF.float().abs().sum(0, keepdim=True)

@@ -1,0 +1,154 @@
+"""One-shot pruning of single weights, by Wanda (Sun et al., arXiv 2306.11695) or size: no routers, a stock model."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lte.core.selection import top_k
+from lte.surgery.activations import first_tokens, record_inputs
+from lte.surgery.sites import block_linears
+
+
+@dataclass(frozen=True)
+class MagnitudeConfig:
+    """How to prune by size: of each matrix the weights with the least ``|w|``.
+
+    Attributes:
+        target_sparsity: fraction of the weights to make 0, in every linear layer of the blocks.
+        pattern: ``N:M`` keeps N of every M consecutive inputs, e.g. 2:4 or 4:8; None, wherever they are.
+
+    Raises:
+        ValueError: an option outside its range.
+    """
+
+    target_sparsity: float = 0.5
+    pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.target_sparsity < 1:
+            raise ValueError(
+                f"target_sparsity is {self.target_sparsity}, but it is the fraction of weights that become 0: "
+                "between 0 and 1, e.g. 0.5"
+            )
+        if self.pattern is not None and not 0 < self.kept_of[0] < self.kept_of[1]:
+            raise ValueError(f"pattern is {self.pattern!r}, but it keeps N of every M weights, e.g. 2:4")
+        if self.pattern is not None and self.target_sparsity != 1 - self.kept_of[0] / self.kept_of[1]:
+            raise ValueError(
+                f"pattern {self.pattern} is a sparsity of {1 - self.kept_of[0] / self.kept_of[1]:g}, "
+                f"but target_sparsity is {self.target_sparsity:g}: make them one"
+            )
+
+    @property
+    def kept_of(self) -> tuple[int, int]:
+        """N and M of the pattern; zeros if it is none."""
+        kept, _, group = (self.pattern or "").partition(":")
+        return (int(kept), int(group)) if kept.isdecimal() and group.isdecimal() else (0, 0)
+
+
+@dataclass(frozen=True)
+class WandaConfig(MagnitudeConfig):
+    """How to prune by Wanda: of each output's weights those with the least ``|w| * |x|``, x its input on data.
+
+    Attributes:
+        target_sparsity: fraction of the weights to make 0, of every output of every linear layer of the blocks.
+        pattern: ``N:M`` keeps N of every M consecutive inputs, e.g. 2:4 or 4:8; None, wherever they are.
+        tokens: how many tokens of the data to look at.
+
+    Raises:
+        ValueError: an option outside its range.
+    """
+
+    tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tokens < 1:
+            raise ValueError(f"tokens is {self.tokens}, but at least 1 is needed (usual: 4096)")
+
+
+@torch.no_grad()
+def prune_(
+    model: PreTrainedModel, config: MagnitudeConfig, data: Iterable[dict[str, Tensor]] | None = None
+) -> PreTrainedModel:
+    """Set single weights of every linear layer in the blocks (attention and FFN) to 0, in place.
+
+    The model's class, size and speed stay. :func:`weight_sparsity` says how many weights are 0; hardware that skips
+    them would be left with ``1 - weight_sparsity(model)`` of ``cost_per_token(model).gflops``.
+
+    Args:
+        model: dense, of a known family.
+        config: ``WandaConfig`` or ``MagnitudeConfig``.
+        data: batches for the model, needed by Wanda.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: unknown family, data missing, a matrix that the pattern does not fit, quantised weights, Wanda on an
+            encoder-decoder. The model is then as it was.
+    """
+    linears = block_linears(model, model.config.model_type)
+    for name, linear in linears.items():
+        if not linear.weight.is_floating_point() or linear.weight.is_meta:
+            raise ValueError(f"{name} has weights of {linear.weight.dtype} that cannot be changed: load it unquantised")
+        inputs, group = _rows(linear).shape[1], config.kept_of[1]
+        if group and inputs % group:
+            raise ValueError(f"{name} has {inputs} inputs, which pattern {config.pattern} does not divide")
+    by_input = isinstance(config, WandaConfig)
+    squares: list[Tensor | None] = [None] * len(linears)
+    if isinstance(config, WandaConfig):
+        squares = list(_input_squares(model, linears, config, data))
+    for linear, square_I in zip(linears.values(), squares, strict=True):
+        rows_OI = _rows(linear)
+        scores_OI = rows_OI.float().abs()
+        if square_I is not None:
+            scores_OI *= square_I.sqrt().to(scores_OI.device)
+        rows_OI.mul_(_kept(scores_OI, config, by_row=by_input))
+    return model
+
+
+def weight_sparsity(model: PreTrainedModel) -> float:
+    """The fraction of weights that are 0 in the linear layers of the blocks."""
+    weights = [linear.weight for linear in block_linears(model, model.config.model_type).values()]
+    return 1 - sum(int(weight.count_nonzero()) for weight in weights) / sum(weight.numel() for weight in weights)
+
+
+def _rows(linear: nn.Linear | Conv1D) -> Tensor:
+    """``[O, I]``: a row an output, a view of the weight."""
+    return linear.weight.data.T if isinstance(linear, Conv1D) else linear.weight.data
+
+
+def _input_squares(
+    model: PreTrainedModel,
+    linears: dict[str, nn.Linear | Conv1D],
+    config: WandaConfig,
+    data: Iterable[dict[str, Tensor]] | None,
+) -> Iterable[Tensor]:
+    """Of each layer's inputs the sum of squares over tokens, ``[I]``."""
+    if data is None:
+        raise ValueError("Wanda needs data: pass prune_(model, config, data=batches)")
+    if model.config.is_encoder_decoder:
+        raise ValueError("Wanda here is for models with one stack of blocks: use MagnitudeConfig for this one")
+    wanted = [(name, linear, _squares) for name, linear in linears.items()]
+    recorded = record_inputs(model, wanted, first_tokens(data, config.tokens), config.tokens)
+    return (squares.sum(0) for squares in recorded)
+
+
+def _squares(x_TI: Tensor) -> Tensor:
+    return x_TI.float().square().sum(0, keepdim=True)
+
+
+def _kept(scores_OI: Tensor, config: MagnitudeConfig, by_row: bool) -> Tensor:
+    """True for the weights to keep."""
+    kept, group = config.kept_of
+    if group:
+        return top_k(scores_OI.unflatten(1, (-1, group)), kept).flatten(1)
+    rows = scores_OI if by_row else scores_OI.reshape(1, -1)
+    dropped = round(config.target_sparsity * rows.shape[1])
+    if dropped == 0:
+        return torch.ones_like(scores_OI, dtype=torch.bool)
+    return (rows > rows.kthvalue(dropped, dim=1, keepdim=True).values).view_as(scores_OI)

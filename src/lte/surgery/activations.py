@@ -1,0 +1,89 @@
+"""Recording what goes into modules on data, padding left out: what grouping and fitting look at."""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lte.modules.recording import TokenMasks
+
+Wanted = tuple[str, nn.Module, Callable[[Tensor], Tensor]]
+"""The layer a module belongs to, by name; the module; what to keep of its input ``[T, ...]``, one row or more."""
+
+
+def record_inputs(
+    model: PreTrainedModel, wanted: Sequence[Wanted], batches: Iterable[dict[str, Tensor]], max_tokens: int
+) -> list[Tensor]:
+    """What modules are given on ``batches``, as :func:`watch_inputs` shows it.
+
+    Returns:
+        For each of ``wanted`` what was kept, rows of all batches together, on the CPU.
+
+    Raises:
+        ValueError: no batch, or nothing but padding.
+    """
+    recorded: list[list[Tensor]] = [[] for _ in wanted]
+    modules = [(name, module) for name, module, _ in wanted]
+    watch_inputs(
+        model, modules, batches, lambda index, rows: recorded[index].append(wanted[index][2](rows).cpu()), max_tokens
+    )
+    return [torch.cat(parts) for parts in recorded]
+
+
+@torch.no_grad()
+def watch_inputs(
+    model: PreTrainedModel,
+    modules: Sequence[tuple[str, nn.Module]],
+    batches: Iterable[dict[str, Tensor]],
+    see: Callable[[int, Tensor], None],
+    max_tokens: int,
+) -> None:
+    """Run ``model`` in mode eval over ``batches`` until each module has seen ``max_tokens`` real tokens.
+
+    Args:
+        modules: the layer a module belongs to, by name, and the module.
+        see: called before each pass of a module with its index and its input on real tokens, ``[T, ...]``. It gets
+            ``max_tokens`` of them and no more, whatever the size of a batch.
+
+    Raises:
+        ValueError: no batch, or nothing but padding.
+    """
+    seen = [0] * len(modules)
+    masks = TokenMasks(model)
+    was_training = model.training
+    model.eval()
+    with ExitStack() as hooks:
+        hooks.callback(model.train, was_training)
+        hooks.callback(model.register_forward_pre_hook(masks.see, with_kwargs=True).remove)
+        for index, (name, module) in enumerate(modules):
+
+            def look(_module: nn.Module, args: tuple[Tensor, ...], index: int = index, name: str = name) -> None:
+                mask = masks.of(name, args[0].shape[:-1])
+                real = args[0].flatten(0, -2) if mask is None else args[0][mask.to(args[0].device).bool()]
+                real = real[: max_tokens - seen[index]]
+                seen[index] += len(real)
+                if len(real):
+                    see(index, real)
+
+            hooks.callback(module.register_forward_pre_hook(look).remove)
+        for batch in batches:
+            model(**{name: value.to(model.device) for name, value in batch.items()})
+            if min(seen, default=0) >= max_tokens:
+                break
+    if not all(seen):
+        raise ValueError("the data is empty: give at least one batch with a token that is not padding")
+
+
+def first_tokens(data: Iterable[dict[str, Tensor]], count: int) -> list[dict[str, Tensor]]:
+    """The first batches of ``data`` that hold ``count`` tokens, or all of them; without those that are all padding."""
+    batches: list[dict[str, Tensor]] = []
+    iterator = iter(data)
+    while count > 0 and (batch := next(iterator, None)) is not None:
+        mask = batch.get("attention_mask")
+        tokens = next(iter(batch.values())).shape[:2].numel() if mask is None else int(mask.sum())
+        if tokens > 0:
+            batches.append(batch)
+        count -= tokens
+    return batches

@@ -1,0 +1,102 @@
+"""Wanda and magnitude pruning: which weights become 0, worked out by hand."""
+
+import pytest
+import torch
+from tiny_methods import batches, logits
+from tiny_models import tiny_inputs, tiny_model
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+import lte
+from lte.methods.weight_pruning import _kept
+
+SCORES = torch.tensor([[1.0, 5.0, 2.0, 6.0], [9.0, 3.0, 8.0, 4.0]])
+
+
+@pytest.mark.parametrize(
+    ("config", "by_row", "kept"),
+    [
+        (lte.MagnitudeConfig(0.5), False, [[0, 1, 0, 1], [1, 0, 1, 0]]),  # of the whole matrix
+        (lte.MagnitudeConfig(0.25), False, [[0, 1, 0, 1], [1, 1, 1, 1]]),
+        (lte.WandaConfig(0.25), True, [[0, 1, 1, 1], [1, 0, 1, 1]]),  # of each row
+        (lte.WandaConfig(0.5, "1:2"), True, [[0, 1, 0, 1], [1, 0, 1, 0]]),
+        (lte.WandaConfig(0.75, "1:4"), True, [[0, 0, 0, 1], [1, 0, 0, 0]]),
+        (lte.WandaConfig(0.01), True, [[1, 1, 1, 1], [1, 1, 1, 1]]),
+    ],
+)
+def test_what_is_kept(config, by_row, kept):
+    assert _kept(SCORES, config, by_row).int().tolist() == kept
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_wanda_by_hand(family):
+    """|w| times the length of its input over the tokens that are not padding; half of each output's weights go."""
+    dense, seen = tiny_model(family), []
+    down = dense.model.layers[1].mlp.down_proj if family == "llama" else dense.transformer.h[1].mlp.c_proj
+    down.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    for batch in batches(family):
+        dense(**batch)
+    real_TI = torch.cat([x[b["attention_mask"].bool()] for x, b in zip(seen, batches(family), strict=True)])
+    rows_OI = down.weight if family == "llama" else down.weight.T
+    scores_OI = rows_OI.abs() * real_TI.norm(dim=0)
+    kept = scores_OI > scores_OI.median(dim=1, keepdim=True).values  # of an even number it is the lower one
+    model = lte.prune_(tiny_model(family), lte.WandaConfig(), data=batches(family))
+    down = model.model.layers[1].mlp.down_proj if family == "llama" else model.transformer.h[1].mlp.c_proj
+    assert torch.equal(down.weight if family == "llama" else down.weight.T, rows_OI * kept)
+
+
+@pytest.mark.parametrize("config", [lte.WandaConfig(0.5), lte.WandaConfig(0.5, "2:4"), lte.MagnitudeConfig(0.5, "4:8")])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bert", "phi3"])
+def test_only_the_blocks_and_just_so_many(family, config):
+    model = lte.prune_(tiny_model(family), config, data=batches(family))
+    assert lte.weight_sparsity(model) == pytest.approx(0.5, abs=1e-3)
+    dense = tiny_model(family).state_dict()
+    for name, value in model.state_dict().items():
+        changed = not torch.equal(value, dense[name])
+        in_a_block = ".layer" in name or ".h." in name
+        assert changed == (in_a_block and value.ndim == 2), name
+
+
+def test_the_model_stays_stock(tmp_path):
+    model = lte.prune_(tiny_model("llama"), lte.WandaConfig(0.5, "2:4"), data=batches("llama"))
+    assert type(model) is LlamaForCausalLM
+    assert lte.cost_per_token(model) == lte.cost_per_token(tiny_model("llama"))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, "llama"), logits(model, "llama"))
+    assert lte.weight_sparsity(loaded) == 0.5
+
+
+def test_inputs_that_are_never_there_go_first():
+    """Wanda drops weights of an input that is always 0, however large; magnitude does not."""
+    models = {}
+    for config in (lte.WandaConfig(0.25), lte.MagnitudeConfig(0.25)):
+        model = tiny_model("llama")
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.mlp.up_proj.weight[:16], layer.mlp.up_proj.bias[:16] = 0, 0  # 16 of 64 neurons are 0
+                layer.mlp.down_proj.weight[:, :16] = 100
+        models[type(config)] = lte.prune_(model, config, data=batches("llama")).model.layers[0].mlp.down_proj.weight
+    assert (models[lte.WandaConfig][:, :16] == 0).all()
+    assert (models[lte.WandaConfig][:, 16:] != 0).all()
+    assert (models[lte.MagnitudeConfig][:, :16] == 100).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: lte.WandaConfig(1.5), "target_sparsity is 1.5"),
+        (lambda: lte.WandaConfig(0.5, "4:2"), "pattern is '4:2', but it keeps N of every M"),
+        (lambda: lte.WandaConfig(0.5, "half"), "pattern is 'half'"),
+        (lambda: lte.WandaConfig(0.6, "2:4"), "pattern 2:4 is a sparsity of 0.5, but target_sparsity is 0.6"),
+        (lambda: lte.WandaConfig(tokens=0), "tokens is 0"),
+        (lambda: lte.prune_(tiny_model("llama"), lte.WandaConfig()), "Wanda needs data"),
+        (lambda: lte.prune_(tiny_model("llama"), lte.WandaConfig(), data=[]), "data is empty"),
+        (lambda: lte.prune_(tiny_model("t5"), lte.WandaConfig(), data=[tiny_inputs("t5")]), "use MagnitudeConfig"),
+        (lambda: lte.prune_(tiny_model("llama"), lte.MagnitudeConfig(0.8, "1:5")), "which pattern 1:5 does not divide"),
+    ],
+)
+def test_refused(make, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make()
+    assert "\n" not in str(error.value)
