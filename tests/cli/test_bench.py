@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from lte.cli.bench_report import commit
 from lte.cli.main import main
@@ -78,6 +79,17 @@ def test_decode(files, capsys, tmp_path):
     assert found.keys() == FIELDS
     assert [row["batch"] for row in found["rows"]] == [1, 2]
     assert all(row["lte_ms"] > 0 and row["backend"] == "reference" for row in found["rows"])
+
+
+def test_decode_with_another_attention(files, capsys, monkeypatch):
+    asked = []
+    real = LlamaForCausalLM.set_attn_implementation
+    monkeypatch.setattr(LlamaForCausalLM, "set_attn_implementation", lambda *args: asked.append(args[1]) or real(*args))
+    given = ["--model", str(files / "llama"), "--sparsity", "0.5", "--attention", "eager", "--json"]
+    assert main([*DECODE, *given]) == 0
+    (row,) = last_json(capsys)["rows"]
+    assert row["attention"] == "eager"
+    assert asked == ["eager"] * 3  # dense in two precisions, and sparse
 
 
 def test_decode_a_trained_model(files, tmp_path, capsys):

@@ -116,7 +116,7 @@ def test_train_from_a_recipe(files, trained, capsys):
     summary = json.loads((trained / SUMMARY).read_text())
     assert summary["recipe"] == "default"
     assert summary["target_sparsity"] == 0.5
-    assert summary["steps"] == {"dense": 3, "soft": 6, "hard": 3}
+    assert summary["steps"] == {"dense": 3, "soft": 8, "hard": 1}
     assert summary["command"].startswith("lte train ")
     assert summary["environment"]["device"].startswith("cpu")
     assert summary["evaluation"]["mode"] == "hard"

@@ -7,6 +7,7 @@ from torch.nn.functional import silu
 
 from lte.modules.recording import sparse_layers
 from lte.training.router_start import TOKENS_PER_INPUT, fit_routers_
+from lte.training.stages import StagePlan
 
 
 def batches(rows: int = 400, size: int = 50):
@@ -66,6 +67,15 @@ def test_a_run_that_starts_so_meets_its_target(tmp_path):
     )
     trainer.train()
     assert trainer.evaluate(markov_blocks(100, seed=9))["eval_sparsity"] == pytest.approx(0.5, abs=0.04)
+
+
+def test_sharded_parameters_are_refused_before_the_first_step(tmp_path):
+    trainer = trainer_for(tmp_path)
+    trainer.is_fsdp_enabled = True
+    for plan, said in ((StagePlan(2, 4, 1), "dense_fraction=0"), (StagePlan(0, 4, 1), "router_start='random'")):
+        trainer.plan = plan
+        with pytest.raises(ValueError, match=said):
+            trainer.begin(None)
 
 
 def test_a_start_that_is_unknown(tmp_path):

@@ -4,7 +4,7 @@ import copy
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -59,6 +59,8 @@ class Decode:
     """Whether the step is compiled by torch.compile, dense and sparse; the default is yes on CUDA, no on a CPU."""
     tune: bool | None = None
     """Whether it is also tuned (coordinate descent), dense and sparse, the fastest torch makes; default as above."""
+    attention: Literal["sdpa", "eager", "flex_attention"] = "sdpa"
+    """Which of transformers' attentions both models use; compiled, what is fastest for one query differs."""
     generate: bool = False
     """Also time model.generate() as it is without options."""
     seed: int = 0
@@ -102,6 +104,7 @@ def main(argv: Sequence[str]) -> int:
         compile=compiles,
         tune=compiles and device.type == "cuda" if options.tune is None else options.tune,
         generate=options.generate,
+        attention=options.attention,
         bandwidth=gb_per_s,
         seed=options.seed,
     )

@@ -91,9 +91,7 @@ def main(argv: Sequence[str]) -> None:
             per_device_train_batch_size=BATCH,
             per_device_eval_batch_size=BATCH,
             learning_rate=1e-4,
-            router_learning_rate=2e-2,  # there are few steps: routers must move faster than in a real run
             dense_fraction=0.1,
-            hard_fraction=0.3,
             bf16=bf16,
             use_cpu=True,
             seed=options.seed,

@@ -46,6 +46,8 @@ class DecodeGrid:
     compile: bool = True
     tune: bool = False
     """Whether compiling includes coordinate descent tuning, dense and sparse alike."""
+    attention: str = "sdpa"
+    """Of transformers' attentions, for dense and sparse alike."""
     generate: bool = False
     """Also time ``model.generate``, as it is without options."""
     bandwidth: float = float("nan")
@@ -78,6 +80,8 @@ def bench_decode(
         dense: contenders by name, of which the fastest counts.
         sparse: in mode hard; it is packed here, and its routers drawn anew if ``grid`` asks for sparsities.
     """
+    for model in (*dense.values(), sparse):
+        model.set_attn_implementation(grid.attention)
     set_mode_(sparse, "hard")
     optimize_(sparse, grid.backend)
     if grid.sparsities:
@@ -91,7 +95,7 @@ def _bench_batch(
     dense: dict[str, PreTrainedModel], sparse: PreTrainedModel, grid: DecodeGrid, batch: int
 ) -> Iterator[dict[str, Any]]:
     dtype = str(sparse.dtype).removeprefix("torch.")
-    row: dict[str, Any] = {"shape": grid.name, "dtype": dtype, "batch": batch}
+    row: dict[str, Any] = {"shape": grid.name, "dtype": dtype, "batch": batch, "attention": grid.attention}
     row |= {"prompt_tokens": grid.prompt_tokens, "new_tokens": grid.new_tokens}
     asked_for: list[float | None] = [*grid.sparsities] or [None]
     generator = torch.Generator().manual_seed(grid.seed)

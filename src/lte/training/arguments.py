@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 class Recipe:
     """What a recipe decides; each field can be overridden in :class:`LTETrainingArguments`."""
 
+    hard_fraction: float
     separability_weight: float
     router_learning_rate: float
     router_weight_decay: float
@@ -27,6 +28,7 @@ class Recipe:
 RECIPES = {
     # the paper, literally: fixed eta, separability from the start, no bias, nothing else
     "paper": Recipe(
+        hard_fraction=0.25,
         separability_weight=0.5,
         router_learning_rate=1e-2,
         router_weight_decay=0.1,
@@ -40,6 +42,7 @@ RECIPES = {
     ),
     # no routers at all: the baseline that a sparse model of the same budget is held against
     "dense": Recipe(
+        hard_fraction=0.0,
         separability_weight=0.0,
         router_learning_rate=0.0,
         router_weight_decay=0.0,
@@ -52,14 +55,15 @@ RECIPES = {
         feature_distillation_weight=0.0,
     ),
     "default": Recipe(
+        hard_fraction=0.1,
         separability_weight=0.0,
         router_learning_rate=5e-3,
         router_weight_decay=0.0,
         router_bias=1.0,
-        router_start="random",
+        router_start="fitted",
         temperature=10.0,
         hardness=1.0,
-        ramp=1.0,
+        ramp=0.5,
         distillation_weight=0.9,
         feature_distillation_weight=0.0,
     ),
@@ -98,7 +102,9 @@ class LTETrainingArguments(TrainingArguments):
         default=0.25,
         metadata={"help": "Share of the steps that fine-tune the dense model first; 0 to skip."},
     )
-    hard_fraction: float = field(default=0.25, metadata={"help": "Share of the steps in the hard stage, at the end."})
+    hard_fraction: float | None = field(
+        default=None, metadata={"help": "Share of the steps in the hard stage, at the end."}
+    )
     separability_weight: float | None = field(default=None, metadata={"help": "Weight of the separability loss."})
     separability_floor: float = field(
         default=1e-4, metadata={"help": "Smallest (score - tau)^2 that the separability loss divides by."}
@@ -106,7 +112,8 @@ class LTETrainingArguments(TrainingArguments):
     router_learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate of the routers."})
     router_weight_decay: float | None = field(default=None, metadata={"help": "Weight decay of the routers."})
     router_bias: float | None = field(
-        default=None, metadata={"help": "Bias of the routers at the start of the soft stage; 0 freezes it there."}
+        default=None,
+        metadata={"help": "Bias of the routers (where fitted, its mean) at the start of the soft stage; 0 freezes it."},
     )
     router_start: str | None = field(
         default=None,

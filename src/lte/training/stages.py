@@ -30,6 +30,8 @@ class StagePlan:
             ValueError: fractions that leave the soft stage no step, or out of range.
         """
         dense, hard = round(total * dense_fraction), round(total * hard_fraction)
+        if hard == 0 and hard_fraction > 0:
+            hard = 1  # a run that asks for a hard stage ends in one, however short it is
         if dense_fraction == 1 and hard_fraction == 0:  # a dense baseline
             return StagePlan(total, 0, 0)
         if min(dense, hard) < 0 or dense + hard >= total:

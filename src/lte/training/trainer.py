@@ -109,6 +109,7 @@ class LTETrainer(Trainer):
 
     def begin(self, resumed: dict[str, Any] | None) -> None:
         """Called when training begins, with what a checkpoint remembers of the run, or None."""
+        self._check_sharding()
         self.stage = None
         keep_dtypes(cast(nn.Module, self.model_wrapped))
         if resumed:
@@ -117,6 +118,17 @@ class LTETrainer(Trainer):
             self._switch(resumed["stage"])
             if self.stage != "dense" and self._distils:
                 self.teacher = self._frozen(load_teacher(self._folder / _TEACHER, self._unwrapped))
+
+    def _check_sharding(self) -> None:
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled) or not self.plan.soft:
+            return
+        if self.plan.dense:
+            raise ValueError(
+                "the dense stage cannot be followed by regrouping when parameters are sharded: "
+                "fine-tune first, then lte.sparsify_, then train with dense_fraction=0"
+            )
+        if self.args.router_start == "fitted":
+            raise ValueError("routers cannot be fitted when parameters are sharded: give router_start='random'")
 
     def begin_step(self, step: int) -> None:
         """Called before each optimizer step: change the stage when it is time, sharpen the routers."""
@@ -201,11 +213,6 @@ class LTETrainer(Trainer):
 
         A method that groups by activations records them anew, on training rows.
         """
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                "the dense stage cannot be followed by regrouping when parameters are sharded: "
-                "fine-tune first, then lte.sparsify_, then train with dense_fraction=0"
-            )
         model = self._unwrapped
         method = Method.from_dict(model.config.lte)
         sites = find_sites(model, model.config.model_type)
@@ -222,8 +229,6 @@ class LTETrainer(Trainer):
             layer.router.reset(bias, generator)
         if self.args.router_start == "random":
             return
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("routers cannot be fitted when parameters are sharded: give router_start='random'")
         set_mode_(self._unwrapped, "dense")
         fit_routers_(self._unwrapped, self._batches(self.train_dataset, self.args.seed), bias)
         if self.args.world_size > 1:
@@ -293,7 +298,7 @@ class LTETrainer(Trainer):
         return cast(torch.optim.Optimizer, self.optimizer)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        self.plan = StagePlan.split(num_training_steps, self.args.dense_fraction, self.args.hard_fraction)
+        self.plan = StagePlan.split(num_training_steps, self.args.dense_fraction, cast(float, self.args.hard_fraction))
         if self.lr_scheduler is None:
             factor = self.plan.lr_lambda(
                 self.args.lr_scheduler_type,
