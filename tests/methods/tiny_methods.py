@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import lte
-from lte.methods.post_hoc import sites_and_layers
+from lte.surgery.sites import find_sites
 
 
 def batches(family: str, count: int = 8, rows: int = 4, length: int = 12) -> list[dict[str, Tensor]]:
@@ -36,7 +36,7 @@ def agreement(model: PreTrainedModel, family: str, oracle) -> float:
     """Of the experts that ``oracle`` chooses by a layer's neurons, the share its router chooses, on ``batches``."""
     found, wanted = 0, 0
     lte.set_mode_(model, "dense")  # so that neurons are seen before any is left out
-    for site, layer in sites_and_layers(model):
+    for site in find_sites(model, model.config.model_type):
         seen = {}
         hooks = [
             site.first.register_forward_pre_hook(lambda _module, args, seen=seen: seen.update(x=args[0])),
@@ -45,7 +45,7 @@ def agreement(model: PreTrainedModel, family: str, oracle) -> float:
         for batch in batches(family):
             model(**batch)
             chosen_TE = oracle(seen["hidden"])
-            found += int((layer.router(seen["x"]) & chosen_TE).sum())
+            found += int((site.installed.router(seen["x"]) & chosen_TE).sum())
             wanted += int(chosen_TE.sum())
         for hook in hooks:
             hook.remove()

@@ -59,8 +59,9 @@ class Decode:
     """Whether the step is compiled by torch.compile, dense and sparse; the default is yes on CUDA, no on a CPU."""
     tune: bool | None = None
     """Whether it is also tuned (coordinate descent), dense and sparse, the fastest torch makes; default as above."""
-    attention: Literal["sdpa", "eager", "flex_attention"] = "sdpa"
-    """Which of transformers' attentions both models use; compiled, what is fastest for one query differs."""
+    attention: Literal["sdpa", "eager", "flex_attention"] | None = None
+    """Which of transformers' attentions both models use, by default what the model would; which is fastest for one
+    query, compiled, has to be tried."""
     generate: bool = False
     """Also time model.generate() as it is without options."""
     seed: int = 0

@@ -34,6 +34,11 @@ def top_k(scores_TE: Tensor, k: int) -> Tensor:
     return torch.zeros_like(scores_TE, dtype=torch.bool).scatter(-1, order[..., :k], True)
 
 
+def expert_norms(hidden_TF: Tensor, num_experts: int) -> Tensor:
+    """Length of each expert's neurons, ``[..., E]`` in fp32. Experts are contiguous."""
+    return hidden_TF.unflatten(-1, (num_experts, -1)).float().norm(dim=-1)
+
+
 def scale_experts(hidden_TF: Tensor, weight_TE: Tensor) -> Tensor:
     """Multiply every neuron by its expert's weight: a score (soft) or a 0/1 mask (hard).
 

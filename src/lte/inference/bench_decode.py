@@ -46,8 +46,8 @@ class DecodeGrid:
     compile: bool = True
     tune: bool = False
     """Whether compiling includes coordinate descent tuning, dense and sparse alike."""
-    attention: str = "sdpa"
-    """Of transformers' attentions, for dense and sparse alike."""
+    attention: str | None = None
+    """Of transformers' attentions, for dense and sparse alike; None is what the model would take."""
     generate: bool = False
     """Also time ``model.generate``, as it is without options."""
     bandwidth: float = float("nan")
@@ -80,8 +80,9 @@ def bench_decode(
         dense: contenders by name, of which the fastest counts.
         sparse: in mode hard; it is packed here, and its routers drawn anew if ``grid`` asks for sparsities.
     """
-    for model in (*dense.values(), sparse):
-        model.set_attn_implementation(grid.attention)
+    if grid.attention is not None:
+        for model in (*dense.values(), sparse):
+            model.set_attn_implementation(grid.attention)
     set_mode_(sparse, "hard")
     optimize_(sparse, grid.backend)
     if grid.sparsities:

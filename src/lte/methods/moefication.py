@@ -9,13 +9,14 @@ from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
 from lte.core.grouping import check_divisible
+from lte.core.selection import expert_norms
 from lte.methods.choosing import ChoosingRouter
 from lte.methods.experts import Grouping, check_experts, group_neurons
-from lte.methods.post_hoc import PostHoc, expert_norms, sites_and_layers
+from lte.methods.post_hoc import PostHoc
 from lte.methods.predictors import check_training, train_predictors_
 from lte.modules.router import Reads, linear_fp32
 from lte.surgery.convert import RECORDED_TOKENS
-from lte.surgery.sites import Site
+from lte.surgery.sites import Site, find_sites
 
 Selection = Literal["mlp", "similarity", "oracle"]
 
@@ -79,11 +80,10 @@ class MoEficationConfig(PostHoc):
     @torch.no_grad()
     def fit(self, model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> None:
         if self.selection != "oracle":
-            for site, layer in sites_and_layers(model):
+            for site in find_sites(model, model.config.model_type):
+                router = cast(SimilarityRouter, site.installed.router)
                 rows_FD = normalize(site.feature_rows().float(), dim=1)
-                cast(SimilarityRouter, layer.router).start(
-                    normalize(rows_FD.unflatten(0, (layer.router.num_experts, -1)).mean(1), dim=1)
-                )
+                router.start(normalize(rows_FD.unflatten(0, (router.num_experts, -1)).mean(1), dim=1))
         if self.selection == "mlp":
             train_predictors_(model, batches, self.tokens, expert_norms, self.epochs, self.learning_rate, self.seed)
         super().fit(model, batches)

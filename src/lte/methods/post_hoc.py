@@ -1,18 +1,15 @@
 """What methods share that make a trained model sparse without training it: a sparsity, and data to meet it on."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lte.core.selection import top_k
-from lte.modules.recording import sparse_layers
-from lte.modules.sparse_ffn import Selecting
+from lte.core.selection import expert_norms, top_k
 from lte.surgery.convert import set_mode_
 from lte.surgery.method import Method
-from lte.surgery.sites import Site, find_sites
+from lte.surgery.sites import Site
 
 
 @dataclass(frozen=True)
@@ -64,16 +61,6 @@ class PostHoc(Method):
                 "or for smaller experts"
             )
         return count
-
-
-def sites_and_layers(model: PreTrainedModel) -> Iterator[tuple[Site, Selecting]]:
-    """Each FFN of a sparse model, and where it selects."""
-    yield from zip(find_sites(model, model.config.model_type), sparse_layers(model).values(), strict=True)
-
-
-def expert_norms(hidden_TF: Tensor, num_experts: int) -> Tensor:
-    """Length of each expert's neurons, ``[..., E]`` in fp32. Experts are contiguous."""
-    return hidden_TF.unflatten(-1, (num_experts, -1)).float().norm(dim=-1)
 
 
 def most_active(hidden_TF: Tensor, num_experts: int, k: int) -> Tensor:

@@ -9,8 +9,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import PreTrainedModel
 
 from lte.methods.choosing import ChoosingRouter
-from lte.methods.post_hoc import sites_and_layers
 from lte.surgery.activations import Wanted, record_inputs
+from lte.surgery.sites import find_sites
 
 _BATCH = 128  # tokens a step
 
@@ -48,17 +48,17 @@ def train_predictors_(
         epochs, learning_rate: of AdamW, 128 tokens a step, with a linear decay to 0.
         seed: of the order of tokens.
     """
-    found = list(sites_and_layers(model))
+    sites = find_sites(model, model.config.model_type)
     wanted: list[Wanted] = []
-    for site, layer in found:
-        experts = layer.router.num_experts
+    for site in sites:
+        experts = site.installed.router.num_experts
         wanted.append((site.name, site.first, Tensor.bfloat16))
         wanted.append((site.name, site.down, lambda hidden_TF, experts=experts: target_of(hidden_TF, experts)))
     recorded = record_inputs(model, wanted, batches, tokens)
-    for index, (_site, layer) in enumerate(found):
+    for index, site in enumerate(sites):
         generator = torch.Generator().manual_seed(seed + index)
         x_TD, target_TE = recorded[2 * index], recorded[2 * index + 1]
-        _train_(cast(ChoosingRouter, layer.router), x_TD, target_TE, epochs, learning_rate, generator)
+        _train_(cast(ChoosingRouter, site.installed.router), x_TD, target_TE, epochs, learning_rate, generator)
 
 
 @torch.enable_grad()

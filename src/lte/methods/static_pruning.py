@@ -8,10 +8,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lte.core.selection import top_k
-from lte.methods.post_hoc import PostHoc, sites_and_layers
+from lte.methods.post_hoc import PostHoc
 from lte.modules.router import BaseRouter
 from lte.surgery.activations import record_inputs
-from lte.surgery.sites import Site
+from lte.surgery.sites import Site, find_sites
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class StaticPruningConfig(PostHoc):
 
     @torch.no_grad()
     def fit(self, model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> None:
-        found = list(sites_and_layers(model))
-        wanted = [(site.name, site.down, _summed) for site, _ in found]
-        for (site, layer), sums in zip(found, record_inputs(model, wanted, batches, self.tokens), strict=True):
+        sites = find_sites(model, model.config.model_type)
+        wanted = [(site.name, site.down, _summed) for site in sites]
+        for site, sums in zip(sites, record_inputs(model, wanted, batches, self.tokens), strict=True):
             rows_FD = site.down_rows().float()
             importance_F = sums.sum(0).to(rows_FD.device) * rows_FD.norm(dim=1)
-            cast(FixedRouter, layer.router).kept_F.copy_(top_k(importance_F, self.num_active(site.d_ff)))
+            cast(FixedRouter, site.installed.router).kept_F.copy_(top_k(importance_F, self.num_active(site.d_ff)))
         super().fit(model, batches)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lte.core.selection import expert_norms
 from lte.surgery.activations import watch_inputs
 from lte.surgery.sites import Site, find_sites
 
@@ -59,9 +60,9 @@ class _Moments:
     def _add(self, x_TD: Tensor, hidden_TF: Tensor) -> None:
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TI = torch.nn.functional.pad(x_TD.float(), (0, 1), value=1.0)
-            parts_TEN = (hidden_TF.float() * self.down_F).unflatten(-1, (self.router.num_experts, -1))
+            added_TE = expert_norms(hidden_TF.float() * self.down_F, self.router.num_experts)
             self.gram_II.addmm_(x_TI.T, x_TI)
-            self.cross_IE.addmm_(x_TI.T, parts_TEN.norm(dim=-1).pow(0.25))
+            self.cross_IE.addmm_(x_TI.T, added_TE.pow(0.25))
 
     def fit_(self, bias: float) -> None:
         gram_II, cross_IE = self.gram_II.double(), self.cross_IE.double()
