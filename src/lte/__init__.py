@@ -12,7 +12,11 @@ from lte.methods.cats import CATSConfig
 from lte.methods.deja_vu import DejaVuConfig
 from lte.methods.lte import LTEConfig
 from lte.methods.moefication import MoEficationConfig
+from lte.methods.noisy_topk import NoisyTopKConfig
+from lte.methods.relufication import ReLUficationConfig
+from lte.methods.sigma_moe import SigmaMoEConfig
 from lte.methods.static_pruning import StaticPruningConfig
+from lte.methods.topk_moe import TopKMoEConfig
 from lte.methods.weight_pruning import MagnitudeConfig, WandaConfig, prune_, weight_sparsity
 from lte.modules.recording import record_scores, track_sparsity
 from lte.ops.sparse_ffn import sparse_ffn
@@ -20,6 +24,7 @@ from lte.ops.weights import FFNWeights
 from lte.surgery.convert import set_mode_, sparsify_
 from lte.surgery.cost import cost_per_token
 from lte.surgery.families import Family, register_family
+from lte.surgery.relufy import relufy_
 from lte.training.calibration import calibrate_
 
 if TYPE_CHECKING:
@@ -39,8 +44,12 @@ __all__ = [
     "LTETrainingArguments",
     "MagnitudeConfig",
     "MoEficationConfig",
+    "NoisyTopKConfig",
+    "ReLUficationConfig",
     "Shape",
+    "SigmaMoEConfig",
     "StaticPruningConfig",
+    "TopKMoEConfig",
     "WandaConfig",
     "balanced_kmeans",
     "calibrate_",
@@ -51,6 +60,7 @@ __all__ = [
     "prune_",
     "record_scores",
     "register_family",
+    "relufy_",
     "separability_loss",
     "set_mode_",
     "sparse_ffn",

@@ -30,12 +30,12 @@ def test_the_predictor_is_a_low_rank_linear_map():
 
 @pytest.mark.parametrize("target", [0.3, 0.5, 0.8])
 def test_the_threshold_meets_the_sparsity_in_each_layer(target):
-    model = converted("llama", lte.DejaVuConfig(target_sparsity=target, epochs=3))
+    model = converted("llama", lte.DejaVuConfig(target_sparsity=target, fit_epochs=3))
     assert measured(model, batches("llama")).by_layer == pytest.approx([target] * 2, abs=0.01)
 
 
 def test_top_k_meets_it_for_every_token():
-    model = converted("gpt2", lte.DejaVuConfig(selection="top_k", target_sparsity=0.75, epochs=1))
+    model = converted("gpt2", lte.DejaVuConfig(selection="top_k", target_sparsity=0.75, fit_epochs=1))
     with torch.no_grad(), lte.record_scores(model) as recording:
         model(**tiny_inputs("gpt2"))
     assert all((scores.sum(-1) == 16).all() for scores in recording.scores.values())
@@ -45,13 +45,13 @@ def test_the_predictor_learns():
     """It finds the more active half of the neurons more often with training than with hardly any."""
     found = {}
     for epochs, rate in ((1, 1e-5), (60, 1e-2)):
-        method = lte.DejaVuConfig(selection="top_k", rank=16, epochs=epochs, learning_rate=rate)
+        method = lte.DejaVuConfig(selection="top_k", rank=16, fit_epochs=epochs, fit_learning_rate=rate)
         found[epochs] = agreement(converted("llama", method), "llama", lambda hidden_TF: most_active(hidden_TF, 64, 32))
     assert found[1] == pytest.approx(0.5, abs=0.03)
     assert found[60] > 0.7
 
 
 def test_neurons_are_not_moved():
-    model = converted("llama", lte.DejaVuConfig(epochs=1), count=1)
+    model = converted("llama", lte.DejaVuConfig(fit_epochs=1), count=1)
     dense = tiny_model("llama").state_dict()
     assert all(torch.equal(value, dense[name]) for name, value in model.state_dict().items() if "router" not in name)

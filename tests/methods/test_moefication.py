@@ -54,14 +54,14 @@ def test_the_trained_router_finds_what_the_oracle_finds():
     """On data it was trained on, it agrees with the oracle more often than similarity does."""
     found = {}
     for selection in ("mlp", "similarity"):
-        method = lte.MoEficationConfig(expert_size=8, grouping="random", selection=selection, epochs=60)
+        method = lte.MoEficationConfig(expert_size=8, grouping="random", selection=selection, fit_epochs=60)
         found[selection] = agreement(converted("llama", method), "llama", OracleRouter(8, k=4))
     assert found["mlp"] > 0.05 + found["similarity"]
     assert found["similarity"] > 0.5
 
 
 def test_the_same_seed_gives_the_same_model():
-    method = lte.MoEficationConfig(expert_size=8, grouping="random", epochs=3)
+    method = lte.MoEficationConfig(expert_size=8, grouping="random", fit_epochs=3)
     assert torch.equal(logits(converted("llama", method), "llama"), logits(converted("llama", method), "llama"))
 
 

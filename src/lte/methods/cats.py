@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lte.methods.choosing import ChoosingRouter, set_cuts_
+from lte.methods.choosing import ChoosingRouter, count_tokens, set_cuts_
 from lte.methods.post_hoc import PostHoc
 from lte.modules.router import Reads
 from lte.surgery.sites import Site
@@ -23,6 +23,7 @@ class CATSConfig(PostHoc):
     Attributes:
         target_sparsity: fraction of neurons to leave idle, in every layer.
         tokens: how many tokens of the data the thresholds are set on.
+        activation: ``relu`` or ``relu2`` swaps the model's activation first, which needs fine-tuning; None keeps it.
 
     Raises:
         ValueError: an option outside its range.
@@ -38,6 +39,9 @@ class CATSConfig(PostHoc):
 
     def fit(self, model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> None:
         set_cuts_(model, batches, self.target_sparsity, self.tokens)
+
+    def calibrate(self, model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> None:
+        set_cuts_(model, batches, self.target_sparsity, count_tokens(batches))
 
 
 class ActivationRouter(ChoosingRouter):

@@ -56,6 +56,11 @@ def set_cuts_(model: PreTrainedModel, batches: list[dict[str, Tensor]], sparsity
             router.cut.copy_(values.kthvalue(min(len(values), max(1, round(sparsity * len(values))))).values)
 
 
+def count_tokens(batches: list[dict[str, Tensor]]) -> int:
+    """Of all batches, padding counted too."""
+    return sum(next(iter(batch.values())).shape[:2].numel() for batch in batches)
+
+
 def _values_of(name: str, router: ChoosingRouter, tokens: int) -> Wanted:
     """Every token with some of its experts, in turn: tokens differ much."""
     stride = max(1, tokens * router.num_experts // _SAMPLE)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lte.core.grouping import check_divisible
-from lte.methods.choosing import ChoosingRouter, set_cuts_
+from lte.methods.choosing import ChoosingRouter, count_tokens, set_cuts_
 from lte.methods.experts import Grouping, check_experts, group_neurons
 from lte.methods.post_hoc import PostHoc, most_active
 from lte.methods.predictors import check_training, train_predictors_
@@ -30,11 +30,12 @@ class DejaVuConfig(PostHoc):
         target_sparsity: fraction of neurons to leave idle in every layer. A neuron's label is whether it is among the
             others, by ``|h|``, for this token (paper: whether ReLU lets it through).
         tokens: how many tokens of the data predictors are trained, and thresholds set, on.
+        activation: ``relu`` or ``relu2`` swaps the model's activation first, which needs fine-tuning; None keeps it.
         rank: of the predictor, which costs ``rank * (D + E)`` weights; None is D / 8.
         selection: ``threshold`` (paper), one a layer, set on data; or ``top_k``, as many neurons for every token.
         grouping: with ``expert_size`` above 1, as LTE's.
-        epochs: of the predictors' training.
-        learning_rate: of the same, at its start.
+        fit_epochs: of the predictors' training.
+        fit_learning_rate: of the same, at its start.
 
     Raises:
         ValueError: an option outside its range.
@@ -46,13 +47,13 @@ class DejaVuConfig(PostHoc):
     rank: int | None = None
     selection: Selection = "threshold"
     grouping: Grouping = "kmeans"
-    epochs: int = 10
-    learning_rate: float = 1e-2
+    fit_epochs: int = 10
+    fit_learning_rate: float = 1e-2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_experts(self.expert_size, self.grouping)
-        check_training(self.epochs, self.learning_rate)
+        check_training(self.fit_epochs, self.fit_learning_rate)
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank is {self.rank}, but at least 1 is needed (usual: an eighth of the model's width)")
         if self.selection not in get_args(Selection):
@@ -83,13 +84,17 @@ class DejaVuConfig(PostHoc):
             batches,
             self.tokens,
             lambda hidden_TF, experts: most_active(hidden_TF, experts, self.num_active(experts)),
-            self.epochs,
-            self.learning_rate,
+            self.fit_epochs,
+            self.fit_learning_rate,
             self.seed,
         )
         if self.selection == "threshold":
             set_cuts_(model, batches, self.target_sparsity, self.tokens)
         super().fit(model, batches)
+
+    def calibrate(self, model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> None:
+        if self.selection == "threshold":
+            set_cuts_(model, batches, self.target_sparsity, count_tokens(batches))
 
 
 class LowRankRouter(ChoosingRouter):

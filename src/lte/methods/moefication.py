@@ -32,12 +32,13 @@ class MoEficationConfig(PostHoc):
         seed: of grouping and of the routers' training.
         target_sparsity: fraction of neurons to leave idle, for every token in every layer.
         tokens: how many tokens of the data the routers are trained on.
+        activation: ``relu`` or ``relu2`` swaps the model's activation first, which needs fine-tuning; None keeps it.
         selection: ``mlp``, a router of two layers trained on data (paper); ``similarity`` of x and the expert's mean
             row of the first weight, without data (paper); ``oracle``, the experts whose neurons are longest: an upper
             bound, since all neurons are computed to know, and charged.
         grouping: ``kmeans`` on the rows of the first FFN weight (paper), ``coactivation`` from data, or ``random``.
-        epochs: of the training of ``mlp``.
-        learning_rate: of the same, at its start.
+        fit_epochs: of the training of ``mlp``.
+        fit_learning_rate: of the same, at its start.
 
     Raises:
         ValueError: an option outside its range.
@@ -47,13 +48,13 @@ class MoEficationConfig(PostHoc):
 
     selection: Selection = "mlp"
     grouping: Grouping = "kmeans"
-    epochs: int = 30
-    learning_rate: float = 1e-2
+    fit_epochs: int = 30
+    fit_learning_rate: float = 1e-2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_experts(self.expert_size, self.grouping)
-        check_training(self.epochs, self.learning_rate)
+        check_training(self.fit_epochs, self.fit_learning_rate)
         if self.selection not in get_args(Selection):
             raise ValueError(f"selection is {self.selection!r}, but it is one of {', '.join(get_args(Selection))}")
 
@@ -85,7 +86,9 @@ class MoEficationConfig(PostHoc):
                 rows_FD = normalize(site.feature_rows().float(), dim=1)
                 router.start(normalize(rows_FD.unflatten(0, (router.num_experts, -1)).mean(1), dim=1))
         if self.selection == "mlp":
-            train_predictors_(model, batches, self.tokens, expert_norms, self.epochs, self.learning_rate, self.seed)
+            train_predictors_(
+                model, batches, self.tokens, expert_norms, self.fit_epochs, self.fit_learning_rate, self.seed
+            )
         super().fit(model, batches)
 
 

@@ -1,45 +1,53 @@
 """What methods share that make a trained model sparse without training it: a sparsity, and data to meet it on."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lte.core.selection import expert_norms, top_k
+from lte.methods.targeted import Targeted
 from lte.surgery.convert import set_mode_
-from lte.surgery.method import Method
+from lte.surgery.relufy import Activation, check_activation, relufy_
 from lte.surgery.sites import Site
 
 
 @dataclass(frozen=True)
-class PostHoc(Method):
+class PostHoc(Targeted):
     """Base of such methods. Their routers choose, 0 or 1, so modes soft and hard are the same.
 
     Attributes:
         target_sparsity: fraction of neurons to leave idle, in (0, 1).
         tokens: how many tokens of the data to look at, where the method looks at any.
+        activation: what the model's activation is swapped for first: ``relu``, or its square ``relu2``. The model then
+            needs fine-tuning. None keeps its own.
 
     Raises:
         ValueError: an option outside its range.
     """
 
+    learns: ClassVar[bool] = False
+
     tau: float = field(default=0.5, init=False)
-    target_sparsity: float = 0.5
     tokens: int = 4096
+    activation: Activation | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.target_sparsity < 1:
-            raise ValueError(
-                f"target_sparsity is {self.target_sparsity}, but it is the fraction of idle neurons: "
-                "between 0 and 1, e.g. 0.5"
-            )
+        super().__post_init__()
         if self.tokens < 1:
             raise ValueError(f"tokens is {self.tokens}, but at least 1 is needed (usual: 4096)")
+        if self.activation is not None:
+            check_activation(self.activation)
 
     @property
     def data_tokens(self) -> int:
         return self.tokens
+
+    def prepare_(self, model: PreTrainedModel) -> Callable[[], None]:
+        return super().prepare_(model) if self.activation is None else relufy_(model, self.activation)
 
     def group(self, site: Site, activations_TF: Tensor | None, layer_index: int) -> Tensor:
         """Neurons stay where they are, each an expert of its own."""
@@ -47,20 +55,6 @@ class PostHoc(Method):
 
     def fit(self, model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> None:
         set_mode_(model, "hard")
-
-    def num_active(self, num_experts: int) -> int:
-        """How many experts a token uses.
-
-        Raises:
-            ValueError: none.
-        """
-        count = round((1 - self.target_sparsity) * num_experts)
-        if count < 1:
-            raise ValueError(
-                f"target_sparsity {self.target_sparsity} leaves none of {num_experts} experts: ask for less, "
-                "or for smaller experts"
-            )
-        return count
 
 
 def most_active(hidden_TF: Tensor, num_experts: int, k: int) -> Tensor:

@@ -22,9 +22,9 @@ def check_training(epochs: int, learning_rate: float) -> None:
         ValueError: they are not.
     """
     if epochs < 1:
-        raise ValueError(f"epochs is {epochs}, but at least 1 is needed (usual: 10)")
+        raise ValueError(f"fit_epochs is {epochs}, but at least 1 is needed (usual: 10)")
     if learning_rate <= 0:
-        raise ValueError(f"learning_rate is {learning_rate}, but it must be above 0 (usual: 0.01)")
+        raise ValueError(f"fit_learning_rate is {learning_rate}, but it must be above 0 (usual: 0.01)")
 
 
 def train_predictors_(

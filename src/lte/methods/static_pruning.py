@@ -18,11 +18,12 @@ from lte.surgery.sites import Site, find_sites
 class StaticPruningConfig(PostHoc):
     """How to prune whole neurons: those with the least mean ``|h| * |down row|`` on data, the same share of each layer.
 
-    Fine-tuning the result (``transformers.Trainer``) leaves the choice alone.
+    Fine-tuning the result leaves the choice alone.
 
     Attributes:
         target_sparsity: fraction of each layer's neurons to leave out.
         tokens: how many tokens of the data neurons are judged on.
+        activation: ``relu`` or ``relu2`` swaps the model's activation first, which needs fine-tuning; None keeps it.
 
     Raises:
         ValueError: an option outside its range.

@@ -10,7 +10,8 @@ from lte.core.selection import scale_experts, threshold
 from lte.modules.router import BaseRouter, Router
 
 Mode = Literal["dense", "soft", "hard"]
-"""dense: all experts, router not run. soft: each expert scaled by its score. hard: kept or dropped, unscaled."""
+"""dense: all experts, router not run. soft: each expert scaled by its score. hard: kept or dropped, unscaled
+(but scaled where the router is of a mixture of experts, ``BaseRouter.scales``)."""
 
 
 class Selecting(nn.Module):
@@ -68,7 +69,7 @@ class Selecting(nn.Module):
         reads = self.router.reads
         scores_TE = self.router(x_TD if reads == "input" else fired_TF if reads == "activation" else hidden_TF)
         self.keep(scores_TE)
-        if self.mode == "hard":
+        if self.mode == "hard" and not self.router.scales:
             return scale_experts(hidden_TF, threshold(scores_TE, self.tau))
         if self.hardness:
             kept_TE = threshold(scores_TE, self.tau).to(scores_TE.dtype)

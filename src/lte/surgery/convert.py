@@ -24,6 +24,7 @@ def sparsify_(
     method: Method,
     data: Iterable[dict[str, Tensor]] | None = None,
     progress: Callable[[Iterable[Site]], Iterable[Site]] = iter,
+    fit: bool = True,
 ) -> PreTrainedModel:
     """Give every FFN of ``model`` experts and a router, in place.
 
@@ -41,6 +42,8 @@ def sparsify_(
             routers. What 4096 tokens do to the neurons is kept in bf16 on the CPU while grouping by co-activation:
             0.4 GB for a model of 135M parameters, 3 GB for one of 7B.
         progress: wraps the iteration over FFNs, e.g. in a progress bar.
+        fit: False leaves mode dense where a method that needs no training would set its routers now. ``LTETrainer``
+            sets them after its dense stage.
 
     Returns:
         The same model.
@@ -57,23 +60,29 @@ def sparsify_(
     if len({id(weight) for weight in weights}) < len(weights):
         raise ValueError(f"{type(model).__name__} shares FFN weights between layers: that is not supported")
     lte_model_class(type(model))  # made now, so that an error leaves the model as it was
-    batches = _needed(data, method)
-    orders = list(group(model, sites, method, batches, progress))  # all before the first change, for the same reason
+    batches = _needed(data, method, method.data_tokens if fit else RECORDED_TOKENS * method.needs_activations)
+    undo = method.prepare_(model)
+    try:
+        orders = list(group(model, sites, method, batches, progress))  # all before routers go in, for the same reason
+    except BaseException:
+        undo()
+        raise
     generator = torch.Generator().manual_seed(method.seed)
     for site, order in zip(sites, orders, strict=True):
         site.permute_neurons(order)
         install_(site, method).router.reset(generator=generator)
     become_lte_(model, {**method.to_dict(), "mode": "dense"})
-    method.fit(model, batches)
+    if fit:
+        method.fit(model, batches)
     return model
 
 
-def _needed(data: Iterable[dict[str, Tensor]] | None, method: Method) -> list[dict[str, Tensor]]:
-    if not method.data_tokens:
+def _needed(data: Iterable[dict[str, Tensor]] | None, method: Method, tokens: int) -> list[dict[str, Tensor]]:
+    if not tokens:
         return []
     if data is None:
         raise ValueError(f"this {type(method).__name__} needs data: pass sparsify_(model, config, data=batches)")
-    batches = first_tokens(data, method.data_tokens)
+    batches = first_tokens(data, tokens)
     if not batches:
         raise ValueError(f"this {type(method).__name__} needs data, but the data is empty")
     return batches

@@ -1,5 +1,6 @@
 """What a method is: a frozen dataclass that groups neurons, builds routers and fits them. Its type is the choice."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -23,6 +24,9 @@ class Method:
     name: ClassVar[str] = ""
     _by_name: ClassVar[dict[str, type["Method"]]] = {}
 
+    learns: ClassVar[bool] = True
+    """Whether its routers are trained, in the soft stage; otherwise :meth:`fit` sets them, and there is none."""
+
     expert_size: int = 32
     tau: float = 0.5
     seed: int = 0
@@ -40,12 +44,19 @@ class Method:
         """A router for this FFN, not yet initialised."""
         raise NotImplementedError
 
+    def prepare_(self, model: PreTrainedModel) -> Callable[[], None]:
+        """Change the dense model before it is converted, where the method needs another one; gives what undoes it."""
+        return lambda: None
+
     def fit(self, model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> None:
         """Set the routers of a model just converted, in mode dense. Nothing to do where training does it.
 
         Args:
             batches: the first ``data_tokens`` of the data, or more; none where that is 0.
         """
+
+    def calibrate(self, model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> None:
+        """Set thresholds anew on all of ``batches``, in mode hard. Nothing to do where as many experts always run."""
 
     @property
     def data_tokens(self) -> int:

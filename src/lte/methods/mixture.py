@@ -1,0 +1,82 @@
+"""What the trained mixtures of experts share: the model's own neurons in experts, as many of them for every token."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from lte.core.grouping import check_divisible
+from lte.methods.experts import Grouping, check_experts, group_neurons
+from lte.methods.targeted import Targeted
+from lte.surgery.convert import RECORDED_TOKENS
+from lte.surgery.sites import Site
+
+
+@dataclass(frozen=True)
+class Mixture(Targeted):
+    """Base of methods that train their routers (``lte.LTETrainer``); until then the function stays the same.
+
+    Every token uses ``round((1 - target_sparsity) * E)`` of a layer's E experts. What it uses is scaled by weights
+    above 0, in mode hard as well, so an expert is active where its weight is above tau, which is 0.
+
+    Attributes:
+        expert_size: neurons an expert; must divide d_ff.
+        seed: of grouping and router initialisation.
+        target_sparsity: fraction of neurons to leave idle, for every token in every layer.
+        grouping: ``kmeans`` on the rows of the first FFN weight, ``coactivation`` from data, or ``random``.
+
+    Raises:
+        ValueError: an option outside its range.
+    """
+
+    tau: float = field(default=0.0, init=False)
+    grouping: Grouping = "kmeans"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_experts(self.expert_size, self.grouping)
+
+    @property
+    def needs_activations(self) -> bool:
+        return self.grouping == "coactivation"
+
+    @property
+    def data_tokens(self) -> int:
+        return RECORDED_TOKENS if self.needs_activations else 0
+
+    def group(self, site: Site, activations_TF: Tensor | None, layer_index: int) -> Tensor:
+        self.num_active(check_divisible(site.d_ff, self.expert_size))  # an error is due before the first change
+        return group_neurons(site, self.grouping, self.expert_size, activations_TF, self.seed + layer_index)
+
+    def num_active(self, num_experts: int) -> int:
+        """How many experts a token uses.
+
+        Raises:
+            ValueError: none, or all.
+        """
+        count = super().num_active(num_experts)
+        if count == num_experts:
+            raise ValueError(
+                f"target_sparsity {self.target_sparsity} closes none of {num_experts} experts: ask for more, "
+                "or for smaller experts"
+            )
+        return count
+
+    def router_shape(self, site: Site) -> tuple[int, int, int]:
+        """Width, number of experts, and how many of them a token uses."""
+        num_experts = check_divisible(site.d_ff, self.expert_size)
+        return site.d_model, num_experts, self.num_active(num_experts)
+
+
+def check_weight(name: str, value: float) -> None:
+    """Whether the weight of a loss is one.
+
+    Raises:
+        ValueError: it is negative.
+    """
+    if value < 0:
+        raise ValueError(f"{name} is {value}, but the weight of a loss is at least 0")
+
+
+def softmax_of(logits_TE: Tensor, chosen_TE: Tensor, total: float) -> Tensor:
+    """Softmax over a token's chosen experts, times ``total``; 0 elsewhere."""
+    return total * logits_TE.masked_fill(~chosen_TE, float("-inf")).softmax(-1)

@@ -1,0 +1,40 @@
+"""What methods share that are asked for a sparsity: the option, and how many experts a token uses then."""
+
+from dataclasses import dataclass
+
+from lte.surgery.method import Method
+
+
+@dataclass(frozen=True)
+class Targeted(Method):
+    """Base of such methods.
+
+    Attributes:
+        target_sparsity: fraction of neurons to leave idle, in (0, 1).
+
+    Raises:
+        ValueError: it is outside its range.
+    """
+
+    target_sparsity: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.target_sparsity < 1:
+            raise ValueError(
+                f"target_sparsity is {self.target_sparsity}, but it is the fraction of idle neurons: "
+                "between 0 and 1, e.g. 0.5"
+            )
+
+    def num_active(self, num_experts: int) -> int:
+        """How many experts a token uses.
+
+        Raises:
+            ValueError: none.
+        """
+        count = round((1 - self.target_sparsity) * num_experts)
+        if count < 1:
+            raise ValueError(
+                f"target_sparsity {self.target_sparsity} leaves none of {num_experts} experts: ask for less, "
+                "or for smaller experts"
+            )
+        return count
