@@ -44,7 +44,7 @@ class _Moments:
     """Sums over tokens of products of an FFN's input (and a 1) with itself and with its experts' contributions."""
 
     def __init__(self, site: Site) -> None:
-        self.router = site.installed.linear_router
+        self.router: Any = site.installed.router  # of weight and bias: LTE's, or a mixture's
         self.down_F = site.down_rows().float().norm(dim=1)
         device, inputs = self.down_F.device, site.d_model + 1
         self.gram_II = torch.zeros(inputs, inputs, device=device)

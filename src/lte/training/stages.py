@@ -41,6 +41,21 @@ class StagePlan:
             )
         return StagePlan(dense, total - dense - hard, hard)
 
+    @staticmethod
+    def without_soft(total: int, dense_fraction: float) -> "StagePlan":
+        """For routers that are not trained: hard takes what dense leaves.
+
+        Raises:
+            ValueError: a fraction that leaves the hard stage no step, or out of range.
+        """
+        dense = round(total * dense_fraction)
+        if not 0 <= dense < total:
+            raise ValueError(
+                f"{total} steps with dense_fraction {dense_fraction} leave the hard stage none: make the fraction "
+                "smaller, or train for more steps"
+            )
+        return StagePlan(dense, 0, total - dense)
+
     @property
     def total(self) -> int:
         return self.dense + self.soft + self.hard

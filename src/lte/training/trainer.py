@@ -1,4 +1,4 @@
-"""``LTETrainer``: the stages of LTE on top of ``transformers.Trainer``, in one run that can be resumed."""
+"""``LTETrainer``: the stages of every method on top of ``transformers.Trainer``, in one run that can be resumed."""
 
 import copy
 import logging
@@ -15,7 +15,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_callback import ExportableState
 
-from lte.modules.recording import Recording, SparsityMeter, check_linear, record_scores, sparse_layers, track_sparsity
+from lte.core.accounting import count_active
+from lte.core.selection import threshold
+from lte.modules.mixture import Balance, balance_loss, record_balance
+from lte.modules.recording import Recording, SparsityMeter, record_scores, sparse_layers, track_sparsity
+from lte.surgery.activations import first_tokens
 from lte.surgery.convert import group, set_mode_
 from lte.surgery.method import Method
 from lte.surgery.sites import find_sites
@@ -47,18 +51,22 @@ _PROGRAMS = 32  # of a block under torch.compile: stages, hardness, teacher, eva
 class LTETrainer(Trainer):
     """Trains a model made sparse by ``lte.sparsify_``: dense (optional), soft and hard stage in one ``train()``.
 
+    With a method whose routers are not trained there is no soft stage: after the dense one neurons are grouped anew and
+    routers set on training rows, and the model gets used to them (hard). A mixture of experts has its balance loss in
+    place of the efficiency and separability losses.
+
     Takes what ``transformers.Trainer`` takes; batches may be ragged, padding (attention mask 0) counts
-    in no loss and no sparsity. Logs at each logging step ``task_loss``, ``efficiency_loss``,
-    ``separability_loss``, ``eta``, ``sparsity``, ``sparsity/layer_NN`` and ``near_tau`` (share of scores
-    within 0.1 of tau).
+    in no loss and no sparsity. Logs at each logging step ``task_loss``, ``sparsity`` and ``sparsity/layer_NN``; of LTE
+    ``efficiency_loss``, ``separability_loss``, ``eta`` and ``near_tau`` (share of scores within 0.1 of tau); of a
+    mixture ``balance_loss``.
 
     Args:
         calibration_dataset: rows to set thresholds on in the hard stage, so that ``target_sparsity`` is met on
             text like it: best a sample of what the model will see. None keeps some rows out of training for it.
 
     Raises:
-        ValueError: a dense model, one of another method than LTE, arguments of another class, or several GPUs in one
-            process.
+        ValueError: a dense model, one of a method that the recipe or its target does not fit, arguments of another
+            class, or several GPUs in one process.
     """
 
     args: LTETrainingArguments
@@ -78,7 +86,10 @@ class LTETrainer(Trainer):
                 "torchrun --nproc_per_node N, or set CUDA_VISIBLE_DEVICES to one GPU"
             )
         layers = sparse_layers(model).values()  # says what to do if there are none
-        check_linear(layers, "fine-tune it with transformers.Trainer, it stays as sparse as it is")
+        self._linear = all(layer.router.is_linear for layer in layers)
+        self.method = Method.from_dict(cast(Any, model).config.lte)
+        if not self._linear:
+            _check_method(self.method, args)
         self.calibration_dataset = calibration_dataset
         if args.target_sparsity is not None and calibration_dataset is None and kwargs.get("train_dataset") is not None:
             kwargs["train_dataset"], self.calibration_dataset = _split_calibration(
@@ -120,14 +131,14 @@ class LTETrainer(Trainer):
                 self.teacher = self._frozen(load_teacher(self._folder / _TEACHER, self._unwrapped))
 
     def _check_sharding(self) -> None:
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled) or not self.plan.soft:
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled) or self.plan.dense == self.plan.total:
             return
         if self.plan.dense:
             raise ValueError(
                 "the dense stage cannot be followed by regrouping when parameters are sharded: "
                 "fine-tune first, then lte.sparsify_, then train with dense_fraction=0"
             )
-        if self.args.router_start == "fitted":
+        if self.args.router_start == "fitted" or not self.method.learns:
             raise ValueError("routers cannot be fitted when parameters are sharded: give router_start='random'")
 
     def begin_step(self, step: int) -> None:
@@ -135,7 +146,7 @@ class LTETrainer(Trainer):
         stage, self.progress = self.plan.at(step)
         if stage != self.stage:
             self._enter(stage)
-        if stage == "soft":
+        if stage == "soft" and self._linear:
             ramped = min(1.0, self.progress / cast(float, self.args.ramp))
             temperatures = [layer.router.temperature for layer in self._layers.values()]
             torch._foreach_zero_(temperatures)  # pyright: ignore  # one launch, not one a layer
@@ -152,7 +163,7 @@ class LTETrainer(Trainer):
         self._note("sparsity", sparsity)
         for index, share in enumerate(by_layer.unbind()):
             self._note(f"sparsity/layer_{index:02d}", share)
-        if self.args.target_sparsity is not None and self.stage == "soft":
+        if self.args.target_sparsity is not None and self.stage == "soft" and self._linear:
             self.eta = self.controller.step(sparsity, self.progress)
         self._step_meter = SparsityMeter()
         if self.stage == "hard":
@@ -170,13 +181,13 @@ class LTETrainer(Trainer):
         """Begin a stage for the first time (not on resuming inside it)."""
         before = self.stage
         model = self._unwrapped
-        if stage == "soft":
+        if stage == "soft" or (stage == "hard" and not self.plan.soft):
             if before == "dense":
                 self._regroup()
             if self._distils:
                 self.teacher = self._make_teacher()
             self._start_routers()
-        if stage == "hard":
+        if stage == "hard" and self._linear:
             for layer in self._layers.values():
                 layer.router.fold_temperature()
         if before is not None and self.optimizer is not None:
@@ -193,14 +204,20 @@ class LTETrainer(Trainer):
         routers_train = stage == "soft"
         for layer in self._layers.values():
             layer.hardness = 0.0
-            layer.router.weight.requires_grad_(routers_train)
-            layer.router.bias.requires_grad_(routers_train and self.args.router_bias != 0)
+            for name, parameter in layer.router.named_parameters():
+                frozen = name.endswith("bias") and self.args.router_bias == 0
+                parameter.requires_grad_(routers_train and not frozen)
 
     def _calibrate(self) -> None:
         """Move the thresholds so that rows which are not trained on have the target's sparsity."""
         if self.calibration_dataset is None or self.args.target_sparsity is None:
             return
         model = self._unwrapped
+        if not self._linear:
+            with self.accelerator.autocast():
+                self.method.calibrate(model, list(self._batches(self.calibration_dataset)))
+            self._share_routers()
+            return
         before = [layer.router.bias.clone() for layer in self._layers.values()]
         with self.accelerator.autocast():
             shift = calibrate_(model, list(self._batches(self.calibration_dataset)), self.args.target_sparsity)
@@ -214,27 +231,36 @@ class LTETrainer(Trainer):
         A method that groups by activations records them anew, on training rows.
         """
         model = self._unwrapped
-        method = Method.from_dict(model.config.lte)
         sites = find_sites(model, model.config.model_type)
-        orders = group(model, sites, method, self._batches(self.train_dataset, self.args.seed))
+        orders = group(model, sites, self.method, self._batches(self.train_dataset, self.args.seed))
         for site, order in zip(sites, orders, strict=True):
             if self.args.world_size > 1:
                 torch.distributed.broadcast(order := order.to(self.args.device), src=0)
             site.permute_neurons(order)
 
     def _start_routers(self) -> None:
-        bias = cast(float, self.args.router_bias)
+        bias = cast(float, self.args.router_bias) if self.method.learns else 0.0
         generator = torch.Generator().manual_seed(self.args.seed)
         for layer in self._layers.values():
             layer.router.reset(bias, generator)
-        if self.args.router_start == "random":
+        if self.method.learns and self.args.router_start == "random":
             return
         set_mode_(self._unwrapped, "dense")
-        fit_routers_(self._unwrapped, self._batches(self.train_dataset, self.args.seed), bias)
+        batches = self._batches(self.train_dataset, self.args.seed)
+        if self.method.learns:
+            fit_routers_(self._unwrapped, batches, bias)
+        else:
+            for layer in self._layers.values():
+                layer.router.requires_grad_(True)  # a method may train them, outside of the training loop
+            self.method.fit(self._unwrapped, first_tokens(batches, self.method.data_tokens))
+        self._share_routers()
+
+    def _share_routers(self) -> None:
+        """All ranks take those of the first."""
         if self.args.world_size > 1:
             for layer in self._layers.values():
-                torch.distributed.broadcast(layer.router.weight, src=0)
-                torch.distributed.broadcast(layer.router.bias, src=0)
+                for value in layer.router.state_dict().values():
+                    torch.distributed.broadcast(value, src=0)
 
     def _batches(self, dataset: Any, seed: int | None = None) -> Iterator[dict[str, Any]]:
         """Rows outside of the training loop, in an order of ``seed`` if it is given. Leaves the random state alone."""
@@ -289,8 +315,8 @@ class LTETrainer(Trainer):
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if id(p) not in ids]
             for parameters, decay in (
-                ([one.weight for one in router], self.args.router_weight_decay),
-                ([one.bias for one in router], 0.0),
+                ([p for one in router for p in one.parameters() if p.ndim == 2], self.args.router_weight_decay),
+                ([p for one in router for p in one.parameters() if p.ndim < 2], 0.0),
             ):
                 optimizer.add_param_group(
                     {"params": parameters, "lr": self.args.router_learning_rate, "weight_decay": decay}
@@ -298,7 +324,11 @@ class LTETrainer(Trainer):
         return cast(torch.optim.Optimizer, self.optimizer)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        self.plan = StagePlan.split(num_training_steps, self.args.dense_fraction, cast(float, self.args.hard_fraction))
+        dense, hard = self.args.dense_fraction, cast(float, self.args.hard_fraction)
+        if self.method.learns or self.args.recipe == "dense":
+            self.plan = StagePlan.split(num_training_steps, dense, hard)
+        else:
+            self.plan = StagePlan.without_soft(num_training_steps, dense)
         if self.lr_scheduler is None:
             factor = self.plan.lr_lambda(
                 self.args.lr_scheduler_type,
@@ -326,7 +356,11 @@ class LTETrainer(Trainer):
         distilled = None
         if teacher is not None and self.args.distillation_weight:
             distilled = DistilledLoss(teacher["logits"], self.args.distillation_weight, self._mix_rows)
-        with record_scores(self._unwrapped) as recording, causal_loss(model, distilled or self._causal_loss):
+        with (
+            record_scores(self._unwrapped) as recording,
+            record_balance(self._layers if self.stage == "soft" else {}) as balance,
+            causal_loss(model, distilled or self._causal_loss),
+        ):
             task, outputs = super().compute_loss(model, {**inputs, **self._wanted}, True, num_items_in_batch)
         if distilled is not None:
             loss, task, kl = self._distil(task, distilled, outputs, inputs, num_items_in_batch if scaled else None)
@@ -334,7 +368,7 @@ class LTETrainer(Trainer):
         else:
             loss = task
         self._note("task_loss", task * (self.current_gradient_accumulation_steps if scaled else 1))
-        extra = self._extra_losses(recording)
+        extra = self._extra_losses(recording) if self._linear else self._balance_loss(recording, balance)
         if teacher is not None and self._wanted:
             extra = extra + self._feature_loss(outputs, teacher, recording)
         if scaled:  # a mean over this micro-batch, while the task loss is already a share of the whole batch
@@ -367,6 +401,17 @@ class LTETrainer(Trainer):
             return efficiency.new_zeros(())
         loss, weight = self.eta * efficiency, cast(float, self.args.separability_weight)
         return loss + weight * separability if weight else loss
+
+    def _balance_loss(self, recording: Recording, balance: Balance) -> Tensor:
+        """The balance loss of a mixture while it learns; also notes sparsity, of every method but LTE."""
+        tau = next(iter(self._layers.values())).tau
+        for names, scores, mask in recording.stacked():
+            self._step_meter.add_counts(names, *count_active(threshold(scores.detach(), tau), mask))
+        if not balance:
+            return torch.zeros((), device=self.args.device)
+        loss = balance_loss(balance, recording)
+        self._note("balance_loss", loss)
+        return loss
 
     @torch.no_grad()
     def _teach(self, inputs: dict[str, Any]) -> Any:
@@ -415,7 +460,8 @@ class LTETrainer(Trainer):
         if self._logged and "loss" in logs:
             means = [torch.stack(values).mean().to(self.args.device) for values in self._logged.values()]
             reduced = cast(Tensor, self.accelerator.reduce(torch.stack(means), reduction="mean"))
-            logs = {**logs, "eta": float(self.eta), **dict(zip(self._logged, reduced.tolist(), strict=True))}
+            eta = {"eta": float(self.eta)} if self._linear else {}
+            logs = {**logs, **eta, **dict(zip(self._logged, reduced.tolist(), strict=True))}
             self._logged = {}
         super().log(logs, *args, **kwargs)
 
@@ -474,6 +520,22 @@ class LTETrainer(Trainer):
 
     def _mean_over_ranks(self, value: Tensor) -> Tensor:
         return value if self.args.world_size == 1 else cast(Tensor, self.accelerator.reduce(value, reduction="mean"))
+
+
+def _check_method(method: Method, args: LTETrainingArguments) -> None:
+    """Whether a method other than LTE fits the arguments.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if args.recipe == "paper":
+        raise ValueError(f"recipe='paper' trains LTE's routers, not those of {method.name}: take the default recipe")
+    made_for = getattr(method, "target_sparsity", None)
+    if args.target_sparsity is not None and args.target_sparsity != made_for:
+        raise ValueError(
+            f"the model was made for target_sparsity {made_for}, but the arguments ask for {args.target_sparsity}: "
+            "make them one, or convert the dense model again"
+        )
 
 
 def _split_calibration(dataset: Any, rows: int, seed: int) -> tuple[Any, Any]:
