@@ -1,4 +1,4 @@
-"""``lte sparsify --method``, and what the other commands make of such models."""
+"""``lte sparsify --method`` and ``lte train --method``, and what the other commands make of such models."""
 
 import json
 
@@ -9,8 +9,8 @@ from lte.cli.main import main
 METHODS = {
     "cats": [],
     "static-pruning": [],
-    "deja-vu": ["--epochs", "1"],
-    "moefication": ["--expert-size", "8", "--epochs", "2"],
+    "deja-vu": ["--fit-epochs", "1"],
+    "moefication": ["--expert-size", "8", "--fit-epochs", "2"],
     "moefication oracle": ["--expert-size", "8", "--selection", "oracle"],
 }
 
@@ -81,7 +81,8 @@ def test_commands_for_lte_refuse(files, tmp_path, capfd):
     given = ["calibrate", tmp_path / "cats", *data, "--target-sparsity", "0.4", "-o", tmp_path / "out"]
     refused(capfd, given, "convert the dense model again with another target_sparsity")
     given = ["train", "--model", tmp_path / "cats", *data, "--target-sparsity", "0.4", "-o", tmp_path / "out"]
-    refused(capfd, [*given, "--max-steps", "2"], "fine-tune it with transformers.Trainer")
+    refused(capfd, [*given, "--max-steps", "2"], "was made sparse by cats: give --method cats")
+    refused(capfd, [*given, "--max-steps", "2", "--method", "cats"], "made for target_sparsity 0.5, but")
 
 
 @pytest.mark.parametrize("options", [["--pattern", "2:4"], ["--method", "magnitude", "--target-sparsity", "0.5"]])
@@ -100,3 +101,65 @@ def test_prune_refused(files, tmp_path, capfd):
     refused(capfd, given, "no data: give --text FILE")
     refused(capfd, [*given, "--pattern", "2:4", "--target-sparsity", "0.6"], "make them one")
     assert not (tmp_path / "out").exists()
+
+
+def training(files, folder, *options):
+    data = ["--text", files / "ids.npy", "--sequence-length", "32", "--max-steps", "8", "--save-strategy", "no"]
+    given = ["train", "--model", files / "llama", *data, "--per-device-train-batch-size", "4", "-o", folder, *options]
+    return [str(one) for one in given]
+
+
+TRAINED = {
+    "cats": ["--tokens", "200"],
+    "deja-vu": ["--fit-epochs", "1", "--fit-learning-rate", "0.02", "--tokens", "200"],
+    "moefication": ["--expert-size", "8", "--fit-epochs", "1", "--tokens", "200", "--activation", "relu"],
+    "static-pruning": ["--tokens", "200"],
+    "relufication": ["--activation", "relu2"],
+    "topk-moe": ["--expert-size", "8", "--scores", "sigmoid"],
+    "noisy-topk": ["--expert-size", "8", "--load-weight", "0.2"],
+    "sigma-moe": ["--expert-size", "8", "--expert-dropout", "0.1"],
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_train(files, tmp_path, capsys, name):
+    argv = training(files, tmp_path, "--method", name, *TRAINED[name], "--target-sparsity", "0.75", "--seed", "3")
+    assert main([*argv, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["method"]["method"] == name
+    assert found["method"]["target_sparsity"] == 0.75
+    assert found["method"].get("seed", 3) == 3
+    for flag, value in zip(TRAINED[name][::2], TRAINED[name][1::2], strict=True):
+        assert str(found["method"][flag[2:].replace("-", "_")]) == value
+    learns = name in ("topk-moe", "noisy-topk", "sigma-moe")
+    assert found["steps"] == ({"dense": 2, "soft": 5, "hard": 1} if learns else {"dense": 2, "soft": 0, "hard": 6})
+    assert found["evaluation"]["mode"] == "hard"
+    assert found["evaluation"]["sparsity"] == pytest.approx(0.75, abs=0.05)
+    given = ["eval", tmp_path, "--text", files / "text.txt", "--sequence-length", "32", "--device", "cpu", "--json"]
+    assert main([str(one) for one in given]) == 0
+
+
+def test_a_recipe_of_another_method(files, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("expert_size: 8\ngrouping: random\nlearning_rate: 0.002\n")
+    argv = training(files, tmp_path / "out", "--method", "cats", "--target-sparsity", "0.5", "--json")
+    assert main(["train", str(recipe), *argv[1:]]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["method"] == {"method": "cats", "target_sparsity": 0.5, "tokens": 4096, "activation": None}
+    recipe.write_text("method: sigma-moe\nexpert_size: 8\ngrouping: random\ntarget_sparsity: 0.5\n")
+    assert main(["train", str(recipe), *training(files, tmp_path / "other", "--json")[1:]]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["method"]["method"], found["method"]["expert_size"]) == ("sigma-moe", 8)
+
+
+def test_train_refuses(files, tmp_path, capfd):
+    target = ["--target-sparsity", "0.5"]
+    refused(capfd, training(files, tmp_path / "a", "--method", "magic", *target), "unknown method 'magic'")
+    refused(capfd, training(files, tmp_path / "a", "--method", "cats"), "target_sparsity is None")
+    refused(capfd, training(files, tmp_path / "a", "--method", "cats", "--expert-size", "8", *target), "--expert-size")
+    paper = ["--recipe", "paper", "--eta", "0.5"]
+    refused(capfd, training(files, tmp_path / "a", "--method", "cats", *paper), "trains LTE's routers, not those of")
+    many = ["--method", "topk-moe", "--expert-size", "32", "--target-sparsity", "0.9"]
+    refused(capfd, training(files, tmp_path / "a", *many), "leaves none of 2 experts")
+    refused(capfd, training(files, tmp_path / "a", "--method", "sigma-moe", "--expert-dropout", "2", *target), "2.0")
+    assert not (tmp_path / "a" / "config.json").exists()

@@ -43,7 +43,9 @@ class TrainingProgress(TrainerCallback):
             return
         line = f"loss {logs.get('task_loss', logs['loss']):.3f}"
         if "sparsity" in logs:
-            line += f"  sparsity {logs['sparsity']:.1%}  eta {logs['eta']:.3g}"
+            line += f"  sparsity {logs['sparsity']:.1%}"
+        if "eta" in logs:
+            line += f"  eta {logs['eta']:.3g}"
         if err.is_terminal:
             self._bar.update(self._task, description=line)
         else:

@@ -1,7 +1,7 @@
 """``lte sparsify``: a dense checkpoint in, one with experts and routers out, by any method."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import tyro
@@ -9,16 +9,16 @@ from torch.utils.data import DataLoader
 
 from lte.cli.console import out, track
 from lte.cli.main import parse
+from lte.cli.method_options import chosen, method_in, with_method
 from lte.cli.options import DataOptions, DeviceOptions, Output, open_model
 from lte.modules.recording import sparse_layers
 from lte.surgery.convert import sparsify_
 from lte.surgery.loading import load_config, load_tokenizer
-from lte.surgery.method import Method
 
 
 @dataclass
 class Sparsify:
-    """The options that every method has. :func:`options_of` adds those of one method, as ``chosen_method``."""
+    """The options that every method has. Those of one method are added."""
 
     model: str
     """A local folder, a hub id, or a .gguf file."""
@@ -27,7 +27,8 @@ class Sparsify:
     method: Annotated[
         str,
         tyro.conf.arg(
-            help="lte, to be trained; or sparse at once, with --text: moefication, deja-vu, cats, static-pruning. "
+            help="To be trained: lte, topk-moe, noisy-topk, sigma-moe. Sparse at once, with --text: moefication, "
+            "deja-vu, cats, static-pruning, relufication (which needs fine-tuning: lte train). "
             "--method NAME --help shows the options of that one."
         ),
     ] = "lte"
@@ -36,8 +37,8 @@ class Sparsify:
 
 
 def main(argv: Sequence[str]) -> None:
-    options: Any = parse(options_of(argv), "sparsify", argv)
-    method: Method = options.chosen_method
+    options: Any = parse(with_method(Sparsify, method_in(argv)), "sparsify", argv)
+    method = chosen(options)
     device, dtype = options.where.resolve()
     config = load_config(options.model)
     tokenizer = load_tokenizer(options.model)
@@ -52,18 +53,3 @@ def main(argv: Sequence[str]) -> None:
     layers = sparse_layers(model)
     experts = next(iter(layers.values())).router.num_experts
     out.print(f"{options.output}: {len(layers)} FFNs of {experts} experts x {method.expert_size} neurons")
-
-
-def options_of(argv: Sequence[str]) -> type:
-    """The command's options with those of the method that ``argv`` names.
-
-    Raises:
-        ValueError: there is no such method.
-    """
-    name = Sparsify.method
-    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
-        flag, equals, joined = flag.partition("=")
-        if flag == "--method":
-            name = joined if equals else value
-    cls = Method.named(name)
-    return make_dataclass("Sparsify", [("chosen_method", cls, field(default_factory=cls))], bases=(Sparsify,))

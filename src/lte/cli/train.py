@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
 
 import torch
 import transformers
@@ -19,17 +19,20 @@ from lte import __version__
 from lte.cli.console import err, print_json, track
 from lte.cli.eval import show
 from lte.cli.main import parse
+from lte.cli.method_options import chosen, method_in, with_method
 from lte.cli.options import DataOptions, DeviceOptions
 from lte.cli.progress import train_with_progress
 from lte.evaluation.evaluate import evaluate
-from lte.methods.lte import Grouping, LTEConfig
 from lte.surgery.convert import sparsify_
 from lte.surgery.loading import load_config, load_model, load_tokenizer
+from lte.surgery.method import Method
 from lte.training.arguments import LTETrainingArguments
 from lte.training.batches import split_held_out
 from lte.training.trainer import LTETrainer
 
 SUMMARY = "lte_training.json"
+ELSEWHERE = ("target_sparsity", "seed")
+"""Options of methods that are training's, too."""
 
 
 if TYPE_CHECKING:
@@ -54,6 +57,8 @@ else:
 
 @dataclass
 class Train:
+    """The options that every method has. Those of one method are added."""
+
     model: str
     """A local folder, a hub id, or a .gguf file; dense, or already sparse."""
     training: TrainArguments
@@ -66,12 +71,13 @@ class Train:
     during training (--eval-strategy) are on all of it; without it, on what is evaluated after training."""
     held_out: float = 0.02
     """How much of --text is held out: a fraction, or from 1 a number of rows (blocks)."""
-    expert_size: int = 32
-    """Neurons an expert; must divide d_ff."""
-    grouping: Grouping = "kmeans"
-    """How neurons are grouped."""
-    tau: float = 0.5
-    """An expert is active when its score is above it."""
+    method: Annotated[
+        str,
+        tyro.conf.arg(
+            help="Trains routers: lte, topk-moe, noisy-topk, sigma-moe. Fine-tunes before and after making sparse: "
+            "moefication, deja-vu, cats, static-pruning, relufication. --method NAME --help shows its options."
+        ),
+    ] = "lte"
     resume: bool = False
     """Go on from the last whole checkpoint in the output folder, if there is one."""
     json: bool = False
@@ -87,19 +93,23 @@ def main(argv: Sequence[str]) -> None:
 
 
 def parse_train(argv: Sequence[str]) -> Train:
-    """``[RECIPE.yaml] [OPTIONS]``: a recipe's keys are options by their names; options given later win."""
+    """``[RECIPE.yaml] [OPTIONS]``: a recipe's keys are options by their names; options given later win.
+
+    Where another method than the recipe's is given, the recipe's options of its method are left out.
+    """
     arguments = list(argv)
     if arguments and arguments[0].endswith((".yaml", ".yml")):
-        arguments = [*recipe_arguments(Path(arguments[0])), *arguments[1:]]
+        arguments = [*recipe_arguments(Path(arguments[0]), arguments[1:]), *arguments[1:]]
     given = [value for flag, value in pairwise(arguments) if flag == "--device"]
     given += [one.removeprefix("--device=") for one in arguments if one.startswith("--device=")]
     if given == ["cpu"] or (given in ([], ["auto"]) and not torch.cuda.is_available()):
         arguments.append("--use-cpu")  # must be known while parsing: bf16 without a GPU is refused otherwise
-    return parse(Train, "train", ["--output-dir" if one in ("-o", "--output") else one for one in arguments])
+    options = with_method(Train, method_in(arguments), ELSEWHERE)
+    return parse(options, "train", ["--output-dir" if one in ("-o", "--output") else one for one in arguments])
 
 
-def recipe_arguments(path: Path) -> list[str]:
-    """The options a YAML recipe stands for.
+def recipe_arguments(path: Path, given: Sequence[str] = ()) -> list[str]:
+    """The options a YAML recipe stands for, when these are given beside it.
 
     Raises:
         ValueError: not a YAML mapping from option names to values.
@@ -110,8 +120,12 @@ def recipe_arguments(path: Path) -> list[str]:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} must map option names to values, e.g. max_steps: 600")
+    its_method = Method.named(recipe.get("method", Train.method))
+    foreign = set(its_method.options()) - {*ELSEWHERE} if method_in(given, its_method.name) is not its_method else set()
     arguments = []
     for name, value in recipe.items():
+        if str(name).replace("-", "_") in foreign | {"method"} and foreign:
+            continue
         flag = f"--{str(name).replace('_', '-')}"
         if value is None:
             continue
@@ -135,6 +149,8 @@ def train(options: Train, argv: Sequence[str]) -> dict[str, Any]:
     """Convert, train, save and evaluate; give what the summary file holds."""
     args = options.training
     set_seed(args.seed)
+    target = {} if args.target_sparsity is None else {"target_sparsity": args.target_sparsity}
+    method = chosen(options, seed=args.seed, **target)
     device, dtype = options.where.resolve()
     config, tokenizer = load_config(options.model), load_tokenizer(options.model)
     if args.load_best_model_at_end and not options.calibration_text:
@@ -142,7 +158,7 @@ def train(options: Train, argv: Sequence[str]) -> dict[str, Any]:
             "load_best_model_at_end would choose by the data of the final evaluation: give --calibration-text FILE"
         )
     train_set, held_out, calibration = _load_data(options, config, tokenizer)
-    model = _load_sparse(options, config, device, dtype, train_set)
+    model = _load_sparse(options, method, config, device, dtype, train_set)
     trainer = LTETrainer(
         model=model,
         args=args,
@@ -162,6 +178,7 @@ def train(options: Train, argv: Sequence[str]) -> dict[str, Any]:
         "environment": environment(device),
         "seed": args.seed,
         "recipe": args.recipe,
+        "method": trainer.method.to_dict(),
         "target_sparsity": args.target_sparsity,
         "eta": float(trainer.eta),
         "steps": asdict(trainer.plan),
@@ -200,7 +217,9 @@ def _load_data(options: Train, config: Any, tokenizer: Any) -> tuple[Any, Any, A
     return train_set, held_out, calibration
 
 
-def _load_sparse(options: Train, config: Any, device: torch.device, dtype: Any, train_set: Any) -> PreTrainedModel:
+def _load_sparse(
+    options: Train, method: Method, config: Any, device: torch.device, dtype: Any, train_set: Any
+) -> PreTrainedModel:
     class_names, labels = train_set.class_names, {}
     if class_names is not None:
         labels = {"num_labels": len(class_names), "id2label": dict(enumerate(class_names))}
@@ -210,11 +229,10 @@ def _load_sparse(options: Train, config: Any, device: torch.device, dtype: Any, 
         model = load_model(options.model, head, torch.float32 if dtype == "auto" else dtype, **labels)
         model.to(device)  # pyright: ignore[reportArgumentType]
     if not hasattr(model.config, "lte"):
-        method = LTEConfig(
-            expert_size=options.expert_size, tau=options.tau, grouping=options.grouping, seed=options.training.seed
-        )
         batches = None
         if method.needs_activations:
             batches = DataLoader(train_set, batch_size=1, shuffle=True, collate_fn=train_set.collator)
-        sparsify_(model, method, batches, progress=lambda sites: track(list(sites), "grouping neurons"))
+        sparsify_(model, method, batches, lambda sites: track(list(sites), "grouping neurons"), fit=False)
+    elif (made_by := model.config.lte["method"]) != method.name:
+        raise ValueError(f"{options.model} was made sparse by {made_by}: give --method {made_by}, or the dense model")
     return model

@@ -1,0 +1,50 @@
+"""``--method NAME``: which method, and its options beside those of a command."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import field, fields, make_dataclass
+from typing import Any
+
+import tyro
+
+from lte.surgery.method import Method
+
+
+def method_in(argv: Sequence[str], default: str = "lte") -> type[Method]:
+    """The method that arguments name, the last time where they do so several times.
+
+    Raises:
+        ValueError: there is no such method.
+    """
+    name = default
+    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
+        flag, equals, joined = flag.partition("=")
+        if flag == "--method":
+            name = joined if equals else value
+    return Method.named(name)
+
+
+def with_method(command: type, method: type[Method], elsewhere: Collection[str] = ()) -> type:
+    """A command's options and the method's, which are its field ``chosen_method``.
+
+    Args:
+        command: a dataclass.
+        method: whose options to add.
+        elsewhere: those that the command has already, by the same name; :func:`chosen` puts them in.
+    """
+    hidden: list[Any] = [
+        (one.name, tyro.conf.Suppress[tyro.conf.Fixed[Any]], field(default=one.default))
+        for one in fields(method)
+        if one.name in elsewhere and one.init
+    ]
+    shown: Any = method
+    if hidden:
+        namespace = {"__doc__": method.__doc__}
+        shown = make_dataclass(method.__name__, hidden, bases=(method,), frozen=True, namespace=namespace)
+    return make_dataclass(command.__name__, [("chosen_method", shown, field(default_factory=shown))], bases=(command,))
+
+
+def chosen(options: Any, **elsewhere: Any) -> Method:
+    """The method that parsed options hold, with those of its options that the command has itself."""
+    found: Method = options.chosen_method
+    given = {name: value for name, value in elsewhere.items() if name in found.options()}
+    return Method.from_dict({**found.to_dict(), **given})
