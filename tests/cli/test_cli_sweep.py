@@ -57,6 +57,16 @@ def test_a_grid_is_run_once(files, tmp_path, capsys):
     assert "made with other options" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_a_grid_over_methods(files, tmp_path, capsys):
+    options = [one for one in base(files) if one not in ("--expert-size", "8")]
+    grid = ["--vary", "method=lte,deja-vu,sigma-moe", "target-sparsity=0.5", "-o", str(tmp_path)]
+    assert main(["sweep", *options, "--dense-fraction", "0.25", *grid, "--discard-models", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [row["method"]["method"] for row in found] == ["lte", "deja-vu", "sigma-moe"]
+    assert [row["evaluation"]["sparsity"] for row in found] == pytest.approx([0.5, 0.5, 0.5], abs=0.06)
+
+
 def test_a_run_that_fails_is_a_row_and_is_tried_again(files, tmp_path, monkeypatch, capsys):
     tries = []
 
@@ -97,6 +107,8 @@ def test_the_error_of_a_run_is_what_it_said_last(files, tmp_path):
         (["--vary", "seed=1", "--jobs", "0"], "at least one run"),
         (["--vary", "target-sparsity=0.5,2"], "target_sparsity is 2"),
         (["--vary", "colour=red"], "colour"),
+        (["--vary", "method=lte,magic"], "unknown method 'magic'"),
+        (["--vary", "method=lte,cats"], "--expert-size"),
         (["--vary"], "nothing varies"),
         (["--vary", "seed=1", "--then", "eval --max-rows 0"], "max_rows is 0"),
         (["--vary", "seed=1", "--then", "train --seed 1"], "is no eval"),
