@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 import lte
 from lte.modules.recording import sparse_layers, track_sparsity
+from lte.training.arguments import LTETrainingArguments
 from lte.training.batches import PackedBlocks
 from lte.training.stages import StagePlan
 from lte.training.trainer import LTETrainer
@@ -26,6 +27,11 @@ POST_HOC = {
     "static-pruning": lte.StaticPruningConfig(tokens=500),
     "relufication": lte.ReLUficationConfig(tokens=500, target_sparsity=0.7),
 }
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in LTETrainingArguments.__dataclass_fields__
+)
 
 
 class Routers(TrainerCallback):
@@ -153,6 +159,16 @@ def test_a_run_is_resumed(tmp_path, name):
     expected = whole.model.state_dict()
     for key, value in again.model.state_dict().items():
         assert torch.allclose(value, expected[key], atol=1e-6), key
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_gradient_checkpointing_changes_nothing(tmp_path, name):
+    data, found = markov_blocks(100), []
+    for checkpointing in (False, True):
+        usual = {"max_steps": 4, "hard_fraction": 0.0, CHECKPOINTING: checkpointing}
+        trainer, _ = trained(tmp_path / str(checkpointing), MIXTURES[name], data, **usual)
+        found.append(logged(trainer, "loss") + logged(trainer, "balance_loss"))
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
 def test_what_is_refused(tmp_path):

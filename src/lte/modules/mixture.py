@@ -47,8 +47,10 @@ class MixtureRouter(BaseRouter):
         learning = self.training and self.weight.requires_grad
         tried_TE = self.explore(x_TD, logits_TE) if learning else logits_TE
         chosen_TE = top_k(tried_TE, self.k)
-        for kept in self.kept_in:
-            kept.append(self.balance(x_TD, logits_TE, tried_TE, chosen_TE))
+        if learning or self.kept_in:  # also where nobody keeps it: gradient checkpointing runs this twice, alike
+            balance_STE = self.balance(x_TD, logits_TE, tried_TE, chosen_TE)
+            for kept in self.kept_in:
+                kept.append(balance_STE)
         return self.weigh(tried_TE, chosen_TE)
 
     def explore(self, x_TD: Tensor, logits_TE: Tensor) -> Tensor:
