@@ -163,3 +163,15 @@ def test_train_refuses(files, tmp_path, capfd):
     refused(capfd, training(files, tmp_path / "a", *many), "leaves none of 2 experts")
     refused(capfd, training(files, tmp_path / "a", "--method", "sigma-moe", "--expert-dropout", "2", *target), "2.0")
     assert not (tmp_path / "a" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "text"),
+    [("bert", "classification", "classes.jsonl"), ("t5", "generation", "prompts.jsonl")],
+)
+def test_train_a_mixture_on_the_other_tasks(files, tmp_path, capsys, model, task, text):
+    given = ["--model", files / model, "--text", files / text, "--task", task, "--method", "sigma-moe"]
+    given += ["--expert-size", "8", "--target-sparsity", "0.5", "--max-steps", "6", "--save-strategy", "no"]
+    assert main([str(one) for one in ["train", *given, "-o", tmp_path, "--json"]]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["evaluation"]["sparsity"] == pytest.approx(0.5)
