@@ -236,7 +236,7 @@ def test_recipe_values(tmp_path):
         "class_names: [x, y]\nlearning_rate: 3.0e-4\nlr_scheduler_kwargs: {num_cycles: 2}\n"
     )
     found = parse_train([str(path), "--tau", "0.6", "--no-resume"])
-    assert found.tau == 0.6
+    assert found.chosen_method.tau == 0.6
     assert found.resume is False
     assert found.data.text == ("a.txt", "b.txt")
     assert found.eval_text == ("c.txt",)
