@@ -13,6 +13,7 @@ from lte.methods.deja_vu import DejaVuConfig
 from lte.methods.lte import LTEConfig
 from lte.methods.moefication import MoEficationConfig
 from lte.methods.static_pruning import StaticPruningConfig
+from lte.methods.teal import teal_, teal_cost
 from lte.methods.weight_pruning import MagnitudeConfig, WandaConfig, prune_, weight_sparsity
 from lte.modules.recording import record_scores, track_sparsity
 from lte.ops.sparse_ffn import sparse_ffn
@@ -20,6 +21,7 @@ from lte.ops.weights import FFNWeights
 from lte.surgery.convert import set_mode_, sparsify_
 from lte.surgery.cost import cost_per_token
 from lte.surgery.families import Family, register_family
+from lte.surgery.teal import TEALConfig
 from lte.training.calibration import calibrate_
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ __all__ = [
     "MoEficationConfig",
     "Shape",
     "StaticPruningConfig",
+    "TEALConfig",
     "WandaConfig",
     "balanced_kmeans",
     "calibrate_",
@@ -55,6 +58,8 @@ __all__ = [
     "set_mode_",
     "sparse_ffn",
     "sparsify_",
+    "teal_",
+    "teal_cost",
     "track_sparsity",
     "weight_sparsity",
 ]

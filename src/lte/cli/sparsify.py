@@ -1,19 +1,24 @@
-"""``lte sparsify``: a dense checkpoint in, one with experts and routers out, by any method."""
+"""``lte sparsify``: a dense checkpoint in, a sparse one out, by any method."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from typing import Annotated, Any
 
 import tyro
+from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 
-from lte.cli.console import out, track
+from lte.cli.console import err, out, track
 from lte.cli.main import parse
 from lte.cli.options import DataOptions, DeviceOptions, Output, open_model
+from lte.methods.teal import teal_
 from lte.modules.recording import sparse_layers
 from lte.surgery.convert import sparsify_
 from lte.surgery.loading import load_config, load_tokenizer
 from lte.surgery.method import Method
+from lte.surgery.sites import block_linears
+from lte.surgery.teal import TEALConfig
 
 
 @dataclass
@@ -27,8 +32,8 @@ class Sparsify:
     method: Annotated[
         str,
         tyro.conf.arg(
-            help="lte, to be trained; or sparse at once, with --text: moefication, deja-vu, cats, static-pruning. "
-            "--method NAME --help shows the options of that one."
+            help="lte, to be trained; or sparse at once, with --text: moefication, deja-vu, cats, static-pruning, "
+            "teal. --method NAME --help shows the options of that one."
         ),
     ] = "lte"
     data: DataOptions = field(default_factory=DataOptions)
@@ -37,21 +42,32 @@ class Sparsify:
 
 def main(argv: Sequence[str]) -> None:
     options: Any = parse(options_of(argv), "sparsify", argv)
-    method: Method = options.chosen_method
+    method: Method | TEALConfig = options.chosen_method
     device, dtype = options.where.resolve()
     config = load_config(options.model)
     tokenizer = load_tokenizer(options.model)
-    batches = None
-    if method.data_tokens:
+    batches = []
+    if isinstance(method, TEALConfig) or method.data_tokens:
         dataset = options.data.load(options.data.text, tokenizer, config)
         batches = DataLoader(dataset, batch_size=1, collate_fn=dataset.collator)
     model = open_model(options.model, options.data.head(config), device, dtype)
-    sparsify_(model, method, batches, progress=lambda sites: track(list(sites), "grouping neurons"))
+    made = _teal_(model, method, batches) if isinstance(method, TEALConfig) else _sparsify_(model, method, batches)
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
+    out.print(f"{options.output}: {made}", soft_wrap=True, markup=False)
+
+
+def _teal_(model: PreTrainedModel, config: TEALConfig, batches: Iterable[dict[str, Tensor]]) -> str:
+    with err.status("setting thresholds"):
+        teal_(model, config, batches)
+    return f"thresholds on the inputs of {len(block_linears(model, model.config.model_type))} linear layers"
+
+
+def _sparsify_(model: PreTrainedModel, method: Method, batches: Iterable[dict[str, Tensor]]) -> str:
+    sparsify_(model, method, batches, progress=lambda sites: track(list(sites), "grouping neurons"))
     layers = sparse_layers(model)
     experts = next(iter(layers.values())).router.num_experts
-    out.print(f"{options.output}: {len(layers)} FFNs of {experts} experts x {method.expert_size} neurons")
+    return f"{len(layers)} FFNs of {experts} experts x {method.expert_size} neurons"
 
 
 def options_of(argv: Sequence[str]) -> type:
@@ -65,5 +81,5 @@ def options_of(argv: Sequence[str]) -> type:
         flag, equals, joined = flag.partition("=")
         if flag == "--method":
             name = joined if equals else value
-    cls = Method.named(name)
+    cls = TEALConfig if name == TEALConfig.name else Method.named(name)
     return make_dataclass("Sparsify", [("chosen_method", cls, field(default_factory=cls))], bases=(Sparsify,))

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,34 +10,24 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from lte.modules.recording import SparsityMeter, track_sparsity
-from lte.surgery.cost import cost_per_token
+from lte.evaluation.measuring import Spent, measure, spent
 
 
-@dataclass
-class Evaluation:
+@dataclass(kw_only=True)
+class Evaluation(Spent):
     """What an evaluation measured.
 
     Attributes:
         loss: mean negative log-likelihood of the labels, in nats.
         perplexity: ``exp(loss)``; None for classification.
         accuracy: share of right classes; None for language modelling.
-        sparsity: fraction of inactive neurons, mean over tokens and layers; 0 for a dense model.
-        layer_sparsity: the same, layer by layer.
         num_tokens: labels predicted (classification: rows).
-        gflops_per_token, gflops_per_token_dense: FFN, attention projections and routers, G = 2^30.
-        mode: dense, soft or hard.
     """
 
     loss: float
     perplexity: float | None
     accuracy: float | None
-    sparsity: float
-    layer_sparsity: list[float]
     num_tokens: int
-    gflops_per_token: float
-    gflops_per_token_dense: float
-    mode: str = "dense"
 
 
 @torch.no_grad()
@@ -59,13 +48,11 @@ def evaluate(
     Raises:
         ValueError: no label to predict.
     """
-    sparse = hasattr(model.config, "lte")
     was_training = model.training
     model.eval()
     loss, right, count, classifies = 0.0, 0, 0, False
     shifted = not model.config.is_encoder_decoder
-    meter = SparsityMeter()
-    with track_sparsity(model) if sparse else nullcontext(meter) as meter:
+    with measure(model) as meter:
         for batch in progress(DataLoader(dataset, batch_size=batch_size, collate_fn=dataset.collator)):
             inputs = {name: value.to(model.device) for name, value in batch.items()}
             labels = inputs["labels"]
@@ -81,15 +68,10 @@ def evaluate(
     model.train(was_training)
     if count == 0:
         raise ValueError("the data holds no label to predict: give more text")
-    sparsity = meter.overall if sparse else 0.0
     return Evaluation(
         loss=loss / count,
         perplexity=None if classifies else math.exp(min(loss / count, 700)),
         accuracy=right / count if classifies else None,
-        sparsity=sparsity,
-        layer_sparsity=meter.by_layer,
         num_tokens=count,
-        gflops_per_token=cost_per_token(model, meter.by_layer if sparse else 0.0).gflops,
-        gflops_per_token_dense=cost_per_token(model, 0.0).gflops,
-        mode=model.config.lte["mode"] if sparse else "dense",
+        **vars(spent(model, meter)),
     )
