@@ -126,7 +126,7 @@ def evaluate_mmlu(
     )
 
 
-def check_causal(config: PretrainedConfig) -> None:
+def check_causal(config: PretrainedConfig, who: str = "MMLU asks") -> None:
     """Refuse a model that reads what comes after a token.
 
     Raises:
@@ -134,7 +134,7 @@ def check_causal(config: PretrainedConfig) -> None:
     """
     encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     if config.is_encoder_decoder or encoder:
-        raise ValueError(f"MMLU asks for the next token: it needs a causal language model, not a {config.model_type}")
+        raise ValueError(f"{who} for the next token: it takes a causal language model, not a {config.model_type}")
 
 
 def _score(right: Mapping[str, list[bool]]) -> Score:
