@@ -357,7 +357,7 @@ def test_encoder_decoder_has_the_prompt_and_the_completion_apart(tmp_path, token
 def test_end_markers_in_completions(tmp_path, tokenizer, caplog):
     rows = [{"prompt": "a", "completion": "b<|end|>"}, {"prompt": "c", "completion": "d<eos>"}]
     source = write(tmp_path / "a.jsonl", jsonl(rows))
-    assert load_prompts(source, eos_token="<eos>") == (["a", "c"], ["b<|end|>", "d"])
+    assert load_prompts(source, tokenizer=tokenizer) == (["a", "c"], ["b<|end|>", "d"])
     assert "1 completions end with the text '<|end|>'" in logged(caplog)
     caplog.clear()
     dataset = load_dataset_for("generation", source, tokenizer, DataConfig(completion_end="<|end|>"))

@@ -55,7 +55,7 @@ class DataOptions:
         if self.task != "generation":
             raise ValueError(f"only the task generation can be generated, not {self.task}: give --task generation")
         data = _as_written(self.data)
-        texts = load_prompts(_given(self.text), data, str(tokenizer.eos_token or ""))
+        texts = load_prompts(_given(self.text), data, tokenizer)
         references = dict(islice(group_references(*texts).items(), max_prompts))
         rows = generation_rows(
             [prompt for prompt, several in references.items() for _ in several],

@@ -13,6 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lte.training.batches import IGNORED, PackedBlocks, PaddedRows
+from lte.training.chat import chats_of, pairs_to_chats, render_chats
 from lte.training.columns import render
 from lte.training.data_config import DataConfig
 from lte.training.labelled import classification_rows, regression_rows
@@ -55,7 +56,7 @@ def load_dataset_for(
             raise ValueError("an encoder-decoder model learns generation: give prompt and completion")
         return _packed_blocks(sources, tokenizer, config, vocab_size)
     if task == "generation":
-        texts = load_prompts(sources, config, str(tokenizer.eos_token or ""))
+        texts = load_prompts(sources, config, tokenizer)
         return generation_rows(*texts, tokenizer, config, is_encoder_decoder, vocab_size)
     if task in ("classification", "regression"):
         rows = classification_rows if task == "classification" else regression_rows
@@ -87,9 +88,13 @@ def load_texts(
 
 
 def load_prompts(
-    sources: Source | Sequence[Source], config: DataConfig | None = None, eos_token: str | None = None
+    sources: Source | Sequence[Source],
+    config: DataConfig | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[list[str], list[str]]:
-    """(prompts, completions) as texts, without `completion_end` or the tokenizer's `eos_token` at the end.
+    """(prompts, completions) as texts, without `completion_end` or the tokenizer's EOS at the end.
+
+    Chats need the tokenizer, for its template.
 
     Rows with an empty completion are skipped, counted and warned of; ValueError when none is left.
     """
@@ -97,9 +102,10 @@ def load_prompts(
     prompts: list[str] = []
     completions: list[str] = []
     for source in as_list(sources):
-        rows = config.rows(source)
-        prompts += render(rows, config.prompt, source)
-        completions += render(rows, config.completion, source)
+        of_source = _prompts_of(source, config, tokenizer)
+        prompts += of_source[0]
+        completions += of_source[1]
+    eos_token = None if tokenizer is None else str(tokenizer.eos_token or "")
     for marker in filter(None, (config.completion_end, eos_token)):
         completions = [text.removesuffix(marker) for text in completions]
     kept = [i for i, text in enumerate(completions) if text.strip()]
@@ -108,6 +114,24 @@ def load_prompts(
     for marker, count in markers.items():
         logger.warning("%d completions end with the text %r: completion_end removes it", count, marker)
     return [prompts[i] for i in kept], [completions[i] for i in kept]
+
+
+def _prompts_of(
+    source: Source, config: DataConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[list[str], list[str]]:
+    rows = config.rows(source)
+    if config.messages is None:
+        texts = render(rows, config.prompt, source), render(rows, config.completion, source)
+        if not config.chat:
+            return texts
+        kept = [i for i, text in enumerate(texts[1]) if text.strip()]  # a template would make something of nothing
+        warn_skipped(len(texts[1]) - len(kept), len(texts[1]), "rows with an empty completion")
+        chats = pairs_to_chats(*([side[i] for i in kept] for side in texts))
+    else:
+        chats = chats_of(rows, config.messages, source)
+    if tokenizer is None:
+        raise ValueError("chats need the tokenizer, for its template: load_prompts(sources, config, tokenizer)")
+    return render_chats(chats, tokenizer)
 
 
 def _packed_blocks(

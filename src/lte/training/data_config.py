@@ -21,6 +21,11 @@ class DataConfig:
     """Generation: a column, or a template such as `"{output}"`."""
     completion_end: str | None = None
     """Generation: an end marker that completions carry as text (`<|endoftext|>`), to remove: EOS is added."""
+    chat: bool = False
+    """Generation: put prompt and completion through the tokenizer's chat template, as user and assistant."""
+    messages: str | None = None
+    """Generation: in place of prompt and completion a column of chats, lists of messages with role and content, for the
+    tokenizer's chat template. Each answer is a row, what comes before it is its prompt."""
     label_column: str = "label"
     """Classification: the column of labels, numbers or names. Regression: of numbers."""
     class_names: tuple[str, ...] | None = None
