@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, LlamaForCau
 import lte
 from lte.core.accounting import G
 from lte.evaluation.measuring import measure, spent
+from lte.methods.teal_allocation import _allocate
 from lte.modules.input_threshold import add_cut_, track_inputs
 from lte.surgery.sites import block_linears
 
@@ -97,6 +98,37 @@ def test_zeros_that_are_there_anyway_count():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "bert"])
+def test_greedy(family):
+    """As sparse as uniform in the mean over a block's weights, layers differ, and blocks' outputs are nearer."""
+    config = lte.TEALConfig(0.5, tokens=300, allocation="greedy")
+    greedy = lte.teal_(tiny_model(family), config, data=batches(family))
+    with measure(greedy) as meter:
+        for batch in batches(family):
+            greedy(**batch)
+    assert lte.teal_cost(greedy, meter.by_linear).gflops == pytest.approx(lte.teal_cost(greedy, 0.5).gflops, rel=0.06)
+    assert max(meter.by_linear.values()) - min(meter.by_linear.values()) > 0.1
+    dense = tiny_model(family)
+    errors = [
+        sum((m(**b).logits - dense(**b).logits)[b["attention_mask"].bool()].square().sum() for b in batches(family))
+        for m in (greedy, converted(family))
+    ]
+    assert errors[0] < errors[1]
+
+
+def test_greedy_by_hand():
+    """Two layers of as many weights; the second's outputs are multiplied by 100: only the first is made sparse."""
+    first, second = by_hand(), by_hand()
+    x_TI = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    for linear in (first, second):
+        linear.get_buffer("cut").zero_()
+    ranked = dict.fromkeys(("first", "second"), x_TI.abs().flatten().sort().values)
+    found = _allocate(lambda: first(x_TI) + 100 * second(x_TI), {"first": first, "second": second}, ranked, 1 / 3)
+    assert found == pytest.approx({"first": 2 / 3, "second": 0})
+    assert first.cut == second.cut == 0
+
+
+@torch.no_grad()
 def test_padding_and_company_do_not_matter():
     """A row alone, in a batch, and padded on either side: the same logits and the same sparsity."""
     model, ids = converted("llama"), tiny_inputs("llama", rows=2, length=7)["input_ids"]
@@ -135,7 +167,7 @@ def test_saved_and_loaded(family, tmp_path):
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert (saved["model_type"], saved["base_model_type"]) == ("lte", family)
-    assert saved["teal"] == {"target_sparsity": 0.5, "tokens": 300}
+    assert saved["teal"] == {"target_sparsity": 0.5, "tokens": 300, "allocation": "uniform"}
     auto = AutoModelForCausalLM if SHAPES[family][0] == "CausalLM" else AutoModelForMaskedLM
     assert torch.equal(logits(auto.from_pretrained(tmp_path), family), found)
 
@@ -185,6 +217,7 @@ def test_kept_inputs_get_gradient():
     [
         (lambda: lte.TEALConfig(50), "target_sparsity is 50, but it is the fraction of inputs"),
         (lambda: lte.TEALConfig(tokens=0), "tokens is 0"),
+        (lambda: lte.TEALConfig(allocation="best"), "allocation is 'best', but it is one of uniform, greedy"),
         (
             lambda: lte.TEALConfig.from_dict({"sparsity": 0.5}),
             "unknown option sparsity for TEAL: it has target_sparsity",

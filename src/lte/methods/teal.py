@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lte.core.accounting import Cost, G
+from lte.methods.teal_allocation import greedy_sparsities
 from lte.modules.input_threshold import CUT
 from lte.surgery.activations import Wanted, first_tokens, record_inputs
 from lte.surgery.architectures import become_lte_, lte_model_class
@@ -16,7 +17,6 @@ from lte.surgery.sites import block_linears, find_sites
 from lte.surgery.teal import SECTION, TEALConfig
 
 _SAMPLE = 1 << 18  # inputs of a layer that its threshold is taken from: a quantile good to 0.1 %
-_PASSES = 2  # a threshold moves what the layers behind it see
 
 
 @torch.no_grad()
@@ -53,11 +53,18 @@ def teal_(model: PreTrainedModel, config: TEALConfig, data: Iterable[dict[str, T
     config.install_(model)
     become_lte_(model, config.to_dict(), SECTION)
     layers = block_linears(model, model.config.model_type)
-    for _ in range(_PASSES):
-        wanted = [_sizes_of(name, linear, config.tokens) for name, linear in layers.items()]
-        for linear, sizes in zip(layers.values(), record_inputs(model, wanted, batches, config.tokens), strict=True):
-            rank = min(len(sizes), max(1, round(config.target_sparsity * len(sizes))))
-            linear.get_buffer(CUT).copy_(sizes.float().kthvalue(rank).values)
+    wanted = [_sizes_of(name, linear, config.tokens) for name, linear in layers.items()]
+    sparsity = dict.fromkeys(layers, config.target_sparsity)
+    for first in (True, False):  # a threshold moves what the layers behind it see
+        recorded = record_inputs(model, wanted, batches, config.tokens)
+        if first and config.allocation == "greedy":
+            model.eval()
+            sizes = dict(zip(layers, recorded, strict=True))
+            sparsity = greedy_sparsities(model, layers, sizes, batches[0], config.target_sparsity)
+        for (name, linear), sizes_K in zip(layers.items(), recorded, strict=True):
+            rank = min(len(sizes_K), round(sparsity[name] * len(sizes_K)))
+            cut = linear.get_buffer(CUT)
+            cut.copy_(sizes_K.float().kthvalue(rank).values) if rank else cut.zero_()
     return model.eval()
 
 

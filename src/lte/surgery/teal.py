@@ -1,12 +1,14 @@
 """What a TEAL model is: its options, and where its thresholds are. Setting them: :mod:`lte.methods.teal`."""
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 from transformers import PreTrainedModel
 
 from lte.modules.input_threshold import add_cut_
 from lte.surgery.sites import block_linears
+
+Allocation = Literal["uniform", "greedy"]
 
 SECTION = "teal"
 """What a config calls the options."""
@@ -20,8 +22,11 @@ class TEALConfig:
     for 0. The weights that they would be multiplied with need not be read.
 
     Attributes:
-        target_sparsity: fraction of the inputs to take for 0, in every layer; in (0, 1).
+        target_sparsity: fraction of the inputs to take for 0, in (0, 1): in every layer, or with greedy in the mean
+            over each block's weights.
         tokens: how many tokens of the data the thresholds are set on.
+        allocation: ``uniform``, or ``greedy``: within each block, the layers that matter least to its output are made
+            sparser than the others. Takes about a hundred passes through each block.
 
     Raises:
         ValueError: an option outside its range.
@@ -31,6 +36,7 @@ class TEALConfig:
 
     target_sparsity: float = 0.5
     tokens: int = 4096
+    allocation: Allocation = "uniform"
 
     def __post_init__(self) -> None:
         if not 0 < self.target_sparsity < 1:
@@ -40,6 +46,8 @@ class TEALConfig:
             )
         if self.tokens < 1:
             raise ValueError(f"tokens is {self.tokens}, but at least 1 is needed (usual: 4096)")
+        if self.allocation not in get_args(Allocation):
+            raise ValueError(f"allocation is {self.allocation!r}, but it is one of {', '.join(get_args(Allocation))}")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
