@@ -16,6 +16,7 @@ from lte.methods.noisy_topk import NoisyTopKConfig
 from lte.methods.relufication import ReLUficationConfig
 from lte.methods.sigma_moe import SigmaMoEConfig
 from lte.methods.static_pruning import StaticPruningConfig
+from lte.methods.teal import teal_, teal_cost
 from lte.methods.topk_moe import TopKMoEConfig
 from lte.methods.weight_pruning import MagnitudeConfig, WandaConfig, prune_, weight_sparsity
 from lte.modules.recording import record_scores, track_sparsity
@@ -25,6 +26,7 @@ from lte.surgery.convert import set_mode_, sparsify_
 from lte.surgery.cost import cost_per_token
 from lte.surgery.families import Family, register_family
 from lte.surgery.relufy import relufy_
+from lte.surgery.teal import TEALConfig
 from lte.training.calibration import calibrate_
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ __all__ = [
     "Shape",
     "SigmaMoEConfig",
     "StaticPruningConfig",
+    "TEALConfig",
     "TopKMoEConfig",
     "WandaConfig",
     "balanced_kmeans",
@@ -65,6 +68,8 @@ __all__ = [
     "set_mode_",
     "sparse_ffn",
     "sparsify_",
+    "teal_",
+    "teal_cost",
     "track_sparsity",
     "weight_sparsity",
 ]

@@ -39,6 +39,26 @@ def test_sparsify_inspect_eval(files, tmp_path, capsys, name):
     assert found["gflops_per_token"] < found["gflops_per_token_dense"]
 
 
+def test_teal(files, tmp_path, capsys):
+    data = ["--text", str(files / "text.txt"), "--sequence-length", "32"]
+    given = ["sparsify", "--model", str(files / "llama"), "--method", "teal", *data, "-o", str(tmp_path)]
+    assert main([*given, "--target-sparsity", "0.6"]) == 0
+    assert "thresholds on the inputs of 14 linear layers" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path), "--json", "--sparsity", "0.6"]) == 0
+    printed = capsys.readouterr().out
+    assert "TEAL's thresholds, 60% of the inputs" in printed
+    inspected = json.loads(printed.splitlines()[-1])
+    assert main(["eval", str(tmp_path), *data, "--device", "cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["sparsity"] == pytest.approx(0.6, abs=0.03)
+    assert found["attention_sparsity"] == pytest.approx(0.6, abs=0.03)
+    assert found["gflops_per_token"] == pytest.approx(inspected["cost"]["0.6"]["gflops"], rel=0.05)
+    assert main(["generate", str(tmp_path), "--prompt", "1 and 2", "--max-new-tokens", "5", "--device", "cpu"]) == 0
+    rows = ["--task", "generation", "--generate", "--text", str(files / "prompts.jsonl"), "--max-rows", "3"]
+    assert main(["eval", str(tmp_path), *rows, "--max-new-tokens", "4", "--device", "cpu", "--json"]) == 0
+    assert 0.4 < json.loads(capsys.readouterr().out.splitlines()[-1])["sparsity"] < 0.8
+
+
 def test_generate(files, tmp_path, capsys):
     assert sparsified(files, tmp_path, "cats") == 0
     capsys.readouterr()

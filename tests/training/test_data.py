@@ -357,7 +357,7 @@ def test_encoder_decoder_has_the_prompt_and_the_completion_apart(tmp_path, token
 def test_end_markers_in_completions(tmp_path, tokenizer, caplog):
     rows = [{"prompt": "a", "completion": "b<|end|>"}, {"prompt": "c", "completion": "d<eos>"}]
     source = write(tmp_path / "a.jsonl", jsonl(rows))
-    assert load_prompts(source, eos_token="<eos>") == (["a", "c"], ["b<|end|>", "d"])
+    assert load_prompts(source, tokenizer=tokenizer) == (["a", "c"], ["b<|end|>", "d"])
     assert "1 completions end with the text '<|end|>'" in logged(caplog)
     caplog.clear()
     dataset = load_dataset_for("generation", source, tokenizer, DataConfig(completion_end="<|end|>"))
@@ -626,9 +626,13 @@ def test_bad_options(tmp_path, tokenizer):
         load_dataset_for("language_modelling", source, tokenizer, is_encoder_decoder=True)
     with pytest.raises(ValueError, match="at least 2"):
         DataConfig(sequence_length=1)
-    for names in (("a",), ("a", "a"), ()):
-        with pytest.raises(ValueError, match="class_names needs two or more"):
-            DataConfig(class_names=names)
+    with pytest.raises(ValueError, match="class_names has a name twice: a, a"):
+        DataConfig(class_names=("a", "a"))
+    with pytest.raises(ValueError, match="header has a name twice: b, b"):
+        DataConfig(header=("b", "b"))
+    labelled = write(tmp_path / "a.jsonl", jsonl([{"text": "a", "label": "a"}]))
+    with pytest.raises(ValueError, match="class_names needs two or more"):
+        load_dataset_for("classification", labelled, tokenizer, DataConfig(class_names=("a",)))
 
 
 def test_tokenizer_without_eos_or_beyond_the_model(tmp_path, tokenizer):

@@ -1,4 +1,4 @@
-"""``lte eval``: quality, sparsity and cost of a model, by what it predicts, generates, or answers to MMLU."""
+"""``lte eval``: quality, sparsity and cost of a model, by what it predicts, generates, answers, or by lm_eval."""
 
 import json
 from collections.abc import Sequence
@@ -9,13 +9,15 @@ from typing import Literal
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lte.cli.console import print_json, table, track
+from lte.cli.console import print_json, track
+from lte.cli.eval_tables import show, show_answered, show_generated, show_tasks
 from lte.cli.main import parse
 from lte.cli.options import DataOptions, DeviceOptions, Model, open_model, optimize_where_possible_
-from lte.evaluation.evaluate import Evaluation, evaluate
-from lte.evaluation.generation import GenerationEvaluation, evaluate_generation
-from lte.evaluation.mmlu import MMLUEvaluation, check_causal, evaluate_mmlu
-from lte.evaluation.mmlu_questions import CATEGORIES, Split, read_mmlu
+from lte.evaluation.evaluate import evaluate
+from lte.evaluation.generation import evaluate_generation
+from lte.evaluation.harness import evaluate_tasks, find_tasks
+from lte.evaluation.mmlu import check_causal, evaluate_mmlu
+from lte.evaluation.mmlu_questions import Split, read_mmlu
 from lte.ops.sparse_ffn import BackendName
 from lte.surgery.convert import set_mode_
 from lte.surgery.loading import Head, load_config, load_tokenizer
@@ -33,6 +35,20 @@ class MMLUOptions:
     """With --mmlu: which questions."""
     subjects: tuple[str, ...] = ()
     """With --mmlu: only these, e.g. anatomy high_school_physics."""
+
+
+@dataclass
+class HarnessOptions:
+    """Tasks of lm-evaluation-harness, instead of data of one's own."""
+
+    tasks: str | None = None
+    """Run these of lm_eval's tasks, e.g. hellaswag,arc_easy, or patterns such as mmlu_*."""
+    tasks_folder: str | None = None
+    """With --tasks: a folder of YAML files with tasks of your own, as lm_eval --include_path."""
+    num_fewshot: int | None = None
+    """With --tasks: examples before a question; by default each task's own number."""
+    limit: int | None = None
+    """With --tasks: only the first questions of each."""
 
 
 @dataclass
@@ -60,6 +76,7 @@ class Eval:
     """Print one JSON object on the last line."""
     data: DataOptions = field(default_factory=DataOptions)
     questions: MMLUOptions = field(default_factory=MMLUOptions)
+    harness: HarnessOptions = field(default_factory=HarnessOptions)
     where: DeviceOptions = field(default_factory=DeviceOptions)
 
 
@@ -69,6 +86,9 @@ def main(argv: Sequence[str]) -> None:
     config, tokenizer = load_config(options.model), load_tokenizer(options.model)
     if options.questions.mmlu is not None:
         _mmlu(options, options.questions.mmlu, config, tokenizer, device, dtype)
+        return
+    if options.harness.tasks is not None:
+        _tasks(options, options.harness.tasks.split(","), config, tokenizer, device, dtype)
         return
     references = {}
     if options.generate:
@@ -126,6 +146,30 @@ def _mmlu(
         print_json({name: value for name, value in asdict(result).items() if name != "predictions"})
 
 
+def _tasks(
+    options: Eval,
+    names: list[str],
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    dtype: torch.dtype | str,
+) -> None:
+    asked = options.harness
+    check_causal(config, "lm_eval's tasks ask")
+    tasks = find_tasks([name.strip() for name in names if name.strip()], asked.tasks_folder)
+    result = evaluate_tasks(
+        _open(options, "causal", device, dtype),
+        tokenizer,
+        tasks,
+        shots=asked.num_fewshot,
+        limit=asked.limit,
+        batch_size=options.batch_size,
+    )
+    show_tasks(result)
+    if options.json:
+        print_json(asdict(result))
+
+
 def _open(options: Eval, head: Head, device: torch.device, dtype: torch.dtype | str) -> PreTrainedModel:
     """The model in the mode asked for, skipping idle experts where it can."""
     model = open_model(options.model, head, device, dtype)
@@ -144,10 +188,12 @@ def parse_eval(argv: Sequence[str]) -> Eval:
         ValueError: an option out of its range, or without the option it belongs to.
     """
     options: Eval = parse(Eval, "eval", argv)
-    for name in ("max_rows", "batch_size", "max_new_tokens", "num_beams"):
-        value = getattr(options, name)
+    limits = {name: getattr(options, name) for name in ("max_rows", "batch_size", "max_new_tokens", "num_beams")}
+    for name, value in {**limits, "limit": options.harness.limit}.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}: give at least 1")
+    if options.harness.num_fewshot is not None and options.harness.num_fewshot < 0:
+        raise ValueError(f"num_fewshot is {options.harness.num_fewshot}: give at least 0")
     if options.predictions:
         if not options.generate:
             raise ValueError("there are no predictions to write without --generate")
@@ -156,9 +202,21 @@ def parse_eval(argv: Sequence[str]) -> Eval:
     if options.questions.mmlu is None:
         if options.questions != MMLUOptions():
             raise ValueError("shots, split and subjects are for MMLU: give its folder with --mmlu")
-    elif options.data.text or options.generate or options.data.task != "language_modelling":
-        raise ValueError("MMLU brings its own data and task: leave --text, --task and --generate away")
+    elif _has_data(options) or options.harness.tasks is not None:
+        raise ValueError("MMLU brings its own data and task: leave --text, --task, --tasks and --generate away")
+    if options.harness.tasks is None:
+        if options.harness != HarnessOptions():
+            raise ValueError("tasks_folder, num_fewshot and limit are for tasks of lm_eval: name some with --tasks")
+    elif _has_data(options) or options.max_rows is not None:
+        raise ValueError(
+            "tasks of lm_eval bring their own data: leave --text, --task and --generate away, and use --limit for "
+            "--max-rows"
+        )
     return options
+
+
+def _has_data(options: Eval) -> bool:
+    return bool(options.data.text) or options.generate or options.data.task != "language_modelling"
 
 
 def _write_predictions(path: Path, references: dict[str, list[str]], predictions: list[str]) -> None:
@@ -166,45 +224,3 @@ def _write_predictions(path: Path, references: dict[str, list[str]], predictions
         for (prompt, several), prediction in zip(references.items(), predictions, strict=True):
             row = {"prompt": prompt, "prediction": prediction, "references": several}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def show(result: Evaluation) -> None:
-    """Print an evaluation as a table."""
-    quality = f"{result.accuracy:.4f}" if result.perplexity is None else f"{result.perplexity:.3f}"
-    table(
-        f"{result.num_tokens:,} labels, mode {result.mode}",
-        ["accuracy" if result.perplexity is None else "perplexity", "sparsity", "GFLOPs per token", "dense"],
-        [[quality, f"{result.sparsity:.1%}", f"{result.gflops_per_token:.4g}", f"{result.gflops_per_token_dense:.4g}"]],
-    )
-
-
-def show_generated(result: GenerationEvaluation, perplexity: float | None) -> None:
-    """Print an evaluation of generated texts as a table."""
-    quality = [result.rougeL, result.rouge1, result.rouge2, result.bleu, perplexity]
-    cost = [f"{result.sparsity:.1%}", f"{result.gflops_per_token:.4g}", f"{result.gflops_per_token_dense:.4g}"]
-    table(
-        f"{result.num_prompts:,} prompts, {result.num_references:,} references, mode {result.mode}; "
-        f"{result.ended:.0%} of the texts ended",
-        ["ROUGE-L", "ROUGE-1", "ROUGE-2", "BLEU", "perplexity", "sparsity", "GFLOPs per token", "dense"],
-        [[*(f"{value:.2f}" for value in quality), *cost]],
-    )
-
-
-def show_answered(result: MMLUEvaluation) -> None:
-    """Print an evaluation on MMLU as two tables, the second without the subjects."""
-    subjects = [name for some in CATEGORIES.values() for name in some if name in result.by_subject]
-    scores = [result.by_subject[name] for name in subjects]
-    table(
-        f"MMLU, {result.shots} shots",
-        ["subject", "accuracy", "questions"],
-        [[name, f"{one.accuracy:.4f}", one.num_questions] for name, one in zip(subjects, scores, strict=True)],
-    )
-    notes = f"; {result.fewer_shots:,} with fewer shots" if result.fewer_shots else ""
-    notes += f", {result.cut:,} without their start" if result.cut else ""
-    quality = [result.accuracy, result.subject_mean, *(score.accuracy for score in result.by_category.values())]
-    cost = [f"{result.sparsity:.1%}", f"{result.gflops_per_token:.4g}", f"{result.gflops_per_token_dense:.4g}"]
-    table(
-        f"{result.num_questions:,} questions of {len(subjects)} subjects, mode {result.mode}{notes}",
-        ["accuracy", "mean of subjects", *result.by_category, "sparsity", "GFLOPs per token", "dense"],
-        [[*(f"{value:.4f}" for value in quality), *cost]],
-    )

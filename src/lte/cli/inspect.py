@@ -10,10 +10,12 @@ from lte.cli.console import out, print_json, table
 from lte.cli.main import parse
 from lte.cli.options import Model
 from lte.core.grouping import check_divisible
+from lte.methods.teal import teal_cost
 from lte.surgery.cost import cost_per_token, meta_model
 from lte.surgery.loading import load_config
 from lte.surgery.method import Method
 from lte.surgery.sites import find_sites
+from lte.surgery.teal import SECTION as TEAL
 
 
 @dataclass
@@ -32,7 +34,7 @@ def describe(name: str, expert_size: int, sparsities: Sequence[float]) -> dict[s
     config = load_config(name)
     model = meta_model(config)
     sites = find_sites(model, config.model_type)
-    lte = getattr(config, "lte", None)
+    lte, teal = getattr(config, "lte", None), getattr(config, TEAL, None)
     size = Method.from_dict(lte).expert_size if lte else expert_size
     ffns = [
         {
@@ -51,14 +53,15 @@ def describe(name: str, expert_size: int, sparsities: Sequence[float]) -> dict[s
         "model": name,
         "architecture": type(model).__name__,
         "family": config.model_type,
-        "sparse": lte is not None,
+        "sparse": lte is not None or teal is not None,
         "lte": lte,
+        "teal": teal,
         "parameters": sum(p.numel() for p in model.parameters()),
         "expert_size": size,
         "num_ffns": len(ffns),
         "ffns": ffns,
         "cost_dense": asdict(dense),
-        "cost": {str(s): asdict(cost_per_token(model, s, size)) for s in sparsities},
+        "cost": {str(s): asdict(teal_cost(model, s) if teal else cost_per_token(model, s, size)) for s in sparsities},
     }
 
 
@@ -66,7 +69,11 @@ def main(argv: Sequence[str]) -> None:
     options: Inspect = parse(Inspect, "inspect", argv)
     found = describe(options.model, options.expert_size, options.sparsity)
     first = found["ffns"][0]
-    state = f"sparse, mode {found['lte']['mode']}" if found["sparse"] else "dense"
+    state = "dense"
+    if found["lte"]:
+        state = f"sparse, mode {found['lte']['mode']}"
+    elif found["teal"]:
+        state = f"TEAL's thresholds, {found['teal']['target_sparsity']:.0%} of the inputs of every linear layer"
     out.print(f"{found['architecture']}: family {found['family']}, {found['parameters']:,} parameters, {state}")
     shapes: dict[tuple, int] = {}
     for ffn in found["ffns"]:

@@ -16,7 +16,7 @@ COMMANDS = {
     "train": "train a model to use few neurons, through all stages",
     "sweep": "train over a grid of options: a row a run, resumable",
     "calibrate": "another sparsity for a trained model, without training it again",
-    "eval": "perplexity, accuracy, ROUGE or MMLU, with sparsity and cost",
+    "eval": "perplexity, accuracy, ROUGE, MMLU or tasks of lm_eval, with sparsity and cost",
     "generate": "continue a prompt",
     "bench": "dense against sparse in seconds: ffn, decode or train",
     "inspect": "what a model is, what would be converted, and what a token costs",
@@ -64,6 +64,7 @@ def _quiet() -> Iterator[None]:
             transformers_logging.disable_progress_bar()
             transformers_logging.set_verbosity_error()
             hub_logging.set_verbosity_error()
+            logging.getLogger("lm_eval").setLevel(logging.ERROR)
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         yield
     finally:

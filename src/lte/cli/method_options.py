@@ -9,21 +9,26 @@ import tyro
 from lte.surgery.method import Method
 
 
-def method_in(argv: Sequence[str], default: str = "lte") -> type[Method]:
-    """The method that arguments name, the last time where they do so several times.
-
-    Raises:
-        ValueError: there is no such method.
-    """
+def method_name(argv: Sequence[str], default: str = "lte") -> str:
+    """The name that arguments give with ``--method``, the last time where they do so several times."""
     name = default
     for flag, value in zip(argv, [*argv[1:], ""], strict=True):
         flag, equals, joined = flag.partition("=")
         if flag == "--method":
             name = joined if equals else value
-    return Method.named(name)
+    return name
 
 
-def with_method(command: type, method: type[Method], elsewhere: Collection[str] = ()) -> type:
+def method_in(argv: Sequence[str], default: str = "lte") -> type[Method]:
+    """The method that arguments name.
+
+    Raises:
+        ValueError: there is no such method.
+    """
+    return Method.named(method_name(argv, default))
+
+
+def with_method(command: type, method: type, elsewhere: Collection[str] = ()) -> type:
     """A command's options and the method's, which are its field ``chosen_method``.
 
     Args:

@@ -27,11 +27,11 @@ class DataOptions:
     text: tuple[str, ...] = ()
     """Data: .txt, .jsonl, .csv, .tsv (each also .gz), .parquet, .npy of token ids, or a hub id[:name][:split]."""
     task: Task = "language_modelling"
-    """What the data is: running text, prompts with completions, or texts with labels."""
+    """What the data is: running text, prompts with completions, texts with classes, or texts with numbers."""
     data: DataConfig = field(default_factory=DataConfig)
 
     def head(self, model_config: Any) -> Head:
-        return "classification" if self.task == "classification" else generating_head(model_config)
+        return "classification" if self.task in ("classification", "regression") else generating_head(model_config)
 
     def load(self, sources: tuple[str, ...], tokenizer: Any, model_config: Any, data: DataConfig | None = None) -> Any:
         data = _as_written(data or self.data)
@@ -55,7 +55,7 @@ class DataOptions:
         if self.task != "generation":
             raise ValueError(f"only the task generation can be generated, not {self.task}: give --task generation")
         data = _as_written(self.data)
-        texts = load_prompts(_given(self.text), data, str(tokenizer.eos_token or ""))
+        texts = load_prompts(_given(self.text), data, tokenizer)
         references = dict(islice(group_references(*texts).items(), max_prompts))
         rows = generation_rows(
             [prompt for prompt, several in references.items() for _ in several],

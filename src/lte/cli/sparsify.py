@@ -1,19 +1,25 @@
-"""``lte sparsify``: a dense checkpoint in, one with experts and routers out, by any method."""
+"""``lte sparsify``: a dense checkpoint in, a sparse one out, by any method."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import tyro
+from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 
-from lte.cli.console import out, track
+from lte.cli.console import err, out, track
 from lte.cli.main import parse
-from lte.cli.method_options import chosen, method_in, with_method
+from lte.cli.method_options import method_name, with_method
 from lte.cli.options import DataOptions, DeviceOptions, Output, open_model
+from lte.methods.teal import teal_
 from lte.modules.recording import sparse_layers
 from lte.surgery.convert import sparsify_
 from lte.surgery.loading import load_config, load_tokenizer
+from lte.surgery.method import Method
+from lte.surgery.sites import block_linears
+from lte.surgery.teal import TEALConfig
 
 
 @dataclass
@@ -28,7 +34,7 @@ class Sparsify:
         str,
         tyro.conf.arg(
             help="To be trained: lte, topk-moe, noisy-topk, sigma-moe. Sparse at once, with --text: moefication, "
-            "deja-vu, cats, static-pruning, relufication (which needs fine-tuning: lte train). "
+            "deja-vu, cats, static-pruning, teal, relufication (which needs fine-tuning: lte train). "
             "--method NAME --help shows the options of that one."
         ),
     ] = "lte"
@@ -37,19 +43,32 @@ class Sparsify:
 
 
 def main(argv: Sequence[str]) -> None:
-    options: Any = parse(with_method(Sparsify, method_in(argv)), "sparsify", argv)
-    method = chosen(options)
+    name = method_name(argv)
+    config_class = TEALConfig if name == TEALConfig.name else Method.named(name)
+    options: Any = parse(with_method(Sparsify, config_class), "sparsify", argv)
+    method: Method | TEALConfig = options.chosen_method
     device, dtype = options.where.resolve()
     config = load_config(options.model)
     tokenizer = load_tokenizer(options.model)
-    batches = None
-    if method.data_tokens:
+    batches = []
+    if isinstance(method, TEALConfig) or method.data_tokens:
         dataset = options.data.load(options.data.text, tokenizer, config)
         batches = DataLoader(dataset, batch_size=1, collate_fn=dataset.collator)
     model = open_model(options.model, options.data.head(config), device, dtype)
-    sparsify_(model, method, batches, progress=lambda sites: track(list(sites), "grouping neurons"))
+    made = _teal_(model, method, batches) if isinstance(method, TEALConfig) else _sparsify_(model, method, batches)
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
+    out.print(f"{options.output}: {made}", soft_wrap=True, markup=False)
+
+
+def _teal_(model: PreTrainedModel, config: TEALConfig, batches: Iterable[dict[str, Tensor]]) -> str:
+    with err.status("setting thresholds"):
+        teal_(model, config, batches)
+    return f"thresholds on the inputs of {len(block_linears(model, model.config.model_type))} linear layers"
+
+
+def _sparsify_(model: PreTrainedModel, method: Method, batches: Iterable[dict[str, Tensor]]) -> str:
+    sparsify_(model, method, batches, progress=lambda sites: track(list(sites), "grouping neurons"))
     layers = sparse_layers(model)
     experts = next(iter(layers.values())).router.num_experts
-    out.print(f"{options.output}: {len(layers)} FFNs of {experts} experts x {method.expert_size} neurons")
+    return f"{len(layers)} FFNs of {experts} experts x {method.expert_size} neurons"

@@ -2,43 +2,40 @@
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from lte.modules.recording import SparsityMeter, track_sparsity
-from lte.surgery.cost import cost_per_token
+from lte.evaluation.class_metrics import of_classes, of_numbers
+from lte.evaluation.measuring import Spent, measure, spent
 
 
-@dataclass
-class Evaluation:
+@dataclass(kw_only=True)
+class Evaluation(Spent):
     """What an evaluation measured.
 
     Attributes:
-        loss: mean negative log-likelihood of the labels, in nats.
-        perplexity: ``exp(loss)``; None for classification.
-        accuracy: share of right classes; None for language modelling.
-        sparsity: fraction of inactive neurons, mean over tokens and layers; 0 for a dense model.
-        layer_sparsity: the same, layer by layer.
-        num_tokens: labels predicted (classification: rows).
-        gflops_per_token, gflops_per_token_dense: FFN, attention projections and routers, G = 2^30.
-        mode: dense, soft or hard.
+        loss: mean negative log-likelihood of the labels, in nats; of regression the mean squared error.
+        perplexity: ``exp(loss)``; None for classification and regression.
+        accuracy, matthews: share of right classes, and Matthews correlation; None but for classification.
+        f1: of the second of two classes; None but for two.
+        pearson, spearman: correlation with the labels; None but for regression.
+        num_tokens: labels predicted (classification and regression: rows).
     """
 
     loss: float
     perplexity: float | None
-    accuracy: float | None
-    sparsity: float
-    layer_sparsity: list[float]
     num_tokens: int
-    gflops_per_token: float
-    gflops_per_token_dense: float
-    mode: str = "dense"
+    accuracy: float | None = None
+    f1: float | None = None
+    matthews: float | None = None
+    pearson: float | None = None
+    spearman: float | None = None
 
 
 @torch.no_grad()
@@ -51,7 +48,8 @@ def evaluate(
     """Run ``model`` over ``dataset`` in its present mode and measure.
 
     Args:
-        model: with a language modelling head, or a classification head. On any device.
+        model: with a language modelling head, or one that classifies; with one output it is a regression. On any
+            device.
         dataset: as from ``lte.training.data``: rows, and a ``collator``. Labels of -100 are not counted.
         batch_size: rows a forward pass.
         progress: wraps the iteration over batches.
@@ -59,37 +57,46 @@ def evaluate(
     Raises:
         ValueError: no label to predict.
     """
-    sparse = hasattr(model.config, "lte")
     was_training = model.training
     model.eval()
-    loss, right, count, classifies = 0.0, 0, 0, False
+    loss, count = 0.0, 0
     shifted = not model.config.is_encoder_decoder
-    meter = SparsityMeter()
-    with track_sparsity(model) if sparse else nullcontext(meter) as meter:
+    labelled: list[tuple[Tensor, Tensor]] = []  # logits [B, C] and labels [B], of a head that has one answer a row
+    with measure(model) as meter:
         for batch in progress(DataLoader(dataset, batch_size=batch_size, collate_fn=dataset.collator)):
             inputs = {name: value.to(model.device) for name, value in batch.items()}
             labels = inputs["labels"]
             logits = model(**inputs).logits
-            classifies = logits.ndim == 2
-            if logits.ndim == 3 and shifted:
+            if logits.ndim == 2:
+                real = labels != -100
+                labelled.append((logits[real].float().cpu(), labels[real].cpu()))
+                continue
+            if shifted:
                 logits, labels = logits[:, :-1], labels[:, 1:]
-            for row_logits, row_labels in zip(logits, labels.reshape(len(logits), -1), strict=True):
-                row = row_logits.reshape(len(row_labels), -1).float()  # a row at a time: a vocabulary in fp32 is large
-                loss += F.cross_entropy(row, row_labels, ignore_index=-100, reduction="sum").item()
-                right += int((row.argmax(-1) == row_labels).sum())
+            for row, row_labels in zip(logits, labels, strict=True):  # one at a time: a vocabulary in fp32 is large
+                loss += F.cross_entropy(row.float(), row_labels, ignore_index=-100, reduction="sum").item()
                 count += int((row_labels != -100).sum())
     model.train(was_training)
+    count += sum(len(labels) for _, labels in labelled)
     if count == 0:
         raise ValueError("the data holds no label to predict: give more text")
-    sparsity = meter.overall if sparse else 0.0
-    return Evaluation(
-        loss=loss / count,
-        perplexity=None if classifies else math.exp(min(loss / count, 700)),
-        accuracy=right / count if classifies else None,
-        sparsity=sparsity,
-        layer_sparsity=meter.by_layer,
-        num_tokens=count,
-        gflops_per_token=cost_per_token(model, meter.by_layer if sparse else 0.0).gflops,
-        gflops_per_token_dense=cost_per_token(model, 0.0).gflops,
-        mode=model.config.lte["mode"] if sparse else "dense",
-    )
+    if labelled:
+        quality = _of_labels(*(torch.cat(parts) for parts in zip(*labelled, strict=True)))
+    else:
+        quality = {"loss": loss / count, "perplexity": math.exp(min(loss / count, 700))}
+    return Evaluation(**quality, num_tokens=count, **vars(spent(model, meter)))
+
+
+def _of_labels(logits_BC: Tensor, labels_B: Tensor) -> dict[str, Any]:
+    if logits_BC.shape[1] == 1:
+        predicted_B = logits_BC[:, 0]
+        return {
+            "loss": F.mse_loss(predicted_B, labels_B.float()).item(),
+            "perplexity": None,
+            **of_numbers(predicted_B, labels_B),
+        }
+    return {
+        "loss": F.cross_entropy(logits_BC, labels_B).item(),
+        "perplexity": None,
+        **of_classes(logits_BC.argmax(-1), labels_B, logits_BC.shape[1]),
+    }

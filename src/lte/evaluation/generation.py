@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lte.evaluation.measuring import Spent, is_sparse, measure, spent
 from lte.evaluation.text_metrics import TextMetrics
-from lte.inference.completions import GREEDY, Completion, complete, completions_sparsity, padded, stop_ids
-from lte.surgery.cost import cost_per_token
+from lte.inference.completions import GREEDY, Completion, complete, padded, replay, stop_ids
 from lte.training.tokenise import encode, most_tokens, wrapping
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class GenerationEvaluation:
-    """What an evaluation of generated texts measured.
+@dataclass(kw_only=True)
+class GenerationEvaluation(Spent):
+    """What an evaluation of generated texts measured; sparsity is that of prompts and texts.
 
     Attributes:
         rouge1, rouge2, rougeL: F1 in points of 100, the best over a prompt's references, mean over prompts.
@@ -26,10 +26,6 @@ class GenerationEvaluation:
         num_prompts, num_references: how many there were.
         num_tokens: tokens generated, the ends of texts included.
         ended: share of the texts that came to their end; the others used up ``max_new_tokens``.
-        sparsity: fraction of inactive neurons, mean over layers and the tokens of prompts and texts; 0 for dense.
-        layer_sparsity: the same, layer by layer.
-        gflops_per_token, gflops_per_token_dense: FFN, attention projections and routers, G = 2^30.
-        mode: dense, soft or hard.
         predictions: the texts, in the order of the prompts.
     """
 
@@ -41,11 +37,6 @@ class GenerationEvaluation:
     num_references: int
     num_tokens: int
     ended: float
-    sparsity: float
-    layer_sparsity: list[float]
-    gflops_per_token: float
-    gflops_per_token_dense: float
-    mode: str
     predictions: list[str] = field(repr=False)
 
 
@@ -93,14 +84,15 @@ def evaluate_generation(
     if not references:
         raise ValueError("there is no prompt to complete")
     metrics = TextMetrics()
-    sparse = hasattr(model.config, "lte")
     was_training = model.training
     model.eval()
     room = min(sequence_length, most_tokens(tokenizer, model.config))
     inputs = _encode(list(references), tokenizer, room, max_new_tokens, model.config.is_encoder_decoder)
     decoding = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "compile": compile}
     completions = _complete(model, inputs, tokenizer, batch_size, progress, **decoding)
-    meter = completions_sparsity(model, completions, batch_size, progress) if sparse else None
+    with measure(model, entry=model.base_model) as meter:
+        if is_sparse(model):
+            replay(model, completions, batch_size, progress)
     model.train(was_training)
     decode: Any = tokenizer.decode  # of one row a text, which a checker does not know
     texts = [decode(one.new, skip_special_tokens=True).strip() for one in completions]
@@ -110,12 +102,8 @@ def evaluate_generation(
         num_references=sum(map(len, references.values())),
         num_tokens=sum(len(one.new) for one in completions),
         ended=sum(one.ended for one in completions) / len(completions),
-        sparsity=meter.overall if meter else 0.0,
-        layer_sparsity=meter.by_layer if meter else [],
-        gflops_per_token=cost_per_token(model, meter.by_layer if meter else 0.0).gflops,
-        gflops_per_token_dense=cost_per_token(model, 0.0).gflops,
-        mode=model.config.lte["mode"] if sparse else "dense",
         predictions=texts,
+        **vars(spent(model, meter)),
     )
 
 

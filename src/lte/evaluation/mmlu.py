@@ -3,7 +3,6 @@
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +11,10 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
+from lte.evaluation.measuring import Spent, measure, spent
 from lte.evaluation.mmlu_prompts import PromptEncoder
 from lte.evaluation.mmlu_questions import CATEGORIES, CATEGORY_OF, LETTERS, Subject
 from lte.inference.completions import padded
-from lte.modules.recording import SparsityMeter, track_sparsity
-from lte.surgery.cost import cost_per_token
 from lte.training.tokenise import most_tokens
 
 
@@ -28,9 +26,9 @@ class Score:
     num_questions: int
 
 
-@dataclass
-class MMLUEvaluation:
-    """What answering MMLU showed.
+@dataclass(kw_only=True)
+class MMLUEvaluation(Spent):
+    """What answering MMLU showed; sparsity is that of the tokens of all prompts.
 
     Attributes:
         accuracy: share of right answers among all questions.
@@ -42,10 +40,6 @@ class MMLUEvaluation:
         fewer_shots: questions before which not all of them had room in the model's positions.
         cut: questions too long even without an example; they lost their start.
         num_tokens: of all prompts.
-        sparsity: fraction of inactive neurons, mean over layers and the tokens of all prompts; 0 for dense.
-        layer_sparsity: the same, layer by layer.
-        gflops_per_token, gflops_per_token_dense: FFN, attention projections and routers, G = 2^30.
-        mode: dense, soft or hard.
         predictions: the letters given, by subject, in the order of its questions.
     """
 
@@ -58,11 +52,6 @@ class MMLUEvaluation:
     fewer_shots: int
     cut: int
     num_tokens: int
-    sparsity: float
-    layer_sparsity: list[float]
-    gflops_per_token: float
-    gflops_per_token_dense: float
-    mode: str
     predictions: dict[str, str] = field(repr=False)
 
 
@@ -98,12 +87,11 @@ def evaluate_mmlu(
     groups = [group for subject in subjects for group in encoder.groups(subject, shots)]
     if not groups:
         raise ValueError("there is no question to answer")
-    sparse = hasattr(model.config, "lte")
     was_training = model.training
     model.eval()
     letters: dict[tuple[str, int], str] = {}
     group, prefix = None, None
-    with track_sparsity(model) if sparse else nullcontext(SparsityMeter()) as meter:
+    with measure(model) as meter:
         for of, first in progress([(g, i) for g in groups for i in range(0, len(g.rows), batch_size)]):
             if of is not group:
                 meter.weight = len(of.rows)
@@ -133,16 +121,12 @@ def evaluate_mmlu(
         fewer_shots=sum(len(one.rows) for one in groups if one.shots < shots),
         cut=sum(len(one.rows) for one in groups if one.cut),
         num_tokens=sum(len(one.prefix) + len(row) for one in groups for row in one.rows),
-        sparsity=meter.overall if sparse else 0.0,
-        layer_sparsity=meter.by_layer,
-        gflops_per_token=cost_per_token(model, meter.by_layer if sparse else 0.0).gflops,
-        gflops_per_token_dense=cost_per_token(model, 0.0).gflops,
-        mode=model.config.lte["mode"] if sparse else "dense",
         predictions=predictions,
+        **vars(spent(model, meter)),
     )
 
 
-def check_causal(config: PretrainedConfig) -> None:
+def check_causal(config: PretrainedConfig, who: str = "MMLU asks") -> None:
     """Refuse a model that reads what comes after a token.
 
     Raises:
@@ -150,7 +134,7 @@ def check_causal(config: PretrainedConfig) -> None:
     """
     encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     if config.is_encoder_decoder or encoder:
-        raise ValueError(f"MMLU asks for the next token: it needs a causal language model, not a {config.model_type}")
+        raise ValueError(f"{who} for the next token: it takes a causal language model, not a {config.model_type}")
 
 
 def _score(right: Mapping[str, list[bool]]) -> Score:

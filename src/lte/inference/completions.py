@@ -65,29 +65,34 @@ def complete(
     return made
 
 
+def completions_sparsity(model: PreTrainedModel, completions: Sequence[Completion]) -> SparsityMeter:
+    """Sparsity of prompts and new tokens, padding and what a batch computes for texts that have ended left out."""
+    with track_sparsity(model.base_model) as meter:
+        replay(model, completions)
+    return meter
+
+
 @torch.no_grad()
-def completions_sparsity(
+def replay(
     model: PreTrainedModel,
     completions: Sequence[Completion],
     batch_size: int = 1,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
-) -> SparsityMeter:
-    """Sparsity of prompts and new tokens, padding and what a batch computes for texts that have ended left out.
+) -> None:
+    """Pass prompts and new tokens through ``model.base_model``, for those who watch it.
 
-    A pass afterwards: recording while decoding would slow it down, and keep its steps from being compiled.
+    A pass afterwards: watching while decoding would slow it down, and keep its steps from being compiled.
     """
     backbone = model.base_model  # the head would hold a vocabulary for every token
-    with track_sparsity(backbone) as meter:
-        for first in progress(range(0, len(completions), batch_size)):
-            some = completions[first : first + batch_size]
-            if model.config.is_encoder_decoder:
-                inputs = padded([one.prompt for one in some])
-                decoder = padded([torch.cat([one.start, one.new]) for one in some])
-                inputs |= {f"decoder_{name}": value for name, value in decoder.items()}
-            else:
-                inputs = padded([torch.cat([one.prompt, one.new]) for one in some])
-            backbone(**{name: value.to(model.device) for name, value in inputs.items()})
-    return meter
+    for first in progress(range(0, len(completions), batch_size)):
+        some = completions[first : first + batch_size]
+        if model.config.is_encoder_decoder:
+            inputs = padded([one.prompt for one in some])
+            decoder = padded([torch.cat([one.start, one.new]) for one in some])
+            inputs |= {f"decoder_{name}": value for name, value in decoder.items()}
+        else:
+            inputs = padded([torch.cat([one.prompt, one.new]) for one in some])
+        backbone(**{name: value.to(model.device) for name, value in inputs.items()})
 
 
 def padded(rows: Sequence[Tensor], side: Literal["left", "right"] = "right", token: int = 0) -> dict[str, Tensor]:

@@ -44,8 +44,8 @@ def watch_inputs(
 
     Args:
         modules: the layer a module belongs to, by name, and the module.
-        see: called before each pass of a module with its index and its input on real tokens, ``[T, ...]``. It gets
-            ``max_tokens`` of them and no more, whatever the size of a batch.
+        see: called before each pass of a module with its index and its input on real tokens, ``[T, ...]``, as it comes
+            in: before thresholds on it. It gets ``max_tokens`` of them and no more, whatever the size of a batch.
 
     Raises:
         ValueError: no batch, or nothing but padding.
@@ -67,7 +67,7 @@ def watch_inputs(
                 if len(real):
                     see(index, real)
 
-            hooks.callback(module.register_forward_pre_hook(look).remove)
+            hooks.callback(module.register_forward_pre_hook(look, prepend=True).remove)
         for batch in batches:
             model(**{name: value.to(model.device) for name, value in batch.items()})
             if min(seen, default=0) >= max_tokens:

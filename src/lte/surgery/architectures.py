@@ -1,7 +1,7 @@
 """Saving and loading: ``LTE...`` classes, made on demand from Hugging Face's, known to the Auto classes.
 
 ``LTELlamaForCausalLM`` is ``LlamaForCausalLM`` whose FFNs are replaced before weights are loaded. In
-memory its config is a Llama config with a section ``lte``. On disk ``config.json`` has
+memory its config is a Llama config with a section ``lte`` (of TEAL's models ``teal``). On disk ``config.json`` has
 ``model_type: lte`` and ``base_model_type: llama``, so that code which does not know ``lte`` refuses it
 instead of running it densely; a stock class named outright, ``LlamaForCausalLM.from_pretrained``,
 stumbles over ``transformers_weights``, which holds the reason where a file name belongs. Every class
@@ -21,6 +21,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lte.surgery.method import Method
 from lte.surgery.sites import find_sites
+from lte.surgery.teal import SECTION as TEAL
+from lte.surgery.teal import TEALConfig
 
 MODEL_TYPE = "lte"
 CODE_FILE = "modeling_lte"
@@ -42,9 +44,10 @@ AUTO_CLASSES = (
 
 
 class LTEConfigMixin:
-    """What an ``LTE...Config`` adds to Hugging Face's: the section ``lte``, and its own model type on disk."""
+    """What an ``LTE...Config`` adds to Hugging Face's: a section, and its own model type on disk."""
 
     lte: dict[str, Any]
+    """The method and its options. A model converted by ``lte.teal_`` has a section ``teal`` instead."""
 
     def to_json_file(self, json_file_path: Any, use_diff: bool = True) -> None:
         values = json.loads(self.to_json_string(use_diff=use_diff))  # pyright: ignore[reportAttributeAccessIssue]
@@ -92,7 +95,8 @@ class LTEAutoConfig(PretrainedConfig):
 
 def _in_memory(values: dict[str, Any]) -> dict[str, Any]:
     """The content of a ``config.json``, as its base model type has it."""
-    base_type, method = values.get("base_model_type"), values.get("lte")
+    base_type, teal = values.get("base_model_type"), values.get(TEAL)
+    method = values.get("lte") if teal is None else teal
     if not isinstance(base_type, str) or not isinstance(method, dict):
         section = "lte" if isinstance(base_type, str) else "base_model_type"
         raise ValueError(
@@ -104,21 +108,24 @@ def _in_memory(values: dict[str, Any]) -> dict[str, Any]:
             f"config.json has base_model_type {base_type!r}, which transformers does not know: update transformers, "
             f"or make your own architecture known with AutoConfig.register({base_type!r}, ...) before loading"
         )
-    Method.from_dict(method)  # so that errors come early
+    (Method if teal is None else TEALConfig).from_dict(method)  # so that errors come early
     return {**{name: value for name, value in values.items() if name not in _ON_DISK}, "model_type": base_type}
 
 
 class LTEModelMixin:
-    """What an ``LTE...`` model adds to Hugging Face's: sparse FFNs, put in before weights are loaded."""
+    """What an ``LTE...`` model adds to Hugging Face's: sparse FFNs or thresholds, put in before weights are loaded."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # pyright: ignore[reportCallIssue]
         from lte.surgery.convert import install_, set_mode_  # they build on this module
 
+        assert isinstance(self, PreTrainedModel)
+        if hasattr(config, TEAL):
+            TEALConfig.from_dict(getattr(config, TEAL)).install_(self)
+            return
         if not hasattr(config, "lte"):
             raise ValueError(f"{type(self).__name__} needs a config with a section lte; make one with lte.sparsify_")
         method = Method.from_dict(config.lte)
-        assert isinstance(self, nn.Module)
         for site in find_sites(self, config.model_type):
             router = install_(site, method).router
             if not any(tensor.is_meta for tensor in router.state_dict().values()):
@@ -197,7 +204,7 @@ def _subclass(mixin: type, base: type) -> type:
     return type(f"LTE{base.__name__}", (mixin, base), {"__module__": __name__, "__doc__": mixin.__doc__})
 
 
-def become_lte_(model: PreTrainedModel, lte: dict[str, Any]) -> None:
+def become_lte_(model: PreTrainedModel, values: dict[str, Any], section: str = "lte") -> None:
     """Change a converted model's class and config to their LTE forms. The config object it had is left alone."""
     base, copies = type(model.config), {}
     part: Any
@@ -206,7 +213,7 @@ def become_lte_(model: PreTrainedModel, lte: dict[str, Any]) -> None:
             part.config = copy.deepcopy(config, copies)
             if type(config) is base:
                 part.config.__class__ = lte_config_class(base)
-                part.config.lte = lte
+                setattr(part.config, section, values)
     model.__class__ = lte_model_class(type(model))
     loaded: Any = model
     if getattr(loaded, "hf_quantizer", None) is not None:  # set by GGUF loading, though the weights are plain floats

@@ -14,6 +14,7 @@ from lte.surgery.activations import first_tokens, record_inputs
 from lte.surgery.architectures import become_lte_, lte_model_class
 from lte.surgery.method import Method
 from lte.surgery.sites import Site, find_sites
+from lte.surgery.teal import SECTION as TEAL
 
 RECORDED_TOKENS = 4096
 """How many tokens grouping by co-activation looks at."""
@@ -51,7 +52,7 @@ def sparsify_(
     Raises:
         ValueError: unknown family, expert size that does not divide d_ff, already sparse, data missing.
     """
-    if any(isinstance(module, Selecting) for module in model.modules()):
+    if any(isinstance(module, Selecting) for module in model.modules()) or hasattr(model.config, TEAL):
         raise ValueError("the model is sparse already: load the dense checkpoint to convert it again")
     sites = find_sites(model, model.config.model_type)
     for site in sites:

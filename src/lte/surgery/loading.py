@@ -37,7 +37,7 @@ def load_model(name: str, head: Head = "causal", dtype: torch.dtype | str = "aut
         name: a local folder, a ``.gguf`` file (dequantised on loading), or a hub id.
         head: which head it gets.
         dtype: of its weights; ``"auto"`` keeps the checkpoint's.
-        kwargs: passed to ``from_pretrained``, e.g. ``num_labels``.
+        kwargs: passed to ``from_pretrained``, e.g. ``num_labels``; a head with other labels is replaced by a new one.
 
     Raises:
         FileNotFoundError: no such folder or file, and the hub has no such id or cannot be reached.
@@ -46,6 +46,8 @@ def load_model(name: str, head: Head = "causal", dtype: torch.dtype | str = "aut
     path, gguf = _locate(name)
     if gguf and dtype == "auto":
         dtype = torch.float32
+    if "num_labels" in kwargs:
+        kwargs.setdefault("ignore_mismatched_sizes", True)  # e.g. a checkpoint trained on another task
     return _explained(name, lambda: _AUTO[head].from_pretrained(path, dtype=dtype, **gguf, **kwargs))
 
 

@@ -65,7 +65,8 @@ class PaddedRows(Dataset[dict[str, Tensor]]):
     """Rows of different lengths, kept as small arrays and padded by `collator` only when batched.
 
     Row: {"input_ids": (L,), "labels": (L,) or ()} int64, and "token_type_ids" (L,) where the tokenizer has
-    them. `class_names` are the labels in order of their ids for classification, None for generation.
+    them; labels of regression are () float32. `class_names` are the labels in order of their ids for classification,
+    one name for regression, None for generation.
     """
 
     def __init__(
@@ -74,9 +75,7 @@ class PaddedRows(Dataset[dict[str, Tensor]]):
         collator: PaddingCollator,
         class_names: tuple[str, ...] | None = None,
     ):
-        self.columns = {
-            name: [np.asarray(value, dtype=np.int32) for value in values] for name, values in columns.items()
-        }
+        self.columns = {name: [_small(value) for value in values] for name, values in columns.items()}
         self.collator = collator
         self.class_names = class_names
 
@@ -84,7 +83,12 @@ class PaddedRows(Dataset[dict[str, Tensor]]):
         return len(self.columns["labels"])
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {name: torch.as_tensor(values[index].astype(np.int64)) for name, values in self.columns.items()}
+        return {
+            name: torch.as_tensor(
+                values[index] if values[index].dtype == np.float32 else values[index].astype(np.int64)
+            )
+            for name, values in self.columns.items()
+        }
 
     def head(self, count: int) -> PaddedRows:
         """A dataset of the first `count` rows."""
@@ -95,6 +99,10 @@ class PaddedRows(Dataset[dict[str, Tensor]]):
         order = list(indices)
         columns = {name: [values[i] for i in order] for name, values in self.columns.items()}
         return PaddedRows(columns, self.collator, self.class_names)
+
+
+def _small(value: Any) -> np.ndarray:
+    return np.asarray(value, dtype=np.float32 if isinstance(value, float) else np.int32)
 
 
 @dataclass(frozen=True)

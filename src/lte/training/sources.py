@@ -12,6 +12,7 @@ import csv
 import gzip
 import io
 import json
+import logging
 import os
 import re
 import zlib
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+logger = logging.getLogger(__name__)
 
 Source = str | os.PathLike[str]
 Row = dict[str, Any]
@@ -100,8 +103,11 @@ def read_token_ids(path: Source) -> np.ndarray:
     return ids
 
 
-def read_rows(source: Source) -> list[Row]:
+def read_rows(source: Source, header: Sequence[str] = (), skip_bad_rows: bool = False) -> list[Row]:
     """The rows of one source, each a dict from column to value; a `.txt` is one row with the column `text`.
+
+    Of a `.csv` or `.tsv` that has no header line, `header` names the columns. Rows of these with a wrong number of
+    fields are an error, or with `skip_bad_rows` left out, counted and warned of.
 
     Raises ValueError (or FileNotFoundError, ImportError) in one line when the source cannot be read.
     """
@@ -116,7 +122,8 @@ def read_rows(source: Source) -> list[Row]:
         text = read_text(source)
         if kind == ".txt":
             return [{"text": text}]
-        rows = {".jsonl": _jsonl_rows, ".json": _json_rows}.get(kind, _table_rows)(text, source)
+        json_rows = {".jsonl": _jsonl_rows, ".json": _json_rows}.get(kind)
+        rows = json_rows(text, source) if json_rows else _table_rows(text, source, header, skip_bad_rows)
     if not rows:
         raise ValueError(f"{source}: no rows")
     return rows
@@ -151,19 +158,22 @@ def _json_rows(text: str, path: Source) -> list[Row]:
     return rows
 
 
-def _table_rows(text: str, path: Source) -> list[Row]:
+def _table_rows(text: str, path: Source, names: Sequence[str], skip_bad_rows: bool) -> list[Row]:
     tabs = Path(path).name.lower().removesuffix(".gz").endswith(".tsv")
     # A tab-separated file has no quoting: its quotes are text and need not balance.
     dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
     limit = csv.field_size_limit(2**31 - 1)  # whole articles are longer than the default of 128 KiB
     reader = csv.reader(io.StringIO(text, newline=""), **dialect)
     try:
-        header = next(reader)
+        header = list(names) or next(reader)
         if len(set(header)) < len(header):
             raise ValueError(f"{path}: the header names a column twice: {', '.join(map(repr, header))}")
-        rows = []
+        rows, bad = [], 0
         for fields in reader:
             if fields and len(fields) != len(header):
+                bad += 1
+                if skip_bad_rows:
+                    continue
                 raise ValueError(
                     f"{path}, line {reader.line_num}: {len(fields)} fields, but the header has {len(header)}"
                 )
@@ -173,6 +183,8 @@ def _table_rows(text: str, path: Source) -> list[Row]:
         raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
     finally:
         csv.field_size_limit(limit)
+    if bad:
+        logger.warning("%s: skipped %d of %d rows with a wrong number of fields", path, bad, bad + len(rows))
     return rows
 
 

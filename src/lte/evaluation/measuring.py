@@ -1,0 +1,95 @@
+"""Sparsity and cost of forward passes, of any kind of model: dense, with routers, with thresholds on inputs."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from lte.core.accounting import Cost
+from lte.methods.teal import teal_cost
+from lte.modules.input_threshold import InputMeter, track_inputs
+from lte.modules.recording import SparsityMeter, track_sparsity
+from lte.surgery.cost import cost_per_token
+from lte.surgery.sites import block_linears, find_sites
+from lte.surgery.teal import SECTION as TEAL
+
+Meter = SparsityMeter | InputMeter
+
+
+@dataclass(kw_only=True)
+class Spent:
+    """What a token took, mean over the tokens that were seen.
+
+    Attributes:
+        sparsity: fraction of inactive neurons, mean over tokens and layers; 0 for a dense model. Of a TEAL model the
+            fraction of FFN weights that its zeros leave unread.
+        layer_sparsity: the same, layer by layer.
+        attention_sparsity: fraction of the attention projections' weights left unread; 0 but for TEAL.
+        gflops_per_token, gflops_per_token_dense: FFN, attention projections and routers, G = 2^30.
+        mode: dense, soft or hard.
+    """
+
+    sparsity: float
+    layer_sparsity: list[float]
+    gflops_per_token: float
+    gflops_per_token_dense: float
+    attention_sparsity: float = 0.0
+    mode: str = "dense"
+
+
+def is_sparse(model: nn.Module) -> bool:
+    """Whether there is sparsity to measure: routers or thresholds, in whatever mode."""
+    config = getattr(model, "config", None)
+    return hasattr(config, "lte") or hasattr(config, TEAL)
+
+
+@contextmanager
+def measure(model: PreTrainedModel, entry: nn.Module | None = None) -> Iterator[Meter]:
+    """Look at all forward passes of ``model`` made within; :func:`spent` says what they took.
+
+    Padding (by the attention mask given to the model) is not counted.
+
+    Args:
+        entry: the part of ``model`` that is called, e.g. its backbone; None for the model.
+    """
+    entry = model if entry is None else entry
+    passes: AbstractContextManager[Meter] = nullcontext(SparsityMeter())
+    if hasattr(model.config, TEAL):
+        passes = track_inputs(entry, block_linears(model, model.config.model_type))
+    elif is_sparse(model):
+        passes = track_sparsity(entry)
+    with passes as meter:
+        yield meter
+
+
+def spent(model: PreTrainedModel, meter: Meter) -> Spent:
+    """What the passes took that ``meter`` saw."""
+    dense = cost_per_token(model)
+    if isinstance(meter, InputMeter):
+        return _spent_by_inputs(model, meter.by_linear, dense)
+    return Spent(
+        sparsity=meter.overall if is_sparse(model) else 0.0,
+        layer_sparsity=meter.by_layer,
+        gflops_per_token=cost_per_token(model, meter.by_layer if is_sparse(model) else 0.0).gflops,
+        gflops_per_token_dense=dense.gflops,
+        mode=model.config.lte["mode"] if is_sparse(model) else "dense",
+    )
+
+
+def _spent_by_inputs(model: PreTrainedModel, by_linear: dict[str, float], dense: Cost) -> Spent:
+    cost = teal_cost(model, by_linear)
+    names = {id(linear): name for name, linear in block_linears(model, model.config.model_type).items()}
+    layers = []
+    for site in find_sites(model, model.config.model_type):
+        weights = {names[id(linear)]: linear.get_parameter("weight").numel() for linear in site.projections()}
+        layers.append(sum(by_linear[name] * count for name, count in weights.items()) / site.num_weights)
+    return Spent(
+        sparsity=1 - cost.ffn_gflops / dense.ffn_gflops,
+        layer_sparsity=layers,
+        attention_sparsity=1 - cost.attention_gflops / dense.attention_gflops,
+        gflops_per_token=cost.gflops,
+        gflops_per_token_dense=dense.gflops,
+        mode="hard",
+    )

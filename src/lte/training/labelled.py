@@ -1,0 +1,99 @@
+"""Rows of one text or a pair with a label: a class for classification, a number for regression."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from lte.training.batches import PaddedRows
+from lte.training.columns import column, render
+from lte.training.data_config import DataConfig
+from lte.training.rows import collator_for, warn_cut, warn_skipped
+from lte.training.sources import Source, as_list
+from lte.training.tokenise import BATCH_ROWS
+
+
+def classification_rows(
+    sources: Source | Sequence[Source], tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> PaddedRows:
+    """Labels are the places of their names in `class_names`."""
+    columns, labels = _texts_and_labels(sources, tokenizer, config)
+    class_names = config.class_names or _sorted_labels(labels)
+    if len(class_names) < 2:
+        raise ValueError(f"class_names needs two or more names, each once, not {class_names}")
+    ids = {name: i for i, name in enumerate(class_names)}
+    if unknown := sorted(set(labels) - set(ids)):
+        raise ValueError(f"labels {', '.join(unknown)} are not among class_names, {', '.join(class_names)}")
+    return PaddedRows({**columns, "labels": [ids[label] for label in labels]}, collator_for(tokenizer), class_names)
+
+
+def regression_rows(
+    sources: Source | Sequence[Source], tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> PaddedRows:
+    """Labels are numbers. `class_names` is the label's column alone: the model's head needs one output."""
+    columns, labels = _texts_and_labels(sources, tokenizer, config)
+    values = [_number(label, config.label_column) for label in labels]
+    return PaddedRows({**columns, "labels": values}, collator_for(tokenizer), (config.label_column,))
+
+
+def _texts_and_labels(
+    sources: Source | Sequence[Source], tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> tuple[dict[str, list[Any]], list[str]]:
+    """What the tokenizer makes of the texts, by column, and the labels as they are written."""
+    names = [name.strip() for name in config.text_column.split(",")]
+    if len(names) > 2:
+        raise ValueError(f"text_column names {len(names)} columns: classification takes one or a pair, a,b")
+    texts: list[tuple[str, ...]] = []  # (text,) or (text, second text) a row
+    labels: list[str] = []
+    for source in as_list(sources):
+        rows = config.rows(source)
+        found = list(zip(*(render(rows, name, source) for name in names), strict=True))
+        values = [_label(value, source, i) for i, value in enumerate(column(rows, config.label_column, source), 1)]
+        kept = [i for i, row in enumerate(found) if any(text.strip() for text in row)]
+        warn_skipped(len(found) - len(kept), len(found), f"{source}: rows with no text")
+        texts += [found[i] for i in kept]
+        labels += [values[i] for i in kept]
+    columns: dict[str, list[Any]] = {}
+    cut = 0
+    tokenise: Any = tokenizer  # its signature is wider than a checker can follow
+    for start in range(0, len(texts), BATCH_ROWS):
+        batch = tokenise(
+            *(list(side) for side in zip(*texts[start : start + BATCH_ROWS], strict=True)),
+            truncation=True,
+            max_length=config.sequence_length,
+            return_attention_mask=False,
+        )
+        cut += sum(bool(encoding.overflowing) for encoding in batch.encodings or ())
+        for name, values in batch.items():
+            columns.setdefault(name, []).extend(np.array(ids, dtype=np.int32) for ids in values)
+    warn_cut(cut, len(texts), "rows", config.sequence_length)
+    return columns, labels
+
+
+def _label(value: Any, source: Source, number: int) -> str:
+    if value is None or not str(value).strip():
+        raise ValueError(f"{source}: row {number} has no label: label it or remove it")
+    return str(value).strip()
+
+
+def _number(label: str, name: str) -> float:
+    try:
+        value = float(label)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"column {name!r} holds {label!r}: regression needs numbers; for names, task classification")
+    return value
+
+
+def _sorted_labels(labels: Sequence[str]) -> tuple[str, ...]:
+    names = sorted(set(labels))
+    if len(names) < 2:
+        raise ValueError(f"the only label is {names[0]!r}: two are needed, or class_names for evaluation")
+    numbers = all(re.fullmatch(r"-?\d+", name) for name in names)
+    return tuple(sorted(names, key=int) if numbers else names)
