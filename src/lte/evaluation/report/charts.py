@@ -1,0 +1,173 @@
+"""The charts of results: quality against sparsity and against cost, sparsity by layer, speed."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lte.evaluation.report.curves import Point, Task
+from lte.evaluation.report.drawing import INK, MARKERS, PALETTE, Chart, Notes, legend_below
+from lte.evaluation.report.results import Row
+
+Styles = Mapping[str, tuple[str, str]]
+
+
+def styles_of(tasks: Sequence[Task]) -> Styles:
+    """A colour and a marker for each curve's title, the same in every chart."""
+    titles = dict.fromkeys(curve.title for task in tasks for curve in task.curves)
+    return {title: (PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]) for i, title in enumerate(titles)}
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def describe(point: Point, task: Task, title: str) -> str:
+    """One point in words."""
+    spread = f" ± {point.spread:.2g} over {point.seeds} seeds" if point.spread is not None else ""
+    quality = f"{task.metric.title.split(',')[0]} {point.value:.4g}{spread}"
+    return f"{title}: {quality}, {point.sparsity:.1%} sparse, {point.gflops:.4g} GFLOPs per token"
+
+
+def tradeoff(task: Task, by: str, styles: Styles) -> Chart:
+    """Quality against ``sparsity`` or ``gflops``; dense is a line across."""
+    label = "sparsity of FFN neurons, %" if by == "sparsity" else "GFLOPs per token"
+
+    def draw(axes: Any, notes: Notes) -> None:
+        for curve in task.curves:
+            color, marker = styles[curve.title]
+            front = sorted(curve.front, key=lambda point: _x(point, by))
+            axes.plot(*_xy(front, by), color=color, linewidth=1.6)
+            axes.plot([], [], color=color, marker=marker, label=curve.title)
+            for point in curve.points:
+                best = point in curve.front
+                (mark,) = axes.plot(
+                    _x(point, by), point.value, marker, color=color,
+                    markersize=7 if best else 5, markerfacecolor=color if best else "none", linestyle="",
+                )  # fmt: skip
+                mark.set_gid(notes.add(describe(point, task, curve.title)))
+                if point.spread is not None:
+                    axes.errorbar(_x(point, by), point.value, point.spread, color=color, capsize=3, linewidth=1.2)
+        if task.dense is not None:
+            line = axes.axhline(task.dense.value, color=INK, linestyle="--", linewidth=1.2, label="dense")
+            line.set_gid(notes.add(describe(task.dense, task, "dense")))
+            if task.dense.spread is not None:
+                low, high = task.dense.value - task.dense.spread, task.dense.value + task.dense.spread
+                axes.axhspan(low, high, color=INK, alpha=0.1, linewidth=0)
+            if by == "gflops":
+                (mark,) = axes.plot(task.dense.gflops, task.dense.value, "s", color=INK, markersize=6)
+                mark.set_gid(notes.add(describe(task.dense, task, "dense")))
+        if by == "sparsity":
+            axes.set_xlim(left=min(0, *axes.get_xlim()))
+        _scale(axes, task)
+        axes.set(xlabel=label, ylabel=task.metric.title + (" (less is better)" if task.metric.lower else ""))
+        axes.grid()
+        legend_below(axes)
+
+    best = [describe(point, task, curve.title) for curve in task.curves for point in curve.front]
+    dense = [describe(task.dense, task, "dense")] if task.dense else []
+    lines = -(-len(task.curves) // 2)
+    return Chart(
+        f"{slug(task.heading)}-{slug(task.metric.name)}-{by}",
+        f"{task.metric.title.split(',')[0]} against {'sparsity' if by == 'sparsity' else 'GFLOPs per token'}",
+        ". ".join([f"{task.metric.title} against {label}", *dense, *best]),
+        draw,
+        (4.6, 3.3 + 0.2 * lines),
+    )
+
+
+def _x(point: Point, by: str) -> float:
+    return 100 * point.sparsity if by == "sparsity" else point.gflops
+
+
+def _xy(points: Sequence[Point], by: str) -> tuple[list[float], list[float]]:
+    return [_x(point, by) for point in points], [point.value for point in points]
+
+
+def _scale(axes: Any, task: Task) -> None:
+    """Perplexities that lie far apart on a logarithmic scale, with plain numbers."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+    values = [point.value for curve in task.curves for point in curve.points]
+    values += [task.dense.value] if task.dense else []
+    if task.metric.lower and min(values) > 0 and max(values) > 2.5 * min(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_locator(NullLocator())
+        low, high = min(values), max(values)
+        steps = [base * 10**power for power in range(-2, 7) for base in (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8)]
+        axes.set_yticks([step for step in steps if low / 1.1 <= step <= high * 1.1])
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+
+
+def layers_chart(task: Task) -> Chart | None:
+    """Sparsity of each layer: a row a run (the best of each curve), a column a layer. None where rows lack it."""
+    rows = [(curve.title, point) for curve in task.curves for point in curve.front if len(point.layer_sparsity) > 1]
+    if not rows:
+        return None
+    longest = max(len(point.layer_sparsity) for _, point in rows)
+
+    def draw(axes: Any, notes: Notes) -> None:
+        for row, (title, point) in enumerate(rows):
+            cells = axes.pcolormesh(
+                range(len(point.layer_sparsity) + 1), [row, row + 0.86], [point.layer_sparsity],
+                cmap="viridis", vmin=0, vmax=1, edgecolors="face", linewidth=0.2,
+            )  # fmt: skip
+            low, high = min(point.layer_sparsity), max(point.layer_sparsity)
+            cells.set_gid(notes.add(f"{title}, {point.sparsity:.1%}: layers from {low:.2f} to {high:.2f}"))
+            axes.text(0, row - 0.08, f"{title}, {point.sparsity:.0%} sparse: layers {low:.2f} to {high:.2f}", fontsize=9)
+        axes.set(xlim=(0, longest), ylim=(len(rows), -0.45), xlabel="layer", yticks=[])
+        axes.spines["left"].set_visible(False)
+        bar = axes.figure.colorbar(cells, ax=axes, location="bottom", label="sparsity", aspect=40, pad=0.02)
+        bar.outline.set_visible(False)
+
+    text = [f"{title}: {', '.join(f'{one:.2f}' for one in point.layer_sparsity)}" for title, point in rows]
+    return Chart(
+        f"{slug(task.heading)}-{slug(task.metric.name)}-layers",
+        f"sparsity by layer, {task.heading}",
+        ". ".join(["sparsity by layer", *text]),
+        draw,
+        (4.6, 1.5 + 0.52 * len(rows)),
+    )
+
+
+def speed_chart(bench: Row, number: int) -> Chart | None:
+    """Speed-up of one FFN over measured sparsity, a line a number of tokens; dotted what bytes alone would allow.
+
+    None for other benchmarks, or with less than two sparsities.
+    """
+    rows = [row for row in bench["rows"] if "error" not in row and "speedup" in row and "tokens" in row]
+    if len({row["sparsity_asked"] for row in rows}) < 2:
+        return None
+    tokens = sorted({row["tokens"] for row in rows})
+
+    def draw(axes: Any, notes: Notes) -> None:
+        from matplotlib.ticker import FuncFormatter, NullLocator
+
+        for index, count in enumerate(tokens):
+            line = sorted((row for row in rows if row["tokens"] == count), key=lambda row: row["sparsity"])
+            color, name = PALETTE[index % len(PALETTE)], f"{count} token{'s' if count > 1 else ''}"
+            share = [100 * row["sparsity"] for row in line]
+            axes.plot(share, [row["ideal_speedup"] for row in line], ":", color=color, alpha=0.7, linewidth=1)
+            axes.plot(share, [row["speedup"] for row in line], color=color, marker=MARKERS[index % 12], label=name)
+            for row in line:
+                (mark,) = axes.plot(100 * row["sparsity"], row["speedup"], MARKERS[index % 12], color=color)
+                mark.set_gid(notes.add(f"{name}, {row['sparsity']:.0%} sparse: {row['speedup']:.2f}x"))
+        axes.axhline(1, color=INK, linestyle="--", linewidth=1.2, label="dense")
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+        axes.set(xlabel="sparsity, %", ylabel="speed-up over dense")
+        axes.grid()
+        legend_below(axes, columns=4)
+
+    best = max(rows, key=lambda row: row["speedup"])
+    where = f"{best.get('shape', 'an FFN')}, {bench.get('device', 'unknown device')}"
+    caption = f"one FFN of {where}, {best.get('dtype', '')}; dotted: what the bytes read would allow"
+    return Chart(
+        f"speed-{number}",
+        caption,
+        f"{caption}. Fastest: {best['speedup']:.2f} times dense at {best['sparsity']:.0%} with {best['tokens']} tokens",
+        draw,
+        (4.6, 3.9),
+    )

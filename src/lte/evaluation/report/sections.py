@@ -1,0 +1,225 @@
+"""The report's sections, the same for page, Markdown and pictures: text, charts, tables."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lte.evaluation.report.charts import layers_chart, speed_chart, styles_of, tradeoff
+from lte.evaluation.report.curves import Task
+from lte.evaluation.report.drawing import Chart
+from lte.evaluation.report.results import Results, Row
+from lte.evaluation.report.routing import Routing, union_by_batch
+from lte.evaluation.report.routing_view import MOST_EXPERTS, score_chart, union_chart
+from lte.evaluation.report.table1 import CITATION, PAPER_TASKS, Choice, table_one
+from lte.evaluation.report.verdict import duels
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text. ``folded``: the page shows it on demand."""
+
+    caption: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report. ``tokens``: the page puts its coloured tokens here."""
+
+    slug: str
+    title: str
+    text: tuple[str, ...] = ()
+    charts: tuple[Chart, ...] = ()
+    tables: tuple[Table, ...] = ()
+    warnings: tuple[str, ...] = ()
+    tokens: bool = field(default=False)
+
+
+def sections(
+    results: Results, tasks: Sequence[Task], routing: Routing | None = None, before: Routing | None = None
+) -> list[Section]:
+    """All sections there is something for, in the order of the page."""
+    found = [_tradeoff(task, tasks, number) for number, task in enumerate(tasks, 1)]
+    if tasks:
+        found.append(_table_one(tasks))
+        charts = {chart.slug: chart for task in tasks if (chart := layers_chart(task))}
+        different = {chart.summary: chart for chart in charts.values()}  # several metrics of the same runs
+        if different:
+            text = ("The best runs of each curve above. A bright layer leaves most of its neurons idle.",)
+            found.append(Section("layers", "Sparsity by layer", text, tuple(different.values())))
+    if routing is not None:
+        found += _routing(routing, before)
+    if results.benches:
+        found.append(_latency(results.benches))
+    if results.failures:
+        rows = tuple(results.failures)
+        text = (f"{len(rows)} of the runs did not end well and are in none of the pictures.",)
+        found.append(Section("failed", "Failed runs", text, tables=(Table("Failed runs", ("run", "error"), rows),)))
+    return found
+
+
+def _tradeoff(task: Task, tasks: Sequence[Task], number: int) -> Section:
+    styles = styles_of(tasks)
+    text = []
+    if task.curves:
+        text.append(
+            f"{task.count:,} labels, prompts or questions. A line joins a method's best runs, those that none of its "
+            "others beats in both quality and cost; hollow marks are its other runs."
+        )
+    if any(point.spread is not None for curve in task.curves for point in curve.points):
+        text.append("Where a setting was run with several seeds, its mark is the mean and its bar one standard deviation.")
+    else:
+        text.append("Every setting was run with one seed, so small differences mean nothing.")
+    if task.repeated:
+        text.append(f"{task.repeated} earlier runs of a command and seed that was run again are left out.")
+    met = duels(task)
+    comparable = [one for one in met if one.lte is not None]
+    warnings = [
+        f"LTE does not lead: at {one.rival.gflops:.4g} GFLOPs per token {one.title} has {one.rival.value:.4g}, "
+        f"LTE {one.lte:.4g}."
+        for one in comparable
+        if not one.leads
+    ]
+    if comparable and not warnings:
+        text.append(f"LTE leads at equal GFLOPs, from 50 % sparsity up: in {len(comparable)} of {len(comparable)} places.")
+    warnings += [
+        f"No LTE run is as cheap as {one.title} at {one.rival.gflops:.4g} GFLOPs per token."
+        for one in met
+        if one.lte is None
+    ]
+    if task.dense is None:
+        warnings.append("No dense run is among these results, so nothing says what was lost.")
+    name = task.metric.title.split(",")[0]
+    return Section(
+        f"task-{number}",
+        f"{name[0].upper()}{name[1:]} on {task.heading}",
+        tuple(text),
+        tuple(tradeoff(task, by, styles) for by in ("sparsity", "gflops")) if task.curves else (),
+        (_numbers(task),),
+        tuple(warnings),
+    )
+
+
+def _numbers(task: Task) -> Table:
+    header = ("run", task.metric.title, "over dense", "seeds", "sparsity, %", "GFLOPs per token", "of dense", "options")
+    points = [("dense", task.dense)] if task.dense else []
+    points += [(curve.title, point) for curve in task.curves for point in curve.points]
+    rows = []
+    for title, point in points:
+        spread = "" if point.spread is None else f" ± {point.spread:.2g}"
+        over = "" if task.dense is None else f"{point.value / task.dense.value:.3f}x"
+        numbers = (f"{point.value:.2f}{spread}", over, str(point.seeds), f"{100 * point.sparsity:.1f}")
+        rows.append((title, *numbers, f"{point.gflops:.4g}", f"{point.gflops / task.gflops_dense:.0%}", point.setting))
+    return Table("All numbers", header, tuple(rows), folded=True)
+
+
+def _table_one(tasks: Sequence[Task]) -> Section:
+    table = table_one(tasks)
+    ours = [f"{task.heading} ({_allowed(task)})" for task in table.tasks]
+    header = ("method", *(f"{name}, paper" for name in PAPER_TASKS), *(f"{name}, ours" for name in ours))
+    rows = []
+    for name, paper, choices in table.rows:
+        cells = ("",) * 3 if paper is None else tuple("n/a" if one is None else f"{one:g}" for one in paper)
+        rows.append((name, *cells, *map(_cell, choices)))
+    return Section(
+        "table-1",
+        "Fewest GFLOPs within an allowed loss",
+        (
+            "GFLOPs per token (G = 2^30; FFN, attention projections and routers, no LM head) of the cheapest run that "
+            "loses no more than allowed against the best dense run. Paper: LLaMA-7B, at most 0.05 ROUGE-L or 0.5 "
+            "perplexity lost. Ours are other, smaller models: compare the percentages, not the numbers; dense is 100 %.",
+            f"Paper's numbers: {CITATION}. n/a: none within the allowed loss; empty: not run.",
+        ),
+        tables=(Table("Table 1", header, tuple(rows)),),
+    )
+
+
+def _allowed(task: Task) -> str:
+    unit = "" if task.metric.lower else " points"
+    return f"{task.metric.title.split(',')[0]}, at most {task.metric.allowed:g}{unit} lost"
+
+
+def _cell(choice: Choice | None) -> str:
+    if choice is None:
+        return ""
+    if choice.point is None:
+        return f"n/a (of {choice.tried} run{'s' if choice.tried > 1 else ''})"
+    sparse = f" at {choice.point.sparsity:.0%} sparse" if choice.point.sparsity else ""
+    return f"{choice.point.gflops:.4g} ({choice.share:.0%}){sparse}"
+
+
+def _routing(routing: Routing, before: Routing | None) -> list[Section]:
+    experts = routing.active[0].shape[1]
+    seen = f"{len(routing.pieces)} tokens of the text, {len(routing.layers)} layers of {experts:,} experts"
+    only_choose = all(share == 0 for share in routing.histogram_overall[1:-1])
+    text = [f"{seen}, mode {routing.mode}; {routing.sparsity:.1%} of the experts were idle."]
+    if only_choose:
+        text.append("The routers of this method only choose: their scores are 0 or 1.")
+    if before is not None:
+        text.append(f"Before: the same text, in mode {before.mode}.")
+    by_batch = union_by_batch(routing.active)
+    rows = tuple(
+        (str(batch), f"{100 * sum(layers) / len(layers):.1f}", f"{100 * min(layers):.1f}", f"{100 * max(layers):.1f}")
+        for batch, layers in by_batch.items()
+    )
+    header = ("tokens together", "idle for all, %", "least sparse layer", "most sparse layer")
+    scores = Section("scores", "Router scores", tuple(text), (score_chart(routing, before),))
+    tokens = [
+        "The darker a token, the more experts it uses in the layer chosen, from the fewest to the most of any token. "
+        "Choose a token to see which."
+    ]
+    if experts > MOST_EXPERTS:
+        tokens.append(f"{experts:,} experts a layer are too many to show which ones: only how many.")
+    union = Section(
+        "union",
+        "Union sparsity",
+        (
+            "Tokens decoded together share the experts that are read: one is skipped only where no token of the batch "
+            "wants it. The mean over all ways to draw a batch from the tokens of this text. By chance: experts chosen "
+            "anew for each token, which tokens of one text do not do.",
+        ),
+        (union_chart(routing),),
+        (Table("Union sparsity", header, rows, folded=True),),
+    )
+    return [scores, Section("tokens", "Experts by token", tuple(tokens), tokens=True), union]
+
+
+def _latency(benches: Sequence[Row]) -> Section:
+    charts = tuple(chart for number, bench in enumerate(benches, 1) if (chart := speed_chart(bench, number)))
+    tables = []
+    for part, caption, columns in _BENCHES:
+        rows = tuple(
+            (*(_value(row.get(name)) for name in columns.values()), str(bench.get("device", "")), str(bench.get("commit")))
+            for bench in benches
+            if str(bench["command"]).startswith(f"lte bench {part}")
+            for row in bench["rows"]
+            if "error" not in row
+        )
+        if rows:
+            tables.append(Table(caption, (*columns, "device", "commit"), rows, folded=len(rows) > 12))
+    text = ("Measured by lte bench, routing included, dense and sparse in the same run.",)
+    return Section("latency", "Speed", text, charts, tuple(tables))
+
+
+_BENCHES = (
+    ("decode", "Decoding a whole model", {
+        "model": "shape", "batch": "batch", "sparsity": "sparsity", "dense, ms a token": "dense_ms",
+        "sparse, ms a token": "lte_ms", "speed-up": "speedup", "ideal": "ideal_speedup", "dense by": "dense_by",
+    }),
+    ("train", "A training step", {
+        "model": "shape", "recipe": "variant", "batch": "batch", "length": "sequence_length",
+        "dense, ms": "dense_ms", "LTE, ms": "lte_ms", "ratio": "ratio",
+    }),
+    ("ffn", "One FFN", {
+        "model": "shape", "tokens": "tokens", "sparsity": "sparsity", "union sparsity": "union_sparsity",
+        "dense, us": "dense_us", "sparse, us": "lte_us", "speed-up": "speedup", "ideal": "ideal_speedup",
+        "dense by": "dense_by",
+    }),
+)  # fmt: skip
+
+
+def _value(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+    return "" if value is None else str(value)
