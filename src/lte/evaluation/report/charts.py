@@ -71,7 +71,7 @@ def tradeoff(task: Task, by: str, styles: Styles) -> Chart:
         f"{task.metric.title.split(',')[0]} against {'sparsity' if by == 'sparsity' else 'GFLOPs per token'}",
         ". ".join([f"{task.metric.title} against {label}", *dense, *best]),
         draw,
-        (4.6, 3.3 + 0.2 * lines),
+        (4.0, 2.9 + 0.2 * lines),
     )
 
 
@@ -87,48 +87,74 @@ def _scale(axes: Any, task: Task) -> None:
     """Perplexities that lie far apart on a logarithmic scale, with plain numbers."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
+    axes.margins(x=0.06)
     values = [point.value for curve in task.curves for point in curve.points]
     values += [task.dense.value] if task.dense else []
-    if task.metric.lower and min(values) > 0 and max(values) > 2.5 * min(values):
+    low, high = min(values), max(values)
+    if task.metric.lower and low > 0 and high > 2.5 * low:
         axes.set_yscale("log")
+        axes.set_ylim(low / 1.1, high * 1.1)
         axes.yaxis.set_minor_locator(NullLocator())
-        low, high = min(values), max(values)
         steps = [base * 10**power for power in range(-2, 7) for base in (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8)]
         axes.set_yticks([step for step in steps if low / 1.1 <= step <= high * 1.1])
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     else:
-        axes.yaxis.set_major_locator(MaxNLocator(6))
+        room = 0.1 * (high - low) or 1
+        lowest = [point.value - (point.spread or 0) for curve in task.curves for point in curve.points]
+        highest = [point.value + (point.spread or 0) for curve in task.curves for point in curve.points]
+        axes.set_ylim(min(low, *lowest) - room, max(high, *highest) + room)
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
 
 
-def layers_chart(task: Task) -> Chart | None:
-    """Sparsity of each layer: a row a run (the best of each curve), a column a layer. None where rows lack it."""
-    rows = [(curve.title, point) for curve in task.curves for point in curve.front if len(point.layer_sparsity) > 1]
-    if not rows:
-        return None
-    longest = max(len(point.layer_sparsity) for _, point in rows)
+def layers_charts(task: Task) -> list[Chart]:
+    """Sparsity of each layer, a chart a curve: a row a run (some of its best), a column a layer."""
+    several = [(curve.title, _apart(curve.front, task)) for curve in task.curves]
+    return [_layers_chart(task, title, points) for title, points in several if points]
+
+
+def _layers_chart(task: Task, title: str, points: Sequence[Point]) -> Chart:
+    longest = max(len(point.layer_sparsity) for point in points)
 
     def draw(axes: Any, notes: Notes) -> None:
-        for row, (title, point) in enumerate(rows):
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.colors import Normalize
+
+        scale = ScalarMappable(Normalize(0, 1), "viridis")
+        for row, point in enumerate(points):
             cells = axes.pcolormesh(
-                range(len(point.layer_sparsity) + 1), [row, row + 0.86], [point.layer_sparsity],
-                cmap="viridis", vmin=0, vmax=1, edgecolors="face", linewidth=0.2,
-            )  # fmt: skip
-            low, high = min(point.layer_sparsity), max(point.layer_sparsity)
-            cells.set_gid(notes.add(f"{title}, {point.sparsity:.1%}: layers from {low:.2f} to {high:.2f}"))
-            axes.text(0, row - 0.08, f"{title}, {point.sparsity:.0%} sparse: layers {low:.2f} to {high:.2f}", fontsize=9)
-        axes.set(xlim=(0, longest), ylim=(len(rows), -0.45), xlabel="layer", yticks=[])
+                range(len(point.layer_sparsity) + 1),
+                [row, row + 0.55],
+                [point.layer_sparsity],
+                cmap=scale.cmap,
+                norm=scale.norm,
+                edgecolors="face",
+                linewidth=0.2,
+            )
+            text = f"{point.sparsity:.1%}: {min(point.layer_sparsity):.2f} to {max(point.layer_sparsity):.2f}"
+            cells.set_gid(notes.add(f"{title}, {text}"))
+            axes.text(0, row - 0.07, text, fontsize=9.5)
+        axes.set(xlim=(0, longest), ylim=(len(points) - 0.35, -0.45), xlabel="layer", yticks=[])
         axes.spines["left"].set_visible(False)
-        bar = axes.figure.colorbar(cells, ax=axes, location="bottom", label="sparsity", aspect=40, pad=0.02)
+        bar = axes.figure.colorbar(scale, ax=axes, location="bottom", label="sparsity", aspect=40, pad=0.02)
         bar.outline.set_visible(False)
 
-    text = [f"{title}: {', '.join(f'{one:.2f}' for one in point.layer_sparsity)}" for title, point in rows]
+    text = [f"{point.sparsity:.1%}: {', '.join(f'{one:.2f}' for one in point.layer_sparsity)}" for point in points]
     return Chart(
-        f"{slug(task.heading)}-{slug(task.metric.name)}-layers",
-        f"sparsity by layer, {task.heading}",
-        ". ".join(["sparsity by layer", *text]),
+        f"{slug(task.heading)}-{slug(task.metric.name)}-layers-{slug(title)}",
+        f"{title}, {task.heading}",
+        ". ".join([f"sparsity by layer of {title}", *text]),
         draw,
-        (4.6, 1.5 + 0.52 * len(rows)),
+        (4.0, 1.4 + 0.48 * len(points)),
     )
+
+
+def _apart(points: Sequence[Point], task: Task) -> list[Point]:
+    """Of points with layers, the best ones that are three points of sparsity or more from each other."""
+    kept: list[Point] = []
+    for point in sorted(points, key=lambda one: task.metric.loss(one.value, 0.0)):
+        if len(point.layer_sparsity) > 1 and all(abs(point.sparsity - one.sparsity) >= 0.03 for one in kept):
+            kept.append(point)
+    return sorted(kept, key=lambda one: one.sparsity)
 
 
 def speed_chart(bench: Row, number: int) -> Chart | None:
@@ -139,35 +165,37 @@ def speed_chart(bench: Row, number: int) -> Chart | None:
     rows = [row for row in bench["rows"] if "error" not in row and "speedup" in row and "tokens" in row]
     if len({row["sparsity_asked"] for row in rows}) < 2:
         return None
-    tokens = sorted({row["tokens"] for row in rows})
+    lines = sorted({(row["tokens"], row.get("dtype", "")) for row in rows})
+    dtypes = {dtype for _, dtype in lines}
 
     def draw(axes: Any, notes: Notes) -> None:
         from matplotlib.ticker import FuncFormatter, NullLocator
 
-        for index, count in enumerate(tokens):
-            line = sorted((row for row in rows if row["tokens"] == count), key=lambda row: row["sparsity"])
-            color, name = PALETTE[index % len(PALETTE)], f"{count} token{'s' if count > 1 else ''}"
+        for index, (count, dtype) in enumerate(lines):
+            line = [row for row in rows if (row["tokens"], row.get("dtype", "")) == (count, dtype)]
+            line.sort(key=lambda row: row["sparsity"])
+            color, name = PALETTE[index % len(PALETTE)], f"{count}, {dtype}" if len(dtypes) > 1 else str(count)
             share = [100 * row["sparsity"] for row in line]
             axes.plot(share, [row["ideal_speedup"] for row in line], ":", color=color, alpha=0.7, linewidth=1)
             axes.plot(share, [row["speedup"] for row in line], color=color, marker=MARKERS[index % 12], label=name)
             for row in line:
                 (mark,) = axes.plot(100 * row["sparsity"], row["speedup"], MARKERS[index % 12], color=color)
-                mark.set_gid(notes.add(f"{name}, {row['sparsity']:.0%} sparse: {row['speedup']:.2f}x"))
+                mark.set_gid(notes.add(f"tokens {name}, {row['sparsity']:.0%} sparse: {row['speedup']:.2f}x"))
         axes.axhline(1, color=INK, linestyle="--", linewidth=1.2, label="dense")
         axes.set_yscale("log", base=2)
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
         axes.set(xlabel="sparsity, %", ylabel="speed-up over dense")
         axes.grid()
-        legend_below(axes, columns=4)
+        legend_below(axes, columns=4 if len(dtypes) == 1 else 2, title="tokens at once")
 
     best = max(rows, key=lambda row: row["speedup"])
     where = f"{best.get('shape', 'an FFN')}, {bench.get('device', 'unknown device')}"
-    caption = f"one FFN of {where}, {best.get('dtype', '')}; dotted: what the bytes read would allow"
+    caption = f"one FFN of {where}, {' and '.join(sorted(dtypes))}; dotted: what the bytes read would allow"
     return Chart(
         f"speed-{number}",
         caption,
         f"{caption}. Fastest: {best['speedup']:.2f} times dense at {best['sparsity']:.0%} with {best['tokens']} tokens",
         draw,
-        (4.6, 3.9),
+        (4.0, 3.7),
     )

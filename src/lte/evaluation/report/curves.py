@@ -51,6 +51,7 @@ class Task:
     title: str
     model: str
     count: int
+    unit: str
     gflops_dense: float
     dense: Point | None
     curves: tuple[Curve, ...]
@@ -59,7 +60,7 @@ class Task:
     @property
     def heading(self) -> str:
         """The data and the model, as far as the rows say."""
-        return ", ".join(filter(None, [self.title, self.model])) or f"{self.count:,} labels of unnamed data"
+        return ", ".join(filter(None, [self.title, self.model])) or f"{self.count:,} {self.unit} of unnamed data"
 
 
 def gather(measurements: Iterable[Measurement]) -> list[Task]:
@@ -84,14 +85,16 @@ def _task(title: str, measurements: Sequence[Measurement]) -> Task:
     for point in rivals:
         budget = f", {point.steps:,} steps" if len(budgets) > 1 and point.steps else ""
         by_curve.setdefault(point.method + budget, []).append(point)
-    names = sorted({one.model for one in measurements if one.model and one.method == "dense"} or {
-        one.model for one in measurements if one.model
-    })
+    names = sorted(
+        {one.model for one in measurements if one.model and one.method == "dense"}
+        or {one.model for one in measurements if one.model}
+    )
     return Task(
         metric=metric,
         title=title,
         model=", ".join(names),
         count=measurements[0].count,
+        unit=measurements[0].unit,
         gflops_dense=measurements[0].gflops_dense,
         dense=min(dense, key=lambda point: metric.loss(point.value, 0.0), default=None),
         curves=tuple(_curve(name, several, metric) for name, several in by_curve.items()),

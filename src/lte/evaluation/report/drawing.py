@@ -17,7 +17,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8
 
 MARKERS = "osD^vPX*<>ph"
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "lte",
     "font.family": "sans-serif",
@@ -34,7 +34,7 @@ _STYLE = {
     "grid.color": INK,
     "grid.alpha": 0.13,
     "legend.frameon": False,
-    "legend.fontsize": 9,
+    "legend.fontsize": 9.5,
     "figure.facecolor": "none",
     "axes.facecolor": "none",
 }
@@ -69,7 +69,7 @@ class Chart:
     caption: str
     summary: str
     draw: Callable[[Any, Notes], None]
-    size: tuple[float, float] = (4.6, 3.5)
+    size: tuple[float, float] = (4.0, 3.2)
 
     def svg(self) -> str:
         """An ``<svg>`` element without anything from outside."""
@@ -96,12 +96,14 @@ class Chart:
             yield figure, notes
 
 
-def legend_below(axes: Any, columns: int = 2) -> None:
+def legend_below(axes: Any, columns: int = 2, title: str | None = None) -> None:
     """What the lines are, under the chart, where it covers none of them."""
     _, labels = axes.get_legend_handles_labels()
     if labels:
-        columns = 1 if max(map(len, labels)) > 28 else columns
-        axes.figure.legend(loc="outside lower left", ncols=min(columns, len(labels)), handlelength=1.8)
+        columns = 1 if max(map(len, labels)) > 24 else min(columns, len(labels))
+        axes.figure.legend(
+            loc="outside lower left", ncols=columns, handlelength=1.8, title=title, alignment="left", columnspacing=1.5
+        )
 
 
 def _inline(svg: str, slug: str, summary: str, notes: Notes) -> str:
@@ -117,5 +119,5 @@ def _inline(svg: str, slug: str, summary: str, notes: Notes) -> str:
     width = re.search(r'viewBox="0 0 ([\d.]+) ', head)
     assert width
     head = re.sub(r'\s(width|height)="[^"]*"', "", head)
-    label = f'role="img" aria-label="{escape(summary)}" style="max-width:{float(width[1]) * 4 / 3:.0f}px"'
+    label = f'role="img" aria-label="{escape(summary)}" style="max-width:{float(width[1]) * 5 / 3:.0f}px"'
     return f"{head} {label}>{rest}"

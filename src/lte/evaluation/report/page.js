@@ -31,16 +31,26 @@ if (routing) {
   const chosen = document.getElementById("chosen");
   const mean = (values) => values.reduce((sum, one) => sum + one, 0) / values.length;
   const tokens = pieces.map((piece, index) => {
-    const token = document.createElement("button");
-    token.type = "button";
+    const token = document.createElement("span");
     token.className = "token";
+    token.setAttribute("role", "button");
+    token.tabIndex = index ? -1 : 0; // one stop for the keyboard; arrows go on from there
     token.textContent = piece.replace(/\n/g, "↵\n") || "·";
     token.setAttribute("aria-pressed", "false");
     token.addEventListener("click", () => choose(index));
+    token.addEventListener("keydown", (event) => press(event, index));
     text.append(token);
     return token;
   });
   let current = null;
+
+  function press(event, index) {
+    const to = { ArrowRight: index + 1, ArrowLeft: index - 1, Enter: index, " ": index }[event.key];
+    if (to === undefined || !tokens[to]) return;
+    event.preventDefault();
+    choose(to);
+    tokens[to].focus();
+  }
 
   function used(index) {
     return layer.value === "all" ? mean(counts.map((one) => one[index])) : counts[layer.value][index];
@@ -65,6 +75,7 @@ if (routing) {
   }
   function choose(index) {
     if (current !== null) tokens[current].setAttribute("aria-pressed", "false");
+    tokens.forEach((token, other) => { token.tabIndex = other === index ? 0 : -1; });
     current = index;
     tokens[index].setAttribute("aria-pressed", "true");
     const shown = layer.value === "all" ? counts.map((_, of) => of) : [Number(layer.value)];
@@ -81,6 +92,12 @@ if (routing) {
       line.textContent += ` They are ${names.join(", ") || "none"}.`;
     }
     chosen.append(grid(shown, index));
+    if (shown.length > 1) {
+      const key = document.createElement("p");
+      key.className = "key";
+      key.textContent = "A row a layer, from the first; a cell an expert; filled where it fires.";
+      chosen.append(key);
+    }
   }
   // A row a layer, a cell an expert; filled where it fires.
   function grid(shown, index) {

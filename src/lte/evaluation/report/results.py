@@ -64,7 +64,7 @@ class Measurement:
 
     Attributes:
         task: the data it was measured on, as short as the command allows; empty where the row does not say.
-        count: labels, prompts or questions, which tell data apart as well.
+        count: of labels, prompts or questions, as ``unit`` says; it tells data apart as well.
         setting: the command without seed and folders: runs that share it differ in nothing but the seed.
         steps: training steps of all stages; 0 for methods that need none.
     """
@@ -72,6 +72,7 @@ class Measurement:
     metric: Metric
     task: str
     count: int
+    unit: str
     model: str
     method: str
     setting: str
@@ -129,7 +130,9 @@ def _rows(path: Path) -> Iterator[Row]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number} is not JSON ({error.msg}): a results file is a row a line") from None
+            raise ValueError(
+                f"{path} line {number} is not JSON ({error.msg}): a results file is a row a line"
+            ) from None
         if not isinstance(row, dict):
             raise ValueError(f"{path} line {number} is no JSON object: a results file is an object a line")
         yield row
@@ -154,14 +157,15 @@ def _measured(row: Row, one: Row, trained: Mapping[str, str], given: Mapping[str
     if not all(isinstance(one.get(name), int | float) for name in ("sparsity", "gflops_per_token")):
         return
     steps = row.get("steps")
-    count = next((one[name] for name in ("num_prompts", "num_questions", "num_tokens") if name in one), 0)
+    unit = next((unit for unit in ("prompts", "questions", "tokens") if f"num_{unit}" in one), "tokens")
     for metric in METRICS:
         if one.get(metric.name) is None:
             continue
         yield Measurement(
             metric=metric,
             task=_task(given),
-            count=int(count),
+            count=int(one.get(f"num_{unit}", 0)),
+            unit="labels" if unit == "tokens" else unit,
             model=Path(trained.get("--model", "")).name,
             method=_method(row, one),
             setting=_setting(trained),
@@ -190,7 +194,7 @@ def _method(row: Row, one: Row) -> str:
 
 
 def parse_command(command: str) -> dict[str, str]:
-    """The options of a command by their names, values of one option joined by a space; what has no name, under ``""``."""
+    """The options of a command by their names, values of one joined by a space; what has no name, under ``""``."""
     try:
         words = shlex.split(command.split(" && ")[0])
     except ValueError:

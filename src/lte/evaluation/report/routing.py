@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lte.modules.recording import record_scores, sparse_layers
+from lte.modules.sparse_ffn import Mode
 from lte.surgery.convert import set_mode_
 
 BINS = 20
@@ -33,7 +34,7 @@ class Routing:
     layers: tuple[str, ...]
     active: tuple[Tensor, ...]
     histogram: tuple[tuple[float, ...], ...]
-    mode: str
+    mode: Mode
     tau: float
 
     @property
@@ -58,7 +59,7 @@ def route(model: PreTrainedModel, tokenizer: Any, text: str, max_tokens: int) ->
     ids = encoded["input_ids"]
     if not ids:
         raise ValueError("the text is empty: give a file with some words in it")
-    before = {name: layer.mode for name, layer in layers.items()}
+    before: dict[str, Mode] = {name: layer.mode for name, layer in layers.items()}
     if "dense" in before.values():
         set_mode_(model, "soft")
     mode = next(iter(layers.values())).mode

@@ -46,7 +46,7 @@ def union_chart(routing: Routing) -> Chart:
         sizes = list(by_batch)
         low = [100 * min(layers) for layers in by_batch.values()]
         high = [100 * max(layers) for layers in by_batch.values()]
-        axes.fill_between(sizes, low, high, color=PALETTE[0], alpha=0.15, linewidth=0, label="least to most, layers")
+        axes.fill_between(sizes, low, high, color=PALETTE[0], alpha=0.15, linewidth=0, label="layers, least to most")
         chance = [100 * statistics.mean(one**batch for one in alone) for batch in sizes]
         axes.plot(sizes, chance, ":", color=PALETTE[1], label="if chosen by chance")
         axes.plot(sizes, [100 * one for one in means.values()], color=PALETTE[0], label="mean of layers")
@@ -65,7 +65,7 @@ def union_chart(routing: Routing) -> Chart:
 
 
 def token_data(routing: Routing) -> dict[str, Any]:
-    """For the page's script: pieces, experts of each layer, how many fire for each token, and which, as hexadecimal bits."""
+    """For the page's script: pieces, experts of each layer, how many fire for each token, which (as hexadecimal)."""
     experts = [one.shape[1] for one in routing.active]
     listed = max(experts) <= MOST_EXPERTS
     return {

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lte.evaluation.report.charts import layers_chart, speed_chart, styles_of, tradeoff
+from lte.evaluation.report.charts import layers_charts, speed_chart, styles_of, tradeoff
 from lte.evaluation.report.curves import Task
 from lte.evaluation.report.drawing import Chart
 from lte.evaluation.report.results import Results, Row
@@ -43,10 +43,13 @@ def sections(
     found = [_tradeoff(task, tasks, number) for number, task in enumerate(tasks, 1)]
     if tasks:
         found.append(_table_one(tasks))
-        charts = {chart.slug: chart for task in tasks if (chart := layers_chart(task))}
+        charts = {chart.slug: chart for task in tasks for chart in layers_charts(task)}
         different = {chart.summary: chart for chart in charts.values()}  # several metrics of the same runs
         if different:
-            text = ("The best runs of each curve above. A bright layer leaves most of its neurons idle.",)
+            text = (
+                "Some of the best runs of each curve above: their sparsity, and their least and most sparse layer. "
+                "A bright layer leaves most of its neurons idle.",
+            )
             found.append(Section("layers", "Sparsity by layer", text, tuple(different.values())))
     if routing is not None:
         found += _routing(routing, before)
@@ -54,7 +57,7 @@ def sections(
         found.append(_latency(results.benches))
     if results.failures:
         rows = tuple(results.failures)
-        text = (f"{len(rows)} of the runs did not end well and are in none of the pictures.",)
+        text = (f"Runs that did not end well: {len(rows)}. They are in none of the pictures.",)
         found.append(Section("failed", "Failed runs", text, tables=(Table("Failed runs", ("run", "error"), rows),)))
     return found
 
@@ -64,11 +67,13 @@ def _tradeoff(task: Task, tasks: Sequence[Task], number: int) -> Section:
     text = []
     if task.curves:
         text.append(
-            f"{task.count:,} labels, prompts or questions. A line joins a method's best runs, those that none of its "
+            f"{task.count:,} {task.unit}. A line joins a method's best runs, those that none of its "
             "others beats in both quality and cost; hollow marks are its other runs."
         )
     if any(point.spread is not None for curve in task.curves for point in curve.points):
-        text.append("Where a setting was run with several seeds, its mark is the mean and its bar one standard deviation.")
+        text.append(
+            "Where a setting was run with several seeds, its mark is the mean and its bar one standard deviation."
+        )
     else:
         text.append("Every setting was run with one seed, so small differences mean nothing.")
     if task.repeated:
@@ -82,7 +87,9 @@ def _tradeoff(task: Task, tasks: Sequence[Task], number: int) -> Section:
         if not one.leads
     ]
     if comparable and not warnings:
-        text.append(f"LTE leads at equal GFLOPs, from 50 % sparsity up: in {len(comparable)} of {len(comparable)} places.")
+        text.append(
+            f"LTE leads at equal GFLOPs, from 50 % sparsity up: in {len(comparable)} of {len(comparable)} places."
+        )
     warnings += [
         f"No LTE run is as cheap as {one.title} at {one.rival.gflops:.4g} GFLOPs per token."
         for one in met
@@ -102,13 +109,17 @@ def _tradeoff(task: Task, tasks: Sequence[Task], number: int) -> Section:
 
 
 def _numbers(task: Task) -> Table:
-    header = ("run", task.metric.title, "over dense", "seeds", "sparsity, %", "GFLOPs per token", "of dense", "options")
+    compared = "over dense" if task.metric.lower else "against dense"
+    header = ("run", task.metric.title, compared, "seeds", "sparsity, %", "GFLOPs per token", "of dense", "options")
     points = [("dense", task.dense)] if task.dense else []
     points += [(curve.title, point) for curve in task.curves for point in curve.points]
     rows = []
     for title, point in points:
         spread = "" if point.spread is None else f" ± {point.spread:.2g}"
-        over = "" if task.dense is None else f"{point.value / task.dense.value:.3f}x"
+        over = ""
+        if task.dense is not None:
+            difference = point.value - task.dense.value
+            over = f"{point.value / task.dense.value:.3f}x" if task.metric.lower else f"{difference:+.2f}"
         numbers = (f"{point.value:.2f}{spread}", over, str(point.seeds), f"{100 * point.sparsity:.1f}")
         rows.append((title, *numbers, f"{point.gflops:.4g}", f"{point.gflops / task.gflops_dense:.0%}", point.setting))
     return Table("All numbers", header, tuple(rows), folded=True)
@@ -128,7 +139,7 @@ def _table_one(tasks: Sequence[Task]) -> Section:
         (
             "GFLOPs per token (G = 2^30; FFN, attention projections and routers, no LM head) of the cheapest run that "
             "loses no more than allowed against the best dense run. Paper: LLaMA-7B, at most 0.05 ROUGE-L or 0.5 "
-            "perplexity lost. Ours are other, smaller models: compare the percentages, not the numbers; dense is 100 %.",
+            "perplexity lost. Ours are other, smaller models: compare the percentages of dense, not the numbers.",
             f"Paper's numbers: {CITATION}. n/a: none within the allowed loss; empty: not run.",
         ),
         tables=(Table("Table 1", header, tuple(rows)),),
@@ -190,7 +201,11 @@ def _latency(benches: Sequence[Row]) -> Section:
     tables = []
     for part, caption, columns in _BENCHES:
         rows = tuple(
-            (*(_value(row.get(name)) for name in columns.values()), str(bench.get("device", "")), str(bench.get("commit")))
+            (
+                *(_value(row.get(name)) for name in columns.values()),
+                str(bench.get("device", "")),
+                str(bench.get("commit")),
+            )
             for bench in benches
             if str(bench["command"]).startswith(f"lte bench {part}")
             for row in bench["rows"]
@@ -221,5 +236,5 @@ _BENCHES = (
 
 def _value(value: object) -> str:
     if isinstance(value, float):
-        return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+        return f"{value:#.3g}" if abs(value) < 100 else f"{value:.0f}"
     return "" if value is None else str(value)

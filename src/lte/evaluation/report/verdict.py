@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from lte.evaluation.report.curves import Point, Task
 from lte.evaluation.report.results import Metric
@@ -25,7 +26,7 @@ def at_cost(points: Sequence[Point], gflops: float, metric: Metric) -> float | N
     ordered = sorted(points, key=lambda point: point.gflops)
     if not ordered or gflops < ordered[0].gflops:
         return None
-    for left, right in zip(ordered, ordered[1:], strict=False):
+    for left, right in pairwise(ordered):
         if left.gflops <= gflops <= right.gflops:
             share = (gflops - left.gflops) / ((right.gflops - left.gflops) or 1)
             return left.value + share * (right.value - left.value)
