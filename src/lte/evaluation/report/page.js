@@ -35,7 +35,9 @@ if (routing) {
     token.className = "token";
     token.setAttribute("role", "button");
     token.tabIndex = index ? -1 : 0; // one stop for the keyboard; arrows go on from there
-    token.textContent = piece.replace(/\n/g, "↵\n") || "·";
+    const word = piece.trim() ? piece.trimStart() : piece;
+    text.append(piece.slice(0, piece.length - word.length)); // the space before a word is not coloured
+    token.textContent = word.replace(/\n/g, "↵\n") || "·";
     token.setAttribute("aria-pressed", "false");
     token.addEventListener("click", () => choose(index));
     token.addEventListener("keydown", (event) => press(event, index));

@@ -177,8 +177,8 @@ def _routing(routing: Routing, before: Routing | None) -> list[Section]:
     header = ("tokens together", "idle for all, %", "least sparse layer", "most sparse layer")
     scores = Section("scores", "Router scores", tuple(text), (score_chart(routing, before),))
     tokens = [
-        "The darker a token, the more experts it uses in the layer chosen, from the fewest to the most of any token. "
-        "Choose a token to see which."
+        "The stronger its colour, the more experts a token uses in the layer chosen, from the fewest to the most of "
+        "any token. Choose one to see which."
     ]
     if experts > MOST_EXPERTS:
         tokens.append(f"{experts:,} experts a layer are too many to show which ones: only how many.")
