@@ -53,15 +53,15 @@ def test_of_a_run_repeated_with_its_seed_the_last_counts(tasks):
 
 
 def test_tasks_are_told_apart_by_metric_data_and_size(tasks):
-    other_size = row("lte", 12, 0.5)
+    other_size = row("lte", 12, 0.5, options="--ramp 1")
     other_size["evaluation"]["gflops_per_token_dense"] = 0.4
     rows = [row("lte", 12, 0.5), row("lte", 0.8, 0.5, metric="accuracy"), row("lte", 12, 0.5, data="e2e/dev.csv")]
     found = tasks(*rows, other_size)
     assert [(task.metric.name, task.title) for task in found] == [
-        ("perplexity", "wiki/test"),
+        ("perplexity", "wiki/test (1,000 labels, dense 0.2 GFLOPs)"),
         ("accuracy", "wiki/test"),
         ("perplexity", "e2e/dev"),
-        ("perplexity", "wiki/test"),
+        ("perplexity", "wiki/test (1,000 labels, dense 0.4 GFLOPs)"),
     ]
 
 

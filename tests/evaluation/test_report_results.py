@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from lte.evaluation.report.results import parse_command, read_results
+from lte.evaluation.report.commands import parse_command, setting_of, task_of
+from lte.evaluation.report.results import read_results
 from result_rows import bench, row, write
 
 
@@ -24,6 +25,12 @@ def test_a_row_becomes_a_measurement(tmp_path):
         ({"recipe": "paper"}, "LTE, paper's recipe"),
         ({"method": "deja-vu"}, "Deja Vu"),
         ({"method": {"method": "teal", "seed": 0}}, "TEAL"),
+        ({"method": {"method": "moefication", "selection": "mlp"}}, "MoEfication"),
+        (
+            {"method": {"method": "moefication", "selection": "oracle", "activation": "relu"}},
+            "MoEfication, oracle, relu",
+        ),
+        ({"method": {"method": "deja-vu", "selection": "top_k", "activation": None}}, "Deja Vu, top-k"),
         ({"method": "something-new"}, "something-new"),
     ],
 )
@@ -43,6 +50,13 @@ def test_every_metric_and_every_further_evaluation(tmp_path):
         ("bleu", 40.0, "e2e/dev", 630, "prompts"),
     ]
     assert {one.model for one in found} == {"tiny"}
+
+
+def test_tasks_of_lm_eval(tmp_path):
+    one = {"results": {"arc_easy": {"acc,none": 0.5, "acc_stderr,none": 0.1}, "lambada": {"perplexity,none": 9.0}}}
+    one |= {"num_samples": {"arc_easy": 40, "lambada": 8}, "mode": "hard", "sparsity": 0.5, "gflops_per_token": 0.1}
+    (found,) = read_results([write(tmp_path / "rows.jsonl", [{**one, "method": "cats"}])]).measurements
+    assert (found.metric.name, found.value, found.task, found.count) == ("accuracy", 50, "arc_easy", 40)
 
 
 def test_accuracy_is_shown_in_percent(tmp_path):
@@ -82,8 +96,20 @@ def test_files_of_another_kind(tmp_path, text, complaint):
 
 
 def test_options_of_a_command():
-    found = parse_command(
-        "lte train r.yaml --text a.txt b.txt --lr=1e-4 --bias -1 --resume && lte eval out --text c.txt"
-    )
+    found = parse_command("lte train r.yaml --text a.txt b.txt --lr=1e-4 --bias -1 --resume && lte eval o --max-rows 3")
     assert found == {"": "lte train r.yaml", "--text": "a.txt b.txt", "--lr": "1e-4", "--bias": "-1", "--resume": ""}
     assert parse_command('an open "quote') == {}
+
+
+@pytest.mark.parametrize(
+    ("command", "task", "setting"),
+    [
+        ("lte train r.yaml --seed 3 -o out/3", "", "r.yaml"),
+        ("lte train --text a/b.txt.gz --lr 1", "a/b, held out", "--text a/b.txt.gz --lr 1"),
+        ("lte eval out/3 --text x/y/wiki2/test.npy", "wiki2/test", "--text x/y/wiki2/test.npy"),
+        ("lte eval out/3 --mmlu folder", "MMLU", "--mmlu folder"),
+        ("lte sparsify --model m --text c -o d && lte eval d --text w/t.txt", "w/t", "--model m --text w/t.txt"),
+    ],
+)
+def test_what_a_command_says(command, task, setting):
+    assert (task_of(parse_command(command)), setting_of(parse_command(command))) == (task, setting)

@@ -1,6 +1,7 @@
 """Runs become points (mean and spread over seeds), points become curves, one set of curves a task and metric."""
 
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -72,7 +73,15 @@ def gather(measurements: Iterable[Measurement]) -> list[Task]:
         fitting = [other for other in groups if other[:3] == key[:3] and other[3]]
         if len(fitting) == 1:
             groups[fitting[0]] += groups.pop(key)
-    return [_task(key[3], several) for key, several in groups.items()]
+    tasks = [_task(key[3], several) for key, several in groups.items()]
+    named = Counter((task.metric.name, task.heading) for task in tasks)
+    return [_told_apart(task) if named[task.metric.name, task.heading] > 1 else task for task in tasks]
+
+
+def _told_apart(task: Task) -> Task:
+    """With a title that says what else than its name tells it from other tasks."""
+    more = f"{task.count:,} {task.unit}, dense {task.gflops_dense:.6g} GFLOPs"
+    return replace(task, title=f"{task.title} ({more})".strip())
 
 
 def _task(title: str, measurements: Sequence[Measurement]) -> Task:

@@ -1,11 +1,12 @@
 """Reading rows of results: what ``lte train``, ``lte eval``, ``lte sweep`` and ``lte bench`` write."""
 
 import json
-import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from lte.evaluation.report.commands import Options, parse_command, setting_of, task_of
 
 Row = dict[str, Any]
 
@@ -33,12 +34,14 @@ class Metric:
         return value - dense if self.lower else dense - value
 
 
+ACCURACY = Metric("accuracy", "accuracy, %", 1.0, scale=100)
 METRICS = (
     Metric("perplexity", "perplexity", 0.5, lower=True),
-    Metric("accuracy", "accuracy, %", 1.0, scale=100),
+    ACCURACY,
     Metric("f1", "F1, %", 1.0, scale=100),
     Metric("matthews", "Matthews correlation, %", 1.0, scale=100),
     Metric("pearson", "Pearson correlation, %", 1.0, scale=100),
+    Metric("spearman", "Spearman correlation, %", 1.0, scale=100),
     Metric("rougeL", "ROUGE-L, points of 100", 5.0),
     Metric("bleu", "BLEU, points of 100"),
 )
@@ -54,6 +57,9 @@ TITLES = {
     "wanda": "Wanda",
     "magnitude": "magnitude pruning",
     "static-pruning": "static pruning",
+    "topk-moe": "top-k MoE",
+    "noisy-topk": "noisy top-k",
+    "sigma-moe": "sigma-MoE",
 }
 """How the page calls methods; others go by their own name."""
 
@@ -153,25 +159,22 @@ def _measurements(row: Row) -> Iterator[Measurement]:
         yield from _measured(row, one, trained, given)
 
 
-def _measured(row: Row, one: Row, trained: Mapping[str, str], given: Mapping[str, str]) -> Iterator[Measurement]:
+def _measured(row: Row, one: Row, trained: Options, given: Options) -> Iterator[Measurement]:
     if not all(isinstance(one.get(name), int | float) for name in ("sparsity", "gflops_per_token")):
         return
     steps = row.get("steps")
-    unit = next((unit for unit in ("prompts", "questions", "tokens") if f"num_{unit}" in one), "tokens")
-    for metric in METRICS:
-        if one.get(metric.name) is None:
-            continue
+    for metric, value, task, count, unit in _qualities(one, task_of(given)):
         yield Measurement(
             metric=metric,
-            task=_task(given),
-            count=int(one.get(f"num_{unit}", 0)),
-            unit="labels" if unit == "tokens" else unit,
+            task=task,
+            count=count,
+            unit=unit,
             model=Path(trained.get("--model", "")).name,
             method=_method(row, one),
-            setting=_setting(trained),
+            setting=setting_of(trained),
             seed=row.get("seed"),
             steps=sum(steps.values()) if isinstance(steps, dict) else 0,
-            value=metric.scale * float(one[metric.name]),
+            value=metric.scale * value,
             sparsity=float(one["sparsity"]),
             gflops=float(one["gflops_per_token"]),
             gflops_dense=float(one.get("gflops_per_token_dense", one["gflops_per_token"])),
@@ -179,9 +182,23 @@ def _measured(row: Row, one: Row, trained: Mapping[str, str], given: Mapping[str
         )
 
 
+def _qualities(one: Row, task: str) -> Iterator[tuple[Metric, float, str, int, str]]:
+    """Metric, value, task, and how many of what it was measured on; of lm_eval's tasks their accuracies."""
+    unit = next((unit for unit in ("prompts", "questions", "tokens") if f"num_{unit}" in one), "tokens")
+    for metric in METRICS:
+        if one.get(metric.name) is not None:
+            count = int(one.get(f"num_{unit}", 0))
+            yield metric, float(one[metric.name]), task, count, "labels" if unit == "tokens" else unit
+    for name, values in (one.get("results") or {}).items():
+        if "acc,none" in values:
+            yield ACCURACY, float(values["acc,none"]), name, int(one["num_samples"].get(name, 0)), "questions"
+
+
 def _method(row: Row, one: Row) -> str:
+    """The title of its method. Where a method has a choice that makes it another one, with that, unless it is ours."""
     name = one.get("method", row.get("method"))
-    name = name.get("method") if isinstance(name, dict) else name
+    options = name if isinstance(name, dict) else {}
+    name = options.get("method") if isinstance(name, dict) else name
     recipe = row.get("recipe")
     if recipe == "dense" or name == "dense":
         return "dense"
@@ -190,45 +207,8 @@ def _method(row: Row, one: Row) -> str:
             return "dense" if one.get("mode") == "dense" else "unnamed method"
         name = "lte"
     title = TITLES.get(str(name), str(name))
+    if options.get("selection", "mlp") not in ("mlp", "threshold"):
+        title += f", {str(options['selection']).replace('_', '-')}"
+    if options.get("activation") and name != "relufication":
+        title += f", {options['activation']}"
     return f"{title}, paper's recipe" if recipe == "paper" else title
-
-
-def parse_command(command: str) -> dict[str, str]:
-    """The options of a command by their names, values of one joined by a space; what has no name, under ``""``."""
-    try:
-        words = shlex.split(command.split(" && ")[0])
-    except ValueError:
-        return {}
-    options: dict[str, str] = {}
-    name = ""
-    for word in words:
-        if word.startswith("-") and not word.lstrip("-")[:1].isdigit():
-            name, equals, value = word.partition("=")
-            options[name] = value if equals else ""
-        else:
-            options[name] = f"{options.get(name, '')} {word}".strip()
-    return options
-
-
-_NOT_A_SETTING = ("--seed", "-o", "--output", "--output-dir", "--resume", "--json", "")
-
-
-def _setting(options: Mapping[str, str]) -> str:
-    return " ".join(f"{name} {value}".strip() for name, value in options.items() if name not in _NOT_A_SETTING)
-
-
-def _task(options: Mapping[str, str]) -> str:
-    if "--mmlu" in options:
-        return "MMLU"
-    if options.get("--eval-text"):
-        return _short(options["--eval-text"])
-    if not options.get("--text"):
-        return ""
-    held_out = ", held out" if options.get("", "").startswith("lte train") else ""
-    return _short(options["--text"]) + held_out
-
-
-def _short(sources: str) -> str:
-    """The last two parts of each path, without what says how it is stored."""
-    parts = [Path(source).parts[-2:] for source in sources.split()]
-    return " ".join("/".join([*folder, name.split(".")[0]]).lstrip("/") for *folder, name in parts)
