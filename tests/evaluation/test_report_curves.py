@@ -153,6 +153,14 @@ def test_where_lte_leads_and_where_not(tasks):
     }
 
 
+def test_options_that_all_runs_share_are_said_once(tmp_path):
+    rows = [row("lte", 12, 0.5, 0.12, options="--ramp 1"), row("lte", 11, 0.3, 0.15)]
+    results = read_results([write(tmp_path / "rows.jsonl", rows)])
+    (table,) = sections(results, gather(results.measurements))[0].tables
+    assert [one[-1] for one in table.rows] == ["--target-sparsity 0.3", "--target-sparsity 0.5 --ramp 1"]
+    assert table.note == "Options of all runs: --method lte --model models/tiny --text t.txt --eval-text wiki/test.txt"
+
+
 def test_the_page_says_where_lte_does_not_lead(tmp_path):
     rows = [row("dense", 10), row("lte", 12, 0.5, 0.12), row("teal", 11.4, 0.5, 0.12)]
     results = read_results([write(tmp_path / "rows.jsonl", rows)])

@@ -1,5 +1,6 @@
 """What a row's command says of it: its options, what it was measured on, and all that tells it from other runs."""
 
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,6 +44,11 @@ def setting_of(options: Options) -> str:
     recipes = [word for word in options.get("", "").split() if word.endswith((".yaml", ".yml"))]
     given = [f"{name} {value}".strip() for name, value in options.items() if name not in _NOT_A_SETTING]
     return " ".join(recipes + given)
+
+
+def split_setting(setting: str) -> list[str]:
+    """What :func:`setting_of` joined: options with their values, recipes before them."""
+    return re.split(r" (?=--)", setting)
 
 
 def task_of(options: Options) -> str:

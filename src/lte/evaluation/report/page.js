@@ -37,11 +37,12 @@ if (routing) {
     token.tabIndex = index ? -1 : 0; // one stop for the keyboard; arrows go on from there
     const word = piece.trim() ? piece.trimStart() : piece;
     text.append(piece.slice(0, piece.length - word.length)); // the space before a word is not coloured
-    token.textContent = word.replace(/\n/g, "↵\n") || "·";
+    const lines = word.match(/\n*$/)[0]; // the next line begins after the token and its number
+    token.textContent = word.replace(/\n/g, "↵") || "·";
     token.setAttribute("aria-pressed", "false");
     token.addEventListener("click", () => choose(index));
     token.addEventListener("keydown", (event) => press(event, index));
-    text.append(token);
+    text.append(token, lines);
     return token;
   });
   let current = null;

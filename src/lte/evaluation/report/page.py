@@ -62,8 +62,9 @@ def markdown(head: Head, parts: Sequence[Section], pictures: dict[str, str]) -> 
 
 
 def _markdown_table(table: Table) -> list[str]:
+    note = ["", _escaped(table.note)] if table.note else []
     rows = [table.header, ("---",) * len(table.header), *table.rows]
-    return [f"{_escaped(table.caption)}:", "", *(f"| {' | '.join(map(_escaped, row))} |" for row in rows)]
+    return [f"{_escaped(table.caption)}:", "", *(f"| {' | '.join(map(_escaped, row))} |" for row in rows), *note]
 
 
 def _escaped(text: str) -> str:

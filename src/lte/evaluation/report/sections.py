@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lte.evaluation.report.charts import layers_charts, speed_chart, styles_of, tradeoff
+from lte.evaluation.report.commands import split_setting
 from lte.evaluation.report.curves import Task
 from lte.evaluation.report.drawing import Chart
 from lte.evaluation.report.results import Results, Row
@@ -15,12 +16,13 @@ from lte.evaluation.report.verdict import duels
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text. ``folded``: the page shows it on demand."""
+    """Cells as text. ``folded``: the page shows it on demand. ``note``: what stands below it."""
 
     caption: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     folded: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,8 @@ def _numbers(task: Task) -> Table:
     header = ("run", task.metric.title, compared, "seeds", "sparsity, %", "GFLOPs per token", "of dense", "options")
     points = [("dense", task.dense)] if task.dense else []
     points += [(curve.title, point) for curve in task.curves for point in curve.points]
+    options = [split_setting(point.setting) for _, point in points]
+    alike = [one for one in options[0] if all(one in others for others in options)] if len(points) > 1 else []
     rows = []
     for title, point in points:
         spread = "" if point.spread is None else f" ± {point.spread:.2g}"
@@ -121,8 +125,9 @@ def _numbers(task: Task) -> Table:
             difference = point.value - task.dense.value
             over = f"{point.value / task.dense.value:.3f}x" if task.metric.lower else f"{difference:+.2f}"
         numbers = (f"{point.value:.2f}{spread}", over, str(point.seeds), f"{100 * point.sparsity:.1f}")
-        rows.append((title, *numbers, f"{point.gflops:.4g}", f"{point.gflops / task.gflops_dense:.0%}", point.setting))
-    return Table("All numbers", header, tuple(rows), folded=True)
+        own = " ".join(one for one in split_setting(point.setting) if one not in alike)
+        rows.append((title, *numbers, f"{point.gflops:.4g}", f"{point.gflops / task.gflops_dense:.0%}", own))
+    return Table("All numbers", header, tuple(rows), True, f"Options of all runs: {' '.join(alike)}" if alike else "")
 
 
 def _table_one(tasks: Sequence[Task]) -> Section:
