@@ -74,6 +74,18 @@ def test_only_failed_runs_and_only_dense_ones(tmp_path):
     assert main(["report", str(dense), "-o", str(tmp_path / "d.html"), "--format", "html,png,md"]) == 0
 
 
+@pytest.mark.parametrize("name", ["bert", "t5"])
+def test_models_that_are_no_decoders(name, files, tmp_path):
+    sparse, text = tmp_path / name, tmp_path / "text.txt"
+    text.write_text("one two three")
+    task = ["--task", "classification"] if name == "bert" else []
+    assert main(["sparsify", "--model", str(files / name), "--expert-size", "8", "-o", str(sparse), *task]) == 0
+    given = ["--model", str(sparse), "--text", str(text), "-o", str(tmp_path / "r.html"), "--max-tokens", "8"]
+    assert main(["report", *given]) == 0
+    page = (tmp_path / "r.html").read_text()
+    assert f"8 tokens of the text, {4 if name == 't5' else 2} layers of 8 experts, mode soft" in page
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -89,7 +101,7 @@ def test_only_failed_runs_and_only_dense_ones(tmp_path):
         (["ROWS", "-o", "OUT/r.html", "--text", "ROWS"], "--model and --text go together"),
         (["ROWS", "-o", "OUT/r.html", "--before", "MODEL"], "--before is compared with --model"),
         (["ROWS", "-o", "OUT/r.html", "--model", "MODEL", "--text", "OUT/no.txt"], "no such file for --text"),
-        (["ROWS", "-o", "OUT/r.html", "--model", "MODEL", "--text", "ROWS"], "is dense and has no routers"),
+        (["ROWS", "-o", "OUT/r.html", "--model", "MODEL", "--text", "ROWS"], "has no routers"),
         (["ROWS", "-o", "OUT/r.html", "--model", "MODEL", "--text", "ROWS", "--max-tokens", "0"], "at least 1"),
     ],
 )

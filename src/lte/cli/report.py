@@ -43,7 +43,7 @@ class Report:
     text: str | None = None
     """A file of text for --model to read."""
     max_tokens: int = 256
-    """How much of the text."""
+    """Tokens of the text to read at most."""
     where: DeviceOptions = field(default_factory=DeviceOptions)
 
 
@@ -108,7 +108,7 @@ def _check(options: Report) -> None:
         raise FileNotFoundError(f"{options.text}: no such file for --text")
     for name in filter(None, (options.model, options.before)):
         if not hasattr(load_config(name), "lte"):
-            raise ValueError(f"{name} is dense and has no routers: give a model that lte train or sparsify has made")
+            raise ValueError(f"{name} has no routers: give a model that lte train or sparsify has made")
 
 
 def _files(sources: Sequence[str]) -> list[Path]:

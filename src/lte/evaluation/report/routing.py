@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from lte.modules.recording import record_scores, sparse_layers
 from lte.modules.sparse_ffn import Mode
 from lte.surgery.convert import set_mode_
+from lte.training.tokenise import most_tokens
 
 BINS = 20
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -49,12 +50,15 @@ class Routing:
 
 @torch.no_grad()
 def route(model: PreTrainedModel, tokenizer: Any, text: str, max_tokens: int) -> Routing:
-    """Run ``model`` over the start of ``text`` and look at its routers. A model in mode dense is run in mode soft.
+    """Run ``model`` over the start of ``text``, as far as its positions go, and look at its routers.
+
+    A model in mode dense is run in mode soft. The decoder of an encoder-decoder is given the same text.
 
     Raises:
         ValueError: the model has no routers, or the text no token.
     """
     layers = sparse_layers(model)
+    max_tokens = min(max_tokens, most_tokens(tokenizer, model.config))
     encoded = tokenizer(text, truncation=True, max_length=max_tokens, add_special_tokens=False)
     ids = encoded["input_ids"]
     if not ids:
