@@ -78,6 +78,8 @@ def at(browser, page):
 def test_it_renders_alone_and_fits(at, width):
     browser = at(width)
     assert browser.find_element("tag name", "h1").text == "Learn To be Efficient: results"
+    for details in browser.find_elements("tag name", "summary"):
+        details.click()
     charts = browser.find_elements("css selector", "figure svg")
     assert len(charts) == 2 + 3 + 1 + 1 + 1  # curves, layers, scores, union, speed
     for chart in charts:
@@ -90,8 +92,6 @@ def test_it_renders_alone_and_fits(at, width):
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     asked = [one["params"]["request"]["url"] for one in events if one["method"] == "Network.requestWillBeSent"]
     assert [url for url in asked if not url.startswith("data:")] == [browser.current_url]
-    for details in browser.find_elements("tag name", "summary"):
-        details.click()
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     assert browser.execute_script("return window.innerWidth") == width
 

@@ -1,12 +1,11 @@
-"""The charts of results: quality against sparsity and against cost, sparsity by layer, speed."""
+"""The charts of results: quality against sparsity and against cost, sparsity by layer."""
 
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lte.evaluation.report.curves import Point, Task
+from lte.evaluation.report.curves import Curve, Point, Task
 from lte.evaluation.report.drawing import INK, MARKERS, PALETTE, Chart, Notes, legend_below
-from lte.evaluation.report.results import Row
 
 Styles = Mapping[str, tuple[str, str]]
 
@@ -18,6 +17,7 @@ def styles_of(tasks: Sequence[Task]) -> Styles:
 
 
 def slug(text: str) -> str:
+    """As a part of a file name or an id."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
@@ -106,13 +106,11 @@ def _scale(axes: Any, task: Task) -> None:
         axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
 
 
-def layers_charts(task: Task) -> list[Chart]:
-    """Sparsity of each layer, a chart a curve: a row a run (some of its best), a column a layer."""
-    several = [(curve.title, _apart(curve.front, task)) for curve in task.curves]
-    return [_layers_chart(task, title, points) for title, points in several if points]
-
-
-def _layers_chart(task: Task, title: str, points: Sequence[Point]) -> Chart:
+def layers_chart(task: Task, curve: Curve) -> Chart | None:
+    """Sparsity of each layer: a row a run (some of the best), a column a layer. None where rows lack it."""
+    title, points = curve.title, _apart(curve.front, task)
+    if not points:
+        return None
     longest = max(len(point.layer_sparsity) for point in points)
 
     def draw(axes: Any, notes: Notes) -> None:
@@ -155,47 +153,3 @@ def _apart(points: Sequence[Point], task: Task) -> list[Point]:
         if len(point.layer_sparsity) > 1 and all(abs(point.sparsity - one.sparsity) >= 0.03 for one in kept):
             kept.append(point)
     return sorted(kept, key=lambda one: one.sparsity)
-
-
-def speed_chart(bench: Row, number: int) -> Chart | None:
-    """Speed-up of one FFN over measured sparsity, a line a number of tokens; dotted what bytes alone would allow.
-
-    None for other benchmarks, or with less than two sparsities.
-    """
-    rows = [row for row in bench["rows"] if "error" not in row and "speedup" in row and "tokens" in row]
-    if len({row["sparsity_asked"] for row in rows}) < 2:
-        return None
-    lines = sorted({(row["tokens"], row.get("dtype", "")) for row in rows})
-    dtypes = {dtype for _, dtype in lines}
-
-    def draw(axes: Any, notes: Notes) -> None:
-        from matplotlib.ticker import FuncFormatter, NullLocator
-
-        for index, (count, dtype) in enumerate(lines):
-            line = [row for row in rows if (row["tokens"], row.get("dtype", "")) == (count, dtype)]
-            line.sort(key=lambda row: row["sparsity"])
-            color, name = PALETTE[index % len(PALETTE)], f"{count}, {dtype}" if len(dtypes) > 1 else str(count)
-            share = [100 * row["sparsity"] for row in line]
-            axes.plot(share, [row["ideal_speedup"] for row in line], ":", color=color, alpha=0.7, linewidth=1)
-            axes.plot(share, [row["speedup"] for row in line], color=color, marker=MARKERS[index % 12], label=name)
-            for row in line:
-                (mark,) = axes.plot(100 * row["sparsity"], row["speedup"], MARKERS[index % 12], color=color)
-                mark.set_gid(notes.add(f"tokens {name}, {row['sparsity']:.0%} sparse: {row['speedup']:.2f}x"))
-        axes.axhline(1, color=INK, linestyle="--", linewidth=1.2, label="dense")
-        axes.set_yscale("log", base=2)
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
-        axes.set(xlabel="sparsity, %", ylabel="speed-up over dense")
-        axes.grid()
-        legend_below(axes, columns=4 if len(dtypes) == 1 else 2, title="tokens at once")
-
-    best = max(rows, key=lambda row: row["speedup"])
-    where = f"{best.get('shape', 'an FFN')}, {bench.get('device', 'unknown device')}"
-    caption = f"one FFN of {where}, {' and '.join(sorted(dtypes))}; dotted: what the bytes read would allow"
-    return Chart(
-        f"speed-{number}",
-        caption,
-        f"{caption}. Fastest: {best['speedup']:.2f} times dense at {best['sparsity']:.0%} with {best['tokens']} tokens",
-        draw,
-        (4.0, 3.7),
-    )

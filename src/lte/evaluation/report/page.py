@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lte.evaluation.report.layout import Section, Table
 from lte.evaluation.report.routing import Routing
 from lte.evaluation.report.routing_view import token_data
-from lte.evaluation.report.sections import Section, Table
 
 HERE = Path(__file__).parent
 
@@ -53,7 +53,7 @@ def markdown(head: Head, parts: Sequence[Section], pictures: dict[str, str]) -> 
         lines += [f"**{_escaped(one)}**\n" for one in part.warnings]
         if part.tokens:
             lines.append("The coloured tokens are in the HTML report.\n")
-        for chart in part.charts:
+        for chart in (*part.charts, *part.more):
             if chart.slug in pictures:
                 lines.append(f"![{_escaped(chart.summary)}]({pictures[chart.slug]})\n")
         for table in part.tables:
@@ -75,7 +75,7 @@ def pngs(parts: Sequence[Section], stem: Path) -> dict[str, str]:
     """Write every chart as STEM-slug.png; the names of the files by slug."""
     names = {}
     for part in parts:
-        for chart in part.charts:
+        for chart in (*part.charts, *part.more):
             path = stem.with_name(f"{stem.name}-{chart.slug}.png")
             chart.png(path)
             names[chart.slug] = path.name

@@ -1,41 +1,17 @@
 """The report's sections, the same for page, Markdown and pictures: text, charts, tables."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
-from lte.evaluation.report.charts import layers_charts, speed_chart, styles_of, tradeoff
+from lte.evaluation.report.charts import layers_chart, styles_of, tradeoff
 from lte.evaluation.report.commands import split_setting
 from lte.evaluation.report.curves import Task
-from lte.evaluation.report.drawing import Chart
-from lte.evaluation.report.results import Results, Row
+from lte.evaluation.report.layout import Section, Table
+from lte.evaluation.report.results import Results
 from lte.evaluation.report.routing import Routing, union_by_batch
 from lte.evaluation.report.routing_view import MOST_EXPERTS, score_chart, union_chart
+from lte.evaluation.report.speed import latency
 from lte.evaluation.report.table1 import CITATION, PAPER_TASKS, Choice, table_one
 from lte.evaluation.report.verdict import duels
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells as text. ``folded``: the page shows it on demand. ``note``: what stands below it."""
-
-    caption: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    folded: bool = False
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the report. ``tokens``: the page puts its coloured tokens here."""
-
-    slug: str
-    title: str
-    text: tuple[str, ...] = ()
-    charts: tuple[Chart, ...] = ()
-    tables: tuple[Table, ...] = ()
-    warnings: tuple[str, ...] = ()
-    tokens: bool = field(default=False)
 
 
 def sections(
@@ -45,23 +21,29 @@ def sections(
     found = [_tradeoff(task, tasks, number) for number, task in enumerate(tasks, 1)]
     if tasks:
         found.append(_table_one(tasks))
-        charts = {chart.slug: chart for task in tasks for chart in layers_charts(task)}
-        different = {chart.summary: chart for chart in charts.values()}  # several metrics of the same runs
-        if different:
-            text = (
-                "Some of the best runs of each curve above: their sparsity, and their least and most sparse layer. "
-                "A bright layer leaves most of its neurons idle.",
-            )
-            found.append(Section("layers", "Sparsity by layer", text, tuple(different.values())))
+        found += _layers(tasks)
     if routing is not None:
         found += _routing(routing, before)
     if results.benches:
-        found.append(_latency(results.benches))
+        found.append(latency(results.benches))
     if results.failures:
         rows = tuple(results.failures)
         text = (f"Runs that did not end well: {len(rows)}. They are in none of the pictures.",)
         found.append(Section("failed", "Failed runs", text, tables=(Table("Failed runs", ("run", "error"), rows),)))
     return found
+
+
+def _layers(tasks: Sequence[Task]) -> list[Section]:
+    """LTE's charts, and those of others on demand."""
+    charts = [(curve, chart) for task in tasks for curve in task.curves if (chart := layers_chart(task, curve))]
+    different = {chart.summary: (curve, chart) for curve, chart in charts}  # several metrics of the same runs
+    ours = tuple(chart for curve, chart in different.values() if curve.title.startswith("LTE"))
+    others = tuple(chart for curve, chart in different.values() if not curve.title.startswith("LTE"))
+    text = (
+        "Some of the best runs of each curve above: their sparsity, and their least and most sparse layer. A bright "
+        "layer leaves most of its neurons idle.",
+    )
+    return [Section("layers", "Sparsity by layer", text, ours or others, others if ours else ())] if charts else []
 
 
 def _tradeoff(task: Task, tasks: Sequence[Task], number: int) -> Section:
@@ -105,8 +87,8 @@ def _tradeoff(task: Task, tasks: Sequence[Task], number: int) -> Section:
         f"{name[0].upper()}{name[1:]} on {task.heading}",
         tuple(text),
         tuple(tradeoff(task, by, styles) for by in ("sparsity", "gflops")) if task.curves else (),
-        (_numbers(task),),
-        tuple(warnings),
+        tables=(_numbers(task),),
+        warnings=tuple(warnings),
     )
 
 
@@ -196,50 +178,6 @@ def _routing(routing: Routing, before: Routing | None) -> list[Section]:
             "anew for each token, which tokens of one text do not do.",
         ),
         (union_chart(routing),),
-        (Table("Union sparsity", header, rows, folded=True),),
+        tables=(Table("Union sparsity", header, rows, folded=True),),
     )
     return [scores, Section("tokens", "Experts by token", tuple(tokens), tokens=True), union]
-
-
-def _latency(benches: Sequence[Row]) -> Section:
-    charts = tuple(chart for number, bench in enumerate(benches, 1) if (chart := speed_chart(bench, number)))
-    tables = []
-    for part, caption, columns in _BENCHES:
-        rows = tuple(
-            (
-                *(_value(row.get(name)) for name in columns.values()),
-                str(bench.get("device", "")),
-                str(bench.get("commit")),
-            )
-            for bench in benches
-            if str(bench["command"]).startswith(f"lte bench {part}")
-            for row in bench["rows"]
-            if "error" not in row
-        )
-        if rows:
-            tables.append(Table(caption, (*columns, "device", "commit"), rows, folded=len(rows) > 12))
-    text = ("Measured by lte bench, routing included, dense and sparse in the same run.",)
-    return Section("latency", "Speed", text, charts, tuple(tables))
-
-
-_BENCHES = (
-    ("decode", "Decoding a whole model", {
-        "model": "shape", "batch": "batch", "sparsity": "sparsity", "dense, ms a token": "dense_ms",
-        "sparse, ms a token": "lte_ms", "speed-up": "speedup", "ideal": "ideal_speedup", "dense by": "dense_by",
-    }),
-    ("train", "A training step", {
-        "model": "shape", "recipe": "variant", "batch": "batch", "length": "sequence_length",
-        "dense, ms": "dense_ms", "LTE, ms": "lte_ms", "ratio": "ratio",
-    }),
-    ("ffn", "One FFN", {
-        "model": "shape", "tokens": "tokens", "sparsity": "sparsity", "union sparsity": "union_sparsity",
-        "dense, us": "dense_us", "sparse, us": "lte_us", "speed-up": "speedup", "ideal": "ideal_speedup",
-        "dense by": "dense_by",
-    }),
-)  # fmt: skip
-
-
-def _value(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:#.3g}" if abs(value) < 100 else f"{value:.0f}"
-    return "" if value is None else str(value)
