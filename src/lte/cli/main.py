@@ -19,6 +19,7 @@ COMMANDS = {
     "eval": "perplexity, accuracy, ROUGE, MMLU or tasks of lm_eval, with sparsity and cost",
     "generate": "continue a prompt",
     "bench": "dense against sparse in seconds: ffn, decode or train",
+    "report": "one page of results: trade-off curves, Table 1, layers, routers, speed",
     "inspect": "what a model is, what would be converted, and what a token costs",
     "demo": "the whole of it on a real small model, on CPU",
 }

@@ -1,0 +1,157 @@
+"""``lte report``: rows of results, and what a model's routers do on a text, as one page without a network."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from transformers import PretrainedConfig
+
+from lte import __version__
+from lte.cli.console import err, out
+from lte.cli.main import parse
+from lte.cli.options import DeviceOptions, generating_head, open_model
+from lte.cli.sweep import ROWS
+from lte.cli.train import SUMMARY
+from lte.evaluation.report.curves import gather
+from lte.evaluation.report.page import Head, html, markdown, pngs
+from lte.evaluation.report.results import Results, read_results
+from lte.evaluation.report.routing import Routing, route
+from lte.evaluation.report.sections import sections
+from lte.surgery.loading import Head as ModelHead
+from lte.surgery.loading import load_config, load_tokenizer
+
+FORMATS = ("html", "md", "png")
+
+
+@dataclass
+class Report:
+    output: Annotated[str, tyro.conf.arg(aliases=("-o",))]
+    """File to write, e.g. report.html. Other formats go beside it: report.md, report-NAME.png."""
+    results: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RESULTS")] = ()
+    """Results files (.jsonl, or the .json of one run), folders of lte sweep or lte train."""
+    format: str = "html"
+    """html, md, png, or several: html,md,png."""
+    title: str = "Learn To be Efficient: results"
+    """Of the page."""
+    model: str | None = None
+    """A sparse model whose routers to look at on --text: a local folder or a hub id."""
+    before: str | None = None
+    """The same model before it was trained (as lte sparsify leaves it), for its router scores."""
+    text: str | None = None
+    """A file of text for --model to read."""
+    max_tokens: int = 256
+    """Tokens of the text to read at most."""
+    where: DeviceOptions = field(default_factory=DeviceOptions)
+
+
+def main(argv: Sequence[str]) -> None:
+    options: Report = parse(Report, "report", argv)
+    formats, stem = _outputs(options)
+    _check(options)
+    results = read_results(_files(options.results)) if options.results else Results()
+    if not (results.measurements or results.benches or results.failures or options.model):
+        raise ValueError(
+            f"none of the {results.others} rows is a result of lte train, eval, sweep or bench: "
+            "give files with the rows that these print with --json or write"
+        )
+    tasks = gather(results.measurements)
+    routing = before = None
+    if options.model and options.text:
+        text = Path(options.text).read_text(encoding="utf-8")
+        routing = _route(options, options.model, text)
+        if options.before:
+            before = _route(options, options.before, text)
+    parts = sections(results, tasks, routing, before)
+    head = _head(options, results)
+    pictures = pngs(parts, stem) if "png" in formats else {}
+    written = list(pictures.values())
+    if "html" in formats:
+        stem.with_suffix(".html").write_text(html(head, parts, routing), encoding="utf-8")
+        written.insert(0, f"{stem.name}.html")
+    if "md" in formats:
+        stem.with_suffix(".md").write_text(markdown(head, parts, pictures), encoding="utf-8")
+        written.append(f"{stem.name}.md")
+    for run, reason in results.failures:
+        err.print(f"failed run: {run}: {reason}", markup=False, soft_wrap=True)
+    out.print(f"wrote {', '.join(written)} to {stem.parent}", markup=False, soft_wrap=True)
+
+
+def _outputs(options: Report) -> tuple[list[str], Path]:
+    """The formats, and the output without its ending."""
+    formats = [one.strip() for one in options.format.split(",") if one.strip()]
+    unknown = [one for one in formats if one not in FORMATS]
+    if unknown or not formats:
+        raise ValueError(f"format is {options.format!r}, but it is one or several of {', '.join(FORMATS)}: html,md")
+    path = Path(options.output)
+    if path.is_dir() or options.output.endswith("/"):
+        raise ValueError(f"output {options.output} is a folder: name a file in it, e.g. {path / 'report.html'}")
+    if path.suffix.lstrip(".") not in formats:
+        raise ValueError(f"output is {options.output}, but the format asked for ends in .{formats[0]}")
+    if not path.parent.is_dir():
+        raise ValueError(f"output is {options.output}, but there is no folder {path.parent}: make it first")
+    return formats, path.with_suffix("")
+
+
+def _check(options: Report) -> None:
+    if not options.results and options.model is None:
+        raise ValueError("nothing to report: give results files, folders of lte sweep, or --model DIR --text FILE")
+    if (options.model is None) != (options.text is None):
+        raise ValueError("--model and --text go together: the model reads the text")
+    if options.before is not None and options.model is None:
+        raise ValueError("--before is compared with --model: give that too, and --text FILE")
+    if options.max_tokens < 1:
+        raise ValueError(f"max_tokens is {options.max_tokens}: give at least 1")
+    if options.text is not None and not Path(options.text).is_file():
+        raise FileNotFoundError(f"{options.text}: no such file for --text")
+    for name in filter(None, (options.model, options.before)):
+        if not hasattr(load_config(name), "lte"):
+            raise ValueError(f"{name} has no routers: give a model that lte train or sparsify has made")
+
+
+def _files(sources: Sequence[str]) -> list[Path]:
+    """The files of results that files and folders stand for."""
+    found = []
+    for source in sources:
+        path = Path(source)
+        if path.is_dir():
+            inside = [path / name for name in (ROWS, SUMMARY) if (path / name).is_file()]
+            if not inside:
+                raise ValueError(f"{source} has no {ROWS} or {SUMMARY}: give a folder of lte sweep or lte train")
+            found.append(inside[0])
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise FileNotFoundError(f"{source}: no such file or folder")
+    return found
+
+
+def _route(options: Report, name: str, text: str) -> Routing:
+    device, dtype = options.where.resolve()
+    config = load_config(name)
+    model = open_model(name, _model_head(config), device, dtype)
+    with err.status("reading the text"):
+        return route(model, load_tokenizer(name), text, options.max_tokens)
+
+
+def _model_head(config: PretrainedConfig) -> ModelHead:
+    classifies = any("SequenceClassification" in name for name in config.architectures or ())
+    return "classification" if classifies else generating_head(config)
+
+
+def _head(options: Report, results: Results) -> Head:
+    runs = len({(one.setting, one.seed, one.method) for one in results.measurements})
+    held: list[Any] = [
+        (runs, "run", "of models"),
+        (len(results.benches), "run", "of lte bench"),
+        (len(results.failures), "failed run", ""),
+        (results.others, "row", "of other kinds, left out"),
+    ]
+    parts = [f"{count} {what}{'s' if count > 1 else ''} {of}".strip() for count, what, of in held if count]
+    lines = [f"{', '.join(parts)}; from {', '.join(options.results)}."] if parts else []
+    if options.model:
+        before = f", before: {options.before}" if options.before else ""
+        lines.append(f"Routers of {options.model}{before}, on {options.text}.")
+    return Head(options.title, (*lines, f"Made by lte {__version__} on {date.today().isoformat()}."))

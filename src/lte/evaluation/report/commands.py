@@ -1,0 +1,69 @@
+"""What a row's command says of it: its options, what it was measured on, and all that tells it from other runs."""
+
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+Options = Mapping[str, str]
+
+_NOT_A_SETTING = ("--seed", "-o", "--output", "--output-dir", "--resume", "--json", "")
+
+
+def parse_command(command: str) -> dict[str, str]:
+    """The options by their names, values of one joined by a space; what has no name, under ``""``.
+
+    Of several commands joined by ``&&`` the later ones count, but for ``lte train``: what follows it are further
+    evaluations, which have rows of their own.
+    """
+    first, *others = command.split(" && ")
+    options = _options(first)
+    for other in others if not options.get("", "").startswith("lte train") else ():
+        options |= _options(other)
+    return options
+
+
+def _options(command: str) -> dict[str, str]:
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        return {}
+    options: dict[str, str] = {}
+    name = ""
+    for word in words:
+        if word.startswith("-") and not word.lstrip("-")[:1].isdigit():
+            name, equals, value = word.partition("=")
+            options[name] = value if equals else ""
+        else:
+            options[name] = f"{options.get(name, '')} {word}".strip()
+    return options
+
+
+def setting_of(options: Options) -> str:
+    """All but the seed and folders: runs that share it differ in nothing else."""
+    recipes = [word for word in options.get("", "").split() if word.endswith((".yaml", ".yml"))]
+    given = [f"{name} {value}".strip() for name, value in options.items() if name not in _NOT_A_SETTING]
+    return " ".join(recipes + given)
+
+
+def split_setting(setting: str) -> list[str]:
+    """What :func:`setting_of` joined: options with their values, recipes before them."""
+    return re.split(r" (?=--)", setting)
+
+
+def task_of(options: Options) -> str:
+    """The data it was measured on, as short as its path allows; empty where the command does not say."""
+    if "--mmlu" in options:
+        return "MMLU"
+    if options.get("--eval-text"):
+        return _short(options["--eval-text"])
+    if not options.get("--text"):
+        return ""
+    held_out = ", held out" if options.get("", "").startswith("lte train") else ""
+    return _short(options["--text"]) + held_out
+
+
+def _short(sources: str) -> str:
+    """The last two parts of each path, without what says how it is stored."""
+    parts = [Path(source).parts[-2:] for source in sources.split()]
+    return " ".join("/".join([*folder, name.split(".")[0]]).lstrip("/") for *folder, name in parts)

@@ -1,0 +1,151 @@
+"""Runs become points (mean and spread over seeds), points become curves, one set of curves a task and metric."""
+
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from operator import attrgetter
+
+from lte.evaluation.report.results import Measurement, Metric
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting: means over its seeds, and the standard deviation of its quality where it has several."""
+
+    method: str
+    steps: int
+    setting: str
+    seeds: int
+    value: float
+    spread: float | None
+    sparsity: float
+    gflops: float
+    layer_sparsity: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Curve:
+    """All points of one method with one budget.
+
+    Attributes:
+        title: of the method, with its budget where the task has several.
+        points: by sparsity.
+        front: those that no other point of the curve beats in both quality and cost.
+    """
+
+    title: str
+    points: tuple[Point, ...]
+    front: tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What can be compared: the same metric on the same data by models of one size.
+
+    Attributes:
+        dense: the best dense point; None where no dense run is among the results.
+        repeated: measurements left out because the same command with the same seed was run again later.
+    """
+
+    metric: Metric
+    title: str
+    model: str
+    count: int
+    unit: str
+    gflops_dense: float
+    dense: Point | None
+    curves: tuple[Curve, ...]
+    repeated: int = 0
+
+    @property
+    def heading(self) -> str:
+        """The data and the model, as far as the rows say."""
+        return ", ".join(filter(None, [self.title, self.model])) or f"{self.count:,} {self.unit} of unnamed data"
+
+
+def gather(measurements: Iterable[Measurement]) -> list[Task]:
+    """Sort measurements into tasks, in the order in which they come."""
+    groups: dict[tuple, list[Measurement]] = {}
+    for one in measurements:
+        groups.setdefault((one.metric.name, one.count, round(one.gflops_dense, 6), one.task), []).append(one)
+    for key in [key for key in groups if not key[3]]:  # rows that name no data belong to the only data that fits
+        fitting = [other for other in groups if other[:3] == key[:3] and other[3]]
+        if len(fitting) == 1:
+            groups[fitting[0]] += groups.pop(key)
+    tasks = [_task(key[3], several) for key, several in groups.items()]
+    named = Counter((task.metric.name, task.heading) for task in tasks)
+    return [_told_apart(task) if named[task.metric.name, task.heading] > 1 else task for task in tasks]
+
+
+def _told_apart(task: Task) -> Task:
+    """With a title that says what else than its name tells it from other tasks."""
+    more = f"{task.count:,} {task.unit}, dense {task.gflops_dense:.6g} GFLOPs"
+    return replace(task, title=f"{task.title} ({more})".strip())
+
+
+def _task(title: str, measurements: Sequence[Measurement]) -> Task:
+    points, repeated = average(measurements)
+    metric = measurements[0].metric
+    dense = [point for point in points if point.method == "dense"]
+    rivals = [point for point in points if point.method != "dense"]
+    budgets = {point.steps for point in rivals if point.steps}
+    by_curve: dict[str, list[Point]] = {}
+    for point in rivals:
+        budget = f", {point.steps:,} steps" if len(budgets) > 1 and point.steps else ""
+        by_curve.setdefault(point.method + budget, []).append(point)
+    names = sorted(
+        {one.model for one in measurements if one.model and one.method == "dense"}
+        or {one.model for one in measurements if one.model}
+    )
+    return Task(
+        metric=metric,
+        title=title,
+        model=", ".join(names),
+        count=measurements[0].count,
+        unit=measurements[0].unit,
+        gflops_dense=measurements[0].gflops_dense,
+        dense=min(dense, key=lambda point: metric.loss(point.value, 0.0), default=None),
+        curves=tuple(_curve(name, several, metric) for name, several in by_curve.items()),
+        repeated=repeated,
+    )
+
+
+def average(measurements: Sequence[Measurement]) -> tuple[list[Point], int]:
+    """A point a setting; of a command run again with the same seed the last one counts. And how many did not."""
+    settings: dict[tuple[str, str], dict[int | None, Measurement]] = {}
+    for index, one in enumerate(measurements):
+        setting = one.setting or f"run {index + 1}"  # a row that does not say how it was made is its own
+        settings.setdefault((one.method, setting), {})[one.seed] = replace(one, setting=setting)
+    kept = sum(map(len, settings.values()))
+    return [_point(list(by_seed.values())) for by_seed in settings.values()], len(measurements) - kept
+
+
+def _point(runs: Sequence[Measurement]) -> Point:
+    def mean(name: str) -> float:
+        return statistics.mean(map(attrgetter(name), runs))
+
+    return Point(
+        method=runs[0].method,
+        steps=runs[0].steps,
+        setting=runs[0].setting,
+        seeds=len(runs),
+        value=mean("value"),
+        spread=statistics.stdev(one.value for one in runs) if len(runs) > 1 else None,
+        sparsity=mean("sparsity"),
+        gflops=mean("gflops"),
+        layer_sparsity=tuple(
+            map(statistics.mean, zip(*(one.layer_sparsity for one in runs if one.layer_sparsity), strict=True))
+        ),
+    )
+
+
+def _curve(title: str, points: Sequence[Point], metric: Metric) -> Curve:
+    ordered = sorted(points, key=lambda point: point.sparsity)
+
+    def beaten(one: Point) -> bool:
+        loss = metric.loss(one.value, 0.0)
+        others = [(metric.loss(other.value, 0.0), other.gflops) for other in ordered if other is not one]
+        return any(a <= loss and b <= one.gflops and (a, b) != (loss, one.gflops) for a, b in others)
+
+    return Curve(title, tuple(ordered), tuple(point for point in ordered if not beaten(point)))

@@ -1,0 +1,214 @@
+"""Reading rows of results: what ``lte train``, ``lte eval``, ``lte sweep`` and ``lte bench`` write."""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lte.evaluation.report.commands import Options, parse_command, setting_of, task_of
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A measure of quality, and what counts as a small loss of it.
+
+    Attributes:
+        name: the field of an evaluation that holds it.
+        title: how the page calls it.
+        allowed: how much may be lost where methods are compared by their cost; None: no such comparison.
+        lower: whether less is better.
+        scale: from the field to what is shown (100: a share in percent).
+    """
+
+    name: str
+    title: str
+    allowed: float | None = None
+    lower: bool = False
+    scale: float = 1.0
+
+    def loss(self, value: float, dense: float) -> float:
+        """How much worse ``value`` is than ``dense``; below 0 where it is better."""
+        return value - dense if self.lower else dense - value
+
+
+ACCURACY = Metric("accuracy", "accuracy, %", 1.0, scale=100)
+METRICS = (
+    Metric("perplexity", "perplexity", 0.5, lower=True),
+    ACCURACY,
+    Metric("f1", "F1, %", 1.0, scale=100),
+    Metric("matthews", "Matthews correlation, %", 1.0, scale=100),
+    Metric("pearson", "Pearson correlation, %", 1.0, scale=100),
+    Metric("spearman", "Spearman correlation, %", 1.0, scale=100),
+    Metric("rougeL", "ROUGE-L, points of 100", 5.0),
+    Metric("bleu", "BLEU, points of 100"),
+)
+"""The paper allows 0.05 ROUGE-L (5 points of 100) and 0.5 perplexity; one point of the others is ours."""
+
+TITLES = {
+    "lte": "LTE",
+    "deja-vu": "Deja Vu",
+    "moefication": "MoEfication",
+    "relufication": "ReLUfication",
+    "cats": "CATS",
+    "teal": "TEAL",
+    "wanda": "Wanda",
+    "magnitude": "magnitude pruning",
+    "static-pruning": "static pruning",
+    "topk-moe": "top-k MoE",
+    "noisy-topk": "noisy top-k",
+    "sigma-moe": "sigma-MoE",
+}
+"""How the page calls methods; others go by their own name."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One evaluation of one model by one metric.
+
+    Attributes:
+        task: the data it was measured on, as short as the command allows; empty where the row does not say.
+        count: of labels, prompts or questions, as ``unit`` says; it tells data apart as well.
+        setting: the command without seed and folders: runs that share it differ in nothing but the seed.
+        steps: training steps of all stages; 0 for methods that need none.
+    """
+
+    metric: Metric
+    task: str
+    count: int
+    unit: str
+    model: str
+    method: str
+    setting: str
+    seed: int | None
+    steps: int
+    value: float
+    sparsity: float
+    gflops: float
+    gflops_dense: float
+    layer_sparsity: tuple[float, ...] = ()
+
+
+@dataclass
+class Results:
+    """What the files held: measurements, lines of ``lte bench``, failed runs, and how many rows were neither."""
+
+    measurements: list[Measurement] = field(default_factory=list)
+    benches: list[Row] = field(default_factory=list)
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    others: int = 0
+
+
+def read_results(files: Iterable[Path]) -> Results:
+    """Everything in some results files: ``.jsonl``, a row a line, or one JSON object.
+
+    Raises:
+        ValueError: a file that holds something else, or nothing.
+    """
+    found, failed, done = Results(), {}, set()
+    for path in files:
+        rows = list(_rows(path))
+        if not rows:
+            raise ValueError(f"{path} is empty: give a file that lte sweep, train, eval or bench has written")
+        for row in rows:
+            if "error" in row:
+                failed[str(row.get("command", ""))] = _run(row), str(row["error"])
+            elif isinstance(row.get("rows"), list) and str(row.get("command", "")).startswith("lte bench"):
+                found.benches.append(row)
+                found.failures += [(row["command"], str(one["error"])) for one in row["rows"] if "error" in one]
+            elif measured := list(_measurements(row)):
+                found.measurements += measured
+                done.add(row.get("command"))
+            else:
+                found.others += 1
+    found.failures += [failure for command, failure in failed.items() if command not in done]
+    return found
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    text = path.read_text(encoding="utf-8")
+    lines = [(1, text)] if path.suffix == ".json" else list(enumerate(text.splitlines(), 1))
+    for number, line in lines:
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path} line {number} is not JSON ({error.msg}): a results file is a row a line"
+            ) from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path} line {number} is no JSON object: a results file is an object a line")
+        yield row
+
+
+def _run(row: Row) -> str:
+    varied = row.get("run")
+    if isinstance(varied, dict):
+        return ", ".join(f"{name} {value}" for name, value in varied.items())
+    return str(row.get("command", "a run that does not say which"))
+
+
+def _measurements(row: Row) -> Iterator[Measurement]:
+    evaluations = [row["evaluation"], *row.get("evals", [])] if isinstance(row.get("evaluation"), dict) else [row]
+    trained = parse_command(str(row.get("command", "")))
+    for index, one in enumerate(evaluations):
+        given = trained if index == 0 else parse_command(str(one.get("command", "")))
+        yield from _measured(row, one, trained, given)
+
+
+def _measured(row: Row, one: Row, trained: Options, given: Options) -> Iterator[Measurement]:
+    if not all(isinstance(one.get(name), int | float) for name in ("sparsity", "gflops_per_token")):
+        return
+    steps = row.get("steps")
+    for metric, value, task, count, unit in _qualities(one, task_of(given)):
+        yield Measurement(
+            metric=metric,
+            task=task,
+            count=count,
+            unit=unit,
+            model=Path(trained.get("--model", "")).name,
+            method=_method(row, one),
+            setting=setting_of(trained),
+            seed=row.get("seed"),
+            steps=sum(steps.values()) if isinstance(steps, dict) else 0,
+            value=metric.scale * value,
+            sparsity=float(one["sparsity"]),
+            gflops=float(one["gflops_per_token"]),
+            gflops_dense=float(one.get("gflops_per_token_dense", one["gflops_per_token"])),
+            layer_sparsity=tuple(one.get("layer_sparsity") or ()),
+        )
+
+
+def _qualities(one: Row, task: str) -> Iterator[tuple[Metric, float, str, int, str]]:
+    """Metric, value, task, and how many of what it was measured on; of lm_eval's tasks their accuracies."""
+    unit = next((unit for unit in ("prompts", "questions", "tokens") if f"num_{unit}" in one), "tokens")
+    for metric in METRICS:
+        if one.get(metric.name) is not None:
+            count = int(one.get(f"num_{unit}", 0))
+            yield metric, float(one[metric.name]), task, count, "labels" if unit == "tokens" else unit
+    for name, values in (one.get("results") or {}).items():
+        if "acc,none" in values:
+            yield ACCURACY, float(values["acc,none"]), name, int(one["num_samples"].get(name, 0)), "questions"
+
+
+def _method(row: Row, one: Row) -> str:
+    """The title of its method. Where a method has a choice that makes it another one, with that, unless it is ours."""
+    name = one.get("method", row.get("method"))
+    options = name if isinstance(name, dict) else {}
+    name = options.get("method") if isinstance(name, dict) else name
+    recipe = row.get("recipe")
+    if recipe == "dense" or name == "dense":
+        return "dense"
+    if name is None:
+        if recipe is None:
+            return "dense" if one.get("mode") == "dense" else "unnamed method"
+        name = "lte"
+    title = TITLES.get(str(name), str(name))
+    if options.get("selection", "mlp") not in ("mlp", "threshold"):
+        title += f", {str(options['selection']).replace('_', '-')}"
+    if options.get("activation") and name != "relufication":
+        title += f", {options['activation']}"
+    return f"{title}, paper's recipe" if recipe == "paper" else title

@@ -1,0 +1,53 @@
+"""Whether LTE leads: its quality against every rival's, at equal GFLOPs per token."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from lte.evaluation.report.curves import Point, Task
+from lte.evaluation.report.results import Metric
+
+FROM_SPARSITY = 0.45
+"""Rivals are compared from 50 % asked for; what is measured of it can be a little less."""
+
+
+@dataclass(frozen=True)
+class Duel:
+    """A rival's run beside LTE at the same GFLOPs; ``lte`` is None where LTE has no run that cheap."""
+
+    title: str
+    rival: Point
+    lte: float | None
+    leads: bool
+
+
+def at_cost(points: Sequence[Point], gflops: float, metric: Metric) -> float | None:
+    """Quality at a cost, between points by a straight line; above the dearest the best; below the cheapest None."""
+    ordered = sorted(points, key=lambda point: point.gflops)
+    if not ordered or gflops < ordered[0].gflops:
+        return None
+    for left, right in pairwise(ordered):
+        if left.gflops <= gflops <= right.gflops:
+            share = (gflops - left.gflops) / ((right.gflops - left.gflops) or 1)
+            return left.value + share * (right.value - left.value)
+    return min((point.value for point in ordered), key=lambda value: metric.loss(value, 0.0))
+
+
+def duels(task: Task) -> list[Duel]:
+    """LTE's best runs, of any budget, against each run of every rival from 50 % up."""
+    ours = [point for curve in task.curves for point in curve.points if point.method == "LTE"]
+    best = [one for one in ours if not any(_beats(other, one, task.metric) for other in ours)]
+    if not best:
+        return []
+    found = []
+    for curve in task.curves:
+        for point in curve.front:
+            if point.method.startswith("LTE") or point.sparsity < FROM_SPARSITY:
+                continue
+            lte = at_cost(best, point.gflops, task.metric)
+            found.append(Duel(curve.title, point, lte, lte is not None and task.metric.loss(lte, point.value) < 0))
+    return found
+
+
+def _beats(other: Point, one: Point, metric: Metric) -> bool:
+    return other.gflops <= one.gflops and metric.loss(other.value, one.value) < 0

@@ -1,0 +1,115 @@
+"""What the report reads from rows, against rows made by hand."""
+
+import json
+
+import pytest
+
+from lte.evaluation.report.commands import parse_command, setting_of, task_of
+from lte.evaluation.report.results import read_results
+from result_rows import bench, row, write
+
+
+def test_a_row_becomes_a_measurement(tmp_path):
+    (one,) = read_results([write(tmp_path / "rows.jsonl", [row("cats", 12.5, 0.5, 0.15, seed=3)])]).measurements
+    assert (one.metric.name, one.task, one.count, one.unit) == ("perplexity", "wiki/test", 1000, "labels")
+    assert (one.method, one.model, one.seed, one.steps) == ("CATS", "tiny", 3, 300)
+    assert (one.value, one.sparsity, one.gflops, one.gflops_dense) == (12.5, 0.5, 0.15, 0.2)
+    assert one.layer_sparsity == (0.4, 0.5, 0.6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"recipe": "dense"}, "dense"),
+        ({"recipe": "default"}, "LTE"),
+        ({"recipe": "paper"}, "LTE, paper's recipe"),
+        ({"method": "deja-vu"}, "Deja Vu"),
+        ({"method": {"method": "teal", "seed": 0}}, "TEAL"),
+        ({"method": {"method": "moefication", "selection": "mlp"}}, "MoEfication"),
+        (
+            {"method": {"method": "moefication", "selection": "oracle", "activation": "relu"}},
+            "MoEfication, oracle, relu",
+        ),
+        ({"method": {"method": "deja-vu", "selection": "top_k", "activation": None}}, "Deja Vu, top-k"),
+        ({"method": "something-new"}, "something-new"),
+    ],
+)
+def test_the_method(tmp_path, changes, expected):
+    (one,) = read_results([write(tmp_path / "rows.jsonl", [row(None, 12.0, 0.5) | changes])]).measurements
+    assert one.method == expected
+
+
+def test_every_metric_and_every_further_evaluation(tmp_path):
+    trained = row("lte", 12.0, 0.5)
+    generated = {**trained["evaluation"], "rougeL": 60.0, "bleu": 40.0, "num_prompts": 630, "perplexity": None}
+    trained["evals"] = [{**generated, "command": "lte eval out/lte-1 --text e2e/dev.csv --generate"}]
+    found = read_results([write(tmp_path / "rows.jsonl", [trained])]).measurements
+    assert [(one.metric.name, one.value, one.task, one.count, one.unit) for one in found] == [
+        ("perplexity", 12.0, "wiki/test", 1000, "labels"),
+        ("rougeL", 60.0, "e2e/dev", 630, "prompts"),
+        ("bleu", 40.0, "e2e/dev", 630, "prompts"),
+    ]
+    assert {one.model for one in found} == {"tiny"}
+
+
+def test_tasks_of_lm_eval(tmp_path):
+    one = {"results": {"arc_easy": {"acc,none": 0.5, "acc_stderr,none": 0.1}, "lambada": {"perplexity,none": 9.0}}}
+    one |= {"num_samples": {"arc_easy": 40, "lambada": 8}, "mode": "hard", "sparsity": 0.5, "gflops_per_token": 0.1}
+    (found,) = read_results([write(tmp_path / "rows.jsonl", [{**one, "method": "cats"}])]).measurements
+    assert (found.metric.name, found.value, found.task, found.count) == ("accuracy", 50, "arc_easy", 40)
+
+
+def test_accuracy_is_shown_in_percent(tmp_path):
+    (one,) = read_results([write(tmp_path / "r.jsonl", [row("lte", 0.875, 0.5, metric="accuracy")])]).measurements
+    assert one.value == 87.5
+
+
+def test_one_run_as_json_and_rows_of_other_kinds(tmp_path):
+    single = tmp_path / "lte_training.json"
+    single.write_text(json.dumps(row("lte", 12.0, 0.5), indent=2))
+    found = read_results([single, write(tmp_path / "other.jsonl", [{"name": "a note"}])])
+    assert len(found.measurements) == 1
+    assert found.others == 1
+
+
+def test_failed_runs_are_listed_unless_they_went_well_later(tmp_path):
+    good = row("lte", 12.0, 0.5)
+    again = {"run": {"seed": "1"}, "command": good["command"], "error": "stopped"}
+    failed = {"run": {"method": "cats", "seed": "2"}, "command": "lte train --method cats", "error": "out of memory"}
+    found = read_results([write(tmp_path / "rows.jsonl", [again, failed, good, bench()])])
+    assert found.failures == [
+        ("lte bench ffn --shape tiny", "out of memory"),
+        ("method cats, seed 2", "out of memory"),
+    ]
+    assert len(found.measurements) == 1
+    assert len(found.benches) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"), [("{}\nnonsense\n", "line 2 is not JSON"), ("[1]\n", "no JSON object"), ("", "is empty")]
+)
+def test_files_of_another_kind(tmp_path, text, complaint):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=complaint):
+        read_results([path])
+
+
+def test_options_of_a_command():
+    found = parse_command("lte train r.yaml --text a.txt b.txt --lr=1e-4 --bias -1 --resume && lte eval o --max-rows 3")
+    assert found == {"": "lte train r.yaml", "--text": "a.txt b.txt", "--lr": "1e-4", "--bias": "-1", "--resume": ""}
+    assert parse_command('an open "quote') == {}
+
+
+@pytest.mark.parametrize(
+    ("command", "task", "setting"),
+    [
+        ("lte train r.yaml --seed 3 -o out/3", "", "r.yaml"),
+        ("lte train --text a/b.txt.gz --lr 1", "a/b, held out", "--text a/b.txt.gz --lr 1"),
+        ("lte eval out/3 --text x/y/wiki2/test.npy", "wiki2/test", "--text x/y/wiki2/test.npy"),
+        ("lte eval out/3 --mmlu folder", "MMLU", "--mmlu folder"),
+        ("lte sparsify --model m --text c -o d && lte eval d --text w/t.txt", "w/t", "--model m --text w/t.txt"),
+    ],
+)
+def test_what_a_command_says(command, task, setting):
+    assert (task_of(parse_command(command)), setting_of(parse_command(command))) == (task, setting)
