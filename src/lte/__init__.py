@@ -22,7 +22,7 @@ from lte.methods.weight_pruning import MagnitudeConfig, WandaConfig, prune_, wei
 from lte.modules.recording import record_scores, track_sparsity
 from lte.ops.sparse_ffn import sparse_ffn
 from lte.ops.weights import FFNWeights
-from lte.surgery.convert import set_mode_, sparsify_
+from lte.surgery.convert import densify, set_mode_, sparsify_
 from lte.surgery.cost import cost_per_token
 from lte.surgery.families import Family, register_family
 from lte.surgery.relufy import relufy_
@@ -57,6 +57,7 @@ __all__ = [
     "balanced_kmeans",
     "calibrate_",
     "cost_per_token",
+    "densify",
     "efficiency_loss",
     "generate",
     "optimize_",

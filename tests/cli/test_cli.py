@@ -334,3 +334,35 @@ def test_the_other_commands_refuse(files, sparse, tmp_path, capfd):
     refused(capfd, ["generate", model, "--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens is 0")
     refused(capfd, ["generate", model, "--prompt", "a", "--chat"], "no chat template")
     assert not out.exists()
+
+
+def test_a_dense_baseline_is_a_plain_checkpoint_that_methods_convert(files, tmp_path):
+    given = ["train", "--model", str(files / "llama"), "--text", str(files / "text.txt"), *STEPS, "--recipe", "dense"]
+    assert main([*given, "-o", str(tmp_path / "dense")]) == 0
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert (config["architectures"], "lte" in config, "auto_map" in config) == (["LlamaForCausalLM"], False, False)
+    given = ["sparsify", "--method", "cats", "--model", str(tmp_path / "dense"), "--text", str(files / "text.txt")]
+    assert main([*given, "--device", "cpu", "-o", str(tmp_path / "cats")]) == 0
+
+
+def test_the_best_dense_model_by_accuracy(files, tmp_path):
+    rows = str(files / "classes.jsonl")
+    best = [one.replace("eval_loss", "eval_accuracy") for one in BEST]
+    given = ["train", "--model", str(files / "bert"), "--task", "classification", "--text", rows, "--eval-text", rows]
+    given += ["--calibration-text", rows, *STEPS, "--recipe", "dense", *best, "-o", str(tmp_path)]
+    assert main(given) == 0
+    state = json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text())
+    found = [logs["eval_accuracy"] for logs in state["log_history"] if "eval_accuracy" in logs]
+    assert len(found) == 4
+    evaluated = json.loads((tmp_path / SUMMARY).read_text())["evaluation"]["accuracy"]
+    assert evaluated == pytest.approx(max(found))
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("off", [["--bf16", "False"], ["--no-bf16"]])
+@pytest.mark.parametrize("on", [["--gradient-checkpointing", "True"], ["--gradient-checkpointing=True"]])
+def test_switches_in_either_form(off, on):
+    given = ["--model", "m", "--text", "t", "-o", "o", "--target-sparsity", "0.5"]
+    args = parse_train([*given, *off, *on]).training
+    assert (args.bf16, args.gradient_checkpointing) == (False, True)
+    assert not parse_train([*given, *off, "--no-gradient-checkpointing"]).training.gradient_checkpointing

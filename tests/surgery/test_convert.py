@@ -337,3 +337,28 @@ def test_failure_to_make_a_class_leaves_the_model_as_it_was(monkeypatch):
         lte.sparsify_(model, CONFIG)
     assert is_as_it_was(model, state)
     assert architectures.MODEL_TYPE == "lte"
+
+
+@pytest.mark.parametrize("family", sorted(SHAPES))
+def test_densify_gives_a_stock_model_of_the_same_function(family, tmp_path):
+    dense = tiny_model(family)
+    model = lte.sparsify_(copy.deepcopy(dense), CONFIG)
+    wanted = logits(model, family)
+    lte.set_mode_(model, "hard")
+    before = state_of(model)
+    plain = lte.densify(model)
+    assert (type(plain), type(plain.config)) == (type(dense), type(dense.config))
+    assert plain.state_dict().keys() == dense.state_dict().keys()
+    assert torch.equal(logits(plain, family), wanted)
+    weights, model_class, config = before
+    assert (type(model), model.config.to_dict()) == (model_class, config.to_dict())
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    plain.save_pretrained(tmp_path)
+    assert torch.equal(logits(type(dense).from_pretrained(tmp_path), family), wanted)
+    lte.sparsify_(plain, CONFIG)  # it can be converted again
+
+
+def test_densify_needs_a_sparse_model_and_keeps_its_dtype():
+    with pytest.raises(ValueError, match="no sparse FFN"):
+        lte.densify(tiny_model("llama"))
+    assert lte.densify(lte.sparsify_(tiny_model("llama").bfloat16(), CONFIG)).dtype == torch.bfloat16

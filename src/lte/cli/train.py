@@ -12,8 +12,9 @@ import torch
 import transformers
 import tyro
 import yaml
+from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, set_seed
+from transformers import EvalPrediction, PreTrainedModel, set_seed
 
 from lte import __version__
 from lte.cli.console import err, print_json, track
@@ -22,8 +23,8 @@ from lte.cli.main import parse
 from lte.cli.method_options import chosen, method_in, with_method
 from lte.cli.options import DataOptions, DeviceOptions
 from lte.cli.progress import train_with_progress
-from lte.evaluation.evaluate import evaluate
-from lte.surgery.convert import sparsify_
+from lte.evaluation.evaluate import evaluate, label_metrics
+from lte.surgery.convert import densify, sparsify_
 from lte.surgery.loading import load_config, load_model, load_tokenizer
 from lte.surgery.method import Method
 from lte.training.arguments import LTETrainingArguments
@@ -100,6 +101,7 @@ def parse_train(argv: Sequence[str]) -> Train:
     arguments = list(argv)
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         arguments = [*recipe_arguments(Path(arguments[0]), arguments[1:]), *arguments[1:]]
+    arguments = _switches(arguments)
     given = [value for flag, value in pairwise(arguments) if flag == "--device"]
     given += [one.removeprefix("--device=") for one in arguments if one.startswith("--device=")]
     if given == ["cpu"] or (given in ([], ["auto"]) and not torch.cuda.is_available()):
@@ -129,13 +131,26 @@ def recipe_arguments(path: Path, given: Sequence[str] = ()) -> list[str]:
         flag = f"--{str(name).replace('_', '-')}"
         if value is None:
             continue
-        if isinstance(value, bool) and _hints(Train).get(str(name).replace("-", "_")) is bool:
-            arguments.append(flag if value else f"--no-{flag[2:]}")
-        elif isinstance(value, list):
+        if isinstance(value, list):
             arguments += [flag, *map(str, value)]
         else:
             arguments += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
     return arguments
+
+
+def _switches(arguments: list[str]) -> list[str]:
+    """``--bf16 False`` and ``--no-bf16`` are the same, whichever an option has: that is another one from one version of
+    transformers to the next."""
+    hints, found = _hints(Train), list[str]()
+    for one in arguments:
+        before = found[-1] if found else ""
+        if one in ("True", "False") and hints.get(before[2:].replace("-", "_")) is bool and before.startswith("--"):
+            found[-1] = before if one == "True" else f"--no-{before[2:]}"
+        elif one.startswith("--no-") and hints.get(one[5:].replace("-", "_")) not in (None, bool):
+            found += [f"--{one[5:]}", "False"]
+        else:
+            found.append(one)
+    return found
 
 
 def _hints(cls: type) -> dict[str, Any]:
@@ -167,10 +182,15 @@ def train(options: Train, argv: Sequence[str]) -> dict[str, Any]:
         eval_dataset=held_out if calibration is None else calibration,
         data_collator=train_set.collator,
         processing_class=tokenizer,
+        **_metrics(options.data.task),
     )
     train_with_progress(trainer, options.resume)
     folder = Path(cast(str, args.output_dir))
-    trainer.save_model(str(folder))
+    if args.recipe != "dense":
+        trainer.save_model(str(folder))
+    elif args.should_save:  # a plain checkpoint, that any method can convert
+        densify(model).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     batch_size = args.per_device_eval_batch_size
     result = evaluate(model, held_out, batch_size, progress=lambda batches: track(batches, "evaluating"))
     summary = {
@@ -215,6 +235,21 @@ def _load_data(options: Train, config: Any, tokenizer: Any) -> tuple[Any, Any, A
     else:
         train_set, held_out = split_held_out(data, options.held_out, options.training.seed)
     return train_set, held_out, calibration
+
+
+def _metrics(task: str) -> dict[str, Any]:
+    """What ``Trainer`` measures beside the loss where rows have labels; ``--metric-for-best-model`` can name it."""
+    if task not in ("classification", "regression"):
+        return {}
+
+    def measured(predictions: EvalPrediction) -> dict[str, float]:
+        found = label_metrics(torch.as_tensor(predictions.predictions).float(), torch.as_tensor(predictions.label_ids))
+        return {name: value for name, value in found.items() if name not in ("loss", "perplexity")}
+
+    def logits_of(outputs: Any, _labels: Tensor) -> Tensor:
+        return outputs[0] if isinstance(outputs, tuple) else outputs
+
+    return {"compute_metrics": measured, "preprocess_logits_for_metrics": logits_of}
 
 
 def _load_sparse(

@@ -81,13 +81,14 @@ def evaluate(
     if count == 0:
         raise ValueError("the data holds no label to predict: give more text")
     if labelled:
-        quality = _of_labels(*(torch.cat(parts) for parts in zip(*labelled, strict=True)))
+        quality = label_metrics(*(torch.cat(parts) for parts in zip(*labelled, strict=True)))
     else:
         quality = {"loss": loss / count, "perplexity": math.exp(min(loss / count, 700))}
     return Evaluation(**quality, num_tokens=count, **vars(spent(model, meter)))
 
 
-def _of_labels(logits_BC: Tensor, labels_B: Tensor) -> dict[str, Any]:
+def label_metrics(logits_BC: Tensor, labels_B: Tensor) -> dict[str, Any]:
+    """Loss and GLUE's metrics: of classes ``[B]``, or, where there is one output, of numbers ``[B]``."""
     if logits_BC.shape[1] == 1:
         predicted_B = logits_BC[:, 0]
         return {

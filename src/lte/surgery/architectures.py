@@ -204,6 +204,21 @@ def _subclass(mixin: type, base: type) -> type:
     return type(f"LTE{base.__name__}", (mixin, base), {"__module__": __name__, "__doc__": mixin.__doc__})
 
 
+def dense_class(made: type) -> Any:
+    """The Hugging Face model class that :func:`lte_model_class` made this one of."""
+    _mixin, base = made.__bases__
+    return base
+
+
+def dense_config(config: Any, section: str = "lte") -> Any:
+    """A copy of an LTE config in the form that it has in Hugging Face."""
+    _mixin, base = type(config).__bases__
+    values = {
+        name: value for name, value in config.to_dict().items() if name not in (section, "auto_map", "architectures")
+    }
+    return base.from_dict(values)
+
+
 def become_lte_(model: PreTrainedModel, values: dict[str, Any], section: str = "lte") -> None:
     """Change a converted model's class and config to their LTE forms. The config object it had is left alone."""
     base, copies = type(model.config), {}

@@ -1,5 +1,6 @@
 """Converting a model in place: group its neurons, make experts contiguous, put in routers, fit them, switch modes."""
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from lte.core.grouping import grouping_permutation
 from lte.modules.recording import sparse_layers
 from lte.modules.sparse_ffn import Mode, Roles, Selecting, SparseActivation, SparseFFN
 from lte.surgery.activations import first_tokens, record_inputs
-from lte.surgery.architectures import become_lte_, lte_model_class
+from lte.surgery.architectures import become_lte_, dense_class, dense_config, lte_model_class
 from lte.surgery.method import Method
 from lte.surgery.sites import Site, find_sites
 from lte.surgery.teal import SECTION as TEAL
@@ -127,6 +128,30 @@ def install_(site: Site, method: Method) -> SparseFFN | SparseActivation:
     parent, _, name = place.rpartition(".")
     setattr(site.layer.get_submodule(parent), name, sparse)
     return sparse
+
+
+def densify(model: PreTrainedModel) -> PreTrainedModel:
+    """A plain Hugging Face model with the same weights: what ``model`` computes in mode dense, without ``lte``.
+
+    A dense baseline becomes a checkpoint that any method can convert. Neurons stay in the order :func:`sparsify_` gave.
+
+    Args:
+        model: with sparse FFNs; left as it is.
+
+    Returns:
+        A new model on the same device; the two share no weights.
+
+    Raises:
+        ValueError: a model without sparse FFNs.
+    """
+    routers = {f"{name}.router." for name in sparse_layers(model)}
+    weights = {name: value for name, value in model.state_dict().items() if not name.startswith(tuple(routers))}
+    plain = dense_class(type(model)).from_pretrained(
+        None, config=dense_config(model.config), state_dict=weights, dtype=model.dtype
+    )
+    if model.can_generate():
+        plain.generation_config = copy.deepcopy(model.generation_config)
+    return plain.to(model.device).train(model.training)
 
 
 def set_mode_(model: nn.Module, mode: Mode) -> None:
