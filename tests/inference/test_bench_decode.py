@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig
+from transformers import LlamaConfig, MistralConfig, StaticCache
 
 from lte.inference import bench_decode, parity
 from lte.inference.bench_decode import DecodeGrid, dense_models, random_model
-from lte.inference.decoding import Decoded, Decoder
+from lte.inference.decoding import Decoded, Decoder, _static_step
 from lte.inference.optimize import optimize_
 from lte.inference.routing import random_routers_, route_
 from lte.methods.lte import LTEConfig
@@ -53,6 +53,19 @@ def test_tokens_are_those_of_the_masked_dense_model(sparse, backend, static):
         found = decoder(prompt())
         assert torch.equal(found.tokens, expected)
         assert len(found.steps) == NEW - 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_static_step_attends_to_what_was_read_alone(dense, attention):
+    model = copy.deepcopy(dense)
+    model.set_attn_implementation(attention)
+    cache = StaticCache(config=model.config, max_cache_len=PROMPT + 8)
+    ids = prompt()
+    model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
+    position, columns = torch.tensor([[PROMPT - 1]]), torch.arange(PROMPT + 8).view(1, 1, 1, -1)
+    found = _static_step(model, ids[:, -1:], position, columns, cache)[:, -1]
+    torch.testing.assert_close(found, dense(input_ids=ids).logits[:, -1], rtol=0, atol=1e-5 * found.std().item())
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ class Decode:
     """Whether the step is compiled by torch.compile, dense and sparse; the default is yes on CUDA, no on a CPU."""
     tune: bool | None = None
     """Whether it is also tuned (coordinate descent), dense and sparse, the fastest torch makes; default as above."""
-    attention: Literal["sdpa", "eager", "flex_attention"] | None = None
+    attention: Literal["sdpa", "eager"] | None = None
     """Which of transformers' attentions both models use, by default what the model would; which is fastest for one
     query, compiled, has to be tried."""
     generate: bool = False

@@ -134,6 +134,8 @@ class Decoder:
 
 def _static_step(model: Any, token_B1: Tensor, position: Tensor, columns: Tensor, cache: Any) -> Tensor:
     mask = (columns <= position).expand(token_B1.shape[0], 1, 1, columns.shape[-1])
+    if model.config._attn_implementation == "eager":  # it adds the mask
+        mask = torch.where(mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
     return model(
         input_ids=token_B1, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
     ).logits
