@@ -1,6 +1,8 @@
 """``lte train``: a checkpoint and data in, a trained sparse model out. Options, or a YAML recipe that they override."""
 
+import itertools
 import json
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
@@ -142,7 +144,7 @@ def _switches(arguments: list[str]) -> list[str]:
     """``--bf16 False`` and ``--no-bf16`` are the same, whichever an option has: that is another one from one version of
     transformers to the next."""
     hints, found = _hints(Train), list[str]()
-    for one in arguments:
+    for one in itertools.chain.from_iterable(re.split(r"=(?=(?:True|False)$)", one) for one in arguments):
         before = found[-1] if found else ""
         if one in ("True", "False") and hints.get(before[2:].replace("-", "_")) is bool and before.startswith("--"):
             found[-1] = before if one == "True" else f"--no-{before[2:]}"
