@@ -17,6 +17,7 @@ from lte.modules.recording import sparse_layers, track_sparsity
 from lte.surgery.convert import group
 from lte.surgery.sites import find_sites
 from lte.training.batches import PackedBlocks
+from lte.training.stage_changes import regroup_
 from lte.training.trainer import LTETrainer
 
 
@@ -170,7 +171,7 @@ def test_neurons_are_grouped_anew_on_the_dense_stages_model(tmp_path, grouping):
     expected = [site.first.weight[order] for site, order in zip(sites, orders, strict=True)]
     before, state = model(**batch).logits, torch.get_rng_state()
     with torch.no_grad():
-        trainer._regroup()
+        regroup_(model, method, trainer._batches(blocks, trainer.args.seed))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(site.first.weight, other) for site, other in zip(sites, expected, strict=True))
     assert torch.allclose(model(**batch).logits, before, atol=1e-5)

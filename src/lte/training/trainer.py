@@ -9,35 +9,29 @@ from typing import Any, cast
 import torch
 from accelerate.utils import compile_regions
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_callback import ExportableState
 
-from lte.core.accounting import count_active
-from lte.core.selection import threshold
 from lte.modules.mixture import Balance, balance_loss, record_balance
 from lte.modules.recording import Recording, SparsityMeter, record_scores, sparse_layers, track_sparsity
-from lte.surgery.activations import first_tokens
-from lte.surgery.convert import group, set_mode_
+from lte.surgery.convert import set_mode_
 from lte.surgery.method import Method
-from lte.surgery.sites import find_sites
 from lte.training.arguments import LTETrainingArguments
-from lte.training.batches import IGNORED, PackedBlocks, PaddedRows, split_held_out
-from lte.training.calibration import calibrate_
+from lte.training.batches import PackedBlocks, PaddedRows, split_held_out
 from lte.training.checkpoints import last_complete_checkpoint
 from lte.training.controller import SparsityController
 from lte.training.distillation import (
     DistilledLoss,
+    block_error,
     causal_loss,
-    hidden_state_error,
     mix_rows,
+    predicts,
     show_hidden_states_,
-    summed_kl,
 )
-from lte.training.router_start import fit_routers_
 from lte.training.scores import measure_scores
+from lte.training.stage_changes import move_thresholds_, regroup_, set_stage_, sharpen_, start_routers_
 from lte.training.stages import Stage, StagePlan
 from lte.training.teacher import keep_dtypes, load_teacher, save_teacher
 
@@ -148,11 +142,8 @@ class LTETrainer(Trainer):
             self._enter(stage)
         if stage == "soft" and self._linear:
             ramped = min(1.0, self.progress / cast(float, self.args.ramp))
-            temperatures = [layer.router.temperature for layer in self._layers.values()]
-            torch._foreach_zero_(temperatures)  # pyright: ignore  # one launch, not one a layer
-            torch._foreach_add_(temperatures, cast(float, self.args.temperature) ** ramped)  # pyright: ignore
-            for layer in self._layers.values():
-                layer.hardness = cast(float, self.args.hardness) * ramped
+            temperature = cast(float, self.args.temperature) ** ramped
+            sharpen_(self._layers.values(), temperature, cast(float, self.args.hardness) * ramped)
 
     def end_step(self) -> None:
         """Called after each optimizer step: move eta toward the target (soft), now and then the thresholds (hard)."""
@@ -183,10 +174,10 @@ class LTETrainer(Trainer):
         model = self._unwrapped
         if stage == "soft" or (stage == "hard" and not self.plan.soft):
             if before == "dense":
-                self._regroup()
+                regroup_(model, self.method, self._batches(self.train_dataset, self.args.seed))
             if self._distils:
                 self.teacher = self._make_teacher()
-            self._start_routers()
+            start_routers_(model, self.method, self._batches(self.train_dataset, self.args.seed), self.args)
         if stage == "hard" and self._linear:
             for layer in self._layers.values():
                 layer.router.fold_temperature()
@@ -200,70 +191,21 @@ class LTETrainer(Trainer):
     def _switch(self, stage: Stage) -> None:
         """The settings of a stage, without its once-only actions."""
         self.stage = stage
-        set_mode_(self._unwrapped, stage)
-        routers_train = stage == "soft"
-        for layer in self._layers.values():
-            layer.hardness = 0.0
-            for name, parameter in layer.router.named_parameters():
-                frozen = name.endswith("bias") and self.args.router_bias == 0
-                parameter.requires_grad_(routers_train and not frozen)
+        set_stage_(self._unwrapped, stage, train_bias=self.args.router_bias != 0)
 
     def _calibrate(self) -> None:
         """Move the thresholds so that rows which are not trained on have the target's sparsity."""
         if self.calibration_dataset is None or self.args.target_sparsity is None:
             return
-        model = self._unwrapped
-        if not self._linear:
-            with self.accelerator.autocast():
-                self.method.calibrate(model, list(self._batches(self.calibration_dataset)))
-            self._share_routers()
-            return
-        before = [layer.router.bias.clone() for layer in self._layers.values()]
+        batches = self._batches(self.calibration_dataset)
         with self.accelerator.autocast():
-            shift = calibrate_(model, list(self._batches(self.calibration_dataset)), self.args.target_sparsity)
-        mean = self._mean_over_ranks(torch.tensor(shift, device=self.args.device))
-        for layer, bias in zip(self._layers.values(), before, strict=True):
-            layer.router.bias.data.copy_(bias - mean / layer.router.temperature)
-
-    def _regroup(self) -> None:
-        """Group the neurons again, on the weights that the dense stage left (LTE paper, section 4.1).
-
-        A method that groups by activations records them anew, on training rows.
-        """
-        model = self._unwrapped
-        sites = find_sites(model, model.config.model_type)
-        orders = group(model, sites, self.method, self._batches(self.train_dataset, self.args.seed))
-        for site, order in zip(sites, orders, strict=True):
-            if self.args.world_size > 1:
-                torch.distributed.broadcast(order := order.to(self.args.device), src=0)
-            site.permute_neurons(order)
-
-    def _start_routers(self) -> None:
-        bias = cast(float, self.args.router_bias) if self.method.learns else 0.0
-        generator = torch.Generator().manual_seed(self.args.seed)
-        for layer in self._layers.values():
-            layer.router.reset(bias, generator)
-        if self.method.learns and self.args.router_start == "random":
-            return
-        set_mode_(self._unwrapped, "dense")
-        batches = self._batches(self.train_dataset, self.args.seed)
-        if self.method.learns:
-            fit_routers_(self._unwrapped, batches, bias)
-        else:
-            for layer in self._layers.values():
-                layer.router.requires_grad_(True)  # a method may train them, outside of the training loop
-            self.method.fit(self._unwrapped, first_tokens(batches, self.method.data_tokens))
-        self._share_routers()
-
-    def _share_routers(self) -> None:
-        """All ranks take those of the first."""
-        if self.args.world_size > 1:
-            for layer in self._layers.values():
-                for value in layer.router.state_dict().values():
-                    torch.distributed.broadcast(value, src=0)
+            move_thresholds_(self._unwrapped, self.method, batches, self.args.target_sparsity)
 
     def _batches(self, dataset: Any, seed: int | None = None) -> Iterator[dict[str, Any]]:
-        """Rows outside of the training loop, in an order of ``seed`` if it is given. Leaves the random state alone."""
+        """Rows outside of the training loop, in an order of ``seed`` if it is given. Leaves the random state alone.
+
+        The dataset is not looked at before the first batch is asked for: many methods ask for none.
+        """
         loader = DataLoader(
             dataset,
             batch_size=self.args.per_device_train_batch_size,  # of the shape that blocks are compiled for already
@@ -271,7 +213,8 @@ class LTETrainer(Trainer):
             generator=torch.Generator().manual_seed(seed or 0),
             collate_fn=self.data_collator,
         )
-        return (cast(dict[str, Any], self._prepare_inputs(batch)) for batch in loader)
+        for batch in loader:
+            yield cast(dict[str, Any], self._prepare_inputs(batch))
 
     # ---- the teacher
 
@@ -352,28 +295,32 @@ class LTETrainer(Trainer):
             with causal_loss(model, self._causal_loss if model.training else None):
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        teacher = self._teach(inputs)
+        parts = self.current_gradient_accumulation_steps if scaled else 1  # the task loss is a share of so many's
+        told = self._teach(inputs)
         distilled = None
-        if teacher is not None and self.args.distillation_weight:
-            distilled = DistilledLoss(teacher["logits"], self.args.distillation_weight, self._mix_rows)
+        if told is not None and self.args.distillation_weight:
+            distilled = DistilledLoss(told["logits"], self.args.distillation_weight, self._mix_rows)
         with (
             record_scores(self._unwrapped) as recording,
             record_balance(self._layers if self.stage == "soft" else {}) as balance,
             causal_loss(model, distilled or self._causal_loss),
         ):
-            task, outputs = super().compute_loss(model, {**inputs, **self._wanted}, True, num_items_in_batch)
+            made: Any = super().compute_loss(model, {**inputs, **self._wanted}, True, num_items_in_batch)
+        loss, outputs = made
+        task = loss
         if distilled is not None:
-            loss, task, kl = self._distil(task, distilled, outputs, inputs, num_items_in_batch if scaled else None)
-            self._note("distillation_loss", kl * (self.current_gradient_accumulation_steps if scaled else 1))
-        else:
-            loss = task
-        self._note("task_loss", task * (self.current_gradient_accumulation_steps if scaled else 1))
-        extra = self._extra_losses(recording) if self._linear else self._balance_loss(recording, balance)
-        if teacher is not None and self._wanted:
-            extra = extra + self._feature_loss(outputs, teacher, recording)
-        if scaled:  # a mean over this micro-batch, while the task loss is already a share of the whole batch
-            extra = extra / self.current_gradient_accumulation_steps
-        loss = loss + extra
+            logits, labels = outputs["logits"], inputs.get("labels")
+            mask = predicts(labels, logits, self._encoder_decoder)
+            num_items, scale = (num_items_in_batch, self._ranks_scale) if scaled else (None, 1)
+            loss, task, kl = distilled.mix(loss, logits, mask, num_items, scale)
+            self._note("distillation_loss", kl * parts)
+        self._note("task_loss", task * parts)
+        extra = self._score_losses(recording) if self._linear else self._balance_loss(recording, balance)
+        if told is not None and self._wanted:
+            error = block_error(outputs, told, recording.masks)
+            self._note("feature_distillation_loss", error)
+            extra = extra + cast(float, self.args.feature_distillation_weight) * error
+        loss = loss + extra / parts  # a mean over this micro-batch
         return (loss, outputs) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -385,7 +332,7 @@ class LTETrainer(Trainer):
             self._flops_per_token = super().floating_point_ops(inputs) // tokens.numel()
         return self._flops_per_token * tokens.numel()
 
-    def _extra_losses(self, recording: Recording) -> Tensor:
+    def _score_losses(self, recording: Recording) -> Tensor:
         """The weighted efficiency and separability losses; also notes what is logged of the scores."""
         layers = self._layers
         tau = next(iter(layers.values())).tau
@@ -404,9 +351,7 @@ class LTETrainer(Trainer):
 
     def _balance_loss(self, recording: Recording, balance: Balance) -> Tensor:
         """The balance loss of a mixture while it learns; also notes sparsity, of every method but LTE."""
-        tau = next(iter(self._layers.values())).tau
-        for names, scores, mask in recording.stacked():
-            self._step_meter.add_counts(names, *count_active(threshold(scores.detach(), tau), mask))
+        self._step_meter.add(self._layers, recording.stacked())
         if not balance:
             return torch.zeros((), device=self.args.device)
         loss = balance_loss(balance, recording)
@@ -422,39 +367,6 @@ class LTETrainer(Trainer):
         kept = {name: value for name, value in inputs.items() if name != "labels" or self._encoder_decoder}
         with self.accelerator.autocast():
             return self.teacher(**kept, **self._wanted)
-
-    def _distil(
-        self,
-        loss: Tensor,
-        distilled: DistilledLoss,
-        outputs: Any,
-        inputs: dict[str, Any],
-        num_items: Tensor | int | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The task loss mixed with KL to the teacher's outputs; and the two of them."""
-        scale = 1 if num_items is None else self._ranks_scale
-        if distilled.parts is not None:  # the model has called it
-            task, kl = distilled.parts
-            return loss, task * scale, kl * scale
-        student, labels = outputs["logits"], inputs.get("labels")
-        mask = None
-        if student.ndim == 3 and labels is not None:
-            mask = (labels if self._encoder_decoder else F.pad(labels[:, 1:], (0, 1), value=IGNORED)).ne(IGNORED)
-        items = student[..., 0].numel() if mask is None else mask.sum()
-        kl = summed_kl(student, distilled.teacher, mask) / (items if num_items is None else num_items) * scale
-        return (1 - distilled.share) * loss + distilled.share * kl, loss, kl
-
-    def _feature_loss(self, student: Any, teacher: Any, recording: Recording) -> Tensor:
-        """The weighted error of what every block put out, over the tokens that are real."""
-        prefixes = ("encoder_", "decoder_") if "decoder_hidden_states" in student else ("",)
-        errors = []
-        for prefix in prefixes:
-            blocks = student[f"{prefix}hidden_states"][1:]  # 0 is the embeddings
-            mask = recording.masks.of(prefix.rstrip("_"), blocks[0].shape[:-1])
-            errors.append(hidden_state_error(blocks, teacher[f"{prefix}hidden_states"][1:], mask))
-        error = torch.stack(errors).mean()
-        self._note("feature_distillation_loss", error)
-        return cast(float, self.args.feature_distillation_weight) * error
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._logged and "loss" in logs:
