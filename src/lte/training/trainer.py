@@ -9,18 +9,19 @@ from typing import Any, cast
 import torch
 from accelerate.utils import compile_regions
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_callback import ExportableState
 
 from lte.modules.mixture import Balance, balance_loss, record_balance
-from lte.modules.recording import Recording, SparsityMeter, record_scores, sparse_layers, track_sparsity
+from lte.modules.recording import Recording, record_scores, sparse_layers, track_sparsity
 from lte.surgery.convert import set_mode_
 from lte.surgery.method import Method
 from lte.training.arguments import LTETrainingArguments
-from lte.training.batches import PackedBlocks, PaddedRows, split_held_out
+from lte.training.batches import hold_out_for_calibration
 from lte.training.checkpoints import last_complete_checkpoint
+from lte.training.checks import check_method, check_sharded
 from lte.training.controller import SparsityController
 from lte.training.distillation import (
     DistilledLoss,
@@ -33,6 +34,7 @@ from lte.training.distillation import (
 from lte.training.scores import measure_scores
 from lte.training.stage_changes import move_thresholds_, regroup_, set_stage_, sharpen_, start_routers_
 from lte.training.stages import Stage, StagePlan
+from lte.training.step_log import StepLog
 from lte.training.teacher import keep_dtypes, load_teacher, save_teacher
 
 logger = logging.getLogger(__name__)
@@ -83,10 +85,10 @@ class LTETrainer(Trainer):
         self._linear = all(layer.router.is_linear for layer in layers)
         self.method = Method.from_dict(cast(Any, model).config.lte)
         if not self._linear:
-            _check_method(self.method, args)
+            check_method(self.method, args)
         self.calibration_dataset = calibration_dataset
         if args.target_sparsity is not None and calibration_dataset is None and kwargs.get("train_dataset") is not None:
-            kwargs["train_dataset"], self.calibration_dataset = _split_calibration(
+            kwargs["train_dataset"], self.calibration_dataset = hold_out_for_calibration(
                 kwargs["train_dataset"], args.calibration_rows, args.seed
             )
         if args.feature_distillation_weight:
@@ -101,8 +103,7 @@ class LTETrainer(Trainer):
         self.teacher: nn.Module | None = None
         self.eta: float | Tensor = args.eta or 0.0
         self.controller = SparsityController(args.target_sparsity or 0.0)
-        self._step_meter = SparsityMeter()
-        self._logged: dict[str, list[Tensor]] = {}
+        self.step_log = StepLog()
         self._found: tuple[Any, dict[str, Any]] = (None, {})
         self._flops_per_token: int | None = None
         self._measure_scores = self._compiled(measure_scores)
@@ -114,7 +115,8 @@ class LTETrainer(Trainer):
 
     def begin(self, resumed: dict[str, Any] | None) -> None:
         """Called when training begins, with what a checkpoint remembers of the run, or None."""
-        self._check_sharding()
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            check_sharded(self.plan, self.method, self.args)
         self.stage = None
         keep_dtypes(cast(nn.Module, self.model_wrapped))
         if resumed:
@@ -123,17 +125,6 @@ class LTETrainer(Trainer):
             self._switch(resumed["stage"])
             if self.stage != "dense" and self._distils:
                 self.teacher = self._frozen(load_teacher(self._folder / _TEACHER, self._unwrapped))
-
-    def _check_sharding(self) -> None:
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled) or self.plan.dense == self.plan.total:
-            return
-        if self.plan.dense:
-            raise ValueError(
-                "the dense stage cannot be followed by regrouping when parameters are sharded: "
-                "fine-tune first, then lte.sparsify_, then train with dense_fraction=0"
-            )
-        if self.args.router_start == "fitted" or not self.method.learns:
-            raise ValueError("routers cannot be fitted when parameters are sharded: give router_start='random'")
 
     def begin_step(self, step: int) -> None:
         """Called before each optimizer step: change the stage when it is time, sharpen the routers."""
@@ -149,14 +140,9 @@ class LTETrainer(Trainer):
         """Called after each optimizer step: move eta toward the target (soft), now and then the thresholds (hard)."""
         if self.stage == "dense":
             return
-        sparsity, by_layer = self._step_meter.measured()
-        sparsity = self._mean_over_ranks(sparsity)
-        self._note("sparsity", sparsity)
-        for index, share in enumerate(by_layer.unbind()):
-            self._note(f"sparsity/layer_{index:02d}", share)
+        sparsity = self.step_log.end_step()
         if self.args.target_sparsity is not None and self.stage == "soft" and self._linear:
             self.eta = self.controller.step(sparsity, self.progress)
-        self._step_meter = SparsityMeter()
         if self.stage == "hard":
             every = max(1, self.plan.hard // _CALIBRATIONS)
             done = self.state.global_step - self.plan.dense - self.plan.soft
@@ -313,12 +299,12 @@ class LTETrainer(Trainer):
             mask = predicts(labels, logits, self._encoder_decoder)
             num_items, scale = (num_items_in_batch, self._ranks_scale) if scaled else (None, 1)
             loss, task, kl = distilled.mix(loss, logits, mask, num_items, scale)
-            self._note("distillation_loss", kl * parts)
-        self._note("task_loss", task * parts)
+            self.step_log.note("distillation_loss", kl * parts)
+        self.step_log.note("task_loss", task * parts)
         extra = self._score_losses(recording) if self._linear else self._balance_loss(recording, balance)
         if told is not None and self._wanted:
             error = block_error(outputs, told, recording.masks)
-            self._note("feature_distillation_loss", error)
+            self.step_log.note("feature_distillation_loss", error)
             extra = extra + cast(float, self.args.feature_distillation_weight) * error
         loss = loss + extra / parts  # a mean over this micro-batch
         return (loss, outputs) if return_outputs else loss
@@ -340,10 +326,10 @@ class LTETrainer(Trainer):
         groups = [(len(names) / len(layers), scores, mask) for names, scores, mask in stacked]
         efficiency, separability, near, counts = self._measure_scores(groups, tau, self.args.separability_floor)
         for (names, _, _), count in zip(stacked, counts, strict=True):
-            self._step_meter.add_counts(names, *count)
-        self._note("efficiency_loss", efficiency)
-        self._note("separability_loss", separability)
-        self._note("near_tau", near)
+            self.step_log.meter.add_counts(names, *count)
+        self.step_log.note("efficiency_loss", efficiency)
+        self.step_log.note("separability_loss", separability)
+        self.step_log.note("near_tau", near)
         if self.stage == "hard":
             return efficiency.new_zeros(())
         loss, weight = self.eta * efficiency, cast(float, self.args.separability_weight)
@@ -351,11 +337,11 @@ class LTETrainer(Trainer):
 
     def _balance_loss(self, recording: Recording, balance: Balance) -> Tensor:
         """The balance loss of a mixture while it learns; also notes sparsity, of every method but LTE."""
-        self._step_meter.add(self._layers, recording.stacked())
+        self.step_log.meter.add(self._layers, recording.stacked())
         if not balance:
             return torch.zeros((), device=self.args.device)
         loss = balance_loss(balance, recording)
-        self._note("balance_loss", loss)
+        self.step_log.note("balance_loss", loss)
         return loss
 
     @torch.no_grad()
@@ -369,12 +355,9 @@ class LTETrainer(Trainer):
             return self.teacher(**kept, **self._wanted)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if self._logged and "loss" in logs:
-            means = [torch.stack(values).mean().to(self.args.device) for values in self._logged.values()]
-            reduced = cast(Tensor, self.accelerator.reduce(torch.stack(means), reduction="mean"))
+        if "loss" in logs and (noted := self.step_log.entry()):
             eta = {"eta": float(self.eta)} if self._linear else {}
-            logs = {**logs, **eta, **dict(zip(self._logged, reduced.tolist(), strict=True))}
-            self._logged = {}
+            logs = {**logs, **eta, **noted}
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -426,39 +409,6 @@ class LTETrainer(Trainer):
     def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Where blocks are compiled, so is what lies between them."""
         return torch.compile(function, **self._compilation) if self.args.torch_compile else function
-
-    def _note(self, name: str, value: Tensor) -> None:
-        self._logged.setdefault(name, []).append(value.detach().float())
-
-    def _mean_over_ranks(self, value: Tensor) -> Tensor:
-        return value if self.args.world_size == 1 else cast(Tensor, self.accelerator.reduce(value, reduction="mean"))
-
-
-def _check_method(method: Method, args: LTETrainingArguments) -> None:
-    """Whether a method other than LTE fits the arguments.
-
-    Raises:
-        ValueError: it does not.
-    """
-    if args.recipe == "paper":
-        raise ValueError(f"recipe='paper' trains LTE's routers, not those of {method.name}: take the default recipe")
-    made_for = getattr(method, "target_sparsity", None)
-    if args.target_sparsity is not None and args.target_sparsity != made_for:
-        raise ValueError(
-            f"the model was made for target_sparsity {made_for}, but the arguments ask for {args.target_sparsity}: "
-            "make them one, or convert the dense model again"
-        )
-
-
-def _split_calibration(dataset: Any, rows: int, seed: int) -> tuple[Any, Any]:
-    """Training rows, and rows kept out of training to calibrate on: at most a twentieth of them."""
-    rows = min(rows, len(dataset) // 20)
-    if rows == 0:
-        return dataset, dataset
-    if isinstance(dataset, PackedBlocks | PaddedRows):
-        return split_held_out(cast(PackedBlocks, dataset), rows, seed)
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-    return Subset(dataset, sorted(order[rows:])), Subset(dataset, sorted(order[:rows]))
 
 
 class _Stages(TrainerCallback, ExportableState):
