@@ -1,22 +1,19 @@
 """``LTETrainer``: the stages of every method on top of ``transformers.Trainer``, in one run that can be resumed."""
 
-import copy
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import compile_regions
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_callback import ExportableState
 
-from lte.modules.mixture import Balance, balance_loss, record_balance
+from lte.modules.mixture import Balance, record_balance
 from lte.modules.recording import Recording, record_scores, sparse_layers, track_sparsity
-from lte.surgery.convert import set_mode_
 from lte.surgery.method import Method
 from lte.training.arguments import LTETrainingArguments
 from lte.training.batches import hold_out_for_calibration
@@ -31,11 +28,11 @@ from lte.training.distillation import (
     predicts,
     show_hidden_states_,
 )
-from lte.training.scores import measure_scores
+from lte.training.scores import lte_losses, measure_scores, mixture_loss
 from lte.training.stage_changes import move_thresholds_, regroup_, set_stage_, sharpen_, start_routers_
 from lte.training.stages import Stage, StagePlan
 from lte.training.step_log import StepLog
-from lte.training.teacher import keep_dtypes, load_teacher, save_teacher
+from lte.training.teacher import keep_dtypes, load_teacher, make_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +121,7 @@ class LTETrainer(Trainer):
             self.controller.integral = resumed["integral"]
             self._switch(resumed["stage"])
             if self.stage != "dense" and self._distils:
-                self.teacher = self._frozen(load_teacher(self._folder / _TEACHER, self._unwrapped))
+                self.teacher = load_teacher(self._folder / _TEACHER, self._unwrapped, self._compilation)
 
     def begin_step(self, step: int) -> None:
         """Called before each optimizer step: change the stage when it is time, sharpen the routers."""
@@ -162,7 +159,9 @@ class LTETrainer(Trainer):
             if before == "dense":
                 regroup_(model, self.method, self._batches(self.train_dataset, self.args.seed))
             if self._distils:
-                self.teacher = self._make_teacher()
+                plain = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+                kept_in = self._folder / _TEACHER if self.args.should_save else None  # for resuming
+                self.teacher = make_teacher(plain, kept_in, self._compilation)
             start_routers_(model, self.method, self._batches(self.train_dataset, self.args.seed), self.args)
         if stage == "hard" and self._linear:
             for layer in self._layers.values():
@@ -201,21 +200,6 @@ class LTETrainer(Trainer):
         )
         for batch in loader:
             yield cast(dict[str, Any], self._prepare_inputs(batch))
-
-    # ---- the teacher
-
-    def _make_teacher(self) -> nn.Module:
-        """A copy of the model as the dense stage left it, also kept on disk for resuming."""
-        set_mode_(self._unwrapped, "dense")
-        if self.args.should_save:
-            save_teacher(self._unwrapped, self._folder / _TEACHER)
-        return self._frozen(copy.deepcopy(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)))
-
-    def _frozen(self, teacher: nn.Module) -> nn.Module:
-        """For inference, and compiled where the student is."""
-        teacher = teacher.eval().requires_grad_(False)
-        keep_dtypes(teacher)
-        return compile_regions(teacher, **self._compilation) if self.args.torch_compile else teacher
 
     # ---- what Trainer asks for
 
@@ -301,7 +285,7 @@ class LTETrainer(Trainer):
             loss, task, kl = distilled.mix(loss, logits, mask, num_items, scale)
             self.step_log.note("distillation_loss", kl * parts)
         self.step_log.note("task_loss", task * parts)
-        extra = self._score_losses(recording) if self._linear else self._balance_loss(recording, balance)
+        extra = self._router_loss(recording, balance)
         if told is not None and self._wanted:
             error = block_error(outputs, told, recording.masks)
             self.step_log.note("feature_distillation_loss", error)
@@ -318,31 +302,17 @@ class LTETrainer(Trainer):
             self._flops_per_token = super().floating_point_ops(inputs) // tokens.numel()
         return self._flops_per_token * tokens.numel()
 
-    def _score_losses(self, recording: Recording) -> Tensor:
-        """The weighted efficiency and separability losses; also notes what is logged of the scores."""
-        layers = self._layers
-        tau = next(iter(layers.values())).tau
-        stacked = recording.stacked()
-        groups = [(len(names) / len(layers), scores, mask) for names, scores, mask in stacked]
-        efficiency, separability, near, counts = self._measure_scores(groups, tau, self.args.separability_floor)
-        for (names, _, _), count in zip(stacked, counts, strict=True):
-            self.step_log.meter.add_counts(names, *count)
-        self.step_log.note("efficiency_loss", efficiency)
-        self.step_log.note("separability_loss", separability)
-        self.step_log.note("near_tau", near)
+    def _router_loss(self, recording: Recording, balance: Balance) -> Tensor:
+        """What routers are trained for beside the task: a mixture's balance, or LTE's losses by their weights."""
+        if not self._linear:
+            return mixture_loss(recording, balance, self._layers, self.step_log)
+        efficiency, separability = lte_losses(
+            recording, self._layers, self.args.separability_floor, self.step_log, self._measure_scores
+        )
         if self.stage == "hard":
             return efficiency.new_zeros(())
         loss, weight = self.eta * efficiency, cast(float, self.args.separability_weight)
         return loss + weight * separability if weight else loss
-
-    def _balance_loss(self, recording: Recording, balance: Balance) -> Tensor:
-        """The balance loss of a mixture while it learns; also notes sparsity, of every method but LTE."""
-        self.step_log.meter.add(self._layers, recording.stacked())
-        if not balance:
-            return torch.zeros((), device=self.args.device)
-        loss = balance_loss(balance, recording)
-        self.step_log.note("balance_loss", loss)
-        return loss
 
     @torch.no_grad()
     def _teach(self, inputs: dict[str, Any]) -> Any:
@@ -403,12 +373,14 @@ class LTETrainer(Trainer):
         return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
 
     @property
-    def _compilation(self) -> dict[str, Any]:
-        return self.accelerator.state.dynamo_plugin.to_kwargs()  # pyright: ignore
+    def _compilation(self) -> dict[str, Any] | None:
+        """Options of ``torch.compile``; None where nothing is compiled."""
+        plugin: Any = self.accelerator.state.dynamo_plugin
+        return plugin.to_kwargs() if self.args.torch_compile else None
 
     def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Where blocks are compiled, so is what lies between them."""
-        return torch.compile(function, **self._compilation) if self.args.torch_compile else function
+        return function if self._compilation is None else torch.compile(function, **self._compilation)
 
 
 class _Stages(TrainerCallback, ExportableState):
