@@ -293,14 +293,15 @@ class LTETrainer(Trainer):
         loss = loss + extra / parts  # a mean over this micro-batch
         return (loss, outputs) if return_outputs else loss
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """As ``Trainer``'s, but parameters are counted once: it takes a millisecond or more of every step."""
-        tokens = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
-        if tokens is None:
-            return super().floating_point_ops(inputs)
-        if self._flops_per_token is None:
-            self._flops_per_token = super().floating_point_ops(inputs) // tokens.numel()
-        return self._flops_per_token * tokens.numel()
+    @torch.no_grad()
+    def _teach(self, inputs: dict[str, Any]) -> Any:
+        """What the teacher says of a batch; None where there is none."""
+        if self.teacher is None:
+            return None
+        # labels only where the decoder reads them: from them the teacher would compute a loss nobody wants
+        kept = {name: value for name, value in inputs.items() if name != "labels" or self._encoder_decoder}
+        with self.accelerator.autocast():
+            return self.teacher(**kept, **self._wanted)
 
     def _router_loss(self, recording: Recording, balance: Balance) -> Tensor:
         """What routers are trained for beside the task: a mixture's balance, or LTE's losses by their weights."""
@@ -314,15 +315,14 @@ class LTETrainer(Trainer):
         loss, weight = self.eta * efficiency, cast(float, self.args.separability_weight)
         return loss + weight * separability if weight else loss
 
-    @torch.no_grad()
-    def _teach(self, inputs: dict[str, Any]) -> Any:
-        """What the teacher says of a batch; None where there is none."""
-        if self.teacher is None:
-            return None
-        # labels only where the decoder reads them: from them the teacher would compute a loss nobody wants
-        kept = {name: value for name, value in inputs.items() if name != "labels" or self._encoder_decoder}
-        with self.accelerator.autocast():
-            return self.teacher(**kept, **self._wanted)
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As ``Trainer``'s, but parameters are counted once: it takes a millisecond or more of every step."""
+        tokens = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
+        if tokens is None:
+            return super().floating_point_ops(inputs)
+        if self._flops_per_token is None:
+            self._flops_per_token = super().floating_point_ops(inputs) // tokens.numel()
+        return self._flops_per_token * tokens.numel()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and (noted := self.step_log.entry()):
@@ -375,8 +375,8 @@ class LTETrainer(Trainer):
     @property
     def _compilation(self) -> dict[str, Any] | None:
         """Options of ``torch.compile``; None where nothing is compiled."""
-        plugin: Any = self.accelerator.state.dynamo_plugin
-        return plugin.to_kwargs() if self.args.torch_compile else None
+        state: Any = self.accelerator.state
+        return state.dynamo_plugin.to_kwargs() if self.args.torch_compile else None
 
     def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Where blocks are compiled, so is what lies between them."""
