@@ -17,6 +17,8 @@ from lte.modules.recording import sparse_layers, track_sparsity
 from lte.surgery.convert import group
 from lte.surgery.sites import find_sites
 from lte.training.batches import PackedBlocks
+from lte.training.stage_changes import regroup_
+from lte.training.step_log import StepLog
 from lte.training.trainer import LTETrainer
 
 
@@ -170,7 +172,7 @@ def test_neurons_are_grouped_anew_on_the_dense_stages_model(tmp_path, grouping):
     expected = [site.first.weight[order] for site, order in zip(sites, orders, strict=True)]
     before, state = model(**batch).logits, torch.get_rng_state()
     with torch.no_grad():
-        trainer._regroup()
+        regroup_(model, method, trainer._batches(blocks, trainer.args.seed))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(site.first.weight, other) for site, other in zip(sites, expected, strict=True))
     assert torch.allclose(model(**batch).logits, before, atol=1e-5)
@@ -210,12 +212,12 @@ def soft_trainer(folder, **overrides) -> LTETrainer:
 def step(trainer: LTETrainer, batches: list[dict[str, torch.Tensor]]) -> tuple[dict, dict[str, torch.Tensor]]:
     """What is logged of one optimizer step, and its gradients."""
     trainer.model.zero_grad()
-    trainer._logged = {}
+    trainer.step_log = StepLog()
     trainer.current_gradient_accumulation_steps = len(batches)
     items = sum(batch["labels"][:, 1:].ne(-100).sum() for batch in batches)
     total = sum(trainer.training_step(trainer.model, dict(b), items).item() for b in batches)
     trainer.end_step()
-    logged = {name: torch.stack(values).mean().item() for name, values in trainer._logged.items()}
+    logged = {name: torch.stack(values).mean().item() for name, values in trainer.step_log.noted.items()}
     gradients = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
     return {**logged, "loss": total}, gradients
 

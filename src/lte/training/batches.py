@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 IGNORED = -100  # a label the loss leaves out
 
@@ -147,3 +147,14 @@ def split_held_out(dataset: AnyTaskDataset, held_out: float, seed: int = 0) -> t
         return PackedBlocks(dataset.ids[:edge], size), PackedBlocks(dataset.ids[edge:], size)
     order = np.random.default_rng(seed).permutation(total).tolist()
     return dataset.select(sorted(order[count:])), dataset.select(sorted(order[:count]))
+
+
+def hold_out_for_calibration(dataset: Any, rows: int, seed: int) -> tuple[Any, Any]:
+    """(training, held-out) rows of any dataset, at most a twentieth held out; all for both where that is none."""
+    rows = min(rows, len(dataset) // 20)
+    if rows == 0:
+        return dataset, dataset
+    if isinstance(dataset, PackedBlocks | PaddedRows):
+        return split_held_out(cast(PackedBlocks, dataset), rows, seed)
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Subset(dataset, sorted(order[rows:])), Subset(dataset, sorted(order[:rows]))

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from lte.modules.recording import TokenMasks
 from lte.training.batches import IGNORED
 from lte.training.calibration import evaluating
 
@@ -105,6 +106,33 @@ class DistilledLoss:
         self.parts = parts[0] / items, parts[1] / items
         return loss / items
 
+    def mix(
+        self, loss: Tensor, student: Tensor, mask: Tensor | None, num_items: Tensor | int | None, scale: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss to train on, and the two it is made of, task loss and KL: where the model did not mix, this does.
+
+        Args:
+            loss: what ``Trainer`` made of the forward pass: the mix if the model called this object, or the task loss.
+            student: logits of that pass.
+            mask: which of them count, as in :func:`summed_kl`.
+            num_items: what sums are divided by; None for the number that count.
+            scale: what ``Trainer`` multiplied the loss by.
+        """
+        if self.parts is not None:
+            task, kl = self.parts
+            return loss, task * scale, kl * scale
+        if num_items is None:
+            num_items = student[..., 0].numel() if mask is None else mask.sum()
+        kl = summed_kl(student, self.teacher, mask) / num_items * scale
+        return (1 - self.share) * loss + self.share * kl, loss, kl
+
+
+def predicts(labels: Tensor | None, logits: Tensor, encoder_decoder: bool) -> Tensor | None:
+    """Which logits are of a token that counts, ``[B, S]``; None where all are, as those of a classifier."""
+    if logits.ndim != 3 or labels is None:
+        return None
+    return (labels if encoder_decoder else F.pad(labels[:, 1:], (0, 1), value=IGNORED)).ne(IGNORED)
+
 
 @contextmanager
 def causal_loss(model: nn.Module, loss: Callable[..., Tensor] | None) -> Iterator[None]:
@@ -146,6 +174,16 @@ def hidden_state_error(student: Sequence[Tensor], teacher: Sequence[Tensor], mas
         tokens = size_T.numel() if mask is None else mask.bool().sum()
         total = total + (error_TD.square().sum(-1) / size_T).sum() / tokens
     return total / len(student)
+
+
+def block_error(student: Any, teacher: Any, masks: TokenMasks) -> Tensor:
+    """:func:`hidden_state_error` of what every block put out, from outputs of both models; padding does not count."""
+    errors = []
+    for prefix in ("encoder_", "decoder_") if "decoder_hidden_states" in student else ("",):
+        blocks = student[f"{prefix}hidden_states"][1:]  # 0 is the embeddings
+        mask = masks.of(prefix.rstrip("_"), blocks[0].shape[:-1])
+        errors.append(hidden_state_error(blocks, teacher[f"{prefix}hidden_states"][1:], mask))
+    return torch.stack(errors).mean()
 
 
 @torch.no_grad()

@@ -1,13 +1,51 @@
-"""What a training step takes from the scores of all layers: losses, and counts for the log."""
+"""What a training step takes from the scores of all layers: losses, and what is logged of them."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from lte.core.accounting import count_active
 from lte.core.losses import efficiency_loss, separability_loss
 from lte.core.selection import threshold
+from lte.modules.mixture import Balance, balance_loss
+from lte.modules.recording import Recording
+from lte.modules.sparse_ffn import Selecting
+from lte.training.step_log import StepLog
 
 NEAR_TAU = 0.1
+
+
+def lte_losses(
+    recording: Recording, layers: dict[str, Selecting], floor: float, log: StepLog, measure: Callable[..., Any]
+) -> tuple[Tensor, Tensor]:
+    """LTE's efficiency and separability losses of a forward pass, not weighted; both go to the log.
+
+    Args:
+        measure: :func:`measure_scores`, or it compiled.
+    """
+    stacked = recording.stacked()
+    groups = [(len(names) / len(layers), scores, mask) for names, scores, mask in stacked]
+    tau = next(iter(layers.values())).tau
+    efficiency, separability, near, counts = measure(groups, tau, floor)
+    for (names, _, _), count in zip(stacked, counts, strict=True):
+        log.meter.add_counts(names, *count)
+    log.note("efficiency_loss", efficiency)
+    log.note("separability_loss", separability)
+    log.note("near_tau", near)
+    return efficiency, separability
+
+
+def mixture_loss(recording: Recording, balance: Balance, layers: dict[str, Selecting], log: StepLog) -> Tensor:
+    """The balance loss of a mixture while it learns, 0 of every other method; it goes to the log, as sparsity does."""
+    log.meter.add(layers, recording.stacked())
+    if not balance:
+        return torch.zeros((), device=PartialState().device)
+    loss = balance_loss(balance, recording)
+    log.note("balance_loss", loss)
+    return loss
 
 
 def measure_scores(

@@ -1,27 +1,38 @@
 """The dense model that a run distils from: as the dense stage left it, and kept on disk for resuming."""
 
+import copy
 import shutil
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
+from accelerate.utils import compile_regions
 from accelerate.utils.operations import ConvertOutputsToFp32
 from torch import nn
 
 from lte.surgery.convert import set_mode_
 
 
-def save_teacher(model: Any, folder: Path) -> None:
-    """Keep the model; a run cut short meanwhile leaves the folder as it was, or none."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+def make_teacher(model: Any, folder: Path | None, compilation: dict[str, Any] | None) -> nn.Module:
+    """A frozen copy of the model, which is put in mode dense.
+
+    Args:
+        model: as its dense stage left it, not compiled.
+        folder: where the copy is kept too; a run cut short meanwhile leaves it as it was, or none. None keeps none.
+        compilation: options of ``torch.compile`` for the copy's blocks; None does not compile them.
+    """
+    set_mode_(model, "dense")
+    if folder is not None:
+        partial = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    return _frozen(copy.deepcopy(model), compilation)
 
 
-def load_teacher(folder: Path, like: Any) -> nn.Module:
-    """The teacher that a run left, of the class, dtype and device of ``like``.
+def load_teacher(folder: Path, like: Any, compilation: dict[str, Any] | None) -> nn.Module:
+    """The teacher that a run left, of the class, dtype and device of ``like``; compiled as in :func:`make_teacher`.
 
     Raises:
         ValueError: it left none.
@@ -30,7 +41,7 @@ def load_teacher(folder: Path, like: Any) -> nn.Module:
         raise ValueError(f"{folder} is missing: resuming needs the dense model that this run distils from")
     teacher = type(like).from_pretrained(folder, dtype=like.dtype)
     set_mode_(teacher, "dense")
-    return teacher.to(like.device)
+    return _frozen(teacher.to(like.device), compilation)
 
 
 def keep_dtypes(model: nn.Module) -> None:
@@ -39,3 +50,9 @@ def keep_dtypes(model: nn.Module) -> None:
         convert = getattr(vars(module).get("forward"), "__wrapped__", None)
         if isinstance(convert, ConvertOutputsToFp32):
             module.forward = MethodType(convert.model_forward, module)
+
+
+def _frozen(teacher: nn.Module, compilation: dict[str, Any] | None) -> nn.Module:
+    teacher = teacher.eval().requires_grad_(False)
+    keep_dtypes(teacher)
+    return teacher if compilation is None else compile_regions(teacher, **compilation)

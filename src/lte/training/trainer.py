@@ -1,45 +1,38 @@
 """``LTETrainer``: the stages of every method on top of ``transformers.Trainer``, in one run that can be resumed."""
 
-import copy
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import compile_regions
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_callback import ExportableState
 
-from lte.core.accounting import count_active
-from lte.core.selection import threshold
-from lte.modules.mixture import Balance, balance_loss, record_balance
-from lte.modules.recording import Recording, SparsityMeter, record_scores, sparse_layers, track_sparsity
-from lte.surgery.activations import first_tokens
-from lte.surgery.convert import group, set_mode_
+from lte.modules.mixture import Balance, record_balance
+from lte.modules.recording import Recording, record_scores, sparse_layers, track_sparsity
 from lte.surgery.method import Method
-from lte.surgery.sites import find_sites
 from lte.training.arguments import LTETrainingArguments
-from lte.training.batches import IGNORED, PackedBlocks, PaddedRows, split_held_out
-from lte.training.calibration import calibrate_
+from lte.training.batches import hold_out_for_calibration
 from lte.training.checkpoints import last_complete_checkpoint
+from lte.training.checks import check_method, check_sharded
 from lte.training.controller import SparsityController
 from lte.training.distillation import (
     DistilledLoss,
+    block_error,
     causal_loss,
-    hidden_state_error,
     mix_rows,
+    predicts,
     show_hidden_states_,
-    summed_kl,
 )
-from lte.training.router_start import fit_routers_
-from lte.training.scores import measure_scores
+from lte.training.scores import lte_losses, measure_scores, mixture_loss
+from lte.training.stage_changes import move_thresholds_, regroup_, set_stage_, sharpen_, start_routers_
 from lte.training.stages import Stage, StagePlan
-from lte.training.teacher import keep_dtypes, load_teacher, save_teacher
+from lte.training.step_log import StepLog
+from lte.training.teacher import keep_dtypes, load_teacher, make_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -89,10 +82,10 @@ class LTETrainer(Trainer):
         self._linear = all(layer.router.is_linear for layer in layers)
         self.method = Method.from_dict(cast(Any, model).config.lte)
         if not self._linear:
-            _check_method(self.method, args)
+            check_method(self.method, args)
         self.calibration_dataset = calibration_dataset
         if args.target_sparsity is not None and calibration_dataset is None and kwargs.get("train_dataset") is not None:
-            kwargs["train_dataset"], self.calibration_dataset = _split_calibration(
+            kwargs["train_dataset"], self.calibration_dataset = hold_out_for_calibration(
                 kwargs["train_dataset"], args.calibration_rows, args.seed
             )
         if args.feature_distillation_weight:
@@ -107,8 +100,7 @@ class LTETrainer(Trainer):
         self.teacher: nn.Module | None = None
         self.eta: float | Tensor = args.eta or 0.0
         self.controller = SparsityController(args.target_sparsity or 0.0)
-        self._step_meter = SparsityMeter()
-        self._logged: dict[str, list[Tensor]] = {}
+        self.step_log = StepLog()
         self._found: tuple[Any, dict[str, Any]] = (None, {})
         self._flops_per_token: int | None = None
         self._measure_scores = self._compiled(measure_scores)
@@ -120,7 +112,8 @@ class LTETrainer(Trainer):
 
     def begin(self, resumed: dict[str, Any] | None) -> None:
         """Called when training begins, with what a checkpoint remembers of the run, or None."""
-        self._check_sharding()
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            check_sharded(self.plan, self.method, self.args)
         self.stage = None
         keep_dtypes(cast(nn.Module, self.model_wrapped))
         if resumed:
@@ -128,18 +121,7 @@ class LTETrainer(Trainer):
             self.controller.integral = resumed["integral"]
             self._switch(resumed["stage"])
             if self.stage != "dense" and self._distils:
-                self.teacher = self._frozen(load_teacher(self._folder / _TEACHER, self._unwrapped))
-
-    def _check_sharding(self) -> None:
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled) or self.plan.dense == self.plan.total:
-            return
-        if self.plan.dense:
-            raise ValueError(
-                "the dense stage cannot be followed by regrouping when parameters are sharded: "
-                "fine-tune first, then lte.sparsify_, then train with dense_fraction=0"
-            )
-        if self.args.router_start == "fitted" or not self.method.learns:
-            raise ValueError("routers cannot be fitted when parameters are sharded: give router_start='random'")
+                self.teacher = load_teacher(self._folder / _TEACHER, self._unwrapped, self._compilation)
 
     def begin_step(self, step: int) -> None:
         """Called before each optimizer step: change the stage when it is time, sharpen the routers."""
@@ -148,24 +130,16 @@ class LTETrainer(Trainer):
             self._enter(stage)
         if stage == "soft" and self._linear:
             ramped = min(1.0, self.progress / cast(float, self.args.ramp))
-            temperatures = [layer.router.temperature for layer in self._layers.values()]
-            torch._foreach_zero_(temperatures)  # pyright: ignore  # one launch, not one a layer
-            torch._foreach_add_(temperatures, cast(float, self.args.temperature) ** ramped)  # pyright: ignore
-            for layer in self._layers.values():
-                layer.hardness = cast(float, self.args.hardness) * ramped
+            temperature = cast(float, self.args.temperature) ** ramped
+            sharpen_(self._layers.values(), temperature, cast(float, self.args.hardness) * ramped)
 
     def end_step(self) -> None:
         """Called after each optimizer step: move eta toward the target (soft), now and then the thresholds (hard)."""
         if self.stage == "dense":
             return
-        sparsity, by_layer = self._step_meter.measured()
-        sparsity = self._mean_over_ranks(sparsity)
-        self._note("sparsity", sparsity)
-        for index, share in enumerate(by_layer.unbind()):
-            self._note(f"sparsity/layer_{index:02d}", share)
+        sparsity = self.step_log.end_step()
         if self.args.target_sparsity is not None and self.stage == "soft" and self._linear:
             self.eta = self.controller.step(sparsity, self.progress)
-        self._step_meter = SparsityMeter()
         if self.stage == "hard":
             every = max(1, self.plan.hard // _CALIBRATIONS)
             done = self.state.global_step - self.plan.dense - self.plan.soft
@@ -183,10 +157,12 @@ class LTETrainer(Trainer):
         model = self._unwrapped
         if stage == "soft" or (stage == "hard" and not self.plan.soft):
             if before == "dense":
-                self._regroup()
+                regroup_(model, self.method, self._batches(self.train_dataset, self.args.seed))
             if self._distils:
-                self.teacher = self._make_teacher()
-            self._start_routers()
+                plain = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+                kept_in = self._folder / _TEACHER if self.args.should_save else None  # for resuming
+                self.teacher = make_teacher(plain, kept_in, self._compilation)
+            start_routers_(model, self.method, self._batches(self.train_dataset, self.args.seed), self.args)
         if stage == "hard" and self._linear:
             for layer in self._layers.values():
                 layer.router.fold_temperature()
@@ -200,70 +176,21 @@ class LTETrainer(Trainer):
     def _switch(self, stage: Stage) -> None:
         """The settings of a stage, without its once-only actions."""
         self.stage = stage
-        set_mode_(self._unwrapped, stage)
-        routers_train = stage == "soft"
-        for layer in self._layers.values():
-            layer.hardness = 0.0
-            for name, parameter in layer.router.named_parameters():
-                frozen = name.endswith("bias") and self.args.router_bias == 0
-                parameter.requires_grad_(routers_train and not frozen)
+        set_stage_(self._unwrapped, stage, train_bias=self.args.router_bias != 0)
 
     def _calibrate(self) -> None:
         """Move the thresholds so that rows which are not trained on have the target's sparsity."""
         if self.calibration_dataset is None or self.args.target_sparsity is None:
             return
-        model = self._unwrapped
-        if not self._linear:
-            with self.accelerator.autocast():
-                self.method.calibrate(model, list(self._batches(self.calibration_dataset)))
-            self._share_routers()
-            return
-        before = [layer.router.bias.clone() for layer in self._layers.values()]
+        batches = self._batches(self.calibration_dataset)
         with self.accelerator.autocast():
-            shift = calibrate_(model, list(self._batches(self.calibration_dataset)), self.args.target_sparsity)
-        mean = self._mean_over_ranks(torch.tensor(shift, device=self.args.device))
-        for layer, bias in zip(self._layers.values(), before, strict=True):
-            layer.router.bias.data.copy_(bias - mean / layer.router.temperature)
-
-    def _regroup(self) -> None:
-        """Group the neurons again, on the weights that the dense stage left (LTE paper, section 4.1).
-
-        A method that groups by activations records them anew, on training rows.
-        """
-        model = self._unwrapped
-        sites = find_sites(model, model.config.model_type)
-        orders = group(model, sites, self.method, self._batches(self.train_dataset, self.args.seed))
-        for site, order in zip(sites, orders, strict=True):
-            if self.args.world_size > 1:
-                torch.distributed.broadcast(order := order.to(self.args.device), src=0)
-            site.permute_neurons(order)
-
-    def _start_routers(self) -> None:
-        bias = cast(float, self.args.router_bias) if self.method.learns else 0.0
-        generator = torch.Generator().manual_seed(self.args.seed)
-        for layer in self._layers.values():
-            layer.router.reset(bias, generator)
-        if self.method.learns and self.args.router_start == "random":
-            return
-        set_mode_(self._unwrapped, "dense")
-        batches = self._batches(self.train_dataset, self.args.seed)
-        if self.method.learns:
-            fit_routers_(self._unwrapped, batches, bias)
-        else:
-            for layer in self._layers.values():
-                layer.router.requires_grad_(True)  # a method may train them, outside of the training loop
-            self.method.fit(self._unwrapped, first_tokens(batches, self.method.data_tokens))
-        self._share_routers()
-
-    def _share_routers(self) -> None:
-        """All ranks take those of the first."""
-        if self.args.world_size > 1:
-            for layer in self._layers.values():
-                for value in layer.router.state_dict().values():
-                    torch.distributed.broadcast(value, src=0)
+            move_thresholds_(self._unwrapped, self.method, batches, self.args.target_sparsity)
 
     def _batches(self, dataset: Any, seed: int | None = None) -> Iterator[dict[str, Any]]:
-        """Rows outside of the training loop, in an order of ``seed`` if it is given. Leaves the random state alone."""
+        """Rows outside of the training loop, in an order of ``seed`` if it is given. Leaves the random state alone.
+
+        The dataset is not looked at before the first batch is asked for: many methods ask for none.
+        """
         loader = DataLoader(
             dataset,
             batch_size=self.args.per_device_train_batch_size,  # of the shape that blocks are compiled for already
@@ -271,22 +198,8 @@ class LTETrainer(Trainer):
             generator=torch.Generator().manual_seed(seed or 0),
             collate_fn=self.data_collator,
         )
-        return (cast(dict[str, Any], self._prepare_inputs(batch)) for batch in loader)
-
-    # ---- the teacher
-
-    def _make_teacher(self) -> nn.Module:
-        """A copy of the model as the dense stage left it, also kept on disk for resuming."""
-        set_mode_(self._unwrapped, "dense")
-        if self.args.should_save:
-            save_teacher(self._unwrapped, self._folder / _TEACHER)
-        return self._frozen(copy.deepcopy(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)))
-
-    def _frozen(self, teacher: nn.Module) -> nn.Module:
-        """For inference, and compiled where the student is."""
-        teacher = teacher.eval().requires_grad_(False)
-        keep_dtypes(teacher)
-        return compile_regions(teacher, **self._compilation) if self.args.torch_compile else teacher
+        for batch in loader:
+            yield cast(dict[str, Any], self._prepare_inputs(batch))
 
     # ---- what Trainer asks for
 
@@ -352,66 +265,33 @@ class LTETrainer(Trainer):
             with causal_loss(model, self._causal_loss if model.training else None):
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        teacher = self._teach(inputs)
+        parts = self.current_gradient_accumulation_steps if scaled else 1  # the task loss is a share of so many's
+        told = self._teach(inputs)
         distilled = None
-        if teacher is not None and self.args.distillation_weight:
-            distilled = DistilledLoss(teacher["logits"], self.args.distillation_weight, self._mix_rows)
+        if told is not None and self.args.distillation_weight:
+            distilled = DistilledLoss(told["logits"], self.args.distillation_weight, self._mix_rows)
         with (
             record_scores(self._unwrapped) as recording,
             record_balance(self._layers if self.stage == "soft" else {}) as balance,
             causal_loss(model, distilled or self._causal_loss),
         ):
-            task, outputs = super().compute_loss(model, {**inputs, **self._wanted}, True, num_items_in_batch)
+            made: Any = super().compute_loss(model, {**inputs, **self._wanted}, True, num_items_in_batch)
+        loss, outputs = made
+        task = loss
         if distilled is not None:
-            loss, task, kl = self._distil(task, distilled, outputs, inputs, num_items_in_batch if scaled else None)
-            self._note("distillation_loss", kl * (self.current_gradient_accumulation_steps if scaled else 1))
-        else:
-            loss = task
-        self._note("task_loss", task * (self.current_gradient_accumulation_steps if scaled else 1))
-        extra = self._extra_losses(recording) if self._linear else self._balance_loss(recording, balance)
-        if teacher is not None and self._wanted:
-            extra = extra + self._feature_loss(outputs, teacher, recording)
-        if scaled:  # a mean over this micro-batch, while the task loss is already a share of the whole batch
-            extra = extra / self.current_gradient_accumulation_steps
-        loss = loss + extra
+            logits, labels = outputs["logits"], inputs.get("labels")
+            mask = predicts(labels, logits, self._encoder_decoder)
+            num_items, scale = (num_items_in_batch, self._ranks_scale) if scaled else (None, 1)
+            loss, task, kl = distilled.mix(loss, logits, mask, num_items, scale)
+            self.step_log.note("distillation_loss", kl * parts)
+        self.step_log.note("task_loss", task * parts)
+        extra = self._router_loss(recording, balance)
+        if told is not None and self._wanted:
+            error = block_error(outputs, told, recording.masks)
+            self.step_log.note("feature_distillation_loss", error)
+            extra = extra + cast(float, self.args.feature_distillation_weight) * error
+        loss = loss + extra / parts  # a mean over this micro-batch
         return (loss, outputs) if return_outputs else loss
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """As ``Trainer``'s, but parameters are counted once: it takes a millisecond or more of every step."""
-        tokens = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
-        if tokens is None:
-            return super().floating_point_ops(inputs)
-        if self._flops_per_token is None:
-            self._flops_per_token = super().floating_point_ops(inputs) // tokens.numel()
-        return self._flops_per_token * tokens.numel()
-
-    def _extra_losses(self, recording: Recording) -> Tensor:
-        """The weighted efficiency and separability losses; also notes what is logged of the scores."""
-        layers = self._layers
-        tau = next(iter(layers.values())).tau
-        stacked = recording.stacked()
-        groups = [(len(names) / len(layers), scores, mask) for names, scores, mask in stacked]
-        efficiency, separability, near, counts = self._measure_scores(groups, tau, self.args.separability_floor)
-        for (names, _, _), count in zip(stacked, counts, strict=True):
-            self._step_meter.add_counts(names, *count)
-        self._note("efficiency_loss", efficiency)
-        self._note("separability_loss", separability)
-        self._note("near_tau", near)
-        if self.stage == "hard":
-            return efficiency.new_zeros(())
-        loss, weight = self.eta * efficiency, cast(float, self.args.separability_weight)
-        return loss + weight * separability if weight else loss
-
-    def _balance_loss(self, recording: Recording, balance: Balance) -> Tensor:
-        """The balance loss of a mixture while it learns; also notes sparsity, of every method but LTE."""
-        tau = next(iter(self._layers.values())).tau
-        for names, scores, mask in recording.stacked():
-            self._step_meter.add_counts(names, *count_active(threshold(scores.detach(), tau), mask))
-        if not balance:
-            return torch.zeros((), device=self.args.device)
-        loss = balance_loss(balance, recording)
-        self._note("balance_loss", loss)
-        return loss
 
     @torch.no_grad()
     def _teach(self, inputs: dict[str, Any]) -> Any:
@@ -423,46 +303,31 @@ class LTETrainer(Trainer):
         with self.accelerator.autocast():
             return self.teacher(**kept, **self._wanted)
 
-    def _distil(
-        self,
-        loss: Tensor,
-        distilled: DistilledLoss,
-        outputs: Any,
-        inputs: dict[str, Any],
-        num_items: Tensor | int | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The task loss mixed with KL to the teacher's outputs; and the two of them."""
-        scale = 1 if num_items is None else self._ranks_scale
-        if distilled.parts is not None:  # the model has called it
-            task, kl = distilled.parts
-            return loss, task * scale, kl * scale
-        student, labels = outputs["logits"], inputs.get("labels")
-        mask = None
-        if student.ndim == 3 and labels is not None:
-            mask = (labels if self._encoder_decoder else F.pad(labels[:, 1:], (0, 1), value=IGNORED)).ne(IGNORED)
-        items = student[..., 0].numel() if mask is None else mask.sum()
-        kl = summed_kl(student, distilled.teacher, mask) / (items if num_items is None else num_items) * scale
-        return (1 - distilled.share) * loss + distilled.share * kl, loss, kl
+    def _router_loss(self, recording: Recording, balance: Balance) -> Tensor:
+        """What routers are trained for beside the task: a mixture's balance, or LTE's losses by their weights."""
+        if not self._linear:
+            return mixture_loss(recording, balance, self._layers, self.step_log)
+        efficiency, separability = lte_losses(
+            recording, self._layers, self.args.separability_floor, self.step_log, self._measure_scores
+        )
+        if self.stage == "hard":
+            return efficiency.new_zeros(())
+        loss, weight = self.eta * efficiency, cast(float, self.args.separability_weight)
+        return loss + weight * separability if weight else loss
 
-    def _feature_loss(self, student: Any, teacher: Any, recording: Recording) -> Tensor:
-        """The weighted error of what every block put out, over the tokens that are real."""
-        prefixes = ("encoder_", "decoder_") if "decoder_hidden_states" in student else ("",)
-        errors = []
-        for prefix in prefixes:
-            blocks = student[f"{prefix}hidden_states"][1:]  # 0 is the embeddings
-            mask = recording.masks.of(prefix.rstrip("_"), blocks[0].shape[:-1])
-            errors.append(hidden_state_error(blocks, teacher[f"{prefix}hidden_states"][1:], mask))
-        error = torch.stack(errors).mean()
-        self._note("feature_distillation_loss", error)
-        return cast(float, self.args.feature_distillation_weight) * error
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As ``Trainer``'s, but parameters are counted once: it takes a millisecond or more of every step."""
+        tokens = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
+        if tokens is None:
+            return super().floating_point_ops(inputs)
+        if self._flops_per_token is None:
+            self._flops_per_token = super().floating_point_ops(inputs) // tokens.numel()
+        return self._flops_per_token * tokens.numel()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if self._logged and "loss" in logs:
-            means = [torch.stack(values).mean().to(self.args.device) for values in self._logged.values()]
-            reduced = cast(Tensor, self.accelerator.reduce(torch.stack(means), reduction="mean"))
+        if "loss" in logs and (noted := self.step_log.entry()):
             eta = {"eta": float(self.eta)} if self._linear else {}
-            logs = {**logs, **eta, **dict(zip(self._logged, reduced.tolist(), strict=True))}
-            self._logged = {}
+            logs = {**logs, **eta, **noted}
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -508,45 +373,14 @@ class LTETrainer(Trainer):
         return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
 
     @property
-    def _compilation(self) -> dict[str, Any]:
-        return self.accelerator.state.dynamo_plugin.to_kwargs()  # pyright: ignore
+    def _compilation(self) -> dict[str, Any] | None:
+        """Options of ``torch.compile``; None where nothing is compiled."""
+        state: Any = self.accelerator.state
+        return state.dynamo_plugin.to_kwargs() if self.args.torch_compile else None
 
     def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Where blocks are compiled, so is what lies between them."""
-        return torch.compile(function, **self._compilation) if self.args.torch_compile else function
-
-    def _note(self, name: str, value: Tensor) -> None:
-        self._logged.setdefault(name, []).append(value.detach().float())
-
-    def _mean_over_ranks(self, value: Tensor) -> Tensor:
-        return value if self.args.world_size == 1 else cast(Tensor, self.accelerator.reduce(value, reduction="mean"))
-
-
-def _check_method(method: Method, args: LTETrainingArguments) -> None:
-    """Whether a method other than LTE fits the arguments.
-
-    Raises:
-        ValueError: it does not.
-    """
-    if args.recipe == "paper":
-        raise ValueError(f"recipe='paper' trains LTE's routers, not those of {method.name}: take the default recipe")
-    made_for = getattr(method, "target_sparsity", None)
-    if args.target_sparsity is not None and args.target_sparsity != made_for:
-        raise ValueError(
-            f"the model was made for target_sparsity {made_for}, but the arguments ask for {args.target_sparsity}: "
-            "make them one, or convert the dense model again"
-        )
-
-
-def _split_calibration(dataset: Any, rows: int, seed: int) -> tuple[Any, Any]:
-    """Training rows, and rows kept out of training to calibrate on: at most a twentieth of them."""
-    rows = min(rows, len(dataset) // 20)
-    if rows == 0:
-        return dataset, dataset
-    if isinstance(dataset, PackedBlocks | PaddedRows):
-        return split_held_out(cast(PackedBlocks, dataset), rows, seed)
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-    return Subset(dataset, sorted(order[rows:])), Subset(dataset, sorted(order[:rows]))
+        return function if self._compilation is None else torch.compile(function, **self._compilation)
 
 
 class _Stages(TrainerCallback, ExportableState):

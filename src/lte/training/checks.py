@@ -1,0 +1,38 @@
+"""What a training run refuses before it begins, of things that are fine each on its own."""
+
+from lte.surgery.method import Method
+from lte.training.arguments import LTETrainingArguments
+from lte.training.stages import StagePlan
+
+
+def check_method(method: Method, args: LTETrainingArguments) -> None:
+    """Whether a method other than LTE fits the arguments.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if args.recipe == "paper":
+        raise ValueError(f"recipe='paper' trains LTE's routers, not those of {method.name}: take the default recipe")
+    made_for = getattr(method, "target_sparsity", None)
+    if args.target_sparsity is not None and args.target_sparsity != made_for:
+        raise ValueError(
+            f"the model was made for target_sparsity {made_for}, but the arguments ask for {args.target_sparsity}: "
+            "make them one, or convert the dense model again"
+        )
+
+
+def check_sharded(plan: StagePlan, method: Method, args: LTETrainingArguments) -> None:
+    """Whether a run can do without looking at whole weights, which no rank has when parameters are sharded.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if plan.dense == plan.total:
+        return
+    if plan.dense:
+        raise ValueError(
+            "the dense stage cannot be followed by regrouping when parameters are sharded: "
+            "fine-tune first, then lte.sparsify_, then train with dense_fraction=0"
+        )
+    if args.router_start == "fitted" or not method.learns:
+        raise ValueError("routers cannot be fitted when parameters are sharded: give router_start='random'")

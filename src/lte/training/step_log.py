@@ -1,0 +1,46 @@
+"""What is logged of training steps: numbers that each noted, and its sparsity; nothing waits for them until then."""
+
+from typing import cast
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import Tensor
+
+from lte.modules.recording import SparsityMeter
+
+
+class StepLog:
+    """Collects between two entries of the log.
+
+    Attributes:
+        noted: what was noted since the last entry, by name.
+        meter: counts the active neurons of the step under way.
+    """
+
+    def __init__(self) -> None:
+        self.noted: dict[str, list[Tensor]] = {}
+        self.meter = SparsityMeter()
+
+    def note(self, name: str, value: Tensor) -> None:
+        """Add a number to those that the next entry has the mean of."""
+        self.noted.setdefault(name, []).append(value.detach().float())
+
+    def end_step(self) -> Tensor:
+        """Note the step's sparsity, over all ranks, and that of each layer; gives the former."""
+        on_this_rank, by_layer = self.meter.measured()
+        sparsity = cast(Tensor, reduce(on_this_rank, reduction="mean"))
+        self.note("sparsity", sparsity)
+        for index, share in enumerate(by_layer.unbind()):
+            self.note(f"sparsity/layer_{index:02d}", share)
+        self.meter = SparsityMeter()
+        return sparsity
+
+    def entry(self) -> dict[str, float]:
+        """The mean of all that was noted, over all ranks, and begin anew; empty where nothing was."""
+        if not self.noted:
+            return {}
+        device = PartialState().device
+        means = torch.stack([torch.stack(values).mean().to(device) for values in self.noted.values()])
+        names, self.noted = list(self.noted), {}
+        return dict(zip(names, cast(Tensor, reduce(means, reduction="mean")).tolist(), strict=True))
