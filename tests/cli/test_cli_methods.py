@@ -118,6 +118,8 @@ def test_prune(files, tmp_path, capsys, options):
     assert row["weight_sparsity"] == pytest.approx(0.5, abs=1e-3)
     assert row["gflops_per_token"] == pytest.approx(row["gflops_per_token_dense"] / 2, rel=1e-2)
     assert row["method"]["method"] == ("magnitude" if "magnitude" in options else "wanda")
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert f"dense, pruned by {row['method']['method']} to 50%" in " ".join(capsys.readouterr().out.split())
     assert (row["model"], row["command"].split()[:3]) == (str(tmp_path), ["lte", "eval", str(tmp_path)])
 
 
@@ -125,6 +127,8 @@ def test_prune_refused(files, tmp_path, capfd):
     given = ["prune", "--model", files / "llama", "-o", tmp_path / "out"]
     refused(capfd, given, "no data: give --text FILE")
     refused(capfd, [*given, "--pattern", "2:4", "--target-sparsity", "0.6"], "make them one")
+    (tmp_path / "file").touch()
+    refused(capfd, [*given, "-o", tmp_path / "file", "--method", "magnitude"], "is a file: give a folder")
     assert not (tmp_path / "out").exists()
 
 
@@ -200,6 +204,15 @@ def test_train_a_mixture_on_the_other_tasks(files, tmp_path, capsys, model, task
     assert main([str(one) for one in ["train", *given, "-o", tmp_path, "--json"]]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["evaluation"]["sparsity"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("command", "method", "way"),
+    [("train", "teal", "sparsify --method teal"), ("train", "wanda", "prune"), ("sparsify", "magnitude", "prune")],
+)
+def test_methods_of_other_commands(tmp_path, capfd, command, method, way):
+    given = [command, "--model", "m", "--method", method, "-o", tmp_path]
+    refused(capfd, given, f"{method} has no routers and is not trained: give lte {way}")
 
 
 def test_an_evaluation_says_how_its_model_was_trained(files, tmp_path, capsys):

@@ -114,3 +114,12 @@ def test_zeros_cost_nothing(family):
         assert (found.sparsity, found.gflops_per_token_dense) == (0, dense)
         assert found.weight_sparsity == pytest.approx(share, abs=1e-3)
         assert found.gflops_per_token == pytest.approx((1 - share) * dense, rel=1e-2)
+
+
+def test_a_sparse_model_is_refused():
+    for model in (
+        lte.sparsify_(tiny_model("llama"), lte.LTEConfig(expert_size=8)),
+        lte.teal_(tiny_model("llama"), lte.TEALConfig(), data=batches("llama")),
+    ):
+        with pytest.raises(ValueError, match="sparse already: load the dense checkpoint to prune it"):
+            lte.prune_(model, lte.MagnitudeConfig())

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from lte.core.selection import top_k
 from lte.surgery.activations import first_tokens, record_inputs
 from lte.surgery.sites import block_linears
+from lte.surgery.teal import SECTION as TEAL
 
 SECTION = "pruning"
 """What a config calls how the model was pruned; no code needs it to load the model."""
@@ -97,9 +98,11 @@ def prune_(
         The same model.
 
     Raises:
-        ValueError: unknown family, data missing, a matrix that the pattern does not fit, quantised weights, Wanda on an
-            encoder-decoder. The model is then as it was.
+        ValueError: unknown family, a model that is sparse already, data missing, a matrix that the pattern does not
+            fit, quantised weights, Wanda on an encoder-decoder. The model is then as it was.
     """
+    if hasattr(model.config, "lte") or hasattr(model.config, TEAL):
+        raise ValueError("the model is sparse already: load the dense checkpoint to prune it")
     linears = block_linears(model, model.config.model_type)
     for name, linear in linears.items():
         if not linear.weight.is_floating_point() or linear.weight.is_meta:
