@@ -99,7 +99,7 @@ def test_commands_for_lte_refuse(files, tmp_path, capfd):
     capfd.readouterr()
     data = ["--text", files / "text.txt", "--sequence-length", "32", "--device", "cpu"]
     given = ["calibrate", tmp_path / "cats", *data, "--target-sparsity", "0.4", "-o", tmp_path / "out"]
-    refused(capfd, given, "convert the dense model again with another target_sparsity")
+    refused(capfd, given, "the dense model again with another target_sparsity")
     given = ["train", "--model", tmp_path / "cats", *data, "--target-sparsity", "0.4", "-o", tmp_path / "out"]
     refused(capfd, [*given, "--max-steps", "2"], "was made sparse by cats: give --method cats")
     refused(capfd, [*given, "--max-steps", "2", "--method", "cats"], "made for target_sparsity 0.5, but")
@@ -113,13 +113,22 @@ def test_prune(files, tmp_path, capsys, options):
     assert found["weight_sparsity"] == pytest.approx(0.5, abs=1e-3)
     assert found["gflops_per_token_if_skipped"] == pytest.approx(found["gflops_per_token_dense"] / 2, rel=1e-2)
     assert main(["eval", str(tmp_path), *data]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["sparsity"] == 0
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert row["sparsity"] == 0
+    assert row["weight_sparsity"] == pytest.approx(0.5, abs=1e-3)
+    assert row["gflops_per_token"] == pytest.approx(row["gflops_per_token_dense"] / 2, rel=1e-2)
+    assert row["method"]["method"] == ("magnitude" if "magnitude" in options else "wanda")
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert f"dense, pruned by {row['method']['method']} to 50%" in " ".join(capsys.readouterr().out.split())
+    assert (row["model"], row["command"].split()[:3]) == (str(tmp_path), ["lte", "eval", str(tmp_path)])
 
 
 def test_prune_refused(files, tmp_path, capfd):
     given = ["prune", "--model", files / "llama", "-o", tmp_path / "out"]
     refused(capfd, given, "no data: give --text FILE")
     refused(capfd, [*given, "--pattern", "2:4", "--target-sparsity", "0.6"], "make them one")
+    (tmp_path / "file").touch()
+    refused(capfd, [*given, "-o", tmp_path / "file", "--method", "magnitude"], "is a file: give a folder")
     assert not (tmp_path / "out").exists()
 
 
@@ -195,3 +204,31 @@ def test_train_a_mixture_on_the_other_tasks(files, tmp_path, capsys, model, task
     assert main([str(one) for one in ["train", *given, "-o", tmp_path, "--json"]]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["evaluation"]["sparsity"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("command", "method", "way"),
+    [("train", "teal", "sparsify --method teal"), ("train", "wanda", "prune"), ("sparsify", "magnitude", "prune")],
+)
+def test_methods_of_other_commands(tmp_path, capfd, command, method, way):
+    given = [command, "--model", "m", "--method", method, "-o", tmp_path]
+    refused(capfd, given, f"{method} has no routers and is not trained: give lte {way}")
+
+
+def test_an_evaluation_says_how_its_model_was_trained(files, tmp_path, capsys):
+    data = ["--text", str(files / "text.txt"), "--sequence-length", "32", "--device", "cpu"]
+    given = ["--model", str(files / "llama"), *data, "-o", str(tmp_path), "--method", "cats", "--max-steps", "2"]
+    assert main(["train", *given, "--target-sparsity", "0.5", "--seed", "3", "--save-strategy", "no"]) == 0
+
+    def row():
+        capsys.readouterr()
+        assert main(["eval", str(tmp_path), *data, "--json"]) == 0
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    found = row()
+    assert (found["method"]["method"], found["seed"], sum(found["steps"].values())) == ("cats", 3, 2)
+    assert found["trained_by"].startswith("lte train --model ")
+    assert sparsified(files, tmp_path, "static-pruning") == 0  # another model in the same folder
+    found = row()
+    assert found["method"]["method"] == "static-pruning"
+    assert "trained_by" not in found

@@ -98,6 +98,25 @@ def test_the_error_of_a_run_is_what_it_said_last(files, tmp_path):
     assert not row["error"].startswith("lte:")
 
 
+@pytest.mark.slow
+def test_the_error_of_a_further_evaluation_is_what_it_said_last(files, tmp_path):
+    arguments = [*base(files), "--target-sparsity", "0.5", "-o", str(tmp_path / "a")]
+    run = sweep.Run({"seed": "1"}, arguments, tmp_path / "a", ("eval --text absent.txt",))
+    row = sweep._execute(run, dict(os.environ), False)
+    assert "No such file or folder" in row["error"] or "absent.txt: " in row["error"]
+
+
+def test_the_table_has_every_quality(capsys):
+    more = {"sparsity": 0.5, "gflops_per_token": 1.0}
+    scores = {"arc": {"acc,none": 0.25, "acc_stderr,none": 0.1, "em,strict": 0.125}}
+    row = {"run": {"seed": "1"}, "evaluation": {"pearson": 0.75, **more}, "evals": [{"results": scores, **more}]}
+    sweep.show([row])
+    shown = capsys.readouterr().out
+    for text in ("pearson 1", "0.75", "0.25", "0.125"):
+        assert text in shown, text
+    assert "stderr" not in shown
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -153,6 +153,20 @@ def test_where_lte_leads_and_where_not(tasks):
     }
 
 
+def test_as_it_was_set_and_fine_tuned_are_two_curves(tasks):
+    (task,) = tasks(row("cats", 12, 0.5, steps=0, options="--fit"), row("cats", 11, 0.5), row("lte", 10, 0.5))
+    assert [curve.title for curve in task.curves] == ["CATS", "CATS, 300 steps", "LTE"]
+
+
+def test_a_word_on_sparsity_that_is_not_of_ffns_alone(tmp_path):
+    rows = [row("dense", 10), row("teal", 12, 0.5, 0.12), row("wanda", 11, 0.0, 0.1), row("lte", 11, 0.5, 0.1)]
+    rows[1]["evaluation"]["attention_sparsity"] = 0.5
+    rows[2]["evaluation"]["weight_sparsity"] = 0.5
+    results = read_results([write(tmp_path / "rows.jsonl", rows)])
+    text = sections(results, gather(results.measurements))[0].text
+    assert [line.split(":")[0] for line in text if "compare by these" in line] == ["TEAL", "Wanda"]
+
+
 def test_options_that_all_runs_share_are_said_once(tmp_path):
     rows = [row("lte", 12, 0.5, 0.12, options="--ramp 1"), row("lte", 11, 0.3, 0.15)]
     results = read_results([write(tmp_path / "rows.jsonl", rows)])

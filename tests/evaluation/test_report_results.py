@@ -59,6 +59,58 @@ def test_tasks_of_lm_eval(tmp_path):
     assert (found.metric.name, found.value, found.task, found.count) == ("accuracy", 50, "arc_easy", 40)
 
 
+def evaluated(model: str, method: dict, **more) -> dict:
+    """A line of lte eval --json."""
+    found = {"command": f"lte eval --text wiki/test.txt --json {model}", "model": model.split()[0], "method": method}
+    found |= {"sparsity": 0.5, "gflops_per_token": 0.15, "gflops_per_token_dense": 0.2, "num_tokens": 1000}
+    return found | {"perplexity": 12.0, "mode": "hard"} | more
+
+
+def measured(tmp_path, *rows):
+    return read_results([write(tmp_path / "rows.jsonl", list(rows))]).measurements
+
+
+def test_models_evaluated_alike_are_not_one(tmp_path):
+    found = measured(tmp_path, *(evaluated(f"out/teal-{one}", {"method": "teal"}) for one in (1, 2, 3)))
+    assert len({one.setting for one in found}) == 3
+    assert [one.model for one in found] == ["", "", ""]
+    (dense,) = measured(tmp_path, evaluated("models/tiny", {"method": "dense"}))
+    assert (dense.method, dense.model) == ("dense", "tiny")
+
+
+def test_an_evaluation_knows_how_its_model_was_trained(tmp_path):
+    trained = row("cats", 12.0, 0.5, seed=3)
+    more = {"trained_by": trained["command"], "seed": 3, "recipe": "default", "steps": trained["steps"]}
+    one, other, soft = measured(
+        tmp_path,
+        evaluated("out/cats-3", {"method": "cats"}, **more),
+        evaluated("out/cats-4", {"method": "cats"}, **more | {"trained_by": trained["command"].replace("-3", "-4")}),
+        evaluated("out/cats-4 --mode soft", {"method": "cats"}, **more),
+    )
+    assert (one.task, one.model, one.seed, one.steps) == ("wiki/test", "tiny", 3, 300)
+    assert one.setting == other.setting != soft.setting
+
+
+def test_further_evaluations_in_another_mode_are_not_the_same_run_again(tmp_path):
+    trained = row("lte", 12.0, 0.5)
+    trained["evals"] = [evaluated(f"out/lte-1 --mode {mode}", {"method": "lte"}) for mode in ("soft", "hard")]
+    assert len({one.setting for one in measured(tmp_path, trained)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("method", "title"),
+    [
+        ({"method": "wanda", "pattern": "2:4"}, "Wanda, 2:4"),
+        ({"method": "magnitude", "pattern": None}, "magnitude pruning"),
+        ({"method": "pruned-weights"}, "pruned weights"),
+    ],
+)
+def test_pruned_weights_are_where_their_zeros_put_them(tmp_path, method, title):
+    zeros = {"sparsity": 0.0, "weight_sparsity": 0.5, "gflops_per_token": 0.1, "mode": "dense"}
+    (one,) = measured(tmp_path, evaluated("out/wanda", method, **zeros))
+    assert (one.method, one.sparsity, one.gflops, one.beyond_ffn) == (title, 0.5, 0.1, "weights")
+
+
 def test_accuracy_is_shown_in_percent(tmp_path):
     (one,) = read_results([write(tmp_path / "r.jsonl", [row("lte", 0.875, 0.5, metric="accuracy")])]).measurements
     assert one.value == 87.5

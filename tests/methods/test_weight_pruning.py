@@ -7,6 +7,7 @@ from tiny_models import tiny_inputs, tiny_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import lte
+from lte.evaluation.measuring import measure, spent
 from lte.methods.weight_pruning import _kept
 
 SCORES = torch.tensor([[1.0, 5.0, 2.0, 6.0], [9.0, 3.0, 8.0, 4.0]])
@@ -65,6 +66,7 @@ def test_the_model_stays_stock(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(loaded, "llama"), logits(model, "llama"))
     assert lte.weight_sparsity(loaded) == 0.5
+    assert loaded.config.pruning == {"method": "wanda", "target_sparsity": 0.5, "pattern": "2:4", "tokens": 4096}
 
 
 def test_inputs_that_are_never_there_go_first():
@@ -100,3 +102,24 @@ def test_refused(make, message):
     with pytest.raises(ValueError, match=message) as error:
         make()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_zeros_cost_nothing(family):
+    dense = lte.cost_per_token(tiny_model(family)).gflops
+    for model, share in [(tiny_model(family), 0.0), (lte.prune_(tiny_model(family), lte.MagnitudeConfig(0.75)), 0.75)]:
+        with measure(model) as meter:
+            logits(model, family)
+        found = spent(model, meter)
+        assert (found.sparsity, found.gflops_per_token_dense) == (0, dense)
+        assert found.weight_sparsity == pytest.approx(share, abs=1e-3)
+        assert found.gflops_per_token == pytest.approx((1 - share) * dense, rel=1e-2)
+
+
+def test_a_sparse_model_is_refused():
+    for model in (
+        lte.sparsify_(tiny_model("llama"), lte.LTEConfig(expert_size=8)),
+        lte.teal_(tiny_model("llama"), lte.TEALConfig(), data=batches("llama")),
+    ):
+        with pytest.raises(ValueError, match="sparse already: load the dense checkpoint to prune it"):
+            lte.prune_(model, lte.MagnitudeConfig())

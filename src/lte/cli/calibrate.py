@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from lte.cli.console import err, out, print_json, table, track
 from lte.cli.main import parse
-from lte.cli.options import DataOptions, DeviceOptions, Model, open_model
+from lte.cli.options import DataOptions, DeviceOptions, Model, check_folder, open_model
 from lte.evaluation.evaluate import Evaluation, evaluate
 from lte.surgery.loading import load_config, load_tokenizer
 from lte.training.calibration import calibrate_, check_calibration
@@ -93,6 +93,7 @@ def _output(options: Calibrate) -> Path:
         raise ValueError(f"{options.model} is no folder to save to: give -o FOLDER")
     if not options.in_place and folder.resolve() == Path(options.model).resolve():
         raise ValueError(f"{folder} is the model's own folder: give another one, or --in-place")
+    check_folder(folder)
     return folder
 
 

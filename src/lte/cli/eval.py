@@ -10,6 +10,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lte.cli.console import print_json, track
+from lte.cli.eval_origin import origin
 from lte.cli.eval_tables import show, show_answered, show_generated, show_tasks
 from lte.cli.main import parse
 from lte.cli.options import DataOptions, DeviceOptions, Model, open_model, optimize_where_possible_
@@ -85,10 +86,10 @@ def main(argv: Sequence[str]) -> None:
     device, dtype = options.where.resolve()
     config, tokenizer = load_config(options.model), load_tokenizer(options.model)
     if options.questions.mmlu is not None:
-        _mmlu(options, options.questions.mmlu, config, tokenizer, device, dtype)
+        _mmlu(options, argv, options.questions.mmlu, config, tokenizer, device, dtype)
         return
     if options.harness.tasks is not None:
-        _tasks(options, options.harness.tasks.split(","), config, tokenizer, device, dtype)
+        _tasks(options, argv, options.harness.tasks.split(","), config, tokenizer, device, dtype)
         return
     references = {}
     if options.generate:
@@ -101,7 +102,7 @@ def main(argv: Sequence[str]) -> None:
         result = evaluate(model, dataset, options.batch_size, progress=lambda batches: track(batches, "evaluating"))
         show(result)
         if options.json:
-            print_json(asdict(result))
+            print_json({**origin(options.model, config, result, argv), **asdict(result)})
         return
     generated = evaluate_generation(
         model,
@@ -119,11 +120,12 @@ def main(argv: Sequence[str]) -> None:
     show_generated(generated, perplexity)
     if options.json:
         values = {name: value for name, value in asdict(generated).items() if name != "predictions"}
-        print_json({**values, "perplexity": perplexity})
+        print_json({**origin(options.model, config, generated, argv), **values, "perplexity": perplexity})
 
 
 def _mmlu(
     options: Eval,
+    argv: Sequence[str],
     folder: str,
     config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -143,11 +145,13 @@ def _mmlu(
     )
     show_answered(result)
     if options.json:
-        print_json({name: value for name, value in asdict(result).items() if name != "predictions"})
+        values = {name: value for name, value in asdict(result).items() if name != "predictions"}
+        print_json({**origin(options.model, config, result, argv), **values})
 
 
 def _tasks(
     options: Eval,
+    argv: Sequence[str],
     names: list[str],
     config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -167,7 +171,7 @@ def _tasks(
     )
     show_tasks(result)
     if options.json:
-        print_json(asdict(result))
+        print_json({**origin(options.model, config, result, argv), **asdict(result)})
 
 
 def _open(options: Eval, head: Head, device: torch.device, dtype: torch.dtype | str) -> PreTrainedModel:

@@ -23,9 +23,10 @@ def show(result: Evaluation) -> None:
 
 
 def _cost(result: Spent) -> list[str]:
-    attention = f", attention {result.attention_sparsity:.1%}" if result.attention_sparsity else ""
+    further = f", attention {result.attention_sparsity:.1%}" if result.attention_sparsity else ""
+    further += f", weights {result.weight_sparsity:.1%}" if result.weight_sparsity >= 0.0005 else ""
     cost = [result.gflops_per_token, result.gflops_per_token_dense]
-    return [f"{result.sparsity:.1%}{attention}", *(f"{value:.4g}" for value in cost)]
+    return [f"{result.sparsity:.1%}{further}", *(f"{value:.4g}" for value in cost)]
 
 
 def show_generated(result: GenerationEvaluation, perplexity: float | None) -> None:

@@ -11,6 +11,7 @@ from lte.cli.main import parse
 from lte.cli.options import Model
 from lte.core.grouping import check_divisible
 from lte.methods.teal import teal_cost
+from lte.methods.weight_pruning import SECTION as PRUNING
 from lte.surgery.cost import cost_per_token, meta_model
 from lte.surgery.loading import load_config
 from lte.surgery.method import Method
@@ -56,6 +57,7 @@ def describe(name: str, expert_size: int, sparsities: Sequence[float]) -> dict[s
         "sparse": lte is not None or teal is not None,
         "lte": lte,
         "teal": teal,
+        "pruning": getattr(config, PRUNING, None),
         "parameters": sum(p.numel() for p in model.parameters()),
         "expert_size": size,
         "num_ffns": len(ffns),
@@ -71,9 +73,11 @@ def main(argv: Sequence[str]) -> None:
     first = found["ffns"][0]
     state = "dense"
     if found["lte"]:
-        state = f"sparse, mode {found['lte']['mode']}"
+        state = f"sparse by {found['lte']['method']}, mode {found['lte']['mode']}"
     elif found["teal"]:
         state = f"TEAL's thresholds, {found['teal']['target_sparsity']:.0%} of the inputs of every linear layer"
+    elif found["pruning"]:
+        state = f"dense, pruned by {found['pruning']['method']} to {found['pruning']['target_sparsity']:.0%}"
     out.print(f"{found['architecture']}: family {found['family']}, {found['parameters']:,} parameters, {state}")
     shapes: dict[tuple, int] = {}
     for ffn in found["ffns"]:

@@ -8,6 +8,12 @@ import tyro
 
 from lte.surgery.method import Method
 
+_OTHER_COMMANDS = {
+    "teal": "lte sparsify --method teal",
+    "wanda": "lte prune --method wanda",
+    "magnitude": "lte prune --method magnitude",
+}
+
 
 def method_name(argv: Sequence[str], default: str = "lte") -> str:
     """The name that arguments give with ``--method``, the last time where they do so several times."""
@@ -23,9 +29,12 @@ def method_in(argv: Sequence[str], default: str = "lte") -> type[Method]:
     """The method that arguments name.
 
     Raises:
-        ValueError: there is no such method.
+        ValueError: there is no such method, or it has no routers.
     """
-    return Method.named(method_name(argv, default))
+    name = method_name(argv, default)
+    if name in _OTHER_COMMANDS:
+        raise ValueError(f"{name} has no routers and is not trained: give {_OTHER_COMMANDS[name]}")
+    return Method.named(name)
 
 
 def with_method(command: type, method: type, elsewhere: Collection[str] = ()) -> type:

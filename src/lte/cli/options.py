@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -114,6 +115,16 @@ def open_model(name: str, head: Head, device: torch.device, dtype: torch.dtype |
     """The model on its device, with a word on the terminal while it loads."""
     with err.status("loading the model"):
         return load_model(name, head, dtype).to(device)  # pyright: ignore[reportArgumentType]
+
+
+def check_folder(output: str | Path) -> None:
+    """Whether a model can be saved there: transformers says no more than a word in its log where it cannot.
+
+    Raises:
+        ValueError: it is a file.
+    """
+    if Path(output).is_file():
+        raise ValueError(f"output {output} is a file: give a folder")
 
 
 def optimize_where_possible_(model: PreTrainedModel, backend: BackendName) -> None:

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from lte.cli.console import err, out, print_json
 from lte.cli.main import parse
-from lte.cli.options import DataOptions, DeviceOptions, Output, open_model
+from lte.cli.options import DataOptions, DeviceOptions, Output, check_folder, open_model
 from lte.methods.weight_pruning import MagnitudeConfig, WandaConfig, prune_, weight_sparsity
 from lte.surgery.cost import cost_per_token
 from lte.surgery.loading import load_config, load_tokenizer
@@ -36,6 +36,7 @@ class Prune:
 
 def main(argv: Sequence[str]) -> None:
     options: Prune = parse(Prune, "prune", argv)
+    check_folder(options.output)
     wanda = options.method == "wanda"
     pruning = MagnitudeConfig(options.target_sparsity, options.pattern)
     if wanda:

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from lte.cli.console import err, out, track
 from lte.cli.main import parse
-from lte.cli.method_options import method_name, with_method
-from lte.cli.options import DataOptions, DeviceOptions, Output, open_model
+from lte.cli.method_options import method_in, method_name, with_method
+from lte.cli.options import DataOptions, DeviceOptions, Output, check_folder, open_model
 from lte.methods.teal import teal_
 from lte.modules.recording import sparse_layers
 from lte.surgery.convert import sparsify_
@@ -43,9 +43,9 @@ class Sparsify:
 
 
 def main(argv: Sequence[str]) -> None:
-    name = method_name(argv)
-    config_class = TEALConfig if name == TEALConfig.name else Method.named(name)
+    config_class = TEALConfig if method_name(argv) == TEALConfig.name else method_in(argv)
     options: Any = parse(with_method(Sparsify, config_class), "sparsify", argv)
+    check_folder(options.output)
     method: Method | TEALConfig = options.chosen_method
     device, dtype = options.where.resolve()
     config = load_config(options.model)

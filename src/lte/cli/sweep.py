@@ -26,6 +26,8 @@ from lte.cli.options import Output
 from lte.cli.train import SUMMARY, parse_train
 
 ROWS = "rows.jsonl"
+_QUALITIES = ("rougeL", "bleu", "perplexity", "accuracy", "f1", "matthews", "pearson", "spearman")
+_MEASURES = (*_QUALITIES, "sparsity", "gflops_per_token")
 
 Row = dict[str, Any]
 
@@ -163,8 +165,9 @@ def _execute(run: Run, environment: dict[str, str], discard_models: bool) -> Row
                 reason = last.removeprefix("lte: error: ").strip() or f"exit code {done.returncode}"
                 return {**row, "error": reason if arguments[0] == "train" else f"{shlex.join(arguments)}: {reason}"}
             file.write(done.stdout)
+            file.flush()  # before the next one's errors
             if arguments[0] == "eval":
-                found.append({"command": shlex.join(["lte", *arguments]), **json.loads(done.stdout.splitlines()[-1])})
+                found.append(json.loads(done.stdout.splitlines()[-1]))
     row |= {"seconds": round(time.perf_counter() - began, 1)}
     summary = json.loads((run.folder / SUMMARY).read_text())
     if discard_models:
@@ -214,9 +217,14 @@ def _measured(row: Row) -> dict[str, float]:
     """What was measured of a run, by the heading of its column."""
     found = {}
     for index, result in enumerate([row["evaluation"], *row.get("evals", [])]):
-        for name in ("rougeL", "bleu", "perplexity", "accuracy", "sparsity", "gflops_per_token"):
-            if result.get(name) is not None:
-                found[f"{name} {index + 1}" if row.get("evals") else name] = result[name]
+        values = {name: result.get(name) for name in _MEASURES}
+        for task, scores in result.get("results", {}).items():  # of lm_eval, under its names: "acc,none"
+            values |= {
+                f"{task} {key.removesuffix(',none')}": one for key, one in scores.items() if "_stderr" not in key
+            }
+        for name, value in values.items():
+            if value is not None:
+                found[f"{name} {index + 1}" if row.get("evals") else name] = value
     return found
 
 

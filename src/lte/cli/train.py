@@ -20,7 +20,7 @@ from transformers import EvalPrediction, PreTrainedModel, set_seed
 
 from lte import __version__
 from lte.cli.console import err, print_json, track
-from lte.cli.eval import show
+from lte.cli.eval_tables import show
 from lte.cli.main import parse
 from lte.cli.method_options import chosen, method_in, with_method
 from lte.cli.options import DataOptions, DeviceOptions

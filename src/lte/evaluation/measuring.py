@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from lte.core.accounting import Cost
 from lte.methods.teal import teal_cost
+from lte.methods.weight_pruning import weight_sparsity
 from lte.modules.input_threshold import InputMeter, track_inputs
 from lte.modules.recording import SparsityMeter, track_sparsity
 from lte.surgery.cost import cost_per_token
@@ -27,6 +28,8 @@ class Spent:
             fraction of FFN weights that its zeros leave unread.
         layer_sparsity: the same, layer by layer.
         attention_sparsity: fraction of the attention projections' weights left unread; 0 but for TEAL.
+        weight_sparsity: fraction of the weights in the blocks' linear layers that are 0, of a model without routers or
+            thresholds: :func:`lte.prune_` makes such. Their FLOPs are not counted.
         gflops_per_token, gflops_per_token_dense: FFN, attention projections and routers, G = 2^30.
         mode: dense, soft or hard.
     """
@@ -36,6 +39,7 @@ class Spent:
     gflops_per_token: float
     gflops_per_token_dense: float
     attention_sparsity: float = 0.0
+    weight_sparsity: float = 0.0
     mode: str = "dense"
 
 
@@ -69,12 +73,21 @@ def spent(model: PreTrainedModel, meter: Meter) -> Spent:
     dense = cost_per_token(model)
     if isinstance(meter, InputMeter):
         return _spent_by_inputs(model, meter.by_linear, dense)
+    if is_sparse(model):
+        return Spent(
+            sparsity=meter.overall,
+            layer_sparsity=meter.by_layer,
+            gflops_per_token=cost_per_token(model, meter.by_layer).gflops,
+            gflops_per_token_dense=dense.gflops,
+            mode=model.config.lte["mode"],
+        )
+    zeros = weight_sparsity(model)
     return Spent(
-        sparsity=meter.overall if is_sparse(model) else 0.0,
+        sparsity=0.0,
         layer_sparsity=meter.by_layer,
-        gflops_per_token=cost_per_token(model, meter.by_layer if is_sparse(model) else 0.0).gflops,
+        weight_sparsity=zeros,
+        gflops_per_token=(1 - zeros) * dense.gflops,
         gflops_per_token_dense=dense.gflops,
-        mode=model.config.lte["mode"] if is_sparse(model) else "dense",
     )
 
 

@@ -1,7 +1,8 @@
 """One-shot pruning of single weights, by Wanda (Sun et al., arXiv 2306.11695) or size: no routers, a stock model."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,10 @@ from transformers.pytorch_utils import Conv1D
 from lte.core.selection import top_k
 from lte.surgery.activations import first_tokens, record_inputs
 from lte.surgery.sites import block_linears
+from lte.surgery.teal import SECTION as TEAL
+
+SECTION = "pruning"
+"""What a config calls how the model was pruned; no code needs it to load the model."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,8 @@ class MagnitudeConfig:
     Raises:
         ValueError: an option outside its range.
     """
+
+    name: ClassVar[str] = "magnitude"
 
     target_sparsity: float = 0.5
     pattern: str | None = None
@@ -62,6 +69,8 @@ class WandaConfig(MagnitudeConfig):
         ValueError: an option outside its range.
     """
 
+    name: ClassVar[str] = "wanda"
+
     tokens: int = 4096
 
     def __post_init__(self) -> None:
@@ -76,8 +85,9 @@ def prune_(
 ) -> PreTrainedModel:
     """Set single weights of every linear layer in the blocks (attention and FFN) to 0, in place.
 
-    The model's class, size and speed stay. :func:`weight_sparsity` says how many weights are 0; hardware that skips
-    them would be left with ``1 - weight_sparsity(model)`` of ``cost_per_token(model).gflops``.
+    The model's class, size and speed stay; its config says how it was pruned. :func:`weight_sparsity` says how many
+    weights are 0; hardware that skips them would be left with ``1 - weight_sparsity(model)`` of
+    ``cost_per_token(model).gflops``.
 
     Args:
         model: dense, of a known family.
@@ -88,9 +98,11 @@ def prune_(
         The same model.
 
     Raises:
-        ValueError: unknown family, data missing, a matrix that the pattern does not fit, quantised weights, Wanda on an
-            encoder-decoder. The model is then as it was.
+        ValueError: unknown family, a model that is sparse already, data missing, a matrix that the pattern does not
+            fit, quantised weights, Wanda on an encoder-decoder. The model is then as it was.
     """
+    if hasattr(model.config, "lte") or hasattr(model.config, TEAL):
+        raise ValueError("the model is sparse already: load the dense checkpoint to prune it")
     linears = block_linears(model, model.config.model_type)
     for name, linear in linears.items():
         if not linear.weight.is_floating_point() or linear.weight.is_meta:
@@ -108,6 +120,7 @@ def prune_(
         if square_I is not None:
             scores_OI *= square_I.sqrt().to(scores_OI.device)
         rows_OI.mul_(_kept(scores_OI, config, by_row=by_input))
+    setattr(model.config, SECTION, {"method": config.name, **asdict(config)})
     return model
 
 

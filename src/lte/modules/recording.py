@@ -17,9 +17,14 @@ def sparse_layers(model: nn.Module) -> dict[str, Selecting]:
     """The model's places of selection by module name, in the order of the layers.
 
     Raises:
-        ValueError: there are none: the model is dense.
+        ValueError: there are none: the model is dense, or TEAL's.
     """
     found = {name: module for name, module in model.named_modules() if isinstance(module, Selecting)}
+    if not found and hasattr(getattr(model, "config", None), "teal"):
+        raise ValueError(
+            f"{type(model).__name__} has no sparse FFN but TEAL's thresholds: use it as it is, or convert the dense "
+            "model again"
+        )
     if not found:
         raise ValueError(f"{type(model).__name__} has no sparse FFN: call lte.sparsify_(model, lte.LTEConfig()) first")
     return found
@@ -33,9 +38,7 @@ def check_linear(layers: Iterable[Selecting], consequence: str) -> None:
     """
     other = next((layer.router for layer in layers if not layer.router.is_linear), None)
     if other is not None:
-        raise ValueError(
-            f"this model's experts are chosen by a {type(other).__name__}, not LTE's router: {consequence}"
-        )
+        raise ValueError(f"this model's experts are chosen by {type(other).__name__}, not LTE's router: {consequence}")
 
 
 class TokenMasks:

@@ -81,7 +81,7 @@ def check_calibration(model: nn.Module, target_sparsity: float) -> None:
             '(for 0 use mode dense: lte.set_mode_(model, "dense"))'
         )
     layers = sparse_layers(model).values()
-    check_linear(layers, "convert the dense model again with another target_sparsity")
+    check_linear(layers, "convert (or train) the dense model again with another target_sparsity")
     modes = sorted({layer.mode for layer in layers} - {"hard"})
     if modes:
         raise ValueError(

@@ -22,6 +22,7 @@ class Point:
     sparsity: float
     gflops: float
     layer_sparsity: tuple[float, ...] = ()
+    beyond_ffn: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,10 @@ def _task(title: str, measurements: Sequence[Measurement]) -> Task:
     dense = [point for point in points if point.method == "dense"]
     rivals = [point for point in points if point.method != "dense"]
     budgets = {point.steps for point in rivals if point.steps}
+    both = {point.method for point in rivals if not point.steps}  # as they were set, and fine-tuned
     by_curve: dict[str, list[Point]] = {}
     for point in rivals:
-        budget = f", {point.steps:,} steps" if len(budgets) > 1 and point.steps else ""
+        budget = f", {point.steps:,} steps" if point.steps and (len(budgets) > 1 or point.method in both) else ""
         by_curve.setdefault(point.method + budget, []).append(point)
     names = sorted(
         {one.model for one in measurements if one.model and one.method == "dense"}
@@ -134,6 +136,7 @@ def _point(runs: Sequence[Measurement]) -> Point:
         spread=statistics.stdev(one.value for one in runs) if len(runs) > 1 else None,
         sparsity=mean("sparsity"),
         gflops=mean("gflops"),
+        beyond_ffn=runs[0].beyond_ffn,
         layer_sparsity=tuple(
             map(statistics.mean, zip(*(one.layer_sparsity for one in runs if one.layer_sparsity), strict=True))
         ),

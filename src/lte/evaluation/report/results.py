@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lte.evaluation.report.commands import Options, parse_command, setting_of, task_of
 
@@ -56,6 +56,7 @@ TITLES = {
     "teal": "TEAL",
     "wanda": "Wanda",
     "magnitude": "magnitude pruning",
+    "pruned-weights": "pruned weights",
     "static-pruning": "static pruning",
     "topk-moe": "top-k MoE",
     "noisy-topk": "noisy top-k",
@@ -72,7 +73,9 @@ class Measurement:
         task: the data it was measured on, as short as the command allows; empty where the row does not say.
         count: of labels, prompts or questions, as ``unit`` says; it tells data apart as well.
         setting: the command without seed and folders: runs that share it differ in nothing but the seed.
-        steps: training steps of all stages; 0 for methods that need none.
+        steps: training steps of all stages; 0 for methods that need none, and where a row does not say.
+        sparsity: of FFNs; of a model whose single weights are 0, their share.
+        beyond_ffn: what else is sparse, so that sparsities do not compare: attention's inputs, or weights.
     """
 
     metric: Metric
@@ -89,6 +92,7 @@ class Measurement:
     gflops: float
     gflops_dense: float
     layer_sparsity: tuple[float, ...] = ()
+    beyond_ffn: Literal["", "inputs", "weights"] = ""
 
 
 @dataclass
@@ -153,32 +157,39 @@ def _run(row: Row) -> str:
 
 def _measurements(row: Row) -> Iterator[Measurement]:
     evaluations = [row["evaluation"], *row.get("evals", [])] if isinstance(row.get("evaluation"), dict) else [row]
-    trained = parse_command(str(row.get("command", "")))
-    for index, one in enumerate(evaluations):
-        given = trained if index == 0 else parse_command(str(one.get("command", "")))
-        yield from _measured(row, one, trained, given)
+    command = str(row.get("command", ""))
+    trained = parse_command(str(row.get("trained_by", command)))
+    for one in evaluations:
+        yield from _measured(row, one, trained, parse_command(str(one.get("command", command))))
 
 
 def _measured(row: Row, one: Row, trained: Options, given: Options) -> Iterator[Measurement]:
     if not all(isinstance(one.get(name), int | float) for name in ("sparsity", "gflops_per_token")):
         return
     steps = row.get("steps")
+    settings = [setting_of(one) for one in ((trained,) if given == trained else (trained, given))]
+    if "trained_by" not in row and "model" in row:  # nothing but its name tells it from other models
+        settings.insert(0, f"--model {row['model']}")
+    method, zeros = _method(row, one), float(one.get("weight_sparsity", 0.0))
+    pruned = method != "dense" and zeros > 0
+    name = trained.get("--model") or (row.get("model", "") if method == "dense" else "")
     for metric, value, task, count, unit in _qualities(one, task_of(given)):
         yield Measurement(
             metric=metric,
             task=task,
             count=count,
             unit=unit,
-            model=Path(trained.get("--model", "")).name,
-            method=_method(row, one),
-            setting=setting_of(trained),
+            model=Path(name).name,
+            method=method,
+            setting=" ".join(settings),
             seed=row.get("seed"),
             steps=sum(steps.values()) if isinstance(steps, dict) else 0,
             value=metric.scale * value,
-            sparsity=float(one["sparsity"]),
+            sparsity=zeros if pruned else float(one["sparsity"]),
             gflops=float(one["gflops_per_token"]),
             gflops_dense=float(one.get("gflops_per_token_dense", one["gflops_per_token"])),
             layer_sparsity=tuple(one.get("layer_sparsity") or ()),
+            beyond_ffn="weights" if pruned else "inputs" if one.get("attention_sparsity") else "",
         )
 
 
@@ -209,6 +220,8 @@ def _method(row: Row, one: Row) -> str:
     title = TITLES.get(str(name), str(name))
     if options.get("selection", "mlp") not in ("mlp", "threshold"):
         title += f", {str(options['selection']).replace('_', '-')}"
+    if options.get("pattern"):
+        title += f", {options['pattern']}"
     if options.get("activation") and name != "relufication":
         title += f", {options['activation']}"
     return f"{title}, paper's recipe" if recipe == "paper" else title

@@ -60,6 +60,7 @@ def _tradeoff(task: Task, tasks: Sequence[Task], number: int) -> Section:
         )
     else:
         text.append("Every setting was run with one seed, so small differences mean nothing.")
+    text += _beyond_ffn(task)
     if task.repeated:
         text.append(f"{task.repeated} earlier runs of a command and seed that was run again are left out.")
     met = duels(task)
@@ -90,6 +91,26 @@ def _tradeoff(task: Task, tasks: Sequence[Task], number: int) -> Section:
         tables=(_numbers(task),),
         warnings=tuple(warnings),
     )
+
+
+def _beyond_ffn(task: Task) -> list[str]:
+    """A word on methods whose sparsity is not that of FFNs alone."""
+    points = [point for curve in task.curves for point in curve.points]
+    methods = {
+        what: list(dict.fromkeys(p.method for p in points if p.beyond_ffn == what)) for what in ("inputs", "weights")
+    }
+    text = []
+    if methods["inputs"]:
+        text.append(
+            f"{', '.join(methods['inputs'])}: sparse in attention too, which sparsity leaves out and GFLOPs count: "
+            "compare by these."
+        )
+    if methods["weights"]:
+        text.append(
+            f"{', '.join(methods['weights'])}: sparsity is the share of weights that are 0, attention's too, and "
+            "GFLOPs are without them, as for hardware that skips each: compare by these."
+        )
+    return text
 
 
 def _numbers(task: Task) -> Table:

@@ -1,0 +1,47 @@
+"""Where an evaluated model comes from, for the row of ``lte eval --json``: ``lte report`` sorts rows by it."""
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from lte.cli.train import SUMMARY
+from lte.evaluation.measuring import Spent
+from lte.methods.weight_pruning import SECTION as PRUNING
+from lte.surgery.teal import SECTION as TEAL
+
+_FEW_ZEROS = 0.01  # a model with fewer weights that are 0 is dense: some are 0 by rounding
+
+
+def origin(name: str, config: PretrainedConfig, spent: Spent, argv: Sequence[str]) -> dict[str, Any]:
+    """The command, the model, its method with its options, and how the model was trained, where its folder says so.
+
+    What training wrote is left out where another command has put a model of another method into the folder since.
+
+    Args:
+        name: the model's, as given to ``lte eval``.
+        config: the model's.
+        spent: what was measured of it.
+        argv: of ``lte eval``.
+    """
+    method = _method(config, spent)
+    row = {"command": shlex.join(["lte", "eval", *argv]), "model": name, "method": method}
+    path = Path(name) / SUMMARY
+    trained = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    made = "dense" if trained.get("recipe") == "dense" else (trained.get("method") or {}).get("method")
+    if made != method["method"]:
+        return row
+    return row | {"trained_by": trained["command"]} | {name: trained[name] for name in ("seed", "recipe", "steps")}
+
+
+def _method(config: PretrainedConfig, spent: Spent) -> dict[str, Any]:
+    if hasattr(config, "lte"):
+        return {name: value for name, value in config.lte.items() if name != "mode"}
+    if hasattr(config, TEAL):
+        return {"method": TEAL, **getattr(config, TEAL)}
+    if spent.weight_sparsity < _FEW_ZEROS:
+        return {"method": "dense"}
+    return getattr(config, PRUNING, {"method": "pruned-weights"})
