@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -17,6 +17,7 @@ from lte.cli.options import DataOptions, DeviceOptions, Model, open_model, optim
 from lte.evaluation.evaluate import evaluate
 from lte.evaluation.generation import evaluate_generation
 from lte.evaluation.harness import evaluate_tasks, find_tasks
+from lte.evaluation.measuring import Spent
 from lte.evaluation.mmlu import check_causal, evaluate_mmlu
 from lte.evaluation.mmlu_questions import Split, read_mmlu
 from lte.ops.sparse_ffn import BackendName
@@ -101,8 +102,7 @@ def main(argv: Sequence[str]) -> None:
     if not options.generate:
         result = evaluate(model, dataset, options.batch_size, progress=lambda batches: track(batches, "evaluating"))
         show(result)
-        if options.json:
-            print_json({**origin(options.model, config, result, argv), **asdict(result)})
+        _print_row(options, argv, config, result)
         return
     generated = evaluate_generation(
         model,
@@ -118,9 +118,7 @@ def main(argv: Sequence[str]) -> None:
         _write_predictions(Path(options.predictions), references, generated.predictions)
     perplexity = evaluate(model, dataset, options.batch_size, lambda batches: track(batches, "references")).perplexity
     show_generated(generated, perplexity)
-    if options.json:
-        values = {name: value for name, value in asdict(generated).items() if name != "predictions"}
-        print_json({**origin(options.model, config, generated, argv), **values, "perplexity": perplexity})
+    _print_row(options, argv, config, generated, perplexity=perplexity)
 
 
 def _mmlu(
@@ -144,9 +142,7 @@ def _mmlu(
         progress=lambda batches: track(batches, "answering"),
     )
     show_answered(result)
-    if options.json:
-        values = {name: value for name, value in asdict(result).items() if name != "predictions"}
-        print_json({**origin(options.model, config, result, argv), **values})
+    _print_row(options, argv, config, result)
 
 
 def _tasks(
@@ -170,8 +166,14 @@ def _tasks(
         batch_size=options.batch_size,
     )
     show_tasks(result)
+    _print_row(options, argv, config, result)
+
+
+def _print_row(options: Eval, argv: Sequence[str], config: PretrainedConfig, result: Spent, **further: Any) -> None:
+    """With --json: what was measured, but for the predictions, and of which model."""
     if options.json:
-        print_json({**origin(options.model, config, result, argv), **asdict(result)})
+        values = {name: value for name, value in asdict(result).items() if name != "predictions"}
+        print_json({**origin(options.model, config, result, argv), **values, **further})
 
 
 def _open(options: Eval, head: Head, device: torch.device, dtype: torch.dtype | str) -> PreTrainedModel:

@@ -125,10 +125,11 @@ def recipe_arguments(path: Path, given: Sequence[str] = ()) -> list[str]:
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} must map option names to values, e.g. max_steps: 600")
     its_method = Method.named(recipe.get("method", Train.method))
-    foreign = set(its_method.options()) - {*ELSEWHERE} if method_in(given, its_method.name) is not its_method else set()
+    replaced = method_in(given, its_method.name) is not its_method
+    left_out = {"method", *its_method.options()} - {*ELSEWHERE} if replaced else set()
     arguments = []
     for name, value in recipe.items():
-        if str(name).replace("-", "_") in foreign | {"method"} and foreign:
+        if str(name).replace("-", "_") in left_out:
             continue
         flag = f"--{str(name).replace('_', '-')}"
         if value is None:

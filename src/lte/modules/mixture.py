@@ -1,6 +1,5 @@
 """Routers of a mixture of experts: k experts a token, scaled by learned weights, and a loss that keeps all in use."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 
 from lte.core.selection import top_k
 from lte.modules.recording import Recording
-from lte.modules.router import BaseRouter, linear_fp32
+from lte.modules.router import BaseRouter, draw_, linear_fp32
 from lte.modules.sparse_ffn import Selecting
 
 
@@ -37,9 +36,8 @@ class MixtureRouter(BaseRouter):
 
     @torch.no_grad()
     def reset(self, bias: float = 0.0, generator: torch.Generator | None = None) -> None:
-        """Draw the weight as LTE's router does, on the CPU."""
-        bound = 1 / math.sqrt(self.weight.shape[1])
-        self.weight.copy_(torch.empty(self.weight.shape).uniform_(-bound, bound, generator=generator))
+        """Draw the weight as LTE's router does."""
+        draw_(self.weight, generator)
         self.bias.fill_(bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:

@@ -44,6 +44,13 @@ def linear_fp32(x_TD: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
         return nn.functional.linear(x_TD.float(), weight.float(), None if bias is None else bias.float())
 
 
+@torch.no_grad()
+def draw_(weight_ED: Tensor, generator: torch.Generator | None = None) -> None:
+    """Draw a weight uniformly within ``1 / sqrt(D)``, as ``nn.Linear`` does; on the CPU, so alike on every device."""
+    bound = 1 / math.sqrt(weight_ED.shape[1])
+    weight_ED.copy_(torch.empty(weight_ED.shape).uniform_(-bound, bound, generator=generator))
+
+
 class Router(BaseRouter):
     """``scores = sigmoid(temperature * (x W^T + bias))``, in fp32 whatever the input or autocast.
 
@@ -69,12 +76,8 @@ class Router(BaseRouter):
 
     @torch.no_grad()
     def reset(self, bias: float = 0.0, generator: torch.Generator | None = None) -> None:
-        """Draw the weight uniformly within ``1 / sqrt(D)``, as ``nn.Linear`` does; set bias, temperature 1.
-
-        The draw is made on the CPU, so that it is the same on every device.
-        """
-        bound = 1 / math.sqrt(self.weight.shape[1])
-        self.weight.copy_(torch.empty(self.weight.shape).uniform_(-bound, bound, generator=generator))
+        """Draw the weight, set bias, temperature 1."""
+        draw_(self.weight, generator)
         self.bias.fill_(bias)
         self.temperature.fill_(1.0)
 

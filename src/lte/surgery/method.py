@@ -1,8 +1,8 @@
 """What a method is: a frozen dataclass that groups neurons, builds routers and fits them. Its type is the choice."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 
 from lte.modules.router import BaseRouter
 from lte.surgery.sites import Site
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -97,12 +99,18 @@ class Method:
         values = {option: value for option, value in values.items() if option != "mode"}
         name = values.pop("method", None)
         cls = Method.named(name)
-        unknown = values.keys() - set(cls.options())
-        if unknown:
-            raise ValueError(
-                f"unknown option {', '.join(sorted(unknown))} for method {name!r}: it has {', '.join(cls.options())}"
-            )
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise ValueError(f"method {name!r} has an option of the wrong type: {error}") from error
+        return made_of(cls, values, cls.options(), f"method {name!r}")
+
+
+def made_of(cls: type[Made], values: dict[str, Any], options: Sequence[str], title: str) -> Made:
+    """``cls`` with the values of its options; ``title`` is what messages call it.
+
+    Raises:
+        ValueError: unknown option, or one of the wrong type.
+    """
+    if unknown := values.keys() - set(options):
+        raise ValueError(f"unknown option {', '.join(sorted(unknown))} for {title}: it has {', '.join(options)}")
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ValueError(f"{title} has an option of the wrong type: {error}") from error

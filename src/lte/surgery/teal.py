@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal, get_args
 from transformers import PreTrainedModel
 
 from lte.modules.input_threshold import add_cut_
+from lte.surgery.method import made_of
 from lte.surgery.sites import block_linears
 
 Allocation = Literal["uniform", "greedy"]
@@ -59,13 +60,7 @@ class TEALConfig:
         Raises:
             ValueError: unknown option, or one of the wrong type.
         """
-        known = [field.name for field in fields(cls)]
-        if unknown := values.keys() - set(known):
-            raise ValueError(f"unknown option {', '.join(sorted(unknown))} for TEAL: it has {', '.join(known)}")
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise ValueError(f"TEAL has an option of the wrong type: {error}") from error
+        return made_of(cls, values, [field.name for field in fields(cls)], "TEAL")
 
     @staticmethod
     def install_(model: PreTrainedModel) -> None:
