@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 
 import lte
 from byte_tokenizer import byte_tokenizer
+from lte.evaluation import generation
 from lte.evaluation.generation import _encode, evaluate_generation, group_references
 from lte.evaluation.text_metrics import TextMetrics
 from lte.training.data import DataConfig, generation_rows
@@ -179,6 +180,25 @@ def test_prompts_have_the_tokens_of_training(encoder_decoder, caplog):
         assert ids.tolist() == context.tolist()
     assert [len(ids) for ids in found] == ([12, 5] if encoder_decoder else [8, 4])
     assert ("1 of 2 prompts cut" in caplog.text) is not encoder_decoder
+
+
+@pytest.mark.parametrize(
+    ("asked", "new_tokens", "done"), [(None, 2000, False), (None, 2048, None), (True, 2000, True), (False, 2048, False)]
+)
+def test_steps_are_compiled_where_there_are_many(monkeypatch, asked, new_tokens, done):
+    seen = []
+
+    def complete(model, inputs, stops, compile, **_):
+        seen.append(compile)
+        new = torch.zeros(1, dtype=torch.long)
+        return [generation.Completion(row, row[:0], new, ended=True) for row in inputs["input_ids"]]
+
+    monkeypatch.setattr(generation, "complete", complete)
+    options = {"batch_size": 2, "max_new_tokens": new_tokens, "sequence_length": 4096, "compile": asked}
+    model = model_of("dense")
+    model.config.max_position_embeddings = 4096
+    evaluate_generation(model, REFERENCES, make_tokenizer(), **options)
+    assert seen == [done, done]  # two batches: 4000 and 4096 steps
 
 
 def test_the_model_is_left_as_it_was():

@@ -101,7 +101,7 @@ class LTETrainer(Trainer):
         self.eta: float | Tensor = args.eta or 0.0
         self.controller = SparsityController(args.target_sparsity or 0.0)
         self.step_log = StepLog()
-        self._found: tuple[Any, dict[str, Any]] = (None, {})
+        self._found: tuple[Any, Any, dict[str, Any]] = (None, None, {})
         self._flops_per_token: int | None = None
         self._measure_scores = self._compiled(measure_scores)
         self._mix_rows = self._compiled(mix_rows) if args.torch_compile else None
@@ -346,13 +346,19 @@ class LTETrainer(Trainer):
 
     @property
     def _unwrapped(self) -> Any:
-        return self.accelerator.unwrap_model(self.model)
+        return self._found_in_model[0]
 
     @property
     def _layers(self) -> dict[str, Any]:
-        if self._found[0] is not self.model:  # kept: looking through all modules takes a while, at every step
-            self._found = self.model, sparse_layers(self._unwrapped)
-        return self._found[1]
+        return self._found_in_model[1]
+
+    @property
+    def _found_in_model(self) -> tuple[Any, dict[str, Any]]:
+        """The model without wrappers, and its sparse layers. Kept: each means a look at all modules, at every step."""
+        if self._found[0] is not self.model:
+            plain = self.accelerator.unwrap_model(self.model)
+            self._found = self.model, plain, sparse_layers(plain)
+        return self._found[1:]
 
     @property
     def _distils(self) -> bool:
