@@ -153,6 +153,21 @@ def test_where_lte_leads_and_where_not(tasks):
     }
 
 
+def test_lte_trained_for_longer_does_not_count(tasks):
+    rivals = [row("cats", 10.6, 0.5, 0.15, steps=300), row("teal", 10.6, 0.5, 0.15, steps=0)]
+    (task,) = tasks(
+        row("lte", 10.7, 0.5, 0.14, steps=300),
+        row("lte", 10.5, 0.5, 0.14, steps=1200, options="--max-steps 1200"),
+        *rivals,
+    )
+    assert {one.title: (one.lte, one.leads) for one in duels(task)} == {
+        "CATS, 300 steps": (10.7, False),
+        "TEAL": (10.5, True),  # set without training: any LTE, and the page says so
+    }
+    (task,) = tasks(row("lte", 10.5, 0.5, 0.14, steps=1200), rivals[0])
+    assert [one.lte for one in duels(task)] == [None]
+
+
 def test_as_it_was_set_and_fine_tuned_are_two_curves(tasks):
     (task,) = tasks(row("cats", 12, 0.5, steps=0, options="--fit"), row("cats", 11, 0.5), row("lte", 10, 0.5))
     assert [curve.title for curve in task.curves] == ["CATS", "CATS, 300 steps", "LTE"]
@@ -180,4 +195,4 @@ def test_the_page_says_where_lte_does_not_lead(tmp_path):
     results = read_results([write(tmp_path / "rows.jsonl", rows)])
     first = sections(results, gather(results.measurements))[0]
     assert first.warnings == ("LTE does not lead: at 0.12 GFLOPs per token TEAL has 11.4, LTE 12.",)
-    assert not any("leads at equal" in line for line in first.text)
+    assert any(line.endswith("LTE leads in 0 of 1 places.") for line in first.text)

@@ -71,12 +71,17 @@ def _tradeoff(task: Task, tasks: Sequence[Task], number: int) -> Section:
         for one in comparable
         if not one.leads
     ]
-    if comparable and not warnings:
-        text.append(
-            f"LTE leads at equal GFLOPs, from 50 % sparsity up: in {len(comparable)} of {len(comparable)} places."
-        )
+    for against, several in (
+        (
+            "At equal GFLOPs and no more steps of training, from 50 % sparsity up,",
+            [d for d in comparable if d.rival.steps],
+        ),
+        ("Against methods that were set without training", [d for d in comparable if not d.rival.steps]),
+    ):
+        if several:
+            text.append(f"{against} LTE leads in {sum(one.leads for one in several)} of {len(several)} places.")
     warnings += [
-        f"No LTE run is as cheap as {one.title} at {one.rival.gflops:.4g} GFLOPs per token."
+        f"No LTE run of that budget is as cheap as {one.title} at {one.rival.gflops:.4g} GFLOPs per token."
         for one in met
         if one.lte is None
     ]

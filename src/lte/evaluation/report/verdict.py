@@ -1,4 +1,4 @@
-"""Whether LTE leads: its quality against every rival's, at equal GFLOPs per token."""
+"""Whether LTE leads: its quality against every rival's, at equal GFLOPs per token and no more steps of training."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,10 @@ FROM_SPARSITY = 0.45
 
 @dataclass(frozen=True)
 class Duel:
-    """A rival's run beside LTE at the same GFLOPs; ``lte`` is None where LTE has no run that cheap."""
+    """A rival's run beside LTE at the same GFLOPs; ``lte`` is None where LTE has no run to compare with.
+
+    LTE's are those of no more steps than the rival's, and all of them where the rival was set without training.
+    """
 
     title: str
     rival: Point
@@ -34,16 +37,17 @@ def at_cost(points: Sequence[Point], gflops: float, metric: Metric) -> float | N
 
 
 def duels(task: Task) -> list[Duel]:
-    """LTE's best runs, of any budget, against each run of every rival from 50 % up."""
+    """LTE's best runs against each run of every rival from 50 % up."""
     ours = [point for curve in task.curves for point in curve.points if point.method == "LTE"]
-    best = [one for one in ours if not any(_beats(other, one, task.metric) for other in ours)]
-    if not best:
+    if not ours:
         return []
     found = []
     for curve in task.curves:
         for point in curve.front:
             if point.method.startswith("LTE") or point.sparsity < FROM_SPARSITY:
                 continue
+            fair = [one for one in ours if not point.steps or one.steps <= point.steps]
+            best = [one for one in fair if not any(_beats(other, one, task.metric) for other in fair)]
             lte = at_cost(best, point.gflops, task.metric)
             found.append(Duel(curve.title, point, lte, lte is not None and task.metric.loss(lte, point.value) < 0))
     return found
