@@ -8,6 +8,7 @@ from tiny_models import relative_rms
 from transformers import AutoModelForCausalLM
 
 import lte
+from lte.surgery.loading import load_model
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 X = torch.arange(100, 120)[None]
@@ -35,3 +36,11 @@ def test_a_gguf_model_converts_saves_and_loads(folder, tmp_path):
     assert loaded.dtype == torch.float32
     assert torch.equal(loaded(X).logits, model(X).logits)
     loaded.half()  # a model that is marked as quantised refuses
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_gguf_model_saves_dense(folder, tmp_path):
+    model = load_model(str(folder / FILE))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(load_model(str(tmp_path))(X).logits, model.float()(X).logits)

@@ -230,8 +230,13 @@ def become_lte_(model: PreTrainedModel, values: dict[str, Any], section: str = "
                 part.config.__class__ = lte_config_class(base)
                 setattr(part.config, section, values)
     model.__class__ = lte_model_class(type(model))
+    forget_gguf_(model)
+
+
+def forget_gguf_(model: PreTrainedModel) -> None:
+    """Take back what loading a GGUF file says of a model: that it is quantized. Its weights are plain floats."""
     loaded: Any = model
-    if getattr(loaded, "hf_quantizer", None) is not None:  # set by GGUF loading, though the weights are plain floats
+    if getattr(loaded, "hf_quantizer", None) is not None:
         loaded.hf_quantizer = None
         loaded.is_quantized = False
     if hasattr(loaded.config, "quantization_config"):

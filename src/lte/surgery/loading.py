@@ -15,6 +15,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lte.surgery.architectures import forget_gguf_
+
 Head = Literal["causal", "seq2seq", "classification"]
 
 _AUTO: dict[Head, Any] = {
@@ -48,7 +50,10 @@ def load_model(name: str, head: Head = "causal", dtype: torch.dtype | str = "aut
         dtype = torch.float32
     if "num_labels" in kwargs:
         kwargs.setdefault("ignore_mismatched_sizes", True)  # e.g. a checkpoint trained on another task
-    return _explained(name, lambda: _AUTO[head].from_pretrained(path, dtype=dtype, **gguf, **kwargs))
+    model = _explained(name, lambda: _AUTO[head].from_pretrained(path, dtype=dtype, **gguf, **kwargs))
+    if gguf:
+        forget_gguf_(model)
+    return model
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
