@@ -138,7 +138,7 @@ def test_activation_needs_its_layer():
     up = nn.Linear(D, F_)
     router = Router(D, E)
     router.reset()
-    place = SparseActivation(nn.ReLU(), up, router, TAU)
+    place = SparseActivation(nn.ReLU(), up, nn.Identity(), router, TAU)
     x = torch.randn(3, D)
     torch.testing.assert_close(place(up(x)), F.relu(up.forward(x)))
     with pytest.raises(RuntimeError, match="did not see"):
@@ -148,7 +148,7 @@ def test_activation_needs_its_layer():
 def test_activation_weighs_like_the_ffn():
     torch.manual_seed(0)
     ffn, x = sparse_ffn("plain"), torch.randn(2, 3, D)
-    place = SparseActivation(ffn.act, ffn.up, ffn.router, TAU)
+    place = SparseActivation(ffn.act, ffn.up, ffn.down, ffn.router, TAU)
     for mode in ("dense", "soft", "hard"):
         ffn.set_mode(mode)
         place.set_mode(mode)

@@ -19,7 +19,7 @@ class Shape:
 
     Attributes:
         ffn_weights: weights of each layer's FFN (gate, up and down together).
-        router_weights: weights of each layer's router.
+        router_weights: weights of each layer's router, and of its compensation where it has one.
         attention_weights: weights of all attention projections together.
         head_weights: weights of the LM or classification head.
         embedding_weights: weights of the embeddings, not counting a head tied to them.
@@ -37,7 +37,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of one token. FLOPs in G (2^30); ``gflops`` = FFN + attention + router, without the head."""
+    """Cost of one token. FLOPs in G (2^30); ``gflops`` = FFN + attention + router, without the head.
+
+    A compensation of idle experts counts with the router.
+    """
 
     gflops: float
     ffn_gflops: float

@@ -92,7 +92,7 @@ def _packed(site: Site, backend: BackendName) -> Packed:
                 )
     return Packed(
         up=_projection(site, family.up, down=False, pre_hooks=int(absorbed)),
-        down=_projection(site, family.down, down=True),
+        down=_projection(site, family.down, down=True, hooks=int(absorbed and layer.compensation is not None)),
         gate=_projection(site, family.gate, down=False) if family.gate else None,
         fused_gate_up=family.fused_gate_up,
         act=act,
@@ -100,10 +100,10 @@ def _packed(site: Site, backend: BackendName) -> Packed:
     )
 
 
-def _projection(site: Site, path: str, down: bool, pre_hooks: int = 0) -> Projection:
+def _projection(site: Site, path: str, down: bool, pre_hooks: int = 0, hooks: int = 0) -> Projection:
     parent, _, name = path.rpartition(".")
     linear = site.module(path)
-    return Projection(linear, site.module(parent), name, down == isinstance(linear, nn.Linear), pre_hooks)
+    return Projection(linear, site.module(parent), name, down == isinstance(linear, nn.Linear), pre_hooks, hooks)
 
 
 def _become_packed_(layer: Selecting, packed: Packed) -> None:

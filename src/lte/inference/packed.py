@@ -20,7 +20,7 @@ class Projection:
 
     Attributes:
         transposed: whether its weight is ``[D, F]``, as ``nn.Linear`` keeps a down projection.
-        pre_hooks: how many forward pre-hooks are ours.
+        pre_hooks, hooks: how many forward pre-hooks and hooks are ours.
     """
 
     linear: nn.Module
@@ -28,6 +28,7 @@ class Projection:
     name: str
     transposed: bool
     pre_hooks: int = 0
+    hooks: int = 0
 
     def untouched(self) -> bool:
         """Whether calling the layer is multiplying by its weight: no adapter, quantiser or hook came since."""
@@ -37,7 +38,7 @@ class Projection:
             and type(linear._parameters.get("weight")) is nn.Parameter  # pruning and weight norm move it
             and "bias" in linear._parameters
             and "forward" not in vars(linear)  # offloading replaces it
-            and not linear._forward_hooks
+            and len(linear._forward_hooks) == self.hooks
             and len(linear._forward_pre_hooks) == self.pre_hooks
         )
 
@@ -120,12 +121,14 @@ class PackedLayer(Selecting):
     def run(self, x_TD: Tensor) -> Tensor:
         """The FFN's output by ``sparse_ffn``."""
         active_TE = None
-        if self.kept_in:
+        if self.kept_in or self.compensation is not None:  # which has to know how many are idle
             scores_TE = self.router(x_TD)
             self.keep(scores_TE)
             active_TE = threshold(scores_TE, self.tau)
         weights = self.packed.weights(self.linear_router, self.tau)
-        return sparse_ffn(x_TD, weights, active_TE, self.packed.backend)
+        y_TD = sparse_ffn(x_TD, weights, active_TE, self.packed.backend)
+        added_TD = self.compensate(x_TD, active_TE)
+        return y_TD if added_TD is None else y_TD + added_TD
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, backend={self.packed.backend!r}"

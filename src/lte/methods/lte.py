@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lte.core.grouping import check_divisible
 from lte.methods.experts import Grouping, check_experts, group_neurons
+from lte.modules.compensation import Compensation
 from lte.modules.router import Router
 from lte.surgery.convert import RECORDED_TOKENS
 from lte.surgery.method import Method
@@ -23,6 +24,8 @@ class LTEConfig(Method):
         tau: an expert is active when its score is above it (paper: 0.5).
         grouping: ``kmeans`` on the rows of the first FFN weight (paper), ``coactivation`` from data, or ``random``.
         seed: of grouping and router initialisation.
+        compensation_rank: rank R of a linear stand-in for idle experts, which costs ``2 D R`` weights a token
+            (:class:`~lte.modules.compensation.Compensation`); 0 (paper) is none.
 
     Raises:
         ValueError: an option outside its range.
@@ -31,8 +34,11 @@ class LTEConfig(Method):
     name: ClassVar[str] = "lte"
 
     grouping: Grouping = "kmeans"
+    compensation_rank: int = 0
 
     def __post_init__(self) -> None:
+        if self.compensation_rank < 0:
+            raise ValueError(f"compensation_rank is {self.compensation_rank}, but a rank is 0 (none) or more")
         check_experts(self.expert_size, self.grouping)
         if not 0 < self.tau < 1:
             raise ValueError(f"tau is {self.tau}, but scores lie between 0 and 1, so tau does too (usual: 0.5)")
@@ -50,3 +56,6 @@ class LTEConfig(Method):
 
     def build_router(self, site: Site, device: torch.device) -> Router:
         return Router(site.d_model, check_divisible(site.d_ff, self.expert_size), device)
+
+    def build_compensation(self, site: Site, device: torch.device) -> Compensation | None:
+        return Compensation(site.d_model, self.compensation_rank, device) if self.compensation_rank else None

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lte.core.selection import scale_experts, threshold
+from lte.modules.compensation import Compensation
 from lte.modules.router import BaseRouter, Router
 
 Mode = Literal["dense", "soft", "hard"]
@@ -18,6 +19,7 @@ class Selecting(nn.Module):
     """What both places of selection share: a router, a threshold, a mode, and lists that scores are kept in.
 
     Attributes:
+        compensation: adds to the FFN's output what stands in for idle experts; None adds nothing.
         kept_in: lists to which each pass appends its scores ``[..., E]``; :func:`~lte.modules.recording.record_scores`
             puts them here. Lists, not callables: all layers then look alike to ``torch.compile``.
         hardness: in mode soft, how far an expert's weight has moved from its score (0, the paper's) to the
@@ -25,13 +27,20 @@ class Selecting(nn.Module):
             raises it, so that the model meets hard selection before the hard stage does.
     """
 
-    def __init__(self, router: BaseRouter, tau: float):
+    def __init__(self, router: BaseRouter, tau: float, compensation: Compensation | None = None):
         super().__init__()
         self.router = router
+        self.compensation = compensation
         self.tau = tau
         self.mode: Mode = "dense"
         self.hardness = 0.0
         self.kept_in: list[list[Tensor]] = []
+
+    def reset(self, generator: torch.Generator | None = None, bias: float = 0.0) -> None:
+        """Initialise what is not the dense model's: the router (``bias``: where it has one) and the compensation."""
+        self.router.reset(bias, generator)
+        if self.compensation is not None:
+            self.compensation.reset(generator)
 
     def set_mode(self, mode: Mode) -> None:
         """Switch the mode.
@@ -44,6 +53,11 @@ class Selecting(nn.Module):
         self.mode = mode
 
     @property
+    def num_weights(self) -> int:
+        """What a token costs beyond its active neurons: the weights of router and compensation."""
+        return self.router.num_weights + (0 if self.compensation is None else self.compensation.num_weights)
+
+    @property
     def linear_router(self) -> Router:
         """The router, where it is LTE's (``check_linear`` says so to users)."""
         assert self.router.is_linear
@@ -54,8 +68,8 @@ class Selecting(nn.Module):
         for kept in self.kept_in:
             kept.append(scores_TE)
 
-    def select(self, x_TD: Tensor, fired_TF: Tensor, hidden_TF: Tensor) -> Tensor:
-        """Neurons -> the same, weighted as the mode says.
+    def weigh(self, x_TD: Tensor, fired_TF: Tensor, hidden_TF: Tensor) -> Tensor | None:
+        """The weight of each expert ``[..., E]`` as the mode says, booleans where it is kept or not; None keeps all.
 
         Args:
             x_TD: the FFN's input.
@@ -65,16 +79,22 @@ class Selecting(nn.Module):
         if self.mode == "dense":
             if self.kept_in:
                 self.keep(torch.ones(*hidden_TF.shape[:-1], self.router.num_experts, device=hidden_TF.device))
-            return hidden_TF
+            return None
         reads = self.router.reads
         scores_TE = self.router(x_TD if reads == "input" else fired_TF if reads == "activation" else hidden_TF)
         self.keep(scores_TE)
         if self.mode == "hard" and not self.router.scales:
-            return scale_experts(hidden_TF, threshold(scores_TE, self.tau))
+            return threshold(scores_TE, self.tau)
         if self.hardness:
             kept_TE = threshold(scores_TE, self.tau).to(scores_TE.dtype)
             scores_TE = scores_TE + self.hardness * (kept_TE - scores_TE).detach()
-        return scale_experts(hidden_TF, scores_TE)
+        return scores_TE
+
+    def compensate(self, x_TD: Tensor, weights_TE: Tensor | None) -> Tensor | None:
+        """What to add to the FFN's output ``[..., D]``, if anything."""
+        if self.compensation is None or weights_TE is None:
+            return None
+        return self.compensation(x_TD, weights_TE)
 
     def extra_repr(self) -> str:
         return f"mode={self.mode!r}, tau={self.tau}"
@@ -102,8 +122,15 @@ class SparseFFN(Selecting):
     Shapes: ``[..., D]`` -> ``[..., D]``. In mode dense it computes what the dense module did.
     """
 
-    def __init__(self, dense: nn.Module, roles: Roles, router: BaseRouter, tau: float):
-        super().__init__(router, tau)
+    def __init__(
+        self,
+        dense: nn.Module,
+        roles: Roles,
+        router: BaseRouter,
+        tau: float,
+        compensation: Compensation | None = None,
+    ):
+        super().__init__(router, tau, compensation)
         self.roles = roles
         for name, child in dense.named_children():
             self.add_module(name, child)
@@ -126,7 +153,10 @@ class SparseFFN(Selecting):
             fired_TF = hidden_TF = act(hidden_TF)
         if roles.hidden_dropout:
             hidden_TF = getattr(self, roles.hidden_dropout)(hidden_TF)
-        y_TD = self._down(self.select(x_TD, fired_TF, hidden_TF))
+        weights_TE = self.weigh(x_TD, fired_TF, hidden_TF)
+        y_TD = self._down(hidden_TF if weights_TE is None else scale_experts(hidden_TF, weights_TE))
+        added_TD = self.compensate(x_TD, weights_TE)
+        y_TD = y_TD if added_TD is None else y_TD + added_TD.to(y_TD.dtype)
         return getattr(self, roles.output_dropout)(y_TD) if roles.output_dropout else y_TD
 
     def _down(self, hidden_TF: Tensor) -> Tensor:
@@ -145,24 +175,41 @@ class SparseFFN(Selecting):
 class SparseActivation(Selecting):
     """Selection for a model whose FFN is not a module of its own (OPT, BERT): it stands where the activation did.
 
-    The projections stay where they are, under their own names. ``watch`` is the first projection; a
-    hook there shows the router the FFN's input.
+    The projections ``first`` and ``down`` stay where they are, under their own names. A hook on the first shows the
+    router the FFN's input; one on the other adds the compensation, where there is one.
 
     Shapes: ``[..., F]`` -> ``[..., F]``.
     """
 
-    def __init__(self, act: nn.Module, watch: nn.Module, router: BaseRouter, tau: float):
-        super().__init__(router, tau)
+    def __init__(
+        self,
+        act: nn.Module,
+        first: nn.Module,
+        down: nn.Module,
+        router: BaseRouter,
+        tau: float,
+        compensation: Compensation | None = None,
+    ):
+        super().__init__(router, tau, compensation)
         self.act = act
         self._x_TD: Tensor | None = None
-        watch.register_forward_pre_hook(self._see)
+        self._added_TD: Tensor | None = None
+        first.register_forward_pre_hook(self._see)
+        if compensation is not None:
+            down.register_forward_hook(self._add)
 
     def _see(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self._x_TD = args[0]
+
+    def _add(self, _module: nn.Module, _args: tuple[Tensor, ...], y_TD: Tensor) -> Tensor:
+        added_TD, self._added_TD = self._added_TD, None
+        return y_TD if added_TD is None else y_TD + added_TD.to(y_TD.dtype)
 
     def forward(self, hidden_TF: Tensor) -> Tensor:
         x_TD, self._x_TD = self._x_TD, None
         if x_TD is None:
             raise RuntimeError("the router did not see this FFN's input: call the layer, not its activation alone")
         hidden_TF = self.act(hidden_TF)
-        return self.select(x_TD, hidden_TF, hidden_TF)
+        weights_TE = self.weigh(x_TD, hidden_TF, hidden_TF)
+        self._added_TD = self.compensate(x_TD, weights_TE)
+        return hidden_TF if weights_TE is None else scale_experts(hidden_TF, weights_TE)

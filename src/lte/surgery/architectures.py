@@ -127,9 +127,9 @@ class LTEModelMixin:
             raise ValueError(f"{type(self).__name__} needs a config with a section lte; make one with lte.sparsify_")
         method = Method.from_dict(config.lte)
         for site in find_sites(self, config.model_type):
-            router = install_(site, method).router
-            if not any(tensor.is_meta for tensor in router.state_dict().values()):
-                router.reset()
+            sparse = install_(site, method)
+            if not any(tensor.is_meta for tensor in sparse.router.state_dict().values()):
+                sparse.reset()
         set_mode_(self, config.lte.get("mode", "dense"))
 
     @classmethod

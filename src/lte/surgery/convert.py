@@ -35,7 +35,7 @@ def sparsify_(
 
     Neurons are reordered so that each expert is contiguous, routers are initialised from the
     method's seed, and the model's class becomes ``LTE...`` so that it saves under its own name.
-    Parameter names stay as Hugging Face has them; only ``router.*`` is new.
+    Parameter names stay as Hugging Face has them; only ``router.*`` is new, and ``compensation.*`` where asked for.
 
     Args:
         model: a Hugging Face model of a known family (see ``lte.Family``), with any head.
@@ -72,7 +72,7 @@ def sparsify_(
     generator = torch.Generator().manual_seed(method.seed)
     for site, order in zip(sites, orders, strict=True):
         site.permute_neurons(order)
-        install_(site, method).router.reset(generator=generator)
+        install_(site, method).reset(generator)
     become_lte_(model, {**method.to_dict(), "mode": "dense"})
     if fit:
         method.fit(model, batches)
@@ -111,9 +111,12 @@ def install_(site: Site, method: Method) -> SparseFFN | SparseActivation:
     weight = site.first.weight
     assert isinstance(weight, Tensor)
     router = method.build_router(site, weight.device).to(weight.dtype)
+    compensation = method.build_compensation(site, weight.device)
+    if compensation is not None:
+        compensation.to(weight.dtype)
     family = site.family
     if family.site is None:
-        sparse = SparseActivation(site.module(family.act), site.first, router, method.tau)
+        sparse = SparseActivation(site.module(family.act), site.first, site.down, router, method.tau, compensation)
         place = family.act
     else:
         child = {
@@ -122,7 +125,7 @@ def install_(site: Site, method: Method) -> SparseFFN | SparseActivation:
             if (path := getattr(family, role))
         }
         roles = Roles(**child, fused_gate_up=family.fused_gate_up)
-        sparse = SparseFFN(site.module(family.site), roles, router, method.tau)
+        sparse = SparseFFN(site.module(family.site), roles, router, method.tau, compensation)
         place = family.site
     sparse.train(site.layer.training)
     parent, _, name = place.rpartition(".")
@@ -144,8 +147,8 @@ def densify(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: a model without sparse FFNs.
     """
-    routers = {f"{name}.router." for name in sparse_layers(model)}
-    weights = {name: value for name, value in model.state_dict().items() if not name.startswith(tuple(routers))}
+    ours = tuple(f"{name}.{child}." for name in sparse_layers(model) for child in ("router", "compensation"))
+    weights = {name: value for name, value in model.state_dict().items() if not name.startswith(ours)}
     plain = dense_class(type(model)).from_pretrained(
         None, config=dense_config(model.config), state_dict=weights, dtype=model.dtype
     )

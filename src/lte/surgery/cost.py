@@ -31,10 +31,10 @@ def model_shape(model: PreTrainedModel, expert_size: int = 32) -> Shape:
         ValueError: unknown family, or an expert size that does not divide d_ff.
     """
     sites = find_sites(model, model.config.model_type)
-    routers = [m.router for m in model.modules() if isinstance(m, Selecting)]
-    if routers:
-        router_weights = tuple(router.num_weights for router in routers)
-        selection = tuple(s.weights_before(router.reads) for s, router in zip(sites, routers, strict=True))
+    layers = [module for module in model.modules() if isinstance(module, Selecting)]
+    if layers:
+        router_weights = tuple(layer.num_weights for layer in layers)
+        selection = tuple(s.weights_before(layer.router.reads) for s, layer in zip(sites, layers, strict=True))
     else:
         router_weights = tuple(site.d_model * check_divisible(site.d_ff, expert_size) for site in sites)
         selection = (0,) * len(sites)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lte.modules.compensation import Compensation
 from lte.modules.router import BaseRouter
 from lte.surgery.sites import Site
 
@@ -45,6 +46,10 @@ class Method:
     def build_router(self, site: Site, device: torch.device) -> BaseRouter:
         """A router for this FFN, not yet initialised."""
         raise NotImplementedError
+
+    def build_compensation(self, site: Site, device: torch.device) -> Compensation | None:
+        """What stands in for this FFN's idle experts, not yet initialised; None where nothing does."""
+        return None
 
     def prepare_(self, model: PreTrainedModel) -> Callable[[], None]:
         """Change the dense model before it is converted, where the method needs another one; gives what undoes it."""

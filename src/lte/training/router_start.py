@@ -10,8 +10,13 @@ from lte.core.selection import expert_norms
 from lte.surgery.activations import watch_inputs
 from lte.surgery.sites import Site, find_sites
 
-TOKENS_PER_INPUT = 16  # seen for each of the D + 1 numbers that an expert's row has
+TOKENS_PER_INPUT = 16
 _RIDGE = 1e-3  # of the mean square of an input
+
+
+def tokens_to_fit(model: Any) -> int:
+    """How many tokens a fit reads: 16 for each of the D + 1 numbers of an expert's row."""
+    return TOKENS_PER_INPUT * (1 + max(site.d_model for site in find_sites(model, model.config.model_type)))
 
 
 @torch.no_grad()
@@ -26,16 +31,17 @@ def fit_routers_(model: Any, batches: Iterable[dict[str, Tensor]], bias: float) 
 
     Args:
         model: sparse, in mode dense, temperatures 1.
-        batches: of the model; 16 (D + 1) tokens are read.
+        batches: of the model; :func:`tokens_to_fit` tokens are read.
 
     Raises:
         ValueError: no batch.
     """
     sites = find_sites(model, model.config.model_type)
     moments = [_Moments(site) for site in sites]
-    tokens = TOKENS_PER_INPUT * (1 + max(site.d_model for site in sites))
     modules = [(site.name, module) for site in sites for module in (site.first, site.down)]
-    watch_inputs(model, modules, batches, lambda index, rows: moments[index // 2].see(index % 2, rows), tokens)
+    watch_inputs(
+        model, modules, batches, lambda index, rows: moments[index // 2].see(index % 2, rows), tokens_to_fit(model)
+    )
     for one in moments:
         one.fit_(bias)
 

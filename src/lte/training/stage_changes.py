@@ -19,19 +19,23 @@ from lte.surgery.method import Method
 from lte.surgery.sites import find_sites
 from lte.training.arguments import LTETrainingArguments
 from lte.training.calibration import calibrate_
+from lte.training.compensation_start import fit_compensations_
 from lte.training.router_start import fit_routers_
 from lte.training.stages import Stage
 
 Batches = Iterable[dict[str, Tensor]]
+_USUAL_SPARSITY = 0.5  # that a start is made for where none is asked for
 
 
 def set_stage_(model: Any, stage: Stage, train_bias: bool) -> None:
-    """The mode of a stage, and routers that train in the soft one only."""
+    """The mode of a stage; routers train in the soft one only, compensation for idle experts in the hard one too."""
     set_mode_(model, stage)
     for layer in sparse_layers(model).values():
         layer.hardness = 0.0
         for name, parameter in layer.router.named_parameters():
             parameter.requires_grad_(stage == "soft" and (train_bias or not name.endswith("bias")))
+        if layer.compensation is not None:
+            layer.compensation.requires_grad_(stage != "dense")
 
 
 def regroup_(model: Any, method: Method, batches: Batches) -> None:
@@ -50,12 +54,15 @@ def start_routers_(model: Any, method: Method, batches: Batches, args: LTETraini
     bias = cast(float, args.router_bias) if method.learns else 0.0
     generator = torch.Generator().manual_seed(args.seed)
     for layer in layers:
-        layer.router.reset(bias, generator)
+        layer.reset(generator, bias)
     if method.learns and args.router_start == "random":
         return
     set_mode_(model, "dense")
     if method.learns:
-        fit_routers_(model, batches, bias)
+        seen: list[dict[str, Tensor]] = []
+        fit_routers_(model, (seen.append(batch) or batch for batch in batches), bias)
+        if any(layer.compensation is not None for layer in layers):
+            fit_compensations_(model, seen, args.target_sparsity or _USUAL_SPARSITY)
     else:
         for layer in layers:
             layer.router.requires_grad_(True)  # a method may train them, outside of the training loop
@@ -90,3 +97,5 @@ def _share_routers(layers: Iterable[Selecting]) -> None:
     """All ranks take those of the first."""
     for layer in layers:
         broadcast(layer.router.state_dict())
+        if layer.compensation is not None:
+            broadcast(layer.compensation.state_dict())

@@ -1,0 +1,89 @@
+"""Where compensation starts: fitted to what the experts would leave out that fitted routers shut."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lte.surgery.activations import watch_inputs
+from lte.surgery.sites import Site, find_sites
+from lte.training.router_start import tokens_to_fit
+
+_RIDGE = 1e-3  # of the mean square of an input
+
+
+@torch.no_grad()
+def fit_compensations_(model: Any, batches: Iterable[dict[str, Tensor]], sparsity: float) -> None:
+    """Set every compensation to the reduced-rank regression of what is left out on the FFN's input.
+
+    Left out is what the dense FFN gives less what it would give with the share ``sparsity`` of the (token, expert)
+    pairs idle whose router logits are lowest, in each layer alike. The regression weighs a token's input and a 1 by
+    its share of idle experts, as :class:`~lte.modules.compensation.Compensation` does, and keeps the ``R`` directions
+    of the output that explain most (Izenman, 1975).
+
+    Args:
+        model: sparse, in mode dense, with fitted routers.
+        batches: of the model; as many tokens are read as routers are fitted to.
+        sparsity: between 0 and 1.
+
+    Raises:
+        ValueError: no batch.
+    """
+    sites = find_sites(model, model.config.model_type)
+    fits = [_Fit(site, sparsity) for site in sites]
+    modules = [(site.name, module) for site in sites for module in (site.first, site.down)]
+    watch_inputs(
+        model, modules, batches, lambda index, rows: fits[index // 2].see(index % 2, rows), tokens_to_fit(model)
+    )
+    for one in fits:
+        one.fit_()
+
+
+class _Fit:
+    """Sums over tokens of products of what compensation is given with itself and with what is left out."""
+
+    def __init__(self, site: Site, sparsity: float) -> None:
+        self.layer: Any = site.installed
+        self.down_FD = site.down_rows().float()
+        self.sparsity = sparsity
+        self.cut: Tensor | None = None
+        device, inputs = self.down_FD.device, site.d_model + 1
+        self.gram_II = torch.zeros(inputs, inputs, device=device)
+        self.cross_ID = torch.zeros(inputs, site.d_model, device=device)
+        self.count = 0
+
+    def see(self, neurons: int, rows: Tensor) -> None:
+        """An FFN's input, then, with ``neurons``, what its neurons make of it."""
+        if neurons:
+            self._add(self.x_TD, rows)
+        else:
+            self.x_TD = rows
+
+    def _add(self, x_TD: Tensor, hidden_TF: Tensor) -> None:
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logits_TE = self.layer.linear_router.logits(x_TD)
+            if self.cut is None:  # of the first tokens: near enough for a start
+                rank = min(logits_TE.numel(), 1 + int(self.sparsity * logits_TE.numel()))
+                self.cut = logits_TE.flatten().kthvalue(rank).values
+            idle_TE = logits_TE < self.cut
+            x_TI = torch.nn.functional.pad(x_TD.float(), (0, 1), value=1.0) * idle_TE.float().mean(-1, keepdim=True)
+            size = hidden_TF.shape[-1] // idle_TE.shape[-1]
+            left_out_TD = (hidden_TF.float() * idle_TE.repeat_interleave(size, -1)) @ self.down_FD
+            self.gram_II.addmm_(x_TI.T, x_TI)
+            self.cross_ID.addmm_(x_TI.T, left_out_TD)
+            self.count += len(x_TI)
+
+    def fit_(self) -> None:
+        gram_II, cross_ID = self.gram_II.double(), self.cross_ID.double()
+        ridge = max(_RIDGE * float(gram_II.diagonal()[:-1].mean()), torch.finfo(torch.float32).tiny)
+        gram_II = gram_II + ridge * torch.eye(len(gram_II), dtype=gram_II.dtype, device=gram_II.device)
+        map_ID = torch.linalg.solve(gram_II, cross_ID)
+        given_DR = torch.linalg.svd(torch.linalg.cholesky(gram_II).T @ map_ID, full_matrices=False)[2].T
+        given_DR = given_DR[:, : len(self.layer.compensation.compress)]
+        map_IR = map_ID @ given_DR
+        size_R = ((map_IR * (gram_II @ map_IR)).sum(0) / self.count).sqrt().clamp_min(1e-12)  # each then gives 1
+        into, rank = self.layer.compensation, len(size_R)  # a rank above the width leaves the rest at its start
+        into.compress[:rank].copy_((map_IR[:-1] / size_R).T)
+        into.bias[:rank].copy_(map_IR[-1] / size_R)
+        into.expand[:, :rank].copy_(given_DR * size_R)
