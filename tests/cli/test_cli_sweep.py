@@ -6,6 +6,7 @@ import pytest
 
 from lte.cli import sweep
 from lte.cli.main import main
+from lte.cli.sweep_table import show
 
 HERE = Path(__file__).parents[2]
 
@@ -110,7 +111,7 @@ def test_the_table_has_every_quality(capsys):
     more = {"sparsity": 0.5, "gflops_per_token": 1.0}
     scores = {"arc": {"acc,none": 0.25, "acc_stderr,none": 0.1, "em,strict": 0.125}}
     row = {"run": {"seed": "1"}, "evaluation": {"pearson": 0.75, **more}, "evals": [{"results": scores, **more}]}
-    sweep.show([row])
+    show([row])
     shown = capsys.readouterr().out
     for text in ("pearson 1", "0.75", "0.25", "0.125"):
         assert text in shown, text

@@ -6,7 +6,6 @@ import os
 import queue
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -14,22 +13,19 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import tyro
 
-from lte.cli.console import err, print_json, table
+from lte.cli.console import err, print_json
 from lte.cli.eval import parse_eval
 from lte.cli.main import parse_known
 from lte.cli.options import Output
+from lte.cli.sweep_table import Row, line_of, name_of, show
 from lte.cli.train import SUMMARY, parse_train
 
 ROWS = "rows.jsonl"
-_QUALITIES = ("rougeL", "bleu", "perplexity", "accuracy", "f1", "matthews", "pearson", "spearman")
-_MEASURES = (*_QUALITIES, "sparsity", "gflops_per_token")
-
-Row = dict[str, Any]
 
 
 @dataclass
@@ -85,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
         for row in execute(todo, options.jobs, options.discard_models):
             file.write(json.dumps(row) + "\n")
             file.flush()
-            err.print(_line(row), markup=False, soft_wrap=True)
+            err.print(line_of(row), markup=False, soft_wrap=True)
             done[row["command"]] = row
     rows = [done[run.command] for run in runs]
     show(rows)
@@ -196,66 +192,7 @@ def _check_same_options(runs: Sequence[Run], before: Sequence[Row], folder: Path
     commands = {json.dumps(run.varied): run.command for run in runs}
     for row in before:
         if commands.get(json.dumps(row["run"]), row["command"]) != row["command"]:
-            raise ValueError(f"{folder} holds {_name(row)} made with other options: take another folder with -o")
-
-
-def show(rows: Sequence[Row]) -> None:
-    """A table of the rows that did not fail; where the seed varies, also the mean and spread over seeds."""
-    good = [row for row in rows if "error" not in row]
-    columns = list(dict.fromkeys(name for row in good for name in _measured(row)))
-    lines = [[_name(row), *(_number(_measured(row).get(name)) for name in columns)] for row in good]
-    for name, several in _by_seed(good).items():
-        values = [[_measured(row).get(column) for row in several] for column in columns]
-        lines.append([f"{name}, {len(several)} seeds", *map(_mean_and_spread, values)])
-    table("sweep", ["run", *columns], lines)
-    for row in rows:
-        if "error" in row:
-            err.print(_line(row), markup=False, soft_wrap=True)
-
-
-def _measured(row: Row) -> dict[str, float]:
-    """What was measured of a run, by the heading of its column."""
-    found = {}
-    for index, result in enumerate([row["evaluation"], *row.get("evals", [])]):
-        values = {name: result.get(name) for name in _MEASURES}
-        for task, scores in result.get("results", {}).items():  # of lm_eval, under its names: "acc,none"
-            values |= {
-                f"{task} {key.removesuffix(',none')}": one for key, one in scores.items() if "_stderr" not in key
-            }
-        for name, value in values.items():
-            if value is not None:
-                found[f"{name} {index + 1}" if row.get("evals") else name] = value
-    return found
-
-
-def _by_seed(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Rows that differ in nothing but the seed, where there are several."""
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        if "seed" in row["run"]:
-            rest = {name: value for name, value in row["run"].items() if name != "seed"}
-            found.setdefault(_name({"run": rest}) or "all", []).append(row)
-    return {name: several for name, several in found.items() if len(several) > 1}
-
-
-def _mean_and_spread(values: Sequence[float | None]) -> str:
-    numbers = [value for value in values if value is not None]
-    return f"{_number(statistics.mean(numbers))} ± {_number(statistics.stdev(numbers))}" if len(numbers) > 1 else ""
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
-
-
-def _name(row: Row) -> str:
-    return ", ".join(f"{name} {value}" for name, value in row["run"].items())
-
-
-def _line(row: Row) -> str:
-    if "error" in row:
-        return f"error: {_name(row)}: {row['error']}"
-    measured = ", ".join(f"{name} {_number(value)}" for name, value in _measured(row).items())
-    return f"{_name(row)}: {measured}; {row['seconds']:.0f} s"
+            raise ValueError(f"{folder} holds {name_of(row)} made with other options: take another folder with -o")
 
 
 def _lines(path: Path) -> list[str]:
