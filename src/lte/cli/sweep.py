@@ -1,4 +1,4 @@
-"""``lte sweep``: ``lte train`` over a grid of options, a row a run; what is done is not done again."""
+"""``lte sweep``: a command over a grid of its options, a row a run; what is done is not done again."""
 
 import itertools
 import json
@@ -9,56 +9,93 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
 
+from lte.cli.calibrate import parse_calibrate
 from lte.cli.console import err, print_json
 from lte.cli.eval import parse_eval
+from lte.cli.eval_origin import training_of
 from lte.cli.main import parse_known
 from lte.cli.options import Output
+from lte.cli.prune import parse_prune
+from lte.cli.sparsify import parse_sparsify
 from lte.cli.sweep_table import Row, line_of, name_of, show
 from lte.cli.train import SUMMARY, parse_train
 
 ROWS = "rows.jsonl"
 
 
+@dataclass(frozen=True)
+class Swept:
+    """What is to be known of a command that makes a model.
+
+    Attributes:
+        parse: its options, from arguments; refuses what can be refused before a model is loaded.
+        output: the option that names its folder.
+        flags: given to every run. Without ``--resume``, a run cut short begins anew and saves over what there is.
+        evaluates: whether it evaluates the model itself, and says so in its folder.
+    """
+
+    parse: Callable[[Sequence[str]], Any]
+    output: str = "--output"
+    flags: tuple[str, ...] = ()
+    evaluates: bool = False
+
+
+COMMANDS = {
+    "train": Swept(parse_train, "--output-dir", ("--resume",), evaluates=True),
+    "sparsify": Swept(parse_sparsify),
+    "prune": Swept(parse_prune),
+    "calibrate": Swept(parse_calibrate),
+}
+_ASKED = ("model", "seed", "target_sparsity", "recipe", "steps")
+"""In the row of a command that does not evaluate, where there is such."""
+
+
 @dataclass
 class Sweep:
+    """After the name of the command: these options, and its own."""
+
     output: Output
     """Folder for the runs, a folder each, and for their rows (rows.jsonl)."""
     vary: Annotated[
-        tuple[str, ...], tyro.conf.arg(help="An option of lte train and its values: target-sparsity=0.3,0.5 seed=1,2.")
+        tuple[str, ...],
+        tyro.conf.arg(help="Options of the command and their values: target-sparsity=0.3,0.5 seed=1,2."),
     ]
     then: tuple[str, ...] = ()
-    """Further measurements of each trained model: lte eval without its model, as one string: "eval --text FILE"."""
+    """Measurements of each model, further ones after train: lte eval without its model, as one string:
+    "eval --text FILE"."""
     jobs: int = 1
     """Runs at a time, dealt out to the GPUs there are; each gets its share of the cores."""
     discard_models: bool = False
-    """Delete each trained model once it is evaluated."""
+    """Delete each model once it is evaluated."""
     json: bool = False
     """Print one JSON object on the last line."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One point of the grid: what varies, and the whole of ``lte train``'s options."""
+    """One point of the grid: what varies, and the whole of the command's options, as arguments and parsed."""
 
+    name: str
     varied: dict[str, str]
     arguments: list[str]
+    options: Any
     folder: Path
     evals: tuple[str, ...] = ()
 
     @property
     def commands(self) -> list[list[str]]:
-        """``lte train`` and each ``lte eval``."""
+        """What makes the model, and each ``lte eval``."""
         evals = [["eval", str(self.folder), *shlex.split(one)[1:], "--json"] for one in self.evals]
-        return [["train", *self.arguments], *evals]
+        return [[self.name, *self.arguments], *evals]
 
     @property
     def command(self) -> str:
@@ -66,11 +103,12 @@ class Run:
 
 
 def main(argv: Sequence[str]) -> int:
-    options, base = parse_known(Sweep, "sweep", argv)
+    name, *argv = argv if argv and argv[0] in COMMANDS else ("train", *argv)
+    options, base = parse_known(Sweep, f"sweep {name}", argv)
     if options.jobs < 1:
         raise ValueError(f"jobs is {options.jobs}, but at least one run goes on at a time")
     folder = Path(options.output)
-    runs = plan(options.vary, base, folder, options.then)
+    runs = plan(name, options.vary, base, folder, options.then)
     before = [json.loads(line) for line in _lines(folder / ROWS)]
     done = {row["command"]: row for row in before if "error" not in row}
     _check_same_options(runs, before, folder)
@@ -90,36 +128,38 @@ def main(argv: Sequence[str]) -> int:
     return int(any("error" in row for row in rows))
 
 
-def plan(vary: Sequence[str], base: Sequence[str], folder: Path, evals: Sequence[str] = ()) -> list[Run]:
+def plan(name: str, vary: Sequence[str], base: Sequence[str], folder: Path, evals: Sequence[str] = ()) -> list[Run]:
     """Every combination of the values, each checked by the commands' own parsers before any of them runs.
 
     Raises:
-        ValueError: an entry that is not ``option=value,value``, or given twice.
-        UsageError: options that ``lte train`` or ``lte eval`` refuses.
+        ValueError: an entry that is not ``option=value,value``, or given twice; no evaluation at all.
+        UsageError: options that the command or ``lte eval`` refuses.
     """
+    command = COMMANDS[name]
+    if not (command.evaluates or evals):
+        raise ValueError(f'lte {name} does not evaluate what it makes: add --then "eval --text FILE"')
     if not vary:
         raise ValueError("nothing varies: write an option and its values, --vary target-sparsity=0.3,0.5 seed=1,2,3")
     grid: dict[str, list[str]] = {}
     for entry in vary:
-        name, _, values = entry.partition("=")
-        name = name.removeprefix("--").replace("_", "-")
-        if not name or not values or not all(values.split(",")):
+        option, _, values = entry.partition("=")
+        option = option.removeprefix("--").replace("_", "-")
+        if not option or not values or not all(values.split(",")):
             raise ValueError(f"{entry!r} does not say what varies: write an option and its values, seed=1,2,3")
-        if name in grid:
-            raise ValueError(f"{name} varies twice: give all its values at once, {name}=1,2,3")
-        grid[name] = values.split(",")
+        if option in grid:
+            raise ValueError(f"{option} varies twice: give all its values at once, {option}=1,2,3")
+        grid[option] = values.split(",")
     runs = []
     for values in itertools.product(*grid.values()):
         varied = dict(zip(grid, values, strict=True))
-        inside = folder / "_".join(f"{name}-{value.replace('/', '-')}" for name, value in varied.items())
-        given = [one for name, value in varied.items() for one in (f"--{name}", value)]
-        arguments = [*base, *given, "--output-dir", str(inside), "--resume"]
-        parse_train(arguments)
-        runs.append(Run(varied, arguments, inside, tuple(evals)))
-    for command in evals:
-        if shlex.split(command)[:1] != ["eval"]:
-            raise ValueError(f"{command!r} is no eval: write it as for a shell without the model, 'eval --text FILE'")
-        parse_eval(["MODEL", *shlex.split(command)[1:]])
+        inside = folder / "_".join(f"{option}-{value.replace('/', '-')}" for option, value in varied.items())
+        given = [one for option, value in varied.items() for one in (f"--{option}", value)]
+        arguments = [*base, *given, command.output, str(inside), *command.flags]
+        runs.append(Run(name, varied, arguments, command.parse(arguments), inside, tuple(evals)))
+    for one in evals:
+        if shlex.split(one)[:1] != ["eval"]:
+            raise ValueError(f"{one!r} is no eval: write it as for a shell without the model, 'eval --text FILE'")
+        parse_eval(["MODEL", *shlex.split(one)[1:]])
     return runs
 
 
@@ -159,21 +199,33 @@ def _execute(run: Run, environment: dict[str, str], discard_models: bool) -> Row
                 file.flush()
                 last = next((line for line in reversed(_lines(log)) if line.strip()), "")
                 reason = last.removeprefix("lte: error: ").strip() or f"exit code {done.returncode}"
-                return {**row, "error": reason if arguments[0] == "train" else f"{shlex.join(arguments)}: {reason}"}
+                return {**row, "error": reason if arguments[0] == run.name else f"{shlex.join(arguments)}: {reason}"}
             file.write(done.stdout)
             file.flush()  # before the next one's errors
             if arguments[0] == "eval":
                 found.append(json.loads(done.stdout.splitlines()[-1]))
-    row |= {"seconds": round(time.perf_counter() - began, 1)}
-    summary = json.loads((run.folder / SUMMARY).read_text())
+    row |= {"seconds": round(time.perf_counter() - began, 1), **_summary(run, found)}
     if discard_models:
         for path in run.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
             elif path.name != SUMMARY:
                 path.unlink()
-    row |= {name: value for name, value in summary.items() if name != "command"}
-    return {**row, "evals": found} if found else row
+    return row
+
+
+def _summary(run: Run, evals: list[Row]) -> Row:
+    """What training says of itself; elsewhere the like, of what was asked for and the first evaluation."""
+    if COMMANDS[run.name].evaluates:
+        trained = json.loads((run.folder / SUMMARY).read_text())
+        summary = {name: value for name, value in trained.items() if name != "command"}
+    else:
+        first, *evals = evals
+        method = first["method"]
+        asked = training_of(run.options.model, method["method"]) | method | vars(run.options)
+        summary = {"environment": first["environment"], **{name: asked[name] for name in _ASKED if name in asked}}
+        summary |= {"method": method, "evaluation": first}
+    return {**summary, "evals": evals} if evals else summary
 
 
 def _environment(slot: int, jobs: int) -> dict[str, str]:

@@ -8,6 +8,8 @@ from lte.cli.console import err, table
 
 _QUALITIES = ("rougeL", "bleu", "perplexity", "accuracy", "f1", "matthews", "pearson", "spearman")
 _MEASURES = (*_QUALITIES, "sparsity", "gflops_per_token")
+_BEYOND_FFN = ("attention_sparsity", "weight_sparsity")
+"""Shown where there is any."""
 
 Row = dict[str, Any]
 
@@ -31,6 +33,7 @@ def _measured(row: Row) -> dict[str, float]:
     found = {}
     for index, result in enumerate([row["evaluation"], *row.get("evals", [])]):
         values = {name: result.get(name) for name in _MEASURES}
+        values |= {name: result[name] for name in _BEYOND_FFN if result.get(name, 0) >= 0.0005}
         for task, scores in result.get("results", {}).items():  # of lm_eval, under its names: "acc,none"
             values |= {
                 f"{task} {key.removesuffix(',none')}": one for key, one in scores.items() if "_stderr" not in key
