@@ -227,6 +227,7 @@ def test_an_evaluation_says_how_its_model_was_trained(files, tmp_path, capsys):
 
     found = row()
     assert (found["method"]["method"], found["seed"], sum(found["steps"].values())) == ("cats", 3, 2)
+    assert found["environment"]["device"].startswith("cpu")
     assert found["trained_by"].startswith("lte train --model ")
     assert sparsified(files, tmp_path, "static-pruning") == 0  # another model in the same folder
     found = row()

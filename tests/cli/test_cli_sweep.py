@@ -1,11 +1,18 @@
 import json
 import os
+import shutil
+import subprocess
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lte.cli import sweep
 from lte.cli.main import main
+from lte.cli.sweep_table import show
+from lte.cli.train import SUMMARY
 
 HERE = Path(__file__).parents[2]
 
@@ -86,13 +93,15 @@ def test_a_run_that_fails_is_a_row_and_is_tried_again(files, tmp_path, monkeypat
     capsys.readouterr()
     assert main(arguments) == 0  # what failed once and then went well has not failed
     assert "no luck" not in capsys.readouterr().err
+    assert main(["sweep", "train", *arguments[1:]]) == 0
     assert len(tries) == 3
+    given = " ".join([*base(files), "--target-sparsity 0.5 --seed 2"])
+    assert rows(tmp_path)[1]["command"] == f"lte train {given} --output-dir {tmp_path / 'seed-2'} --resume"
 
 
 def test_the_error_of_a_run_is_what_it_said_last(files, tmp_path):
-    run = sweep.Run(
-        {"seed": "1"}, [*base(files, text=files / "absent.txt"), "--target-sparsity", "0.5"], tmp_path / "a"
-    )
+    arguments = [*base(files, text=files / "absent.txt"), "--target-sparsity", "0.5"]
+    run = sweep.Run("train", {"seed": "1"}, arguments, None, tmp_path / "a")
     row = sweep._execute(run, dict(os.environ), False)
     assert "absent.txt" in row["error"]
     assert not row["error"].startswith("lte:")
@@ -101,7 +110,7 @@ def test_the_error_of_a_run_is_what_it_said_last(files, tmp_path):
 @pytest.mark.slow
 def test_the_error_of_a_further_evaluation_is_what_it_said_last(files, tmp_path):
     arguments = [*base(files), "--target-sparsity", "0.5", "-o", str(tmp_path / "a")]
-    run = sweep.Run({"seed": "1"}, arguments, tmp_path / "a", ("eval --text absent.txt",))
+    run = sweep.Run("train", {"seed": "1"}, arguments, None, tmp_path / "a", ("eval --text absent.txt",))
     row = sweep._execute(run, dict(os.environ), False)
     assert "No such file or folder" in row["error"] or "absent.txt: " in row["error"]
 
@@ -110,7 +119,7 @@ def test_the_table_has_every_quality(capsys):
     more = {"sparsity": 0.5, "gflops_per_token": 1.0}
     scores = {"arc": {"acc,none": 0.25, "acc_stderr,none": 0.1, "em,strict": 0.125}}
     row = {"run": {"seed": "1"}, "evaluation": {"pearson": 0.75, **more}, "evals": [{"results": scores, **more}]}
-    sweep.show([row])
+    show([row])
     shown = capsys.readouterr().out
     for text in ("pearson 1", "0.75", "0.25", "0.125"):
         assert text in shown, text
@@ -138,6 +147,150 @@ def test_refused_before_anything_runs(files, tmp_path, capsys, monkeypatch, opti
     monkeypatch.setattr(sweep, "_execute", lambda *_: pytest.fail("ran"))
     base_options = [*base(files), *([] if "target" in str(options) else ["--target-sparsity", "0.5"])]
     assert main(["sweep", *base_options, *options, "-o", str(tmp_path / "new")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Commands run here, without the seconds that each process takes to begin."""
+
+    def run(command, *, stdout, stderr, **_):
+        with redirect_stdout(StringIO()) as printed, redirect_stderr(stderr):
+            code = main(command[3:])
+        return subprocess.CompletedProcess(command, code, printed.getvalue())
+
+    monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(run=run, PIPE=subprocess.PIPE))
+
+
+def swept(command, files, folder, *options):
+    """Of a command that does not evaluate; arguments, the model's last."""
+    short = ["--sequence-length", "32", "--device", "cpu"]
+    then = ["--then", f"eval --text {files / 'text.txt'} {' '.join(short)}"]
+    return ["sweep", command, *options, *short, "-o", str(folder), *then]
+
+
+def reported(folder):
+    assert main(["report", str(folder), "-o", str(folder / "r.md"), "--format", "md"]) == 0
+    return (folder / "r.md").read_text()
+
+
+def test_a_grid_of_methods_set_on_data(files, tmp_path, in_process, capsys):
+    given = ["--model", str(files / "llama"), "--text", str(files / "ids.npy"), "--discard-models"]
+    grid = ["--vary", "method=cats,teal", "target-sparsity=0.4"]
+    arguments = swept("sparsify", files, tmp_path, *given, *grid)
+    arguments.append(f"eval --text {files / 'ids.npy'} --sequence-length 16 --device cpu")
+    assert main([*arguments, "--json"]) == 0
+    shown = capsys.readouterr().out
+    for text in ("method cats", "perplexity 2", "attention"):
+        assert text in shown, text
+    found = json.loads(shown.splitlines()[-1])["rows"]
+    for row, name in zip(found, ("cats", "teal"), strict=True):
+        assert row["run"] == {"method": name, "target-sparsity": "0.4"}
+        assert row["command"].startswith(f"lte sparsify --model {files / 'llama'} ")
+        assert (row["model"], row["target_sparsity"]) == (str(files / "llama"), 0.4)
+        assert row["method"].items() >= {"method": name, "target_sparsity": 0.4}.items()
+        assert row["environment"]["device"].startswith("cpu")
+        assert row["evaluation"]["sparsity"] == pytest.approx(0.4, abs=0.05)
+        assert row["evaluation"]["command"] in row["command"]
+        assert [one["num_tokens"] != row["evaluation"]["num_tokens"] for one in row["evals"]] == [True]
+        assert "seed" not in row
+    assert not list(tmp_path.glob("**/*.safetensors"))
+
+    written = (tmp_path / sweep.ROWS).read_text()
+    assert main(arguments) == 0
+    assert (tmp_path / sweep.ROWS).read_text() == written
+    report = reported(tmp_path)
+    assert "| CATS | " in report
+    assert "| TEAL | " in report
+    assert "/text, llama" in report
+    assert "/ids, llama" in report
+
+
+def test_seeds_of_a_method_set_on_data(files, tmp_path, in_process, capsys):
+    given = ["--model", str(files / "llama"), "--text", str(files / "text.txt"), "--method", "deja-vu"]
+    given += ["--fit-epochs", "1", "--tokens", "200"]
+    assert main(swept("sparsify", files, tmp_path, *given, "--vary", "seed=1,2")) == 0
+    assert "all, 2 seeds" in capsys.readouterr().out
+    assert [row["seed"] for row in rows(tmp_path)] == [1, 2]
+    (line,) = (line for line in reported(tmp_path).splitlines() if line.startswith("| Deja Vu |") and "±" in line)
+    assert line.split("|")[4].strip() == "2"
+
+
+def test_a_grid_of_pruned_models_with_a_run_that_fails(files, tmp_path, in_process, capsys):
+    model = ["--model", str(files / "llama"), "--target-sparsity", "0.5"]
+    arguments = swept("prune", files, tmp_path, *model, "--vary", "method=wanda,magnitude")
+    assert main(arguments) == 1
+    assert "error: method wanda: no data: give --text FILE" in capsys.readouterr().err
+    failed, row = rows(tmp_path)
+    assert failed["error"].startswith("no data")
+    assert row["method"] == {"method": "magnitude", "target_sparsity": 0.5, "pattern": None}
+    assert row["evaluation"]["weight_sparsity"] == pytest.approx(0.5, abs=1e-3)
+    assert (row["model"], row["target_sparsity"]) == (str(files / "llama"), 0.5)
+    report = reported(tmp_path)
+    assert "| magnitude pruning | " in report
+    assert "| method wanda | no data" in report
+
+    data = ["--text", str(files / "text.txt")]
+    arguments = swept("prune", files, tmp_path / "data", *model, *data, "--vary", "method=wanda")
+    assert main(arguments) == 0
+    assert "weight_sparsity" in capsys.readouterr().out
+    assert "| Wanda | " in reported(tmp_path / "data")
+
+
+def test_a_grid_of_sparsities_of_a_trained_model(files, sparse, tmp_path, in_process):
+    model, folder = shutil.copytree(sparse, tmp_path / "trained"), tmp_path / "out"
+    training = {"command": "lte train", "seed": 3, "recipe": "default", "steps": {"dense": 1, "soft": 2, "hard": 1}}
+    (model / SUMMARY).write_text(json.dumps({**training, "method": {"method": "lte"}}))
+    cut_short = folder / "target-sparsity-0.3"
+    cut_short.mkdir(parents=True)
+    (cut_short / "model.safetensors").write_bytes(b"half of a")
+    data = ["--text", str(files / "text.txt"), "--seed", "5"]
+    arguments = swept("calibrate", files, folder, str(model), *data, "--vary", "target-sparsity=0.3,0.7")
+    assert main(arguments) == 0
+    found = rows(folder)
+    for row, target in zip(found, (0.3, 0.7), strict=True):
+        assert row["evaluation"]["sparsity"] == pytest.approx(target, abs=0.05)
+        assert (row["model"], row["target_sparsity"], row["seed"]) == (str(model), target, 5)
+        assert (row["method"]["method"], row["recipe"]) == ("lte", "default")
+    assert "| LTE | " in reported(folder)
+
+    with (folder / sweep.ROWS).open("w") as file:
+        file.write(json.dumps(found[0]) + "\n")
+    assert main(arguments) == 0
+    again = rows(folder)
+    assert again[0] == found[0]
+    assert again[1]["evaluation"] == found[1]["evaluation"]
+
+
+def test_a_failed_evaluation_of_a_model_made_at_once(files, tmp_path, in_process, capsys):
+    given = ["sweep", "prune", "--model", str(files / "llama"), "--method", "magnitude", "-o", str(tmp_path)]
+    assert main([*given, "--vary", "target-sparsity=0.5", "--then", "eval --text absent.txt"]) == 1
+    (row,) = rows(tmp_path)
+    assert row["error"].startswith(f"eval {tmp_path / 'target-sparsity-0.5'} --text absent.txt --json: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["sparsify", "--model", "MODEL", "--vary", "method=cats"], 'add --then "eval --text FILE"'),
+        (["prune", "--model", "MODEL", "--vary", "target-sparsity=0.5"], "lte prune does not evaluate"),
+        (["calibrate", "MODEL", "--vary", "target-sparsity=0.5"], "lte calibrate does not evaluate"),
+        (["sparsify", "--model", "MODEL", "--vary", "method=cats,magic", "--then", "eval"], "unknown method 'magic'"),
+        (["sparsify", "--vary", "method=cats", "--then", "eval"], "--model"),
+        (["prune", "--model", "MODEL", "--vary", "target-sparsity=0.5,2", "--then", "eval"], "target_sparsity is 2"),
+        (["calibrate", "MODEL", "--vary", "target-sparsity=0.5,2", "--then", "eval"], "target_sparsity is 2"),
+        (["calibrate", "MODEL", "--vary", "target-sparsity=0.5", "rows=0", "--then", "eval"], "rows is 0"),
+        (["calibrate", "MODEL", "--vary", "target-sparsity=0.5", "--then", "eval --max-rows 0"], "max_rows is 0"),
+        (["calibrate", "MODEL", "--vary", "target-sparsity=0.5", "--then", "prune"], "is no eval"),
+    ],
+)
+def test_other_commands_refused_before_anything_runs(files, tmp_path, capsys, monkeypatch, options, message):
+    monkeypatch.setattr(sweep, "_execute", lambda *_: pytest.fail("ran"))
+    options = [str(files / "llama") if one == "MODEL" else one for one in options]
+    assert main(["sweep", *options, "-o", str(tmp_path / "new")]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1

@@ -97,6 +97,32 @@ def test_further_evaluations_in_another_mode_are_not_the_same_run_again(tmp_path
     assert len({one.setting for one in measured(tmp_path, trained)}) == 3
 
 
+def made_at_once(command: str, method: dict, **more) -> dict:
+    """A row of lte sweep where the command does not evaluate."""
+    evals = [evaluated(f"out/m --text {name}.txt", method) for name in ("wiki/test", "wiki/other")]
+    command = " && ".join([command, *(one["command"] for one in evals)])
+    return {"command": command, "method": method, "evaluation": evals[0], "evals": evals[1:]} | more
+
+
+def test_what_a_sweep_made_at_once_is_told_apart_by_how_it_was_made(tmp_path):
+    cats = "lte sparsify --method cats --model models/tiny --target-sparsity {} --seed {} --output out/m"
+    rows = [made_at_once(cats.format(*of), {"method": "cats"}, seed=of[1]) for of in ((0.3, 1), (0.3, 2), (0.5, 1))]
+    found = measured(tmp_path, *(row | {"model": "models/tiny"} for row in rows))
+    assert [(one.method, one.model, one.seed) for one in found[::2]] == [("CATS", "tiny", seed) for seed in (1, 2, 1)]
+    assert [one.task for one in found[:2]] == ["wiki/test", "wiki/other"]
+    first, again, other = (one.setting for one in found[::2])
+    assert first == again != other
+    assert first.count("models/tiny") == 1
+
+
+def test_what_a_sweep_calibrated_is_told_apart_by_the_model_it_began_with(tmp_path):
+    row = made_at_once("lte calibrate out/a --target-sparsity 0.3 --output out/m", {"method": "lte"})
+    more = {"seed": 0, "recipe": "paper", "steps": {"dense": 0, "soft": 300, "hard": 0}}
+    one, *_, other = measured(tmp_path, row | more | {"model": "out/a"}, row | more | {"model": "out/b"})
+    assert (one.method, one.steps) == ("LTE, paper's recipe", 300)
+    assert one.setting != other.setting
+
+
 @pytest.mark.parametrize(
     ("method", "title"),
     [

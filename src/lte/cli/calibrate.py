@@ -14,7 +14,7 @@ from lte.cli.main import parse
 from lte.cli.options import DataOptions, DeviceOptions, Model, check_folder, open_model
 from lte.evaluation.evaluate import Evaluation, evaluate
 from lte.surgery.loading import load_config, load_tokenizer
-from lte.training.calibration import calibrate_, check_calibration
+from lte.training.calibration import calibrate_, check_calibration, check_target
 
 _PASSES = 3  # shifts are larger here than those that correct the drift of a training run
 
@@ -42,10 +42,8 @@ class Calibrate:
 
 
 def main(argv: Sequence[str]) -> None:
-    options: Calibrate = parse(Calibrate, "calibrate", argv)
+    options = parse_calibrate(argv)
     folder = _output(options)
-    if options.rows < 1:
-        raise ValueError(f"rows is {options.rows}: give at least 1")
     device, dtype = DeviceOptions(options.device).resolve()
     config, tokenizer = load_config(options.model), load_tokenizer(options.model)
     calibration, held_out = _split(options.data.load(options.data.text, tokenizer, config), options.rows, options.seed)
@@ -76,6 +74,16 @@ def main(argv: Sequence[str]) -> None:
                 "after": asdict(after),
             }
         )
+
+
+def parse_calibrate(argv: Sequence[str]) -> Calibrate:
+    """The options, checked as far as they can be before a model is loaded."""
+    options: Calibrate = parse(Calibrate, "calibrate", argv)
+    _output(options)  # refuses what it cannot save to
+    if options.rows < 1:
+        raise ValueError(f"rows is {options.rows}: give at least 1")
+    check_target(options.target_sparsity)
+    return options
 
 
 def _output(options: Calibrate) -> Path:

@@ -14,6 +14,7 @@ from lte.cli.eval_origin import origin
 from lte.cli.eval_tables import show, show_answered, show_generated, show_tasks
 from lte.cli.main import parse
 from lte.cli.options import DataOptions, DeviceOptions, Model, open_model, optimize_where_possible_
+from lte.cli.train import environment
 from lte.evaluation.evaluate import evaluate
 from lte.evaluation.generation import evaluate_generation
 from lte.evaluation.harness import evaluate_tasks, find_tasks
@@ -170,10 +171,12 @@ def _tasks(
 
 
 def _print_row(options: Eval, argv: Sequence[str], config: PretrainedConfig, result: Spent, **further: Any) -> None:
-    """With --json: what was measured, but for the predictions, and of which model."""
+    """With --json: what was measured, but for the predictions, where, and of which model."""
     if options.json:
+        device, _ = options.where.resolve()
         values = {name: value for name, value in asdict(result).items() if name != "predictions"}
-        print_json({**origin(options.model, config, result, argv), **values, **further})
+        row = origin(options.model, config, result, argv)
+        print_json({**row, "environment": environment(device), **values, **further})
 
 
 def _open(options: Eval, head: Head, device: torch.device, dtype: torch.dtype | str) -> PreTrainedModel:

@@ -29,12 +29,17 @@ def origin(name: str, config: PretrainedConfig, spent: Spent, argv: Sequence[str
     """
     method = _method(config, spent)
     row = {"command": shlex.join(["lte", "eval", *argv]), "model": name, "method": method}
+    return row | training_of(name, method["method"])
+
+
+def training_of(name: str, method: str) -> dict[str, Any]:
+    """How a model of this method was trained, where its folder says so: command, seed, recipe and steps."""
     path = Path(name) / SUMMARY
     trained = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     made = "dense" if trained.get("recipe") == "dense" else (trained.get("method") or {}).get("method")
-    if made != method["method"]:
-        return row
-    return row | {"trained_by": trained["command"]} | {name: trained[name] for name in ("seed", "recipe", "steps")}
+    if made != method:
+        return {}
+    return {"trained_by": trained["command"], **{name: trained[name] for name in ("seed", "recipe", "steps")}}
 
 
 def _method(config: PretrainedConfig, spent: Spent) -> dict[str, Any]:

@@ -14,7 +14,7 @@ COMMANDS = {
     "sparsify": "give a dense model experts and routers, and save it",
     "prune": "set single weights of a dense model to 0, by Wanda or by size",
     "train": "train a model to use few neurons, through all stages",
-    "sweep": "train over a grid of options: a row a run, resumable",
+    "sweep": "train, sparsify, prune or calibrate over a grid of options: a row a run, resumable",
     "calibrate": "another sparsity for a trained model, without training it again",
     "eval": "perplexity, accuracy, ROUGE, MMLU or tasks of lm_eval, with sparsity and cost",
     "generate": "continue a prompt",

@@ -33,23 +33,23 @@ class Prune:
     data: DataOptions = field(default_factory=DataOptions)
     where: DeviceOptions = field(default_factory=DeviceOptions)
 
+    def config(self) -> MagnitudeConfig:
+        if self.method == "wanda":
+            return WandaConfig(self.target_sparsity, self.pattern, self.tokens)
+        return MagnitudeConfig(self.target_sparsity, self.pattern)
+
 
 def main(argv: Sequence[str]) -> None:
-    options: Prune = parse(Prune, "prune", argv)
-    check_folder(options.output)
-    wanda = options.method == "wanda"
-    pruning = MagnitudeConfig(options.target_sparsity, options.pattern)
-    if wanda:
-        pruning = WandaConfig(options.target_sparsity, options.pattern, options.tokens)
+    options = parse_prune(argv)
     device, dtype = options.where.resolve()
     config, tokenizer = load_config(options.model), load_tokenizer(options.model)
     batches = None
-    if wanda:
+    if options.method == "wanda":
         dataset = options.data.load(options.data.text, tokenizer, config)
         batches = DataLoader(dataset, batch_size=1, collate_fn=dataset.collator)
     model = open_model(options.model, options.data.head(config), device, dtype)
     with err.status("pruning"):
-        prune_(model, pruning, batches)
+        prune_(model, options.config(), batches)
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
     share, dense = weight_sparsity(model), cost_per_token(model).gflops
@@ -63,3 +63,11 @@ def main(argv: Sequence[str]) -> None:
                 "gflops_per_token_dense": dense,
             }
         )
+
+
+def parse_prune(argv: Sequence[str]) -> Prune:
+    """The options, checked as far as they can be before a model is loaded."""
+    options: Prune = parse(Prune, "prune", argv)
+    check_folder(options.output)
+    options.config()  # refuses what is out of its range
+    return options

@@ -43,9 +43,7 @@ class Sparsify:
 
 
 def main(argv: Sequence[str]) -> None:
-    config_class = TEALConfig if method_name(argv) == TEALConfig.name else method_in(argv)
-    options: Any = parse(with_method(Sparsify, config_class), "sparsify", argv)
-    check_folder(options.output)
+    options = parse_sparsify(argv)
     method: Method | TEALConfig = options.chosen_method
     device, dtype = options.where.resolve()
     config = load_config(options.model)
@@ -59,6 +57,14 @@ def main(argv: Sequence[str]) -> None:
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
     out.print(f"{options.output}: {made}", soft_wrap=True, markup=False)
+
+
+def parse_sparsify(argv: Sequence[str]) -> Any:
+    """The options and the method's, checked as far as they can be before a model is loaded."""
+    config_class = TEALConfig if method_name(argv) == TEALConfig.name else method_in(argv)
+    options = parse(with_method(Sparsify, config_class), "sparsify", argv)
+    check_folder(options.output)
+    return options
 
 
 def _teal_(model: PreTrainedModel, config: TEALConfig, batches: Iterable[dict[str, Tensor]]) -> str:

@@ -1,4 +1,4 @@
-"""``lte sweep``: ``lte train`` over a grid of options, a row a run; what is done is not done again."""
+"""``lte sweep``: a command over a grid of its options, a row a run; what is done is not done again."""
 
 import itertools
 import json
@@ -6,11 +6,10 @@ import os
 import queue
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,50 +18,84 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from lte.cli.console import err, print_json, table
+from lte.cli.calibrate import parse_calibrate
+from lte.cli.console import err, print_json
 from lte.cli.eval import parse_eval
+from lte.cli.eval_origin import training_of
 from lte.cli.main import parse_known
 from lte.cli.options import Output
+from lte.cli.prune import parse_prune
+from lte.cli.sparsify import parse_sparsify
+from lte.cli.sweep_table import Row, line_of, name_of, show
 from lte.cli.train import SUMMARY, parse_train
 
 ROWS = "rows.jsonl"
-_QUALITIES = ("rougeL", "bleu", "perplexity", "accuracy", "f1", "matthews", "pearson", "spearman")
-_MEASURES = (*_QUALITIES, "sparsity", "gflops_per_token")
 
-Row = dict[str, Any]
+
+@dataclass(frozen=True)
+class Swept:
+    """What is to be known of a command that makes a model.
+
+    Attributes:
+        parse: its options, from arguments; refuses what can be refused before a model is loaded.
+        output: the option that names its folder.
+        flags: given to every run. Without ``--resume``, a run cut short begins anew and saves over what there is.
+        evaluates: whether it evaluates the model itself, and says so in its folder.
+    """
+
+    parse: Callable[[Sequence[str]], Any]
+    output: str = "--output"
+    flags: tuple[str, ...] = ()
+    evaluates: bool = False
+
+
+COMMANDS = {
+    "train": Swept(parse_train, "--output-dir", ("--resume",), evaluates=True),
+    "sparsify": Swept(parse_sparsify),
+    "prune": Swept(parse_prune),
+    "calibrate": Swept(parse_calibrate),
+}
+_ASKED = ("model", "seed", "target_sparsity", "recipe", "steps")
+"""In the row of a command that does not evaluate, where there is such."""
 
 
 @dataclass
 class Sweep:
+    """After the name of the command: these options, and its own."""
+
     output: Output
     """Folder for the runs, a folder each, and for their rows (rows.jsonl)."""
     vary: Annotated[
-        tuple[str, ...], tyro.conf.arg(help="An option of lte train and its values: target-sparsity=0.3,0.5 seed=1,2.")
+        tuple[str, ...],
+        tyro.conf.arg(help="Options of the command and their values: target-sparsity=0.3,0.5 seed=1,2."),
     ]
     then: tuple[str, ...] = ()
-    """Further measurements of each trained model: lte eval without its model, as one string: "eval --text FILE"."""
+    """Measurements of each model, further ones after train: lte eval without its model, as one string:
+    "eval --text FILE"."""
     jobs: int = 1
     """Runs at a time, dealt out to the GPUs there are; each gets its share of the cores."""
     discard_models: bool = False
-    """Delete each trained model once it is evaluated."""
+    """Delete each model once it is evaluated."""
     json: bool = False
     """Print one JSON object on the last line."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One point of the grid: what varies, and the whole of ``lte train``'s options."""
+    """One point of the grid: what varies, and the whole of the command's options, as arguments and parsed."""
 
+    name: str
     varied: dict[str, str]
     arguments: list[str]
+    options: Any
     folder: Path
     evals: tuple[str, ...] = ()
 
     @property
     def commands(self) -> list[list[str]]:
-        """``lte train`` and each ``lte eval``."""
+        """What makes the model, and each ``lte eval``."""
         evals = [["eval", str(self.folder), *shlex.split(one)[1:], "--json"] for one in self.evals]
-        return [["train", *self.arguments], *evals]
+        return [[self.name, *self.arguments], *evals]
 
     @property
     def command(self) -> str:
@@ -70,11 +103,12 @@ class Run:
 
 
 def main(argv: Sequence[str]) -> int:
-    options, base = parse_known(Sweep, "sweep", argv)
+    name, *argv = argv if argv and argv[0] in COMMANDS else ("train", *argv)
+    options, base = parse_known(Sweep, f"sweep {name}", argv)
     if options.jobs < 1:
         raise ValueError(f"jobs is {options.jobs}, but at least one run goes on at a time")
     folder = Path(options.output)
-    runs = plan(options.vary, base, folder, options.then)
+    runs = plan(name, options.vary, base, folder, options.then)
     before = [json.loads(line) for line in _lines(folder / ROWS)]
     done = {row["command"]: row for row in before if "error" not in row}
     _check_same_options(runs, before, folder)
@@ -85,7 +119,7 @@ def main(argv: Sequence[str]) -> int:
         for row in execute(todo, options.jobs, options.discard_models):
             file.write(json.dumps(row) + "\n")
             file.flush()
-            err.print(_line(row), markup=False, soft_wrap=True)
+            err.print(line_of(row), markup=False, soft_wrap=True)
             done[row["command"]] = row
     rows = [done[run.command] for run in runs]
     show(rows)
@@ -94,36 +128,38 @@ def main(argv: Sequence[str]) -> int:
     return int(any("error" in row for row in rows))
 
 
-def plan(vary: Sequence[str], base: Sequence[str], folder: Path, evals: Sequence[str] = ()) -> list[Run]:
+def plan(name: str, vary: Sequence[str], base: Sequence[str], folder: Path, evals: Sequence[str] = ()) -> list[Run]:
     """Every combination of the values, each checked by the commands' own parsers before any of them runs.
 
     Raises:
-        ValueError: an entry that is not ``option=value,value``, or given twice.
-        UsageError: options that ``lte train`` or ``lte eval`` refuses.
+        ValueError: an entry that is not ``option=value,value``, or given twice; no evaluation at all.
+        UsageError: options that the command or ``lte eval`` refuses.
     """
+    command = COMMANDS[name]
+    if not (command.evaluates or evals):
+        raise ValueError(f'lte {name} does not evaluate what it makes: add --then "eval --text FILE"')
     if not vary:
         raise ValueError("nothing varies: write an option and its values, --vary target-sparsity=0.3,0.5 seed=1,2,3")
     grid: dict[str, list[str]] = {}
     for entry in vary:
-        name, _, values = entry.partition("=")
-        name = name.removeprefix("--").replace("_", "-")
-        if not name or not values or not all(values.split(",")):
+        option, _, values = entry.partition("=")
+        option = option.removeprefix("--").replace("_", "-")
+        if not option or not values or not all(values.split(",")):
             raise ValueError(f"{entry!r} does not say what varies: write an option and its values, seed=1,2,3")
-        if name in grid:
-            raise ValueError(f"{name} varies twice: give all its values at once, {name}=1,2,3")
-        grid[name] = values.split(",")
+        if option in grid:
+            raise ValueError(f"{option} varies twice: give all its values at once, {option}=1,2,3")
+        grid[option] = values.split(",")
     runs = []
     for values in itertools.product(*grid.values()):
         varied = dict(zip(grid, values, strict=True))
-        inside = folder / "_".join(f"{name}-{value.replace('/', '-')}" for name, value in varied.items())
-        given = [one for name, value in varied.items() for one in (f"--{name}", value)]
-        arguments = [*base, *given, "--output-dir", str(inside), "--resume"]
-        parse_train(arguments)
-        runs.append(Run(varied, arguments, inside, tuple(evals)))
-    for command in evals:
-        if shlex.split(command)[:1] != ["eval"]:
-            raise ValueError(f"{command!r} is no eval: write it as for a shell without the model, 'eval --text FILE'")
-        parse_eval(["MODEL", *shlex.split(command)[1:]])
+        inside = folder / "_".join(f"{option}-{value.replace('/', '-')}" for option, value in varied.items())
+        given = [one for option, value in varied.items() for one in (f"--{option}", value)]
+        arguments = [*base, *given, command.output, str(inside), *command.flags]
+        runs.append(Run(name, varied, arguments, command.parse(arguments), inside, tuple(evals)))
+    for one in evals:
+        if shlex.split(one)[:1] != ["eval"]:
+            raise ValueError(f"{one!r} is no eval: write it as for a shell without the model, 'eval --text FILE'")
+        parse_eval(["MODEL", *shlex.split(one)[1:]])
     return runs
 
 
@@ -163,21 +199,33 @@ def _execute(run: Run, environment: dict[str, str], discard_models: bool) -> Row
                 file.flush()
                 last = next((line for line in reversed(_lines(log)) if line.strip()), "")
                 reason = last.removeprefix("lte: error: ").strip() or f"exit code {done.returncode}"
-                return {**row, "error": reason if arguments[0] == "train" else f"{shlex.join(arguments)}: {reason}"}
+                return {**row, "error": reason if arguments[0] == run.name else f"{shlex.join(arguments)}: {reason}"}
             file.write(done.stdout)
             file.flush()  # before the next one's errors
             if arguments[0] == "eval":
                 found.append(json.loads(done.stdout.splitlines()[-1]))
-    row |= {"seconds": round(time.perf_counter() - began, 1)}
-    summary = json.loads((run.folder / SUMMARY).read_text())
+    row |= {"seconds": round(time.perf_counter() - began, 1), **_summary(run, found)}
     if discard_models:
         for path in run.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
             elif path.name != SUMMARY:
                 path.unlink()
-    row |= {name: value for name, value in summary.items() if name != "command"}
-    return {**row, "evals": found} if found else row
+    return row
+
+
+def _summary(run: Run, evals: list[Row]) -> Row:
+    """What training says of itself; elsewhere the like, of what was asked for and the first evaluation."""
+    if COMMANDS[run.name].evaluates:
+        trained = json.loads((run.folder / SUMMARY).read_text())
+        summary = {name: value for name, value in trained.items() if name != "command"}
+    else:
+        first, *evals = evals
+        method = first["method"]
+        asked = training_of(run.options.model, method["method"]) | method | vars(run.options)
+        summary = {"environment": first["environment"], **{name: asked[name] for name in _ASKED if name in asked}}
+        summary |= {"method": method, "evaluation": first}
+    return {**summary, "evals": evals} if evals else summary
 
 
 def _environment(slot: int, jobs: int) -> dict[str, str]:
@@ -196,66 +244,7 @@ def _check_same_options(runs: Sequence[Run], before: Sequence[Row], folder: Path
     commands = {json.dumps(run.varied): run.command for run in runs}
     for row in before:
         if commands.get(json.dumps(row["run"]), row["command"]) != row["command"]:
-            raise ValueError(f"{folder} holds {_name(row)} made with other options: take another folder with -o")
-
-
-def show(rows: Sequence[Row]) -> None:
-    """A table of the rows that did not fail; where the seed varies, also the mean and spread over seeds."""
-    good = [row for row in rows if "error" not in row]
-    columns = list(dict.fromkeys(name for row in good for name in _measured(row)))
-    lines = [[_name(row), *(_number(_measured(row).get(name)) for name in columns)] for row in good]
-    for name, several in _by_seed(good).items():
-        values = [[_measured(row).get(column) for row in several] for column in columns]
-        lines.append([f"{name}, {len(several)} seeds", *map(_mean_and_spread, values)])
-    table("sweep", ["run", *columns], lines)
-    for row in rows:
-        if "error" in row:
-            err.print(_line(row), markup=False, soft_wrap=True)
-
-
-def _measured(row: Row) -> dict[str, float]:
-    """What was measured of a run, by the heading of its column."""
-    found = {}
-    for index, result in enumerate([row["evaluation"], *row.get("evals", [])]):
-        values = {name: result.get(name) for name in _MEASURES}
-        for task, scores in result.get("results", {}).items():  # of lm_eval, under its names: "acc,none"
-            values |= {
-                f"{task} {key.removesuffix(',none')}": one for key, one in scores.items() if "_stderr" not in key
-            }
-        for name, value in values.items():
-            if value is not None:
-                found[f"{name} {index + 1}" if row.get("evals") else name] = value
-    return found
-
-
-def _by_seed(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Rows that differ in nothing but the seed, where there are several."""
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        if "seed" in row["run"]:
-            rest = {name: value for name, value in row["run"].items() if name != "seed"}
-            found.setdefault(_name({"run": rest}) or "all", []).append(row)
-    return {name: several for name, several in found.items() if len(several) > 1}
-
-
-def _mean_and_spread(values: Sequence[float | None]) -> str:
-    numbers = [value for value in values if value is not None]
-    return f"{_number(statistics.mean(numbers))} ± {_number(statistics.stdev(numbers))}" if len(numbers) > 1 else ""
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
-
-
-def _name(row: Row) -> str:
-    return ", ".join(f"{name} {value}" for name, value in row["run"].items())
-
-
-def _line(row: Row) -> str:
-    if "error" in row:
-        return f"error: {_name(row)}: {row['error']}"
-    measured = ", ".join(f"{name} {_number(value)}" for name, value in _measured(row).items())
-    return f"{_name(row)}: {measured}; {row['seconds']:.0f} s"
+            raise ValueError(f"{folder} holds {name_of(row)} made with other options: take another folder with -o")
 
 
 def _lines(path: Path) -> list[str]:

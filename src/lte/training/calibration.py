@@ -75,11 +75,7 @@ def check_calibration(model: nn.Module, target_sparsity: float) -> None:
     Raises:
         ValueError: a target outside (0, 1), a dense model, one in mode dense or soft, or of another method than LTE.
     """
-    if not 0 < target_sparsity < 1:
-        raise ValueError(
-            f"target_sparsity is {target_sparsity}, but it must lie between 0 and 1, e.g. 0.5 "
-            '(for 0 use mode dense: lte.set_mode_(model, "dense"))'
-        )
+    check_target(target_sparsity)
     layers = sparse_layers(model).values()
     check_linear(layers, "convert (or train) the dense model again with another target_sparsity")
     modes = sorted({layer.mode for layer in layers} - {"hard"})
@@ -90,6 +86,19 @@ def check_calibration(model: nn.Module, target_sparsity: float) -> None:
         )
     if not all(0 < layer.tau < 1 for layer in layers):
         raise ValueError("tau is not between 0 and 1 in every layer: no shift of the router's bias reaches it")
+
+
+def check_target(target_sparsity: float) -> None:
+    """Whether it is a sparsity that thresholds can meet.
+
+    Raises:
+        ValueError: outside (0, 1).
+    """
+    if not 0 < target_sparsity < 1:
+        raise ValueError(
+            f"target_sparsity is {target_sparsity}, but it must lie between 0 and 1, e.g. 0.5 "
+            '(for 0 use mode dense: lte.set_mode_(model, "dense"))'
+        )
 
 
 def _margins(model: nn.Module, batches: list[dict[str, Any]]) -> Tensor:

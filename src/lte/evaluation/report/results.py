@@ -157,23 +157,29 @@ def _run(row: Row) -> str:
 
 def _measurements(row: Row) -> Iterator[Measurement]:
     evaluations = [row["evaluation"], *row.get("evals", [])] if isinstance(row.get("evaluation"), dict) else [row]
-    command = str(row.get("command", ""))
-    trained = parse_command(str(row.get("trained_by", command)))
     for one in evaluations:
-        yield from _measured(row, one, trained, parse_command(str(one.get("command", command))))
+        yield from _measured(row, one, [parse_command(command) for command in _commands(row, one)])
 
 
-def _measured(row: Row, one: Row, trained: Options, given: Options) -> Iterator[Measurement]:
+def _commands(row: Row, one: Row) -> list[str]:
+    """What was run for an evaluation, in order: what trained the model, the row's command, the evaluation's own."""
+    command, own = (str(where.get("command", "")) for where in (row, one))
+    made = command if own in ("", command) else command.split(" && ")[0]  # the others are evaluations
+    return list(dict.fromkeys(filter(None, (row.get("trained_by"), made, own)))) or [""]
+
+
+def _measured(row: Row, one: Row, commands: list[Options]) -> Iterator[Measurement]:
     if not all(isinstance(one.get(name), int | float) for name in ("sparsity", "gflops_per_token")):
         return
     steps = row.get("steps")
-    settings = [setting_of(one) for one in ((trained,) if given == trained else (trained, given))]
-    if "trained_by" not in row and "model" in row:  # nothing but its name tells it from other models
+    settings = list(map(setting_of, commands))
+    named = next((options["--model"] for options in commands if "--model" in options), "")
+    if "trained_by" not in row and "model" in row and not named:  # nothing but its name tells it from other models
         settings.insert(0, f"--model {row['model']}")
     method, zeros = _method(row, one), float(one.get("weight_sparsity", 0.0))
     pruned = method != "dense" and zeros > 0
-    name = trained.get("--model") or (row.get("model", "") if method == "dense" else "")
-    for metric, value, task, count, unit in _qualities(one, task_of(given)):
+    name = named or (row.get("model", "") if method == "dense" else "")
+    for metric, value, task, count, unit in _qualities(one, task_of(commands[-1])):
         yield Measurement(
             metric=metric,
             task=task,
