@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lte.modules.recording import TokenMasks
+from lte.surgery.sites import Site
 
 Wanted = tuple[str, nn.Module, Callable[[Tensor], Tensor]]
 """The layer a module belongs to, by name; the module; what to keep of its input ``[T, ...]``, one row or more."""
@@ -74,6 +75,26 @@ def watch_inputs(
                 break
     if not all(seen):
         raise ValueError("the data is empty: give at least one batch with a token that is not padding")
+
+
+def watch_ffns(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    batches: Iterable[dict[str, Tensor]],
+    see: Callable[[int, Tensor, Tensor], None],
+    max_tokens: int,
+) -> None:
+    """:func:`watch_inputs` of FFNs: ``see`` gets an FFN's index, its input ``[T, D]`` and the neurons ``[T, F]``."""
+    inputs: dict[int, Tensor] = {}
+
+    def look(index: int, rows: Tensor) -> None:
+        if index % 2:
+            see(index // 2, inputs.pop(index // 2), rows)
+        else:
+            inputs[index // 2] = rows
+
+    modules = [(site.name, module) for site in sites for module in (site.first, site.down)]
+    watch_inputs(model, modules, batches, look, max_tokens)
 
 
 def first_tokens(data: Iterable[dict[str, Tensor]], count: int) -> list[dict[str, Tensor]]:

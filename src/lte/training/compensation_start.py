@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lte.surgery.activations import watch_inputs
+from lte.surgery.activations import watch_ffns
 from lte.surgery.sites import Site, find_sites
 from lte.training.router_start import tokens_to_fit
 
@@ -32,10 +32,7 @@ def fit_compensations_(model: Any, batches: Iterable[dict[str, Tensor]], sparsit
     """
     sites = find_sites(model, model.config.model_type)
     fits = [_Fit(site, sparsity) for site in sites]
-    modules = [(site.name, module) for site in sites for module in (site.first, site.down)]
-    watch_inputs(
-        model, modules, batches, lambda index, rows: fits[index // 2].see(index % 2, rows), tokens_to_fit(model)
-    )
+    watch_ffns(model, sites, batches, lambda index, *seen: fits[index].add(*seen), tokens_to_fit(model))
     for one in fits:
         one.fit_()
 
@@ -53,14 +50,8 @@ class _Fit:
         self.cross_ID = torch.zeros(inputs, site.d_model, device=device)
         self.count = 0
 
-    def see(self, neurons: int, rows: Tensor) -> None:
-        """An FFN's input, then, with ``neurons``, what its neurons make of it."""
-        if neurons:
-            self._add(self.x_TD, rows)
-        else:
-            self.x_TD = rows
-
-    def _add(self, x_TD: Tensor, hidden_TF: Tensor) -> None:
+    def add(self, x_TD: Tensor, hidden_TF: Tensor) -> None:
+        """An FFN's input, and what its neurons make of it."""
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self.layer.linear_router.logits(x_TD)
             if self.cut is None:  # of the first tokens: near enough for a start

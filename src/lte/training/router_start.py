@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lte.core.selection import expert_norms
-from lte.surgery.activations import watch_inputs
+from lte.surgery.activations import watch_ffns
 from lte.surgery.sites import Site, find_sites
 
 TOKENS_PER_INPUT = 16
@@ -38,10 +38,7 @@ def fit_routers_(model: Any, batches: Iterable[dict[str, Tensor]], bias: float) 
     """
     sites = find_sites(model, model.config.model_type)
     moments = [_Moments(site) for site in sites]
-    modules = [(site.name, module) for site in sites for module in (site.first, site.down)]
-    watch_inputs(
-        model, modules, batches, lambda index, rows: moments[index // 2].see(index % 2, rows), tokens_to_fit(model)
-    )
+    watch_ffns(model, sites, batches, lambda index, *seen: moments[index].add(*seen), tokens_to_fit(model))
     for one in moments:
         one.fit_(bias)
 
@@ -56,14 +53,8 @@ class _Moments:
         self.gram_II = torch.zeros(inputs, inputs, device=device)
         self.cross_IE = torch.zeros(inputs, self.router.num_experts, device=device)
 
-    def see(self, neurons: int, rows: Tensor) -> None:
-        """An FFN's input, then, with ``neurons``, what its neurons make of it."""
-        if neurons:
-            self._add(self.x_TD, rows)
-        else:
-            self.x_TD = rows
-
-    def _add(self, x_TD: Tensor, hidden_TF: Tensor) -> None:
+    def add(self, x_TD: Tensor, hidden_TF: Tensor) -> None:
+        """An FFN's input, and what its neurons make of it."""
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TI = torch.nn.functional.pad(x_TD.float(), (0, 1), value=1.0)
             added_TE = expert_norms(hidden_TF.float() * self.down_F, self.router.num_experts)
