@@ -1,19 +1,18 @@
 """The charts of results: quality against sparsity and against cost, sparsity by layer."""
 
+import math
 import re
+import statistics
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from lte.evaluation.report.curves import Curve, Point, Task
-from lte.evaluation.report.drawing import INK, MARKERS, PALETTE, Chart, Notes, legend_below
+from lte.evaluation.report.drawing import INK, Chart, Notes, legend_below
+from lte.evaluation.report.looks import Budget, Look, budgets_of
 
-Styles = Mapping[str, tuple[str, str]]
-
-
-def styles_of(tasks: Sequence[Task]) -> Styles:
-    """A colour and a marker for each curve's title, the same in every chart."""
-    titles = dict.fromkeys(curve.title for task in tasks for curve in task.curves)
-    return {title: (PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]) for i, title in enumerate(titles)}
+ARROW = ((-0.1, -1), (0.1, -1), (0.1, 0), (0.45, 0), (0, 1), (-0.45, 0), (-0.1, 0), (-0.1, -1))
+"""Upward, for what lies beyond the chart."""
 
 
 def slug(text: str) -> str:
@@ -28,27 +27,27 @@ def describe(point: Point, task: Task, title: str) -> str:
     return f"{title}: {quality}, {point.sparsity:.1%} sparse, {point.gflops:.4g} GFLOPs per token"
 
 
-def tradeoff(task: Task, by: str, styles: Styles) -> Chart:
-    """Quality against ``sparsity`` or ``gflops``; dense is a line across."""
+def tradeoff(task: Task, by: str, looks: Mapping[str, Look]) -> Chart:
+    """Quality against ``sparsity`` or ``gflops``; dense is a line across, runs beyond the chart are arrows."""
     label = "sparsity of FFN neurons, %" if by == "sparsity" else "GFLOPs per token"
+    beyond, budgets = beyond_chart(task), budgets_of(task)
 
     def draw(axes: Any, notes: Notes) -> None:
-        for curve in task.curves:
-            color, marker = styles[curve.title]
+        drawn = sorted(task.curves, key=lambda curve: not looks[curve.method].ours)
+        for curve in drawn:
+            look, budget = looks[curve.method], budgets[curve.steps]
             front = sorted(curve.front, key=lambda point: _x(point, by))
-            axes.plot(*_xy(front, by), color=color, linewidth=1.6)
-            axes.plot([], [], color=color, marker=marker, label=curve.title)
+            axes.plot([_x(one, by) for one in front], [one.value for one in front], ls=budget.line, **look.line)
             for point in curve.points:
-                best = point in curve.front
-                (mark,) = axes.plot(
-                    _x(point, by), point.value, marker, color=color,
-                    markersize=7 if best else 5, markerfacecolor=color if best else "none", linestyle="",
-                )  # fmt: skip
+                if point in beyond:
+                    mark = _arrow(axes, point, by, look, task.metric.lower)
+                else:
+                    mark = _mark(axes, point, by, look, budget, point in curve.front)
                 mark.set_gid(notes.add(describe(point, task, curve.title)))
-                if point.spread is not None:
-                    axes.errorbar(_x(point, by), point.value, point.spread, color=color, capsize=3, linewidth=1.2)
+        for method in dict.fromkeys(curve.method for curve in drawn):
+            axes.plot([], [], marker=looks[method].marker, label=method, **looks[method].line)
         if task.dense is not None:
-            line = axes.axhline(task.dense.value, color=INK, linestyle="--", linewidth=1.2, label="dense")
+            line = axes.axhline(task.dense.value, color=INK, linestyle=(0, (5, 3)), linewidth=1.2, label="dense")
             line.set_gid(notes.add(describe(task.dense, task, "dense")))
             if task.dense.spread is not None:
                 low, high = task.dense.value - task.dense.spread, task.dense.value + task.dense.spread
@@ -58,52 +57,108 @@ def tradeoff(task: Task, by: str, styles: Styles) -> Chart:
                 mark.set_gid(notes.add(describe(task.dense, task, "dense")))
         if by == "sparsity":
             axes.set_xlim(left=min(0, *axes.get_xlim()))
-        _scale(axes, task)
+        _scale(axes, task, beyond)
         axes.set(xlabel=label, ylabel=task.metric.title + (" (less is better)" if task.metric.lower else ""))
         axes.grid()
-        legend_below(axes)
+        several = [budgets[steps].handle() for steps in sorted(budgets, reverse=True)] if len(budgets) > 1 else []
+        legend_below(axes, more=several, note=_named(task, by, beyond))
 
     best = [describe(point, task, curve.title) for curve in task.curves for point in curve.front]
     dense = [describe(task.dense, task, "dense")] if task.dense else []
-    lines = -(-len(task.curves) // 2)
     return Chart(
         f"{slug(task.heading)}-{slug(task.metric.name)}-{by}",
         f"{task.metric.title.split(',')[0]} against {'sparsity' if by == 'sparsity' else 'GFLOPs per token'}",
         ". ".join([f"{task.metric.title} against {label}", *dense, *best]),
         draw,
-        (4.0, 2.9 + 0.2 * lines),
+        (4.0, 2.9),
     )
+
+
+def beyond_chart(task: Task) -> list[Point]:
+    """Runs too bad for the chart: they would flatten what matters.
+
+    Those of more than twice dense's perplexity, or less than half of its quality, unless most runs are no better.
+    """
+    points = [point for curve in task.curves for point in curve.points]
+    if task.dense is None or task.dense.value <= 0:
+        return []
+    worst = task.dense.value * (2 if task.metric.lower else 0.5)
+    losses = [task.metric.loss(point.value, task.dense.value) for point in points]
+    allowed = max(task.metric.loss(worst, task.dense.value), statistics.median_low(losses))
+    return [point for point, loss in zip(points, losses, strict=True) if loss > allowed]
+
+
+def _named(task: Task, by: str, beyond: Sequence[Point]) -> str:
+    """Runs beyond the chart in words."""
+    where = "{0.value:.1f} at {1:.3g}\N{NO-BREAK SPACE}%" if by == "sparsity" else "{0.value:.1f} at {1:.4g}"
+    several = [
+        f"{curve.title} ({', '.join(where.format(point, _x(point, by)) for point in curve.points if point in beyond)})"
+        for curve in task.curves
+        if any(point in beyond for point in curve.points)
+    ]
+    return f"beyond the chart: {'; '.join(several)}" if several else ""
 
 
 def _x(point: Point, by: str) -> float:
     return 100 * point.sparsity if by == "sparsity" else point.gflops
 
 
-def _xy(points: Sequence[Point], by: str) -> tuple[list[float], list[float]]:
-    return [_x(point, by) for point in points], [point.value for point in points]
+def _mark(axes: Any, point: Point, by: str, look: Look, budget: Budget, best: bool) -> Any:
+    """A run; smaller and faint where another of its curve is better and cheaper."""
+    (mark,) = axes.plot(
+        _x(point, by), point.value, **look.line | {"linestyle": "", "linewidth": 0},
+        marker=look.marker, markersize=(7 if best else 4.5) + look.ours, alpha=1 if best else 0.55,
+        fillstyle=budget.fill, markerfacecoloralt="none",
+    )  # fmt: skip
+    if point.spread is not None:
+        bar = look.line | {"linestyle": "", "elinewidth": 1.2}
+        axes.errorbar(_x(point, by), point.value, point.spread, capsize=3, **bar)
+    return mark
 
 
-def _scale(axes: Any, task: Task) -> None:
+def _arrow(axes: Any, point: Point, by: str, look: Look, up: bool) -> Any:
+    """A run beyond the chart, at its edge."""
+    shape = [(x, y if up else -y) for x, y in ARROW]
+    where = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+    (mark,) = axes.plot(
+        _x(point, by), 0.965 if up else 0.035, marker=shape, markersize=11, color=look.color, linestyle="",
+        markeredgewidth=0, zorder=5, **where,
+    )  # fmt: skip
+    return mark
+
+
+def _scale(axes: Any, task: Task, beyond: Sequence[Point]) -> None:
     """Perplexities that lie far apart on a logarithmic scale, with plain numbers."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
     axes.margins(x=0.06)
-    values = [point.value for curve in task.curves for point in curve.points]
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    points = [point for curve in task.curves for point in curve.points if point not in beyond]
+    values = [point.value for point in points]
     values += [task.dense.value] if task.dense else []
     low, high = min(values), max(values)
     if task.metric.lower and low > 0 and high > 2.5 * low:
         axes.set_yscale("log")
         axes.set_ylim(low / 1.1, high * 1.1)
         axes.yaxis.set_minor_locator(NullLocator())
-        steps = [base * 10**power for power in range(-2, 7) for base in (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8)]
-        axes.set_yticks([step for step in steps if low / 1.1 <= step <= high * 1.1])
+        axes.set_yticks(_log_ticks(low / 1.1, high * 1.1))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     else:
         room = 0.1 * (high - low) or 1
-        lowest = [point.value - (point.spread or 0) for curve in task.curves for point in curve.points]
-        highest = [point.value + (point.spread or 0) for curve in task.curves for point in curve.points]
+        lowest = [point.value - (point.spread or 0) for point in points]
+        highest = [point.value + (point.spread or 0) for point in points]
         axes.set_ylim(min(low, *lowest) - room, max(high, *highest) + room)
-        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Plain numbers, as many as have room for their labels."""
+    ticks: list[float] = []
+    for bases in ((1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 1.5, 2, 3, 4, 6, 8), (1, 2, 5), (1, 3), (1,)):
+        ticks = [base * 10**power for power in range(-2, 7) for base in bases if low <= base * 10**power <= high]
+        if all(math.log(b / a) > 0.07 * math.log(high / low) for a, b in pairwise(ticks)):
+            break
+    return ticks
 
 
 def layers_chart(task: Task, curve: Curve) -> Chart | None:

@@ -39,6 +39,16 @@ class Curve:
     points: tuple[Point, ...]
     front: tuple[Point, ...]
 
+    @property
+    def method(self) -> str:
+        """That of all its points."""
+        return self.points[0].method
+
+    @property
+    def steps(self) -> int:
+        """Those of training of all its points."""
+        return self.points[0].steps
+
 
 @dataclass(frozen=True)
 class Task:

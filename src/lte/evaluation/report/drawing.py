@@ -2,7 +2,8 @@
 
 import io
 import re
-from collections.abc import Callable, Iterator
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
@@ -34,7 +35,7 @@ _STYLE: dict[Any, Any] = {
     "grid.color": INK,
     "grid.alpha": 0.13,
     "legend.frameon": False,
-    "legend.fontsize": 9.5,
+    "legend.fontsize": 9,
     "figure.facecolor": "none",
     "axes.facecolor": "none",
 }
@@ -62,29 +63,30 @@ class Chart:
         caption: what it shows, in one sentence.
         summary: the same for those who cannot see it, with its main numbers.
         draw: draws on axes, and notes what its marks say.
-        size: in inches. Narrow, so that a phone need not shrink its text much.
+        size: in inches, without what ``legend_below`` adds. Narrow, so that a phone need not shrink its text much.
     """
 
     slug: str
     caption: str
     summary: str
     draw: Callable[[Any, Notes], None]
-    size: tuple[float, float] = (4.0, 3.2)
+    size: tuple[float, float] = (4.0, 2.7)
 
     def svg(self) -> str:
         """An ``<svg>`` element without anything from outside."""
-        with self._drawn() as (figure, notes):
+        with self.drawn() as (figure, notes):
             buffer = io.StringIO()
             figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
         return _inline(buffer.getvalue(), self.slug, self.summary, notes)
 
     def png(self, path: Path) -> None:
         """Write it on white."""
-        with self._drawn() as (figure, _):
+        with self.drawn() as (figure, _):
             figure.savefig(path, dpi=160, facecolor="white")
 
     @contextmanager
-    def _drawn(self) -> Iterator[tuple[Any, Notes]]:
+    def drawn(self) -> Iterator[tuple[Any, Notes]]:
+        """The figure, and what its marks say."""
         import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -96,14 +98,31 @@ class Chart:
             yield figure, notes
 
 
-def legend_below(axes: Any, columns: int = 2, title: str | None = None) -> None:
-    """What the lines are, under the chart, where it covers none of them."""
-    _, labels = axes.get_legend_handles_labels()
-    if labels:
-        columns = 1 if max(map(len, labels)) > 24 else min(columns, len(labels))
-        axes.figure.legend(
-            loc="outside lower left", ncols=columns, handlelength=1.8, title=title, alignment="left", columnspacing=1.5
-        )
+def legend_below(
+    axes: Any, columns: int = 2, title: str | None = None, more: Sequence[Any] = (), note: str = ""
+) -> None:
+    """What the lines are and a note, in room that is added below: the plot keeps its size, however much there is.
+
+    ``columns`` at most, as many as fit; ``more`` handles than those of the axes' own labels.
+    """
+    figure = axes.figure
+    (width, height), renderer = figure.get_size_inches(), figure.canvas.get_renderer()
+    inches = {"transform": figure.dpi_scale_trans, "in_layout": False}
+    text = figure.text(0.1, 0.08, textwrap.fill(note, 62), fontsize=8.5, va="bottom", **inches)
+    below = text.get_window_extent(renderer).height / figure.dpi + 0.12 if note else 0.0
+    handles = [*axes.get_legend_handles_labels()[0], *more]
+    for count in range(min(columns, len(handles)), 0, -1):
+        legend = figure.legend(
+            handles=handles, loc="lower left", bbox_to_anchor=(0, below), bbox_transform=figure.dpi_scale_trans,
+            ncols=count, handlelength=2.5, handletextpad=0.6, title=title, alignment="left", columnspacing=1,
+        )  # fmt: skip
+        legend.set_in_layout(False)
+        if legend.get_window_extent(renderer).width < 0.97 * width * figure.dpi or count == 1:
+            below += legend.get_window_extent(renderer).height / figure.dpi + 0.06
+            break
+        legend.remove()
+    figure.set_figheight(height + below)
+    figure.get_layout_engine().set(rect=(0, below / (height + below), 1, height / (height + below)))
 
 
 def _inline(svg: str, slug: str, summary: str, notes: Notes) -> str:

@@ -20,7 +20,10 @@ for (const mark of document.querySelectorAll(".mark")) {
   for (const event of ["pointerenter", "focus"]) mark.addEventListener(event, () => showTip(mark));
   for (const event of ["pointerleave", "blur"]) mark.addEventListener(event, hideTip);
 }
-addEventListener("scroll", hideTip, { passive: true });
+addEventListener("scroll", () => { // focusing a mark may scroll to it
+  const focused = document.activeElement.closest(".mark");
+  if (focused) showTip(focused); else hideTip();
+}, { passive: true });
 
 // Tokens coloured by how many experts they use in the chosen layer.
 const routing = document.getElementById("routing");

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
-from lte.evaluation.report.charts import layers_chart, styles_of, tradeoff
+from lte.evaluation.report.charts import layers_chart, tradeoff
 from lte.evaluation.report.commands import split_setting
 from lte.evaluation.report.curves import Task
 from lte.evaluation.report.layout import Section, Table
+from lte.evaluation.report.looks import looks_of
 from lte.evaluation.report.results import Results
 from lte.evaluation.report.routing import Routing, union_by_batch
 from lte.evaluation.report.routing_view import MOST_EXPERTS, score_chart, union_chart
@@ -47,12 +48,12 @@ def _layers(tasks: Sequence[Task]) -> list[Section]:
 
 
 def _tradeoff(task: Task, tasks: Sequence[Task], number: int) -> Section:
-    styles = styles_of(tasks)
+    looks = looks_of(tasks)
     text = []
     if task.curves:
         text.append(
             f"{task.count:,} {task.unit}. A line joins a method's best runs, those that none of its "
-            "others beats in both quality and cost; hollow marks are its other runs."
+            "others beats in both quality and cost; small marks are its other runs."
         )
     if any(point.spread is not None for curve in task.curves for point in curve.points):
         text.append(
@@ -92,7 +93,7 @@ def _tradeoff(task: Task, tasks: Sequence[Task], number: int) -> Section:
         f"task-{number}",
         f"{name[0].upper()}{name[1:]} on {task.heading}",
         tuple(text),
-        tuple(tradeoff(task, by, styles) for by in ("sparsity", "gflops")) if task.curves else (),
+        tuple(tradeoff(task, by, looks) for by in ("sparsity", "gflops")) if task.curves else (),
         tables=(_numbers(task),),
         warnings=tuple(warnings),
     )

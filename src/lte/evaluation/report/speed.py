@@ -93,5 +93,5 @@ def speed_chart(bench: Row, number: int) -> Chart | None:
         caption,
         f"{caption}. Fastest: {best['speedup']:.2f} times dense at {best['sparsity']:.0%} with {best['tokens']} tokens",
         draw,
-        (4.0, 3.7),
+        (4.0, 2.8),
     )
