@@ -179,7 +179,8 @@ def test_fixed_fields_are_no_options():
         ValueError, match="unknown option expert_size for method 'cats': it has target_sparsity, tokens, activation"
     ):
         Method.from_dict({**saved, "expert_size": 8})
-    assert list(lte.LTEConfig().to_dict()) == ["method", "expert_size", "tau", "seed", "grouping"]
+    options = ["expert_size", "tau", "seed", "grouping", "compensation_rank"]
+    assert list(lte.LTEConfig().to_dict()) == ["method", *options]
 
 
 def test_further_fine_tuning_keeps_the_choice():
