@@ -127,8 +127,7 @@ class PackedLayer(Selecting):
             active_TE = threshold(scores_TE, self.tau)
         weights = self.packed.weights(self.linear_router, self.tau)
         y_TD = sparse_ffn(x_TD, weights, active_TE, self.packed.backend)
-        added_TD = self.compensate(x_TD, active_TE)
-        return y_TD if added_TD is None else y_TD + added_TD
+        return self.compensated(y_TD, x_TD, active_TE)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, backend={self.packed.backend!r}"

@@ -90,11 +90,11 @@ class Selecting(nn.Module):
             scores_TE = scores_TE + self.hardness * (kept_TE - scores_TE).detach()
         return scores_TE
 
-    def compensate(self, x_TD: Tensor, weights_TE: Tensor | None) -> Tensor | None:
-        """What to add to the FFN's output ``[..., D]``, if anything."""
+    def compensated(self, y_TD: Tensor, x_TD: Tensor, weights_TE: Tensor | None) -> Tensor:
+        """The FFN's output with what stands in for idle experts, if anything does."""
         if self.compensation is None or weights_TE is None:
-            return None
-        return self.compensation(x_TD, weights_TE)
+            return y_TD
+        return y_TD + self.compensation(x_TD, weights_TE).to(y_TD.dtype)
 
     def extra_repr(self) -> str:
         return f"mode={self.mode!r}, tau={self.tau}"
@@ -155,8 +155,7 @@ class SparseFFN(Selecting):
             hidden_TF = getattr(self, roles.hidden_dropout)(hidden_TF)
         weights_TE = self.weigh(x_TD, fired_TF, hidden_TF)
         y_TD = self._down(hidden_TF if weights_TE is None else scale_experts(hidden_TF, weights_TE))
-        added_TD = self.compensate(x_TD, weights_TE)
-        y_TD = y_TD if added_TD is None else y_TD + added_TD.to(y_TD.dtype)
+        y_TD = self.compensated(y_TD, x_TD, weights_TE)
         return getattr(self, roles.output_dropout)(y_TD) if roles.output_dropout else y_TD
 
     def _down(self, hidden_TF: Tensor) -> Tensor:
@@ -193,7 +192,7 @@ class SparseActivation(Selecting):
         super().__init__(router, tau, compensation)
         self.act = act
         self._x_TD: Tensor | None = None
-        self._added_TD: Tensor | None = None
+        self._weighed: tuple[Tensor, Tensor | None] | None = None
         first.register_forward_pre_hook(self._see)
         if compensation is not None:
             down.register_forward_hook(self._add)
@@ -202,8 +201,8 @@ class SparseActivation(Selecting):
         self._x_TD = args[0]
 
     def _add(self, _module: nn.Module, _args: tuple[Tensor, ...], y_TD: Tensor) -> Tensor:
-        added_TD, self._added_TD = self._added_TD, None
-        return y_TD if added_TD is None else y_TD + added_TD.to(y_TD.dtype)
+        weighed, self._weighed = self._weighed, None
+        return y_TD if weighed is None else self.compensated(y_TD, *weighed)
 
     def forward(self, hidden_TF: Tensor) -> Tensor:
         x_TD, self._x_TD = self._x_TD, None
@@ -211,5 +210,6 @@ class SparseActivation(Selecting):
             raise RuntimeError("the router did not see this FFN's input: call the layer, not its activation alone")
         hidden_TF = self.act(hidden_TF)
         weights_TE = self.weigh(x_TD, hidden_TF, hidden_TF)
-        self._added_TD = self.compensate(x_TD, weights_TE)
+        if self.compensation is not None:
+            self._weighed = x_TD, weights_TE
         return hidden_TF if weights_TE is None else scale_experts(hidden_TF, weights_TE)

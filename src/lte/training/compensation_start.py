@@ -8,9 +8,7 @@ from torch import Tensor
 
 from lte.surgery.activations import watch_ffns
 from lte.surgery.sites import Site, find_sites
-from lte.training.router_start import tokens_to_fit
-
-_RIDGE = 1e-3  # of the mean square of an input
+from lte.training.router_start import RIDGE, tokens_to_fit
 
 
 @torch.no_grad()
@@ -67,7 +65,7 @@ class _Fit:
 
     def fit_(self) -> None:
         gram_II, cross_ID = self.gram_II.double(), self.cross_ID.double()
-        ridge = max(_RIDGE * float(gram_II.diagonal()[:-1].mean()), torch.finfo(torch.float32).tiny)
+        ridge = max(RIDGE * float(gram_II.diagonal()[:-1].mean()), torch.finfo(torch.float32).tiny)
         gram_II = gram_II + ridge * torch.eye(len(gram_II), dtype=gram_II.dtype, device=gram_II.device)
         map_ID = torch.linalg.solve(gram_II, cross_ID)
         given_DR = torch.linalg.svd(torch.linalg.cholesky(gram_II).T @ map_ID, full_matrices=False)[2].T

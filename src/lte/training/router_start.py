@@ -11,7 +11,7 @@ from lte.surgery.activations import watch_ffns
 from lte.surgery.sites import Site, find_sites
 
 TOKENS_PER_INPUT = 16
-_RIDGE = 1e-3  # of the mean square of an input
+RIDGE = 1e-3  # of the mean square of an input
 
 
 def tokens_to_fit(model: Any) -> int:
@@ -64,7 +64,7 @@ class _Moments:
     def fit_(self, bias: float) -> None:
         gram_II, cross_IE = self.gram_II.double(), self.cross_IE.double()
         count = gram_II[-1, -1]
-        ridge_I = torch.full_like(gram_II[0], _RIDGE * float(gram_II.diagonal()[:-1].mean()))
+        ridge_I = torch.full_like(gram_II[0], RIDGE * float(gram_II.diagonal()[:-1].mean()))
         ridge_I[-1] = 0  # the constant is free
         weight_IE = torch.linalg.solve(gram_II + ridge_I.diag(), cross_IE)
         mean_E = gram_II[-1] @ weight_IE / count
