@@ -14,6 +14,8 @@ from lte.core.grouping import (
     balanced_kmeans,
     check_divisible,
     coactivation_grouping,
+    direction_gram,
+    group_by_gram,
     grouping_permutation,
     random_grouping,
 )
@@ -98,17 +100,24 @@ def test_swaps_have_converged() -> None:
 
 def test_every_round_of_swaps_raises_the_objective(monkeypatch: pytest.MonkeyPatch) -> None:
     rows_FD = normalize(planted(8, 16, 32, 100.0, seed=0)[0], dim=1)
-    start_EN = torch.arange(128).view(8, 16)
-    reached = [rows_FD[start_EN].sum(dim=1).square().sum()]
+    start_LEN = torch.arange(128).view(1, 8, 16)
+    reached = [rows_FD[start_LEN[0]].sum(dim=1).square().sum()]
     for rounds in range(1, 101):
         monkeypatch.setattr("lte.core.grouping.MAX_ROUNDS", rounds)
-        members_EN, cohesion_E = _swap_until_converged(rows_FD @ rows_FD.T, start_EN)
-        torch.testing.assert_close(cohesion_E, rows_FD[members_EN].sum(dim=1).square().sum(dim=1))
-        reached.append(cohesion_E.sum())
+        members_LEN, cohesion_LE = _swap_until_converged((rows_FD @ rows_FD.T)[None], start_LEN)
+        torch.testing.assert_close(cohesion_LE[0], rows_FD[members_LEN[0]].sum(dim=1).square().sum(dim=1))
+        reached.append(cohesion_LE.sum())
     gains = torch.stack(reached).diff()
     assert (gains[:10] > 0.1).all()
     assert (gains > -1e-3).all()
     assert (gains[-16:].abs() < 1e-3).all()  # converged
+
+
+def test_layers_grouped_together_are_grouped_as_alone() -> None:
+    layers = [planted(6, 8, 16, noise, seed)[0] for seed, noise in enumerate((0.1, 3.0, 100.0, 1.0))]
+    together_LF = group_by_gram(torch.stack([direction_gram(one) for one in layers]), 6, [3, 4, 5, 6])
+    alone = [balanced_kmeans(one, 6, seed) for seed, one in enumerate(layers, start=3)]
+    assert together_LF.tolist() == [one.tolist() for one in alone]
 
 
 def test_reshuffling_never_loses(monkeypatch: pytest.MonkeyPatch) -> None:

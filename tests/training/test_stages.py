@@ -50,6 +50,11 @@ def test_the_learning_rate_warms_up_and_decays_once_a_stage(plan):
     assert values[plan.total] == 0
 
 
+def test_the_dense_stage_can_have_a_peak_of_its_own():
+    factor = StagePlan(10, 20, 10).lr_lambda("constant", lambda steps: 0, {}, 0.5)
+    assert [factor(step) for step in (0, 9, 10, 29, 30, 39)] == [0.5, 0.5, 1, 1, 1, 1]
+
+
 def test_schedules_by_name():
     assert StagePlan(0, 4, 4).lr_lambda("constant", lambda steps: 0, {})(6) == 1
     assert StagePlan(0, 4, 4).lr_lambda("cosine", lambda steps: 0, {})(6) == pytest.approx(0.5)
@@ -57,9 +62,9 @@ def test_schedules_by_name():
         StagePlan(0, 4, 4).lr_lambda("reduce_lr_on_plateau", lambda steps: 0, {})
 
 
-def test_the_target_ramps():
-    controller = SparsityController(0.6, ramp=0.5)
-    assert [controller.wanted(p) for p in (0, 0.25, 0.5, 1)] == pytest.approx([0, 0.3, 0.6, 0.6])
+def test_the_target_ramps_fast_and_then_ever_slower():
+    controller = SparsityController(0.8, ramp=0.5)
+    assert [controller.wanted(p) for p in (0, 0.25, 0.5, 1)] == pytest.approx([0, 0.7, 0.8, 0.8])
 
 
 def test_eta_grows_with_too_little_sparsity_and_shrinks_with_too_much():

@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> None:
         tokenizer = load_tokenizer(str(gguf))
         model = load_model(str(gguf))
     train_set, held_out = _data(folder, tokenizer, budget, options.seed)
-    sparsify_(model, LTEConfig(seed=options.seed), progress=lambda sites: track(list(sites), "grouping neurons"))
+    sparsify_(model, LTEConfig(seed=options.seed), grouped=False)  # the trainer will, after its dense stage
     bf16, seconds = _measure_step(model, train_set)
     steps = max(12, round(budget.seconds / (2.5 * seconds)))  # a dense run, and an LTE run with its teacher
     err.print(f"{steps} steps of {BATCH} x {budget.sequence_length} tokens for each, {'bf16' if bf16 else 'fp32'}")

@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
@@ -267,10 +268,11 @@ def _load_sparse(
         model = load_model(options.model, head, torch.float32 if dtype == "auto" else dtype, **labels)
         model.to(device)  # pyright: ignore[reportArgumentType]
     if not hasattr(model.config, "lte"):
-        batches = None
-        if method.needs_activations:
+        batches, grouped = None, options.training.dense_fraction == 0  # else the trainer does, after the dense stage
+        if method.needs_activations and grouped:
             batches = DataLoader(train_set, batch_size=1, shuffle=True, collate_fn=train_set.collator)
-        sparsify_(model, method, batches, lambda sites: track(list(sites), "grouping neurons"), fit=False)
+        progress = partial(track, description="grouping neurons")
+        sparsify_(model, method, batches, progress, fit=False, grouped=grouped)
     elif (made_by := model.config.lte["method"]) != method.name:
         raise ValueError(f"{options.model} was made sparse by {made_by}: give --method {made_by}, or the dense model")
     return model

@@ -12,8 +12,10 @@ The objective: with S_e the sum of the rows of expert e, squared distances to ce
 sum_i |x_i|^2 - sum_e |S_e|^2 / N. Swapping i of expert a with j of expert b raises sum_e |S_e|^2 by twice
     want[b, i] + want[a, j] - 2 x_i.x_j,    want[b, i] = x_i.S_b - x_i.(S_a - x_i).
 
-Shapes: T tokens, D model width, F neurons, E experts, N neurons an expert (F = E*N).
+Shapes: L layers, T tokens, D model width, F neurons, E experts, N neurons an expert (F = E*N), C and P some of them.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -40,10 +42,7 @@ def balanced_kmeans(weight_FD: Tensor, num_clusters: int, seed: int = 0) -> Tens
     Raises ValueError if the weight is not 2-D or not finite, or `num_clusters` does not divide F.
     Source: LTE paper (its grouping, with our solver), after MoEfication (Zhang et al., 2022).
     """
-    _check_matrix(weight_FD, "weight_FD", "(F neurons, D features)")
-    _check_clusters(weight_FD.shape[0], num_clusters)
-    rows_FD = normalize(weight_FD.detach().float(), dim=1)
-    return _group_by_gram(rows_FD @ rows_FD.T, num_clusters, seed)
+    return group_by_gram(direction_gram(weight_FD)[None], num_clusters, [seed])[0]
 
 
 def coactivation_grouping(activations_TF: Tensor, num_clusters: int, seed: int = 0) -> Tensor:
@@ -58,16 +57,26 @@ def coactivation_grouping(activations_TF: Tensor, num_clusters: int, seed: int =
     Returns labels_F as `balanced_kmeans` does, which also has the same guarantees and errors.
     Source: the co-activation split of MoEfication (Zhang et al., 2022), by cosine in place of counts.
     """
+    return group_by_gram(coactivation_gram(activations_TF)[None], num_clusters, [seed])[0]
+
+
+def direction_gram(weight_FD: Tensor) -> Tensor:
+    """The cosines of rows, [F, F]: what `balanced_kmeans` groups by. The same errors."""
+    _check_matrix(weight_FD, "weight_FD", "(F neurons, D features)")
+    rows_FD = normalize(weight_FD.detach().float(), dim=1)
+    return rows_FD @ rows_FD.T
+
+
+def coactivation_gram(activations_TF: Tensor) -> Tensor:
+    """The cosines of columns, [F, F]: what `coactivation_grouping` groups by. The same errors."""
     _check_matrix(activations_TF, "activations_TF", "(T tokens, F neurons)")
     num_neurons = activations_TF.shape[1]
-    _check_clusters(num_neurons, num_clusters)
     gram_FF = torch.zeros(num_neurons, num_neurons, device=activations_TF.device)
     for chunk_TF in activations_TF.detach().split(TOKENS_PER_CHUNK):
         chunk_TF = normalize(chunk_TF.float().abs(), dim=1)
         gram_FF.addmm_(chunk_TF.T, chunk_TF)
     norm_F = gram_FF.diagonal().sqrt().clamp(min=1e-12)
-    gram_FF.div_(norm_F).div_(norm_F[:, None])
-    return _group_by_gram(gram_FF, num_clusters, seed)
+    return gram_FF.div_(norm_F).div_(norm_F[:, None])
 
 
 def random_grouping(num_neurons: int, num_clusters: int, seed: int = 0) -> Tensor:
@@ -77,7 +86,7 @@ def random_grouping(num_neurons: int, num_clusters: int, seed: int = 0) -> Tenso
     """
     _check_clusters(num_neurons, num_clusters)
     order_F = torch.randperm(num_neurons, generator=torch.Generator().manual_seed(seed))
-    return _labels(order_F.view(num_clusters, -1))
+    return _labels(order_F.view(1, num_clusters, -1))[0]
 
 
 def grouping_permutation(labels_F: Tensor) -> Tensor:
@@ -103,85 +112,103 @@ def check_divisible(num_neurons: int, expert_size: int) -> int:
     raise ValueError(f"expert_size {expert_size} does not divide d_ff {num_neurons}: use one of {sizes}")
 
 
-def _group_by_gram(gram_FF: Tensor, num_clusters: int, seed: int) -> Tensor:
-    """Labels from the rows' inner products: swap from a random start, then reshuffle the loosest experts.
+def group_by_gram(gram_LFF: Tensor, num_clusters: int, seeds: Sequence[int]) -> Tensor:
+    """Labels [L, F] of L layers from their rows' inner products, all layers at once: on a GPU a round of swaps waits
+    for its launches, not for its arithmetic. A layer's labels do not depend on those beside it.
 
-    Swaps alone stop where only a cycle of three would help (three experts, each half of one true cluster and
-    half of the next). Such experts are the loosest; dealing their neurons anew and swapping again frees them.
+    Swaps start from a random order, then the loosest experts are reshuffled. Swaps alone stop where only a cycle of
+    three would help (three experts, each half of one true cluster and half of the next). Such experts are the loosest;
+    dealing their neurons anew and swapping again frees them.
     """
+    _check_clusters(gram_LFF.shape[-1], num_clusters)
     threads = torch.get_num_threads()
-    if gram_FF.device.type == "cpu" and gram_FF.shape[0] <= FEW_NEURONS:
+    if gram_LFF.device.type == "cpu" and gram_LFF.shape[-1] <= FEW_NEURONS:
         torch.set_num_threads(1)
     try:
-        return _group(gram_FF, num_clusters, seed)
+        return _group(gram_LFF, num_clusters, seeds)
     finally:
         torch.set_num_threads(threads)
 
 
-def _group(gram_FF: Tensor, num_clusters: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device starts alike
-    order_F = torch.randperm(gram_FF.shape[0], generator=generator).to(gram_FF.device)
-    members_EN, cohesion_E = _swap_until_converged(gram_FF, order_F.view(num_clusters, -1))
+def _group(gram_LFF: Tensor, num_clusters: int, seeds: Sequence[int]) -> Tensor:
+    device, num_neurons = gram_LFF.device, gram_LFF.shape[-1]
+    # on the CPU, so that every device starts alike
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def random_orders(length: int) -> Tensor:
+        return torch.stack([torch.randperm(length, generator=one) for one in generators]).to(device)
+
+    order_LF = random_orders(num_neurons)
+    members_LEN, cohesion_LE = _swap_until_converged(gram_LFF, order_LF.unflatten(1, (num_clusters, -1)))
     loosest = min(num_clusters, max(3, num_clusters // 4))
     for _ in range(RESHUFFLES):
-        chosen = cohesion_E.argsort(stable=True)[:loosest]
-        pool = members_EN[chosen].flatten()
-        dealt = pool[torch.randperm(len(pool), generator=generator).to(pool.device)]
-        trial_EN = members_EN.index_copy(0, chosen, dealt.view(loosest, -1))
-        trial_EN, trial_cohesion_E = _swap_until_converged(gram_FF, trial_EN)
-        if trial_cohesion_E.sum() > cohesion_E.sum():
-            members_EN, cohesion_E = trial_EN, trial_cohesion_E
-    return _labels(members_EN)
+        chosen_LC1 = cohesion_LE.argsort(dim=1, stable=True)[:, :loosest, None]
+        chosen_LCN = chosen_LC1.expand(-1, -1, members_LEN.shape[-1])
+        pool_LP = members_LEN.gather(1, chosen_LCN).flatten(1)
+        dealt_LP = pool_LP.gather(1, random_orders(pool_LP.shape[1]))
+        trial_LEN = members_LEN.scatter(1, chosen_LCN, dealt_LP.view(chosen_LCN.shape))
+        trial_LEN, trial_LE = _swap_until_converged(gram_LFF, trial_LEN)
+        better_L1 = trial_LE.sum(1, keepdim=True) > cohesion_LE.sum(1, keepdim=True)
+        members_LEN = torch.where(better_L1[..., None], trial_LEN, members_LEN)
+        cohesion_LE = torch.where(better_L1, trial_LE, cohesion_LE)
+    return _labels(members_LEN)
 
 
-def _swap_until_converged(gram_FF: Tensor, members_EN: Tensor) -> tuple[Tensor, Tensor]:
-    """Swap neurons between pairs of experts until no candidate swap gains. Returns members_EN and |S_e|^2.
+def _swap_until_converged(gram_LFF: Tensor, members_LEN: Tensor) -> tuple[Tensor, Tensor]:
+    """Swap neurons between pairs of experts until no candidate swap gains. Returns members_LEN and |S_e|^2.
 
     In each round the candidates of a pair (a, b) are the neuron of a that most wants to b and the one of b
     that most wants to a. Pairs that are each other's best are taken, at most one an expert, so no swap spoils
     another and every round raises the objective. An expert without a partner swaps with itself: nothing
     changes, and no data-dependent shape makes the device wait.
     """
-    E, N = members_EN.shape
-    experts = torch.arange(E, device=gram_FF.device)
-    members_EN = members_EN.clone()
-    one_hot_EF = torch.zeros(E, E * N, device=gram_FF.device).scatter_(1, members_EN, 1.0)
-    sums_EF = one_hot_EF @ gram_FF  # x_i . S_e
-    square_F = gram_FF.diagonal()
+    L, E, N = members_LEN.shape
+    device = gram_LFF.device
+    layers_L1 = torch.arange(L, device=device)[:, None]
+    experts = torch.arange(E, device=device)
+    members_LEN = members_LEN.clone()
+    one_hot_LEF = torch.zeros(L, E, E * N, device=device).scatter_(2, members_LEN, 1.0)
+    sums_LEF = one_hot_LEF @ gram_LFF  # x_i . S_e
+    square_LF = gram_LFF.diagonal(dim1=1, dim2=2)
     least_gain = 1e-5 * N  # above the rounding of sums of N products
     for step in range(1, MAX_ROUNDS + 1):
-        sums_EEN = sums_EF.index_select(1, members_EN.flatten()).view(E, E, N)
-        stay_EN = sums_EEN[experts, experts] - square_F[members_EN]
-        want_EE, slot_EE = sums_EEN.sub_(stay_EN).max(dim=2)  # [b, a]: the best of a's neurons for b
-        want_EE, slot_EE = want_EE.T, slot_EE.T  # [a, b]
-        leaver_EE = members_EN.gather(1, slot_EE)
-        gain_EE = want_EE + want_EE.T - 2 * gram_FF[leaver_EE, leaver_EE.T]
-        gain_EE = torch.maximum(gain_EE, gain_EE.T).fill_diagonal_(0.0)  # a GEMM may be asymmetric by rounding
-        partner_E = _match(gain_EE, least_gain)
-        arriving_E, leaving_E = leaver_EE[partner_E, experts], leaver_EE[experts, partner_E]
-        sums_EF += gram_FF[arriving_E] - gram_FF[leaving_E]
-        members_EN[experts, slot_EE[experts, partner_E]] = arriving_E
-        if step % ROUNDS_PER_CHECK == 0 and torch.equal(partner_E, experts):
+        flat_LEF = members_LEN.view(L, 1, E * N).expand(-1, E, -1)
+        sums_LEEN = sums_LEF.gather(2, flat_LEF).view(L, E, E, N)
+        stay_LEN = sums_LEEN[:, experts, experts] - square_LF.gather(1, members_LEN.view(L, -1)).view(L, E, N)
+        want_LEE, slot_LEE = sums_LEEN.sub_(stay_LEN[:, None]).max(dim=3)  # [b, a]: the best of a's neurons for b
+        want_LEE, slot_LEE = want_LEE.mT, slot_LEE.mT  # [a, b]
+        leaver_LEE = members_LEN.gather(2, slot_LEE)
+        gain_LEE = want_LEE + want_LEE.mT - 2 * gram_LFF[layers_L1[..., None], leaver_LEE, leaver_LEE.mT]
+        gain_LEE = torch.maximum(gain_LEE, gain_LEE.mT)  # a GEMM may be asymmetric by rounding
+        gain_LEE.diagonal(dim1=1, dim2=2).zero_()
+        partner_LE = _match(gain_LEE, least_gain)
+        arriving_LE, leaving_LE = leaver_LEE[layers_L1, partner_LE, experts], leaver_LEE[layers_L1, experts, partner_LE]
+        sums_LEF += gram_LFF[layers_L1, arriving_LE] - gram_LFF[layers_L1, leaving_LE]
+        members_LEN[layers_L1, experts, slot_LEE[layers_L1, experts, partner_LE]] = arriving_LE
+        if step % ROUNDS_PER_CHECK == 0 and torch.equal(partner_LE, experts.expand(L, -1)):
             break
-    return members_EN, sums_EF.gather(1, members_EN).sum(dim=1)
+    return members_LEN, sums_LEF.gather(2, members_LEN).sum(dim=2)
 
 
-def _match(gain_EE: Tensor, least_gain: float) -> Tensor:
+def _match(gain_LEE: Tensor, least_gain: float) -> Tensor:
     """A partner for each expert, or itself: pairs that are each other's best, then again among the rest."""
-    experts = torch.arange(len(gain_EE), device=gain_EE.device)
-    partner_E = experts
+    L, E, _ = gain_LEE.shape
+    experts_LE = torch.arange(E, device=gain_LEE.device).expand(L, -1)
+    partner_LE = experts_LE
     for _ in range(MATCHINGS_PER_ROUND):
-        best_E, choice_E = gain_EE.max(dim=1)
-        matched_E = (choice_E[choice_E] == experts) & (best_E > least_gain)
-        partner_E = torch.where(matched_E, choice_E, partner_E)
-        gain_EE = gain_EE.masked_fill(matched_E[:, None] | matched_E, 0.0)
-    return partner_E
+        best_LE, choice_LE = gain_LEE.max(dim=2)
+        matched_LE = (choice_LE.gather(1, choice_LE) == experts_LE) & (best_LE > least_gain)
+        partner_LE = torch.where(matched_LE, choice_LE, partner_LE)
+        gain_LEE = gain_LEE.masked_fill(matched_LE[:, :, None] | matched_LE[:, None, :], 0.0)
+    return partner_LE
 
 
-def _labels(members_EN: Tensor) -> Tensor:
-    E, N = members_EN.shape
-    experts_F = torch.arange(E, device=members_EN.device).repeat_interleave(N)
-    return torch.empty_like(experts_F).scatter_(0, members_EN.flatten(), experts_F)
+def _labels(members_LEN: Tensor) -> Tensor:
+    L, E, N = members_LEN.shape
+    experts_LF = torch.arange(E, device=members_LEN.device).repeat_interleave(N).expand(L, -1)
+    return torch.empty_like(experts_LF, memory_format=torch.contiguous_format).scatter_(
+        1, members_LEN.view(L, -1), experts_LF
+    )
 
 
 def _check_matrix(matrix: Tensor, name: str, shape: str) -> None:

@@ -1,6 +1,7 @@
 """Deja Vu: a low-rank network predicts from x which neurons will matter (Liu et al., arXiv 2310.17157)."""
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -67,11 +68,12 @@ class DejaVuConfig(PostHoc):
     def data_tokens(self) -> int:
         return max(self.tokens, RECORDED_TOKENS * self.needs_activations)
 
-    def group(self, site: Site, activations_TF: Tensor | None, layer_index: int) -> Tensor:
-        self.num_active(check_divisible(site.d_ff, self.expert_size))  # an error is due before the first change
+    def group(self, sites: Sequence[Site], activations: Sequence[Tensor]) -> Iterable[Tensor]:
+        for site in sites:
+            self.num_active(check_divisible(site.d_ff, self.expert_size))  # an error is due before the first change
         if self.expert_size == 1:
-            return super().group(site, activations_TF, layer_index)
-        return group_neurons(site, self.grouping, self.expert_size, activations_TF, self.seed + layer_index)
+            return super().group(sites, activations)
+        return group_neurons(sites, self.grouping, self.expert_size, activations, self.seed)
 
     def build_router(self, site: Site, device: torch.device) -> "LowRankRouter":
         num_experts = check_divisible(site.d_ff, self.expert_size)

@@ -1,13 +1,24 @@
 """Options that methods with experts share: how many neurons an expert has, and how they are found."""
 
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
-from lte.core.grouping import balanced_kmeans, check_divisible, coactivation_grouping, random_grouping
+from lte.core.grouping import (
+    check_divisible,
+    coactivation_gram,
+    direction_gram,
+    group_by_gram,
+    random_grouping,
+)
 from lte.surgery.sites import Site
 
 Grouping = Literal["kmeans", "coactivation", "random"]
+
+_GRAMS = 2**29  # bytes of inner products that are worked on at once
 
 
 def check_experts(expert_size: int, grouping: str) -> None:
@@ -22,16 +33,34 @@ def check_experts(expert_size: int, grouping: str) -> None:
         raise ValueError(f"grouping is {grouping!r}, but it is one of {', '.join(get_args(Grouping))}")
 
 
-def group_neurons(site: Site, grouping: Grouping, expert_size: int, activations_TF: Tensor | None, seed: int) -> Tensor:
-    """Labels ``[F]``: the expert of each neuron.
+def group_neurons(
+    sites: Sequence[Site], grouping: Grouping, expert_size: int, activations: Sequence[Tensor], seed: int
+) -> Iterator[Tensor]:
+    """Labels ``[F]`` of each FFN: the expert of each neuron. The FFN number ``i`` has the seed ``seed + i``.
 
     Raises:
         ValueError: ``expert_size`` does not divide d_ff.
     """
-    num_experts = check_divisible(site.d_ff, expert_size)
+    num_experts = [check_divisible(site.d_ff, expert_size) for site in sites]
     if grouping == "random":
-        return random_grouping(site.d_ff, num_experts, seed)
-    if grouping == "kmeans":
-        return balanced_kmeans(site.feature_rows(), num_experts, seed)
-    assert activations_TF is not None
-    return coactivation_grouping(activations_TF.to(site.feature_rows().device), num_experts, seed)
+        yield from (random_grouping(sites[i].d_ff, num_experts[i], seed + i) for i in range(len(sites)))
+        return
+    for together in _alike(sites):
+        rows = [sites[i].feature_rows() for i in together]
+        if grouping == "kmeans":
+            grams = [direction_gram(rows_FD) for rows_FD in rows]
+        else:
+            grams = [coactivation_gram(activations[i].to(rows[0].device)) for i in together]
+        yield from group_by_gram(torch.stack(grams), num_experts[together[0]], [seed + i for i in together])
+
+
+def _alike(sites: Sequence[Site]) -> Iterator[list[int]]:
+    """Numbers of FFNs that can be grouped at once: neighbours of one width and device, as far as memory allows.
+
+    On a CPU one at a time: there rounds of swaps wait for memory, not for launches.
+    """
+    kinds = [(site.d_ff, site.first.weight.device) for site in sites]
+    for (d_ff, device), same in groupby(range(len(sites)), lambda i: kinds[i]):
+        fit = 1 if device.type == "cpu" else max(1, _GRAMS // (4 * d_ff**2))
+        numbers = list(same)
+        yield from (numbers[i : i + fit] for i in range(0, len(numbers), fit))

@@ -1,5 +1,6 @@
 """LTE: experts by balanced k-means, a linear sigmoid router, a threshold (Zheng et al., NeurIPS 2024)."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -51,8 +52,8 @@ class LTEConfig(Method):
     def data_tokens(self) -> int:
         return RECORDED_TOKENS if self.needs_activations else 0
 
-    def group(self, site: Site, activations_TF: Tensor | None, layer_index: int) -> Tensor:
-        return group_neurons(site, self.grouping, self.expert_size, activations_TF, self.seed + layer_index)
+    def group(self, sites: Sequence[Site], activations: Sequence[Tensor]) -> Iterable[Tensor]:
+        return group_neurons(sites, self.grouping, self.expert_size, activations, self.seed)
 
     def build_router(self, site: Site, device: torch.device) -> Router:
         return Router(site.d_model, check_divisible(site.d_ff, self.expert_size), device)

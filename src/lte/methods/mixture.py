@@ -1,5 +1,6 @@
 """What the trained mixtures of experts share: the model's own neurons in experts, as many of them for every token."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -43,9 +44,10 @@ class Mixture(Targeted):
     def data_tokens(self) -> int:
         return RECORDED_TOKENS if self.needs_activations else 0
 
-    def group(self, site: Site, activations_TF: Tensor | None, layer_index: int) -> Tensor:
-        self.num_active(check_divisible(site.d_ff, self.expert_size))  # an error is due before the first change
-        return group_neurons(site, self.grouping, self.expert_size, activations_TF, self.seed + layer_index)
+    def group(self, sites: Sequence[Site], activations: Sequence[Tensor]) -> Iterable[Tensor]:
+        for site in sites:
+            self.num_active(check_divisible(site.d_ff, self.expert_size))  # an error is due before the first change
+        return group_neurons(sites, self.grouping, self.expert_size, activations, self.seed)
 
     def num_active(self, num_experts: int) -> int:
         """How many experts a token uses.

@@ -1,5 +1,6 @@
 """MoEfication: experts of similar neurons, the same number for every token (Zhang et al., arXiv 2110.01786)."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast, get_args
 
@@ -66,9 +67,10 @@ class MoEficationConfig(PostHoc):
     def data_tokens(self) -> int:
         return max(RECORDED_TOKENS * self.needs_activations, self.tokens * (self.selection == "mlp"))
 
-    def group(self, site: Site, activations_TF: Tensor | None, layer_index: int) -> Tensor:
-        self.num_active(check_divisible(site.d_ff, self.expert_size))  # an error is due before the first change
-        return group_neurons(site, self.grouping, self.expert_size, activations_TF, self.seed + layer_index)
+    def group(self, sites: Sequence[Site], activations: Sequence[Tensor]) -> Iterable[Tensor]:
+        for site in sites:
+            self.num_active(check_divisible(site.d_ff, self.expert_size))  # an error is due before the first change
+        return group_neurons(sites, self.grouping, self.expert_size, activations, self.seed)
 
     def build_router(self, site: Site, device: torch.device) -> "ChoosingRouter":
         num_experts = check_divisible(site.d_ff, self.expert_size)

@@ -1,6 +1,6 @@
 """What methods share that make a trained model sparse without training it: a sparsity, and data to meet it on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -49,9 +49,9 @@ class PostHoc(Targeted):
     def prepare_(self, model: PreTrainedModel) -> Callable[[], None]:
         return super().prepare_(model) if self.activation is None else relufy_(model, self.activation)
 
-    def group(self, site: Site, activations_TF: Tensor | None, layer_index: int) -> Tensor:
+    def group(self, sites: Sequence[Site], activations: Sequence[Tensor]) -> Iterable[Tensor]:
         """Neurons stay where they are, each an expert of its own."""
-        return torch.arange(site.d_ff)
+        return [torch.arange(site.d_ff) for site in sites]
 
     def fit(self, model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> None:
         set_mode_(model, "hard")

@@ -27,6 +27,7 @@ def sparsify_(
     data: Iterable[dict[str, Tensor]] | None = None,
     progress: Callable[[Iterable[Site]], Iterable[Site]] = iter,
     fit: bool = True,
+    grouped: bool = True,
 ) -> PreTrainedModel:
     """Give every FFN of ``model`` experts and a router, in place.
 
@@ -44,6 +45,8 @@ def sparsify_(
             routers. What 4096 tokens do to the neurons is kept in bf16 on the CPU while grouping by co-activation:
             0.4 GB for a model of 135M parameters, 3 GB for one of 7B.
         progress: wraps the iteration over FFNs, e.g. in a progress bar.
+        grouped: False leaves the neurons where they are, experts of whatever is next to each other. ``LTETrainer``
+            groups them after its dense stage, so that a run with one need not do it twice.
         fit: False leaves mode dense where a method that needs no training would set its routers now. ``LTETrainer``
             sets them after its dense stage.
 
@@ -62,16 +65,19 @@ def sparsify_(
     if len({id(weight) for weight in weights}) < len(weights):
         raise ValueError(f"{type(model).__name__} shares FFN weights between layers: that is not supported")
     lte_model_class(type(model))  # made now, so that an error leaves the model as it was
-    batches = _needed(data, method, method.data_tokens if fit else RECORDED_TOKENS * method.needs_activations)
+    recorded = RECORDED_TOKENS * (method.needs_activations and grouped)
+    batches = _needed(data, method, method.data_tokens if fit else recorded)
     undo = method.prepare_(model)
     try:
-        orders = list(group(model, sites, method, batches, progress))  # all before routers go in, for the same reason
+        # all before routers go in, for the same reason
+        orders = list(group(model, sites, method, batches, progress)) if grouped else [None] * len(sites)
     except BaseException:
         undo()
         raise
     generator = torch.Generator().manual_seed(method.seed)
     for site, order in zip(sites, orders, strict=True):
-        site.permute_neurons(order)
+        if order is not None:
+            site.permute_neurons(order)
         install_(site, method).reset(generator)
     become_lte_(model, {**method.to_dict(), "mode": "dense"})
     if fit:
@@ -101,9 +107,9 @@ def group(
 
     Args: as :func:`sparsify_`; ``model`` may be sparse already, in mode dense.
     """
-    activations = _record_neurons(model, sites, data) if method.needs_activations else [None] * len(sites)
-    for index, (site, recorded) in enumerate(zip(progress(sites), activations, strict=True)):
-        yield grouping_permutation(method.group(site, recorded, index))
+    activations = _record_neurons(model, sites, data) if method.needs_activations else []
+    for labels_F, _site in zip(method.group(sites, activations), progress(sites), strict=True):
+        yield grouping_permutation(labels_F)
 
 
 def install_(site: Site, method: Method) -> SparseFFN | SparseActivation:

@@ -1,6 +1,6 @@
 """What a method is: a frozen dataclass that groups neurons, builds routers and fits them. Its type is the choice."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
@@ -20,7 +20,7 @@ class Method:
     """Base of all methods. A subclass names itself and is then known to saving and loading.
 
     Subclasses say how neurons are grouped (:meth:`group`) and what routes to the groups
-    (:meth:`build_router`); both are called once an FFN. One that needs no training sets its routers in :meth:`fit`.
+    (:meth:`build_router`). One that needs no training sets its routers in :meth:`fit`.
     A field declared with ``init=False`` is fixed: no option, and not saved.
     """
 
@@ -39,8 +39,13 @@ class Method:
         if "name" in vars(cls):
             Method._by_name[cls.name] = cls
 
-    def group(self, site: Site, activations_TF: Tensor | None, layer_index: int) -> Tensor:
-        """Labels ``[F]``: the expert of each neuron."""
+    def group(self, sites: Sequence[Site], activations: Sequence[Tensor]) -> Iterable[Tensor]:
+        """Labels ``[F]`` of each FFN: the expert of each neuron.
+
+        Args:
+            sites: all FFNs.
+            activations: neurons of each on data, ``[T, F]``; none unless the method :attr:`needs_activations`.
+        """
         raise NotImplementedError
 
     def build_router(self, site: Site, device: torch.device) -> BaseRouter:

@@ -129,6 +129,12 @@ class LTETrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Share of the soft stage in which temperature and hardness grow; then they stay. In (0, 1]."},
     )
+    sparsity_ramp: float = field(
+        default=1 / 3, metadata={"help": "Share of the soft stage after which the target is wanted in full. In (0, 1]."}
+    )
+    dense_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of the dense stage, where it is not that of the others."}
+    )
     calibration_rows: int = field(
         default=64, metadata={"help": "Training rows kept out (at most 5 %) to set thresholds on; default recipe."}
     )
@@ -182,6 +188,12 @@ class LTETrainingArguments(TrainingArguments):
             raise ValueError(f"router_start is {self.router_start!r}, but it is random or fitted")
         if not 0 < self._get("ramp") <= 1:
             raise ValueError(f"ramp is {self.ramp}, but it is a share of the soft stage, above 0 and at most 1")
+        if not 0 < self.sparsity_ramp <= 1:
+            raise ValueError(
+                f"sparsity_ramp is {self.sparsity_ramp}, but it is a share of the soft stage, above 0 and at most 1"
+            )
+        if self.dense_learning_rate is not None and not self.dense_learning_rate > 0:
+            raise ValueError(f"dense_learning_rate is {self.dense_learning_rate}, but it is above 0, e.g. 3e-4")
         if self._get("temperature") < 1:
             raise ValueError(f"temperature is {self.temperature}, but it grows from 1, so it is at least 1")
         if self.ddp_find_unused_parameters is None:
@@ -195,6 +207,11 @@ class LTETrainingArguments(TrainingArguments):
             self.dataloader_pin_memory = False
         elif self.device.type == "cuda" and unset and self.dataloader_pin_memory:
             cast(Any, self.accelerator_config).non_blocking = True  # a batch is copied while the step before it runs
+
+    @property
+    def dense_learning_rate_factor(self) -> float:
+        """The dense stage's peak over that of the others."""
+        return (self.dense_learning_rate or self.learning_rate) / self.learning_rate if self.learning_rate else 1.0
 
     def _checkpoint_without_reentry(self) -> None:
         """Scores are recorded in the forward pass, which reentrant checkpointing runs without gradient."""

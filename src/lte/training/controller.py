@@ -12,7 +12,8 @@ class SparsityController:
 
     Proportional and integral in log space, ``eta = eta_start * exp(gain * error + integral)``: the
     size of eta that a model needs spans orders of magnitude, and a factor is right at all of them.
-    The target ramps from 0 to ``target`` over the first ``ramp`` of the soft stage.
+    The target rises from 0 to ``target`` over the first ``ramp`` of the soft stage, fast at first and ever slower, as
+    weights are pruned by Zhu and Gupta (2017, arXiv 1710.01878): the first experts cost nothing to close.
 
     Attributes:
         target: sparsity to reach, in (0, 1).
@@ -23,12 +24,12 @@ class SparsityController:
     eta_start: float = 0.3
     gain: float = 10.0
     integral_gain: float = 0.5
-    ramp: float = 2 / 3
+    ramp: float = 1 / 3
     integral: float | Tensor = 0.0
 
     def wanted(self, progress: float) -> float:
         """Target at a point of the soft stage, ``progress`` in [0, 1]."""
-        return self.target * min(1.0, progress / self.ramp)
+        return self.target * (1 - (1 - min(1.0, progress / self.ramp)) ** 3)
 
     def step(self, measured: float | Tensor, progress: float) -> Tensor:
         """Take one optimizer step's sparsity; give eta for the next, on the device of ``measured``.

@@ -68,8 +68,13 @@ class StagePlan:
             return "soft", (step - self.dense) / self.soft
         return "hard", min(1.0, (step - self.dense - self.soft) / max(1, self.hard))
 
-    def lr_lambda(self, scheduler: str, warmup: Callable[[int], int], kwargs: dict[str, Any]) -> Callable[[int], float]:
-        """A learning rate factor that warms up and decays once a stage, by a Hugging Face schedule's name."""
+    def lr_lambda(
+        self, scheduler: str, warmup: Callable[[int], int], kwargs: dict[str, Any], dense: float = 1.0
+    ) -> Callable[[int], float]:
+        """A learning rate factor that warms up and decays once a stage, by a Hugging Face schedule's name.
+
+        The dense stage's peak is ``dense``, the others' is 1.
+        """
         starts = {0: self.dense, self.dense: self.soft, self.dense + self.soft: self.hard}
         lambdas = {
             start: _lr_lambda(scheduler, warmup(steps), steps, kwargs) for start, steps in starts.items() if steps
@@ -77,7 +82,7 @@ class StagePlan:
 
         def factor(step: int) -> float:
             start = max(start for start in lambdas if start <= step)
-            return lambdas[start](step - start)
+            return lambdas[start](step - start) * (dense if step < self.dense else 1.0)
 
         return factor
 

@@ -99,7 +99,7 @@ class LTETrainer(Trainer):
         self.progress = 0.0
         self.teacher: nn.Module | None = None
         self.eta: float | Tensor = args.eta or 0.0
-        self.controller = SparsityController(args.target_sparsity or 0.0)
+        self.controller = SparsityController(args.target_sparsity or 0.0, ramp=args.sparsity_ramp)
         self.step_log = StepLog()
         self._found: tuple[Any, Any, dict[str, Any]] = (None, None, {})
         self._flops_per_token: int | None = None
@@ -247,6 +247,7 @@ class LTETrainer(Trainer):
                 self.args.lr_scheduler_type,
                 self.args.get_warmup_steps,
                 cast(dict[str, Any], self.args.lr_scheduler_kwargs or {}),
+                self.args.dense_learning_rate_factor,
             )
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 optimizer or cast(torch.optim.Optimizer, self.optimizer), factor
