@@ -17,8 +17,7 @@ test=(--then "eval --text wikitext2/test.npy --batch-size 8")
 dense=(--model out/dense/seed-42 --text wikitext2/valid.npy)
 
 e2e=(recipes/e2e.yaml --model smollm2 --text e2e/trainset.csv --eval-text e2e/testset_w_refs.csv --calibration-text
-    e2e/devset.csv --max-steps 1000 --per-device-train-batch-size 64 --learning-rate 2e-4 --sequence-length 160
-    --hard-fraction 0.1)
+    e2e/devset.csv)
 e2e_rouge=(--then 'eval --task generation --generate --prompt "{mr}\n" --completion ref --text e2e/testset_w_refs.csv
     --sequence-length 256 --max-new-tokens 96 --batch-size 64')
 xsum=(recipes/xsum.yaml --model smollm2 --text xsum/train.jsonl --eval-text xsum/test.jsonl --calibration-text
@@ -31,7 +30,7 @@ t0=(recipes/instruct.yaml --model smollm2 --text t0/train.jsonl --eval-text t0/h
     t0/valid.jsonl --max-steps 600 --per-device-train-batch-size 16 --gradient-accumulation-steps 2
     --no-gradient-checkpointing --learning-rate 2e-4 --sequence-length 512 --hard-fraction 0.1)
 mmlu=(--then "eval --mmlu mmlu --shots 5 --batch-size 8")
-experts=(--grouping coactivation --expert-size 16 --save-strategy no)
+experts=(--grouping coactivation --expert-size 16 --compensation-rank 32 --save-strategy no)
 
 glue() { # task, recipe, further options
     local task=$1 recipe=$2 kind=jsonl
@@ -53,8 +52,13 @@ case $name in
 dense) sweep "${wikitext2[@]}" "${best[@]}" --recipe dense --max-steps 300 --metric-for-best-model eval_loss \
     --eval-steps 25 --save-steps 25 --vary seed=42,1,2 ;;
 headline) sweep "${wikitext2[@]}" --vary target-sparsity=0.5,0.7,0.85 seed=42,1,2 ;;
-compensation) sweep "${wikitext2[@]}" --vary compensation-rank=32,64 target-sparsity=0.85,0.7,0.5 ;;
 comparison) sweep "${wikitext2[@]}" --max-steps 600 --vary target-sparsity=0.5,0.85,0.7,0.3 method=$trained ;;
+ablation) # the recipe without one thing at a time
+    for without in compensation-rank=0 sparsity-ramp=1 learning-rate=3e-4 router-start=random grouping=kmeans \
+        expert-size=32 distillation-weight=0 hardness=0 temperature=1; do
+        name=ablation/$without
+        sweep "${wikitext2[@]}" --max-steps 600 --vary target-sparsity=0.5,0.85 "$without"
+    done ;;
 set) # on the dense model, without training
     command=(sparsify)
     sweep "${dense[@]}" "${test[@]}" --vary method=cats,teal,deja-vu,moefication,static-pruning \
@@ -64,19 +68,23 @@ pruned)
     sweep "${dense[@]}" "${test[@]}" --vary method=wanda,magnitude target-sparsity=0.3,0.5,0.7 ;;
 other-text) sweep "${wikitext2[@]}" --then "eval --text tinyshakespeare.txt" --vary target-sparsity=0.5,0.7,0.85 ;;
 paper) # the paper's ablations: lambda, grouping
-    sweep "${wikitext2[@]}" --recipe paper --eta 0.5 --expert-size 32 --max-steps 300 \
-        --vary grouping=kmeans,coactivation,random separability-weight=0,0.5,1 ;;
+    sweep "${wikitext2[@]}" --recipe paper --eta 0.5 --expert-size 32 --compensation-rank 0 --max-steps 300 \
+        --learning-rate 3e-4 --vary grouping=kmeans,coactivation,random separability-weight=0,0.5,1 ;;
 glue) glue_all --vary target-sparsity=0.7,0.85 seed=42,1,2 ;;
+glue-recipe) # what a small encoder wants
+    glue_all --dense-learning-rate 1e-4 --target-sparsity 0.7 \
+        --vary dense-fraction=0.25,0.5 learning-rate=1e-4,2e-4 compensation-rank=0,32 ;;
 glue-dense) # the best step by the dev rows themselves, in dense's favour
     glue_all "${best[@]}" --recipe dense --calibration-text DEV --metric-for-best-model eval_accuracy \
         --eval-steps 100 --save-steps 100 --vary seed=42,1,2 ;;
 glue-methods) glue_all --vary target-sparsity=0.5,0.85,0.7,0.3 method=$trained ;;
-e2e) sweep "${e2e[@]}" "${experts[@]}" "${e2e_rouge[@]}" --vary dense-fraction=0.25,0.5,0.7 target-sparsity=0.7,0.85 ;;
+e2e) sweep "${e2e[@]}" "${e2e_rouge[@]}" --vary target-sparsity=0.7,0.85 seed=42,1,2 ;;
 e2e-dense) sweep "${e2e[@]}" "${best[@]}" "${e2e_rouge[@]}" --recipe dense --metric-for-best-model eval_loss \
     --eval-steps 250 --save-steps 250 --vary seed=42 ;;
-e2e-methods) sweep "${e2e[@]}" --save-strategy no "${e2e_rouge[@]}" --dense-fraction 0.5 \
-    --vary target-sparsity=0.5,0.85,0.7,0.3 method=$trained ;;
-xsum) sweep "${xsum[@]}" "${experts[@]}" "${xsum_rouge[@]}" --dense-fraction 0.5 --vary target-sparsity=0.6,0.75 ;;
+e2e-methods) sweep "${e2e[@]}" "${e2e_rouge[@]}" --vary target-sparsity=0.5,0.85,0.7,0.3 method=$trained ;;
+xsum) # ten times through the documents: dense is best after an eighth of it
+    sweep "${xsum[@]}" "${experts[@]}" "${xsum_rouge[@]}" --dense-fraction 0.125 --distillation-weight 1 \
+        --vary target-sparsity=0.6,0.75 ;;
 xsum-dense) sweep "${xsum[@]}" "${best[@]}" "${xsum_rouge[@]}" --recipe dense --metric-for-best-model eval_loss \
     --eval-steps 50 --save-steps 50 --vary seed=42 ;;
 t0) sweep "${t0[@]}" "${experts[@]}" "${mmlu[@]}" --dense-fraction 0.5 --vary target-sparsity=0.5 ;;
