@@ -125,6 +125,17 @@ def test_coactivation_grouping_runs_on_data(family):
     assert not any(site.down._forward_pre_hooks for site in find_sites(model, family))
 
 
+def test_ungrouped_neurons_stay_and_no_data_is_read():
+    model = tiny_model("llama")
+    gate = model.model.layers[0].mlp.gate_proj.weight.clone()
+    method = lte.LTEConfig(expert_size=8, grouping="coactivation")
+    lte.sparsify_(model, method, fit=False, grouped=False)
+    assert torch.equal(model.model.layers[0].mlp.gate_proj.weight, gate)
+    assert len(sparse_layers(model)) == len(model.model.layers)
+    with pytest.raises(ValueError, match="needs data"):
+        lte.sparsify_(tiny_model("llama"), method, fit=False)
+
+
 def test_coactivation_leaves_padding_out():
     batch = tiny_inputs("llama", rows=2, length=9)
     batch["attention_mask"][1, 4:] = 0
