@@ -13,12 +13,16 @@ from lte.core.grouping import (
     _swap_until_converged,
     balanced_kmeans,
     check_divisible,
-    coactivation_grouping,
+    coactivation_gram,
     direction_gram,
     group_by_gram,
     grouping_permutation,
     random_grouping,
 )
+
+
+def coactivation_grouping(activations_TF: Tensor, num_clusters: int, seed: int = 0) -> Tensor:
+    return group_by_gram(coactivation_gram(activations_TF)[None], num_clusters, [seed])[0]
 
 
 def squared_distance(rows_FD: Tensor, labels_F: Tensor) -> float:

@@ -5,16 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lte.core.grouping import balanced_kmeans, coactivation_grouping
+from lte.core.grouping import balanced_kmeans, coactivation_gram, group_by_gram
 from lte.methods import experts
 from lte.methods.experts import _alike, group_neurons
 
 
 def ffn(d_ff: int, device: str = "cpu") -> SimpleNamespace:
-    weight = torch.randn(d_ff, 24, generator=torch.Generator().manual_seed(d_ff), device="cpu")
-    return SimpleNamespace(
-        d_ff=d_ff, first=SimpleNamespace(weight=weight.to(device)), feature_rows=lambda: weight.to(device)
-    )
+    weight = torch.randn(d_ff, 24, generator=torch.Generator().manual_seed(d_ff)).to(device)
+    return SimpleNamespace(d_ff=d_ff, feature_rows=lambda: weight)
 
 
 def test_neighbours_of_one_width_and_device_are_grouped_at_once_as_far_as_memory_allows(monkeypatch) -> None:
@@ -38,7 +36,7 @@ def test_it_makes_no_difference(monkeypatch, grouping) -> None:
         if grouping == "kmeans":
             alone_F = balanced_kmeans(site.feature_rows(), site.d_ff // 16, 3 + i)
         else:
-            alone_F = coactivation_grouping(activations[i], site.d_ff // 16, 3 + i)
+            alone_F = group_by_gram(coactivation_gram(activations[i])[None], site.d_ff // 16, [3 + i])[0]
         assert labels_F.tolist() == alone_F.tolist()
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import tiny_training
 import torch
-from tiny_training import trainer_for
+from tiny_training import dense_llama, trainer_for
 from transformers import TrainerCallback
 
+import lte
 from lte.training.checkpoints import last_complete_checkpoint
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
@@ -89,6 +90,24 @@ def test_resumed_where_a_stage_ends(tmp_path, whole, steps, stage):
     trainer = trainer_for(tmp_path, save_strategy="steps", save_steps=steps)
     trainer.train(resume_from_checkpoint=True)
     assert_same(trainer, whole)
+
+
+@pytest.mark.parametrize(("steps", "grouped_again"), [(2, True), (8, False)], ids=["dense", "soft"])
+def test_a_model_that_is_not_grouped_yet_is_resumed(tmp_path, monkeypatch, steps, grouped_again):
+    def ungrouped():
+        return lte.sparsify_(dense_llama(), lte.LTEConfig(expert_size=8), grouped=False)
+
+    saving = {"save_strategy": "steps", "save_steps": steps}
+    with pytest.raises(Stop):
+        trainer_for(tmp_path, ungrouped(), callbacks=[StopAfter(steps)], **saving).train()
+    called = []
+    monkeypatch.setattr(
+        lte.LTEConfig, "group", lambda *given, real=lte.LTEConfig.group: called.append(1) or real(*given)
+    )
+    trainer = trainer_for(tmp_path, ungrouped(), **saving)
+    trainer.train(resume_from_checkpoint=True)
+    assert bool(called) == grouped_again
+    assert "grouped" not in trainer.model.config.lte
 
 
 def test_resumed_with_gradient_accumulation_over_epochs(tmp_path):

@@ -178,6 +178,23 @@ def test_neurons_are_grouped_anew_on_the_dense_stages_model(tmp_path, grouping):
     assert torch.allclose(model(**batch).logits, before, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("grouped", "dense_fraction", "times"),
+    [(True, 0.0, 1), (True, 0.25, 2), (False, 0.25, 1), (False, 0.0, 1), (False, 0.001, 1)],
+    ids=["before", "before and after dense", "after dense", "no dense stage", "a dense stage of no step"],
+)
+def test_neurons_are_never_left_ungrouped(tmp_path, monkeypatch, grouped, dense_fraction, times):
+    called = []
+    monkeypatch.setattr(
+        lte.LTEConfig, "group", lambda *given, real=lte.LTEConfig.group: called.append(1) or real(*given)
+    )
+    model = lte.sparsify_(dense_llama(), lte.LTEConfig(expert_size=8), grouped=grouped)
+    assert ("grouped" in model.config.lte) != grouped
+    trainer_for(tmp_path, model=model, max_steps=8, dense_fraction=dense_fraction).train()
+    assert len(called) == times
+    assert "grouped" not in model.config.lte
+
+
 def test_routers_have_their_own_learning_rate_and_decay(tmp_path):
     trainer = trainer_for(tmp_path, router_learning_rate=0.02, router_weight_decay=0.3, weight_decay=0.05)
     groups = trainer.create_optimizer().param_groups

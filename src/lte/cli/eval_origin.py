@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from lte.cli.train import SUMMARY
 from lte.evaluation.measuring import Spent
 from lte.methods.weight_pruning import SECTION as PRUNING
+from lte.surgery.method import STATE
 from lte.surgery.teal import SECTION as TEAL
 
 _FEW_ZEROS = 0.01  # a model with fewer weights that are 0 is dense: some are 0 by rounding
@@ -44,7 +45,7 @@ def training_of(name: str, method: str) -> dict[str, Any]:
 
 def _method(config: PretrainedConfig, spent: Spent) -> dict[str, Any]:
     if hasattr(config, "lte"):
-        return {name: value for name, value in config.lte.items() if name != "mode"}
+        return {name: value for name, value in config.lte.items() if name not in STATE}
     if hasattr(config, TEAL):
         return {"method": TEAL, **getattr(config, TEAL)}
     if spent.weight_sparsity < _FEW_ZEROS:

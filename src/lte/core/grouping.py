@@ -45,8 +45,15 @@ def balanced_kmeans(weight_FD: Tensor, num_clusters: int, seed: int = 0) -> Tens
     return group_by_gram(direction_gram(weight_FD)[None], num_clusters, [seed])[0]
 
 
-def coactivation_grouping(activations_TF: Tensor, num_clusters: int, seed: int = 0) -> Tensor:
-    """Balanced grouping of neurons that fire together, from activations recorded on data.
+def direction_gram(weight_FD: Tensor) -> Tensor:
+    """The cosines of rows, [F, F], by which `balanced_kmeans` groups. The same errors."""
+    _check_matrix(weight_FD, "weight_FD", "(F neurons, D features)")
+    rows_FD = normalize(weight_FD.detach().float(), dim=1)
+    return rows_FD @ rows_FD.T
+
+
+def coactivation_gram(activations_TF: Tensor) -> Tensor:
+    """How alike neurons fire on data, [F, F], for `group_by_gram`.
 
     The feature of a neuron is its column of |activation| over the T tokens, L2-normalised, so two neurons are
     as similar as the cosine of how hard they fire. Columns are not centred: neurons that are always on belong
@@ -54,21 +61,9 @@ def coactivation_grouping(activations_TF: Tensor, num_clusters: int, seed: int =
     within a token, and a few tokens with huge activations (often a text's first) would else decide alone.
     Only the F x F cosines are kept: after one pass over the tokens the cost does not depend on T.
 
-    Returns labels_F as `balanced_kmeans` does, which also has the same guarantees and errors.
+    Raises ValueError if the activations are not 2-D or not finite.
     Source: the co-activation split of MoEfication (Zhang et al., 2022), by cosine in place of counts.
     """
-    return group_by_gram(coactivation_gram(activations_TF)[None], num_clusters, [seed])[0]
-
-
-def direction_gram(weight_FD: Tensor) -> Tensor:
-    """The cosines of rows, [F, F]: what `balanced_kmeans` groups by. The same errors."""
-    _check_matrix(weight_FD, "weight_FD", "(F neurons, D features)")
-    rows_FD = normalize(weight_FD.detach().float(), dim=1)
-    return rows_FD @ rows_FD.T
-
-
-def coactivation_gram(activations_TF: Tensor) -> Tensor:
-    """The cosines of columns, [F, F]: what `coactivation_grouping` groups by. The same errors."""
     _check_matrix(activations_TF, "activations_TF", "(T tokens, F neurons)")
     num_neurons = activations_TF.shape[1]
     gram_FF = torch.zeros(num_neurons, num_neurons, device=activations_TF.device)

@@ -68,9 +68,10 @@ class DejaVuConfig(PostHoc):
     def data_tokens(self) -> int:
         return max(self.tokens, RECORDED_TOKENS * self.needs_activations)
 
+    def check(self, site: Site) -> None:
+        self.num_active(check_divisible(site.d_ff, self.expert_size))
+
     def group(self, sites: Sequence[Site], activations: Sequence[Tensor]) -> Iterable[Tensor]:
-        for site in sites:
-            self.num_active(check_divisible(site.d_ff, self.expert_size))  # an error is due before the first change
         if self.expert_size == 1:
             return super().group(sites, activations)
         return group_neurons(sites, self.grouping, self.expert_size, activations, self.seed)

@@ -46,12 +46,12 @@ def group_neurons(
         yield from (random_grouping(sites[i].d_ff, num_experts[i], seed + i) for i in range(len(sites)))
         return
     for together in _alike(sites):
-        rows = [sites[i].feature_rows() for i in together]
         if grouping == "kmeans":
-            grams = [direction_gram(rows_FD) for rows_FD in rows]
+            gram_LFF = torch.stack([direction_gram(sites[i].feature_rows()) for i in together])
         else:
-            grams = [coactivation_gram(activations[i].to(rows[0].device)) for i in together]
-        yield from group_by_gram(torch.stack(grams), num_experts[together[0]], [seed + i for i in together])
+            device = _device(sites[together[0]])
+            gram_LFF = torch.stack([coactivation_gram(activations[i].to(device)) for i in together])
+        yield from group_by_gram(gram_LFF, num_experts[together[0]], [seed + i for i in together])
 
 
 def _alike(sites: Sequence[Site]) -> Iterator[list[int]]:
@@ -59,8 +59,11 @@ def _alike(sites: Sequence[Site]) -> Iterator[list[int]]:
 
     On a CPU one at a time: there rounds of swaps wait for memory, not for launches.
     """
-    kinds = [(site.d_ff, site.first.weight.device) for site in sites]
-    for (d_ff, device), same in groupby(range(len(sites)), lambda i: kinds[i]):
+    for (d_ff, device), same in groupby(range(len(sites)), lambda i: (sites[i].d_ff, _device(sites[i]))):
         fit = 1 if device.type == "cpu" else max(1, _GRAMS // (4 * d_ff**2))
         numbers = list(same)
         yield from (numbers[i : i + fit] for i in range(0, len(numbers), fit))
+
+
+def _device(site: Site) -> torch.device:
+    return site.feature_rows().device

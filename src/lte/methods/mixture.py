@@ -44,9 +44,10 @@ class Mixture(Targeted):
     def data_tokens(self) -> int:
         return RECORDED_TOKENS if self.needs_activations else 0
 
+    def check(self, site: Site) -> None:
+        self.num_active(check_divisible(site.d_ff, self.expert_size))
+
     def group(self, sites: Sequence[Site], activations: Sequence[Tensor]) -> Iterable[Tensor]:
-        for site in sites:
-            self.num_active(check_divisible(site.d_ff, self.expert_size))  # an error is due before the first change
         return group_neurons(sites, self.grouping, self.expert_size, activations, self.seed)
 
     def num_active(self, num_experts: int) -> int:

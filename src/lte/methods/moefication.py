@@ -67,9 +67,10 @@ class MoEficationConfig(PostHoc):
     def data_tokens(self) -> int:
         return max(RECORDED_TOKENS * self.needs_activations, self.tokens * (self.selection == "mlp"))
 
+    def check(self, site: Site) -> None:
+        self.num_active(check_divisible(site.d_ff, self.expert_size))
+
     def group(self, sites: Sequence[Site], activations: Sequence[Tensor]) -> Iterable[Tensor]:
-        for site in sites:
-            self.num_active(check_divisible(site.d_ff, self.expert_size))  # an error is due before the first change
         return group_neurons(sites, self.grouping, self.expert_size, activations, self.seed)
 
     def build_router(self, site: Site, device: torch.device) -> "ChoosingRouter":

@@ -1,6 +1,5 @@
 """Static pruning: the same neurons are left out for every token. What a method that chooses by token has to beat."""
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, cast
 
@@ -35,10 +34,8 @@ class StaticPruningConfig(PostHoc):
     expert_size: int = field(default=1, init=False)
     seed: int = field(default=0, init=False)
 
-    def group(self, sites: Sequence[Site], activations: Sequence[Tensor]) -> Iterable[Tensor]:
-        for site in sites:
-            self.num_active(site.d_ff)  # an error is due before the first change
-        return super().group(sites, activations)
+    def check(self, site: Site) -> None:
+        self.num_active(site.d_ff)
 
     def build_router(self, site: Site, device: torch.device) -> "FixedRouter":
         return FixedRouter(site.d_ff, device)

@@ -45,8 +45,8 @@ def sparsify_(
             routers. What 4096 tokens do to the neurons is kept in bf16 on the CPU while grouping by co-activation:
             0.4 GB for a model of 135M parameters, 3 GB for one of 7B.
         progress: wraps the iteration over FFNs, e.g. in a progress bar.
-        grouped: False leaves the neurons where they are, experts of whatever is next to each other. ``LTETrainer``
-            groups them after its dense stage, so that a run with one need not do it twice.
+        grouped: False leaves the neurons where they are, for ``LTETrainer`` to group after its dense stage or, where it
+            has none, at its start: a run with a dense stage need not group twice.
         fit: False leaves mode dense where a method that needs no training would set its routers now. ``LTETrainer``
             sets them after its dense stage.
 
@@ -61,6 +61,7 @@ def sparsify_(
     sites = find_sites(model, model.config.model_type)
     for site in sites:
         site.check()
+        method.check(site)
     weights = [linear.weight for site in sites for linear in site.projections()]
     if len({id(weight) for weight in weights}) < len(weights):
         raise ValueError(f"{type(model).__name__} shares FFN weights between layers: that is not supported")
@@ -79,7 +80,7 @@ def sparsify_(
         if order is not None:
             site.permute_neurons(order)
         install_(site, method).reset(generator)
-    become_lte_(model, {**method.to_dict(), "mode": "dense"})
+    become_lte_(model, {**method.to_dict(), "mode": "dense", **({} if grouped else {"grouped": False})})
     if fit:
         method.fit(model, batches)
     return model

@@ -8,11 +8,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lte.core.grouping import check_divisible
 from lte.modules.compensation import Compensation
 from lte.modules.router import BaseRouter
 from lte.surgery.sites import Site
 
 Made = TypeVar("Made")
+
+STATE = ("mode", "grouped")
+"""What a config's section ``lte`` holds beside the method: the mode, and ``grouped: False`` until neurons are."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,14 @@ class Method:
         super().__init_subclass__(**kwargs)
         if "name" in vars(cls):
             Method._by_name[cls.name] = cls
+
+    def check(self, site: Site) -> None:
+        """Whether it can convert this FFN. Called for each before the first change.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        check_divisible(site.d_ff, self.expert_size)
 
     def group(self, sites: Sequence[Site], activations: Sequence[Tensor]) -> Iterable[Tensor]:
         """Labels ``[F]`` of each FFN: the expert of each neuron.
@@ -101,12 +113,12 @@ class Method:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "Method":
-        """The method that :meth:`to_dict` described; a config's section ``lte``, whose ``mode`` is not the method's.
+        """The method that :meth:`to_dict` described. Of a config's section ``lte``, :data:`STATE` is not the method's.
 
         Raises:
             ValueError: unknown method, unknown option, or one of the wrong type.
         """
-        values = {option: value for option, value in values.items() if option != "mode"}
+        values = {option: value for option, value in values.items() if option not in STATE}
         name = values.pop("method", None)
         cls = Method.named(name)
         return made_of(cls, values, cls.options(), f"method {name!r}")

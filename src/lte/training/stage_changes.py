@@ -46,6 +46,7 @@ def regroup_(model: Any, method: Method, batches: Batches) -> None:
     sites = find_sites(model, model.config.model_type)
     for site, order in zip(sites, group(model, sites, method, batches), strict=True):
         site.permute_neurons(broadcast(order.to(model.device)))  # pyright: ignore[reportArgumentType]
+    model.config.lte.pop("grouped", None)
 
 
 def start_routers_(model: Any, method: Method, batches: Batches, args: LTETrainingArguments) -> None:

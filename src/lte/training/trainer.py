@@ -120,8 +120,10 @@ class LTETrainer(Trainer):
             self.eta = resumed["eta"]
             self.controller.integral = resumed["integral"]
             self._switch(resumed["stage"])
-            if self.stage != "dense" and self._distils:
-                self.teacher = load_teacher(self._folder / _TEACHER, self._unwrapped, self._compilation)
+            if self.stage != "dense":
+                self._unwrapped.config.lte.pop("grouped", None)  # the checkpoint's neurons are
+                if self._distils:
+                    self.teacher = load_teacher(self._folder / _TEACHER, self._unwrapped, self._compilation)
 
     def begin_step(self, step: int) -> None:
         """Called before each optimizer step: change the stage when it is time, sharpen the routers."""
@@ -156,7 +158,7 @@ class LTETrainer(Trainer):
         before = self.stage
         model = self._unwrapped
         if stage == "soft" or (stage == "hard" and not self.plan.soft):
-            if before == "dense":
+            if before == "dense" or not model.config.lte.get("grouped", True):
                 regroup_(model, self.method, self._batches(self.train_dataset, self.args.seed))
             if self._distils:
                 plain = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
