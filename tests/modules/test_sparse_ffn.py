@@ -85,7 +85,7 @@ def test_full_hardness_is_hard_forward_and_soft_backward():
     for name in ("hard", "straight-through", "soft"):
         ffn = sparse_ffn()
         ffn.set_mode("hard" if name == "hard" else "soft")
-        ffn.hardness = float(name == "straight-through")
+        ffn.hardness = torch.ones(()) if name == "straight-through" else None
         outputs[name] = ffn(x)
         gradients[name] = torch.autograd.grad(outputs[name].sum(), [ffn.router.weight], allow_unused=True)[0]
     torch.testing.assert_close(outputs["straight-through"], outputs["hard"])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -130,6 +131,7 @@ class LTETrainer(Trainer):
         stage, self.progress = self.plan.at(step)
         if stage != self.stage:
             self._enter(stage)
+        self._begin_graphs()
         if stage == "soft" and self._linear:
             ramped = min(1.0, self.progress / cast(float, self.args.ramp))
             temperature = cast(float, self.args.temperature) ** ramped
@@ -201,6 +203,7 @@ class LTETrainer(Trainer):
             collate_fn=self.data_collator,
         )
         for batch in loader:
+            self._begin_graphs()
             yield cast(dict[str, Any], self._prepare_inputs(batch))
 
     # ---- what Trainer asks for
@@ -333,6 +336,11 @@ class LTETrainer(Trainer):
             logs = {**logs, **eta, **noted}
         super().log(logs, *args, **kwargs)
 
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._begin_graphs()
+        made = super().prediction_step(*args, **kwargs)
+        return recursively_apply(torch.clone, made) if self._has_graphs else made
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As ``Trainer.evaluate``, in the model's present mode; adds ``eval_sparsity`` of this process's share."""
         prefix = kwargs.get("metric_key_prefix", args[2] if len(args) > 2 else "eval")
@@ -386,6 +394,16 @@ class LTETrainer(Trainer):
         """Options of ``torch.compile``; None where nothing is compiled."""
         state: Any = self.accelerator.state
         return state.dynamo_plugin.to_kwargs() if self.args.torch_compile else None
+
+    def _begin_graphs(self) -> None:
+        """What CUDA graphs put out until now may be overwritten. Torch left to itself says so at every block of a pass
+        without gradient, the teacher's."""
+        if self._has_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+
+    @property
+    def _has_graphs(self) -> bool:
+        return self.args.torch_compile and self.args.torch_compile_mode in ("reduce-overhead", "max-autotune")
 
     def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Where blocks are compiled, so is what lies between them."""
