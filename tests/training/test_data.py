@@ -295,16 +295,6 @@ def test_loss_is_on_the_completion_and_eos_only(tmp_path, tokenizer):
         assert dataset[i]["labels"].tolist() == [-100] * len(context) + target
 
 
-def test_loss_is_on_the_prompt_too_where_it_is_asked_for(tmp_path, tokenizer):
-    source = write(tmp_path / "a.jsonl", jsonl([{"prompt": "the cat", "completion": "sat"}]))
-    config = DataConfig(completion_only_loss=False)
-    dataset = load_dataset_for("generation", source, tokenizer, config)
-    whole = [*ids_of(tokenizer, "the cat"), *ids_of(tokenizer, "sat"), EOS]
-    assert dataset[0]["input_ids"].tolist() == dataset[0]["labels"].tolist() == whole
-    with pytest.raises(ValueError, match="predicts no prompts"):
-        load_dataset_for("generation", source, tokenizer, config, is_encoder_decoder=True)
-
-
 def test_padding_is_masked_and_on_the_right(tmp_path, tokenizer):
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": "the cat and the dog", "completion": "ran away"}]
     dataset = load_dataset_for("generation", write(tmp_path / "a.jsonl", jsonl(rows)), tokenizer)

@@ -55,6 +55,11 @@ def test_the_dense_stage_can_have_a_peak_of_its_own():
     assert [factor(step) for step in (0, 9, 10, 29, 30, 39)] == [0.5, 0.5, 1, 1, 1, 1]
 
 
+def test_soft_and_hard_stage_can_share_a_schedule():
+    factor = StagePlan(10, 20, 10).lr_lambda("linear", lambda steps: 5, {}, restart_hard=False)
+    assert [factor(step) for step in (5, 10, 15, 30, 40)] == pytest.approx([1, 0, 1, 0.4, 0])
+
+
 def test_schedules_by_name():
     assert StagePlan(0, 4, 4).lr_lambda("constant", lambda steps: 0, {})(6) == 1
     assert StagePlan(0, 4, 4).lr_lambda("cosine", lambda steps: 0, {})(6) == pytest.approx(0.5)
@@ -93,10 +98,17 @@ def test_anti_windup():
     assert eta < 0.3
 
 
-def test_the_integral_is_all_its_memory():
-    one, other = SparsityController(0.5), SparsityController(0.5)
+def test_the_target_is_meant_for_text_that_is_not_trained_on():
+    """Measured 0.6 where 0.7 is wanted elsewhere, and elsewhere is 0.1 sparser: nothing to mend."""
+    controller = SparsityController(0.7, gap=0.1)
+    assert controller.step(0.6, 1.0).item() == pytest.approx(controller.eta_start)
+    assert controller.step(0.7, 1.0) < controller.eta_start
+
+
+def test_integral_and_gap_are_all_its_memory():
+    one, other = SparsityController(0.5, gap=0.1), SparsityController(0.5)
     for measured in (0.0, 0.1, 0.7):
         one.step(measured, 0.9)
-    other.integral = one.integral
+    other.integral, other.gap = one.integral, one.gap
     assert one.step(0.4, 1.0) == other.step(0.4, 1.0)
     assert one.integral != 0

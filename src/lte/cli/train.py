@@ -229,10 +229,8 @@ def environment(device: torch.device) -> dict[str, str]:
 
 def _load_data(options: Train, config: Any, tokenizer: Any) -> tuple[Any, Any, Any]:
     """Training, held-out and calibration data (None: the trainer keeps rows out)."""
-    if not (options.data.data.completion_only_loss or options.eval_text):
-        raise ValueError("rows held out of training would be measured on their prompts too: give --eval-text FILE")
     data = options.data.load(options.data.text, tokenizer, config)
-    like_data = replace(options.data.data, class_names=data.class_names, completion_only_loss=True)
+    like_data = replace(options.data.data, class_names=data.class_names)
     calibration = None
     if options.calibration_text:
         calibration = options.data.load(options.calibration_text, tokenizer, config, like_data)

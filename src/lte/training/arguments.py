@@ -21,6 +21,7 @@ class Recipe:
     temperature: float
     hardness: float
     ramp: float
+    restart_hard: bool
     distillation_weight: float
     feature_distillation_weight: float
 
@@ -37,6 +38,7 @@ RECIPES = {
         temperature=1.0,
         hardness=0.0,
         ramp=1.0,
+        restart_hard=True,
         distillation_weight=0.0,
         feature_distillation_weight=0.0,
     ),
@@ -51,19 +53,21 @@ RECIPES = {
         temperature=1.0,
         hardness=0.0,
         ramp=1.0,
+        restart_hard=True,
         distillation_weight=0.0,
         feature_distillation_weight=0.0,
     ),
     "default": Recipe(
         hard_fraction=0.1,
         separability_weight=0.0,
-        router_learning_rate=5e-3,
+        router_learning_rate=1e-2,
         router_weight_decay=0.0,
         router_bias=1.0,
         router_start="fitted",
         temperature=10.0,
         hardness=1.0,
         ramp=0.5,
+        restart_hard=False,
         distillation_weight=0.9,
         feature_distillation_weight=0.0,
     ),
@@ -74,8 +78,8 @@ RECIPES = {
 class LTETrainingArguments(TrainingArguments):
     """Everything of ``transformers.TrainingArguments``, and how to make the model sparse.
 
-    Steps (``max_steps`` or epochs) count all stages together. The learning rate warms up and decays
-    once a stage, and each stage starts with a fresh optimizer.
+    Steps (``max_steps`` or epochs) count all stages together. The learning rate warms up and decays once a stage, and
+    each stage starts with a fresh optimizer; without ``restart_hard`` the hard stage goes on where the soft one ended.
 
     Raises:
         ValueError: unknown recipe; default recipe without ``target_sparsity``, paper recipe with it.
@@ -137,6 +141,10 @@ class LTETrainingArguments(TrainingArguments):
     )
     calibration_rows: int = field(
         default=64, metadata={"help": "Training rows kept out (at most 5 %) to set thresholds on; default recipe."}
+    )
+    restart_hard: bool | None = field(
+        default=None,
+        metadata={"help": "The hard stage warms up anew (paper); else it goes on as the soft one ended."},
     )
     distillation_weight: float | None = field(
         default=None, metadata={"help": "Share of the task loss that is KL to the dense model's outputs, in [0, 1]."}

@@ -18,6 +18,8 @@ class SparsityController:
     Attributes:
         target: sparsity to reach, in (0, 1).
         integral: the controller's memory; saved with checkpoints. A tensor after the first step.
+        gap: by how much text that is not trained on is sparser than text that is: ``target`` is meant for the former,
+            and measured on the latter. A model uses more experts on what it has seen.
     """
 
     target: float
@@ -26,6 +28,7 @@ class SparsityController:
     integral_gain: float = 0.5
     ramp: float = 1 / 3
     integral: float | Tensor = 0.0
+    gap: float | Tensor = 0.0
 
     def wanted(self, progress: float) -> float:
         """Target at a point of the soft stage, ``progress`` in [0, 1]."""
@@ -36,6 +39,6 @@ class SparsityController:
 
         All of it stays there: a number read by Python would make every training step wait for the one before.
         """
-        error = torch.as_tensor(self.wanted(progress) - measured)
+        error = torch.as_tensor(self.wanted(progress) - self.gap - measured)
         self.integral = (self.integral + self.integral_gain * error).clamp(-7.0, 7.0)
         return self.eta_start * (self.gain * error + self.integral).clamp(-7.0, 7.0).exp()

@@ -38,10 +38,9 @@ def load_dataset_for(
     """Read `sources` (files or hub data sets) and tokenise them for `task`.
 
     language_modelling: documents, each with the tokenizer's BOS if it has one, joined with EOS and packed.
-    generation: prompt, completion, EOS, the loss on the last two (on all without `completion_only_loss`); a
-    row too long loses the start of its prompt, then the end of its completion. With `is_encoder_decoder` the
-    prompt goes to the encoder, the labels are the completion alone, and each loses its end.
-    classification: one text or a pair, a class.
+    generation: prompt, completion, EOS, the loss on the last two; a row too long loses the start of its
+    prompt, then the end of its completion. With `is_encoder_decoder` the prompt goes to the encoder, the
+    labels are the completion alone, and each loses its end. classification: one text or a pair, a class.
     regression: the same with a number.
 
     Args:
@@ -173,8 +172,6 @@ def generation_rows(
     vocab_size: int,
 ) -> PaddedRows:
     """The dataset of texts, as `load_dataset_for` makes it of sources for the task generation."""
-    if is_encoder_decoder and not config.completion_only_loss:
-        raise ValueError("an encoder-decoder model predicts no prompts: leave completion_only_loss as it is")
     size, total = config.sequence_length, len(prompts)
     start, end = wrapping(tokenizer)
     target_start, target_end = wrapping(tokenizer, target=True) if is_encoder_decoder else ([], [])
@@ -190,19 +187,18 @@ def generation_rows(
             target_room = size - len(target_start) - len(target_end)
             inputs = start + prompt[:prompt_room] + end
             answer = target_start + completion[:target_room] + target_end
-            before: list[int] = []
+            ignored = 0
             cut_completions += len(completion) > target_room
         else:
             # A completion that is cut must not end in EOS: it would teach to stop in the middle.
             answer = (completion + target_end)[: size - len(start)]
             prompt_room = size - len(start) - len(answer)
             context = start + prompt[max(0, len(prompt) - prompt_room) :]
-            inputs = context + answer
-            before = [IGNORED] * len(context) if config.completion_only_loss else context
+            inputs, ignored = context + answer, len(context)
             cut_completions += len(answer) <= len(completion)
         cut_prompts += len(prompt) > prompt_room
         input_ids.append(np.array(inputs, dtype=np.int32))
-        labels.append(np.array(before + answer, dtype=np.int32))
+        labels.append(np.array([IGNORED] * ignored + answer, dtype=np.int32))
     warn_cut(cut_prompts, total, "prompts", size)
     warn_cut(cut_completions, total, "completions", size)
     check_token_ids(input_ids, vocab_size, "the tokenizer")

@@ -23,9 +23,6 @@ class DataConfig:
     """Generation: an end marker that completions carry as text (`<|endoftext|>`), to remove: EOS is added."""
     chat: bool = False
     """Generation: put prompt and completion through the tokenizer's chat template, as user and assistant."""
-    completion_only_loss: bool = True
-    """Generation: no loss on prompts. For training with few or short completions the loss on all tokens can be better
-    (Shi et al. 2024, arXiv:2405.14394); what ``lte train`` evaluates on keeps the loss on completions."""
     messages: str | None = None
     """Generation: in place of prompt and completion a column of chats, lists of messages with role and content, for the
     tokenizer's chat template. Each answer is a row, what comes before it is its prompt."""

@@ -69,13 +69,22 @@ class StagePlan:
         return "hard", min(1.0, (step - self.dense - self.soft) / max(1, self.hard))
 
     def lr_lambda(
-        self, scheduler: str, warmup: Callable[[int], int], kwargs: dict[str, Any], dense: float = 1.0
+        self,
+        scheduler: str,
+        warmup: Callable[[int], int],
+        kwargs: dict[str, Any],
+        dense: float = 1.0,
+        restart_hard: bool = True,
     ) -> Callable[[int], float]:
         """A learning rate factor that warms up and decays once a stage, by a Hugging Face schedule's name.
 
-        The dense stage's peak is ``dense``, the others' is 1.
+        The dense stage's peak is ``dense``, the others' is 1. Without ``restart_hard`` soft and hard stage share one
+        schedule.
         """
-        starts = {0: self.dense, self.dense: self.soft, self.dense + self.soft: self.hard}
+        if restart_hard:
+            starts = {0: self.dense, self.dense: self.soft, self.dense + self.soft: self.hard}
+        else:
+            starts = {0: self.dense, self.dense: self.soft + self.hard}
         lambdas = {
             start: _lr_lambda(scheduler, warmup(steps), steps, kwargs) for start, steps in starts.items() if steps
         }

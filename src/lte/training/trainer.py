@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import recursively_apply
+from accelerate.utils import recursively_apply, reduce
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -18,6 +18,7 @@ from lte.modules.recording import Recording, record_scores, sparse_layers, track
 from lte.surgery.method import Method
 from lte.training.arguments import LTETrainingArguments
 from lte.training.batches import hold_out_for_calibration
+from lte.training.calibration import evaluating
 from lte.training.checkpoints import last_complete_checkpoint
 from lte.training.checks import check_method, check_sharded
 from lte.training.controller import SparsityController
@@ -38,6 +39,7 @@ from lte.training.teacher import keep_dtypes, load_teacher, make_teacher
 logger = logging.getLogger(__name__)
 
 _CALIBRATIONS = 4  # in the hard stage, evenly spaced; frozen routers' inputs move while the rest trains
+_COMPARISONS = 10  # in the soft stage, of training rows' sparsity with that of others
 _TEACHER = "dense"
 _PROGRAMS = 32  # of a block under torch.compile: stages, hardness, teacher, evaluation; torch's own limit is 8
 
@@ -119,7 +121,7 @@ class LTETrainer(Trainer):
         keep_dtypes(cast(nn.Module, self.model_wrapped))
         if resumed:
             self.eta = resumed["eta"]
-            self.controller.integral = resumed["integral"]
+            self.controller.integral, self.controller.gap = resumed["integral"], resumed.get("gap", 0.0)
             self._switch(resumed["stage"])
             if self.stage != "dense":
                 self._unwrapped.config.lte.pop("grouped", None)  # the checkpoint's neurons are
@@ -143,6 +145,8 @@ class LTETrainer(Trainer):
             return
         sparsity = self.step_log.end_step()
         if self.args.target_sparsity is not None and self.stage == "soft" and self._linear:
+            if self.state.global_step % max(1, self.plan.soft // _COMPARISONS) == 0:
+                self._compare(sparsity)
             self.eta = self.controller.step(sparsity, self.progress)
         if self.stage == "hard":
             every = max(1, self.plan.hard // _CALIBRATIONS)
@@ -152,7 +156,8 @@ class LTETrainer(Trainer):
 
     def memory(self) -> dict[str, Any]:
         """What a checkpoint has to remember to go on."""
-        return {"stage": self.stage, "eta": float(self.eta), "integral": float(self.controller.integral)}
+        controller = {name: float(getattr(self.controller, name)) for name in ("integral", "gap")}
+        return {"stage": self.stage, "eta": float(self.eta), **controller}
 
     @torch.no_grad()
     def _enter(self, stage: Stage) -> None:
@@ -170,7 +175,8 @@ class LTETrainer(Trainer):
         if stage == "hard" and self._linear:
             for layer in self._layers.values():
                 layer.router.fold_temperature()
-        if before is not None and self.optimizer is not None:
+        goes_on = before == "soft" and not self.args.restart_hard
+        if before is not None and not goes_on and self.optimizer is not None:
             self.optimizer.state.clear()  # pyright: ignore[reportAttributeAccessIssue]
         self._switch(stage)
         if stage == "hard":
@@ -189,6 +195,17 @@ class LTETrainer(Trainer):
         batches = self._batches(self.calibration_dataset)
         with self.accelerator.autocast():
             move_thresholds_(self._unwrapped, self.method, batches, self.args.target_sparsity)
+
+    @torch.no_grad()
+    def _compare(self, sparsity: Tensor) -> None:
+        """Tell the controller by how much rows that are not trained on are sparser than those of the last step."""
+        if self.calibration_dataset is None:
+            return
+        model = self._unwrapped
+        with evaluating(model), self.accelerator.autocast(), track_sparsity(model) as meter:
+            for batch in self._batches(self.calibration_dataset):
+                model(**{name: value for name, value in batch.items() if name != "labels" or self._encoder_decoder})
+        self.controller.gap = cast(Tensor, reduce(meter.measured()[0], reduction="mean")) - sparsity
 
     def _batches(self, dataset: Any, seed: int | None = None) -> Iterator[dict[str, Any]]:
         """Rows outside of the training loop, in an order of ``seed`` if it is given. Leaves the random state alone.
@@ -253,6 +270,7 @@ class LTETrainer(Trainer):
                 self.args.get_warmup_steps,
                 cast(dict[str, Any], self.args.lr_scheduler_kwargs or {}),
                 self.args.dense_learning_rate_factor,
+                cast(bool, self.args.restart_hard),
             )
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 optimizer or cast(torch.optim.Optimizer, self.optimizer), factor
