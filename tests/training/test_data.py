@@ -309,6 +309,23 @@ def test_padding_is_masked_and_on_the_right(tmp_path, tokenizer):
     assert pickle.loads(pickle.dumps(dataset.collator)) == dataset.collator
 
 
+def test_padding_to_a_multiple(tmp_path, tokenizer):
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "the cat", "completion": "ran"}]
+    source = write(tmp_path / "a.jsonl", jsonl(rows))
+    config = DataConfig(sequence_length=64, pad_to_multiple_of=16)
+    dataset = load_dataset_for("generation", source, tokenizer, config)
+    plain = load_dataset_for("generation", source, tokenizer)
+    batch, shorter = (one.collator([one[0], one[1]]) for one in (dataset, plain))
+    length = shorter["input_ids"].shape[1]
+    assert {values.shape for values in batch.values()} == {(2, 16)}
+    assert length < 16
+    for name, padding in (("input_ids", PAD), ("labels", -100), ("attention_mask", 0)):
+        assert batch[name][:, :length].equal(shorter[name])
+        assert (batch[name][:, length:] == padding).all()
+    with pytest.raises(ValueError, match="divide sequence_length, 64"):
+        DataConfig(sequence_length=64, pad_to_multiple_of=48)
+
+
 def test_padding_is_eos_where_there_is_no_pad_token(tmp_path):
     rows = [{"prompt": "a", "completion": "b"}]
     dataset = load_dataset_for("generation", write(tmp_path / "a.jsonl", jsonl(rows)), make_tokenizer())

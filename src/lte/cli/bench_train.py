@@ -27,7 +27,7 @@ from lte.training.arguments import LTETrainingArguments
 from lte.training.batches import PackedBlocks
 from lte.training.step_time import step_seconds
 
-_WARMUP = 3
+_WARMUP = 5
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {"recipe": "default", "target_sparsity": 0.5},
@@ -53,6 +53,8 @@ class Train:
     """Autocast to bf16; the default is yes on CUDA, no on a CPU. Weights are fp32."""
     compile: bool = False
     """Compile the model, dense and sparse alike (--torch-compile of lte train)."""
+    graphs: bool = False
+    """With --compile: run what is compiled as CUDA graphs (--torch-compile-mode reduce-overhead)."""
     expert_size: int = 32
     """Neurons an expert."""
     seed: int = 0
@@ -67,6 +69,8 @@ def main(argv: Sequence[str]) -> int:
     check_positive("batch, sequence_length and steps", [options.batch, options.sequence_length, options.steps])
     if unknown := set(options.variant) - VARIANTS.keys():
         raise ValueError(f"variant is {', '.join(sorted(unknown))!r}, but there are: {'; '.join(VARIANTS)}")
+    if options.graphs and not options.compile:
+        raise ValueError("only what is compiled runs as CUDA graphs: give --compile too")
     if options.to.plot is not None:
         raise ValueError("there is no picture of training steps: leave --plot away")
     options.to.check()
@@ -107,7 +111,12 @@ def _rows(options: Train, name: str, model: PreTrainedModel, device: torch.devic
     dataset = PackedBlocks(ids, options.sequence_length)
     for variant in options.variant:
         row: Row = {"shape": name, "variant": variant, "batch": options.batch}
-        row |= {"sequence_length": options.sequence_length, "bf16": _bf16(options, device), "compiled": options.compile}
+        row |= {
+            "sequence_length": options.sequence_length,
+            "bf16": _bf16(options, device),
+            "compiled": options.compile,
+            "graphs": options.graphs,
+        }
         try:
             dense, dense_memory = _run(options, model, device, folder, dataset, {"recipe": "dense"})
             lte, lte_memory = _run(options, model, device, folder, dataset, VARIANTS[variant])
@@ -137,6 +146,7 @@ def _run(
         optim="adamw_torch_fused",
         bf16=_bf16(options, device),
         torch_compile=options.compile,
+        torch_compile_mode="reduce-overhead" if options.graphs else None,
         use_cpu=device.type == "cpu",
         save_strategy="no",
         report_to="none",

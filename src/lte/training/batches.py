@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Subset
 
@@ -109,23 +110,24 @@ def _small(value: Any) -> np.ndarray:
 class PaddingCollator:
     """Pad rows on the right to the longest: input_ids with `pad_token_id`, labels with -100, the rest 0.
 
-    Gives (B, L) int64 for each, labels (B,) where they are classes, and attention_mask (B, L), 0 on padding.
+    Gives (B, L) int64 for each, labels (B,) where they are classes, and attention_mask (B, L), 0 on padding. L is a
+    multiple of `pad_to_multiple_of`.
     """
 
     pad_token_id: int
+    pad_to_multiple_of: int = 1
 
     def __call__(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         padding = {"input_ids": self.pad_token_id, "labels": IGNORED}
         batch: dict[str, Tensor] = {}
         for name in rows[0]:
             values = [row[name] for row in rows]
-            batch[name] = (
-                pad_sequence(values, batch_first=True, padding_value=padding.get(name, 0))
-                if values[0].dim()
-                else torch.stack(values)
-            )
-        real = [torch.ones_like(row["input_ids"]) for row in rows]
-        return {**batch, "attention_mask": pad_sequence(real, batch_first=True)}
+            batch[name] = self._pad(values, padding.get(name, 0)) if values[0].dim() else torch.stack(values)
+        return {**batch, "attention_mask": self._pad([torch.ones_like(row["input_ids"]) for row in rows], 0)}
+
+    def _pad(self, values: list[Tensor], padding: int) -> Tensor:
+        padded_BL = pad_sequence(values, batch_first=True, padding_value=padding)
+        return F.pad(padded_BL, (0, -padded_BL.shape[1] % self.pad_to_multiple_of), value=padding)
 
 
 AnyTaskDataset = TypeVar("AnyTaskDataset", PackedBlocks, PaddedRows)

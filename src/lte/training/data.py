@@ -202,4 +202,4 @@ def generation_rows(
     warn_cut(cut_prompts, total, "prompts", size)
     warn_cut(cut_completions, total, "completions", size)
     check_token_ids(input_ids, vocab_size, "the tokenizer")
-    return PaddedRows({"input_ids": input_ids, "labels": labels}, collator_for(tokenizer))
+    return PaddedRows({"input_ids": input_ids, "labels": labels}, collator_for(tokenizer, config.pad_to_multiple_of))

@@ -13,6 +13,9 @@ class DataConfig:
 
     sequence_length: int = 1024
     """Language modelling: the tokens of a block. Other tasks: the most tokens of a row."""
+    pad_to_multiple_of: int = 1
+    """Pad the rows of a batch to a multiple of it, not for language modelling: to few lengths, or one (that of
+    sequence_length), for which `--torch-compile` makes few programs."""
     text_column: str = "text"
     """The column of text, not for generation; classification and regression also take a pair, `a,b`."""
     prompt: str = "prompt"
@@ -38,6 +41,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.sequence_length < 2:
             raise ValueError(f"sequence_length is {self.sequence_length}: it must be at least 2")
+        if self.pad_to_multiple_of < 1 or self.sequence_length % self.pad_to_multiple_of:
+            raise ValueError(
+                f"pad_to_multiple_of is {self.pad_to_multiple_of}, but it must be at least 1 and divide "
+                f"sequence_length, {self.sequence_length}"
+            )
         for name in ("class_names", "header"):
             given = getattr(self, name)
             if given is not None and len(set(given)) < len(given):

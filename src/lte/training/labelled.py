@@ -29,7 +29,11 @@ def classification_rows(
     ids = {name: i for i, name in enumerate(class_names)}
     if unknown := sorted(set(labels) - set(ids)):
         raise ValueError(f"labels {', '.join(unknown)} are not among class_names, {', '.join(class_names)}")
-    return PaddedRows({**columns, "labels": [ids[label] for label in labels]}, collator_for(tokenizer), class_names)
+    return PaddedRows(
+        {**columns, "labels": [ids[label] for label in labels]},
+        collator_for(tokenizer, config.pad_to_multiple_of),
+        class_names,
+    )
 
 
 def regression_rows(
@@ -38,7 +42,9 @@ def regression_rows(
     """Labels are numbers. `class_names` is the label's column alone: the model's head needs one output."""
     columns, labels = _texts_and_labels(sources, tokenizer, config)
     values = [_number(label, config.label_column) for label in labels]
-    return PaddedRows({**columns, "labels": values}, collator_for(tokenizer), (config.label_column,))
+    return PaddedRows(
+        {**columns, "labels": values}, collator_for(tokenizer, config.pad_to_multiple_of), (config.label_column,)
+    )
 
 
 def _texts_and_labels(

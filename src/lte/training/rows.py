@@ -16,10 +16,10 @@ from lte.training.tokenise import eos_id
 logger = logging.getLogger(__name__)
 
 
-def collator_for(tokenizer: PreTrainedTokenizerBase) -> PaddingCollator:
+def collator_for(tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int) -> PaddingCollator:
     """Pads with the tokenizer's padding, or EOS where it has none."""
     pad: Any = tokenizer.pad_token_id
-    return PaddingCollator(eos_id(tokenizer) if pad is None else pad)
+    return PaddingCollator(eos_id(tokenizer) if pad is None else pad, pad_to_multiple_of)
 
 
 def check_token_ids(arrays: Sequence[np.ndarray], vocab_size: int, source: Source) -> None:

@@ -39,7 +39,8 @@ from lte.training.teacher import keep_dtypes, load_teacher, make_teacher
 logger = logging.getLogger(__name__)
 
 _CALIBRATIONS = 4  # in the hard stage, evenly spaced; frozen routers' inputs move while the rest trains
-_COMPARISONS = 10  # in the soft stage, of training rows' sparsity with that of others
+_COMPARISONS = 10  # in the soft stage, of training rows' sparsity with that of others; fewer in a short one,
+_APART = 20  # for they are this many steps apart
 _TEACHER = "dense"
 _PROGRAMS = 32  # of a block under torch.compile: stages, hardness, teacher, evaluation; torch's own limit is 8
 
@@ -145,7 +146,7 @@ class LTETrainer(Trainer):
             return
         sparsity = self.step_log.end_step()
         if self.args.target_sparsity is not None and self.stage == "soft" and self._linear:
-            if self.state.global_step % max(1, self.plan.soft // _COMPARISONS) == 0:
+            if self.state.global_step % max(_APART, self.plan.soft // _COMPARISONS) == 0:
                 self._compare(sparsity)
             self.eta = self.controller.step(sparsity, self.progress)
         if self.stage == "hard":
