@@ -32,9 +32,8 @@ def lte_losses(
     efficiency, separability, near, counts = measure(groups, tau, floor)
     for (names, _, _), count in zip(stacked, counts, strict=True):
         log.meter.add_counts(names, *count)
-    log.note("efficiency_loss", efficiency)
-    log.note("separability_loss", separability)
-    log.note("near_tau", near)
+    for name, value in {"efficiency_loss": efficiency, "separability_loss": separability, "near_tau": near}.items():
+        log.note(name, value.clone())  # what a CUDA graph put out does not outlive its step
     return efficiency, separability
 
 

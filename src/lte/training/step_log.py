@@ -24,8 +24,7 @@ class StepLog:
 
     def note(self, name: str, value: Tensor) -> None:
         """Add a number to those that the next entry has the mean of."""
-        kept = value.detach().to(torch.float32, copy=True)  # what a CUDA graph put out does not outlive its step
-        self.noted.setdefault(name, []).append(kept)
+        self.noted.setdefault(name, []).append(value.detach().float())
 
     def end_step(self) -> Tensor:
         """Note the step's sparsity, over all ranks, and that of each layer; gives the former."""

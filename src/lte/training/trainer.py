@@ -39,8 +39,8 @@ from lte.training.teacher import keep_dtypes, load_teacher, make_teacher
 logger = logging.getLogger(__name__)
 
 _CALIBRATIONS = 4  # in the hard stage, evenly spaced; frozen routers' inputs move while the rest trains
-_COMPARISONS = 10  # in the soft stage, of training rows' sparsity with that of others; fewer in a short one,
-_APART = 20  # for they are this many steps apart
+_COMPARISONS = 10  # in the soft stage, of training rows' sparsity with that of others
+_APART = 20  # steps between two of them at least: a short stage has fewer
 _TEACHER = "dense"
 _PROGRAMS = 32  # of a block under torch.compile: stages, hardness, teacher, evaluation; torch's own limit is 8
 
@@ -157,8 +157,13 @@ class LTETrainer(Trainer):
 
     def memory(self) -> dict[str, Any]:
         """What a checkpoint has to remember to go on."""
-        controller = {name: float(getattr(self.controller, name)) for name in ("integral", "gap")}
-        return {"stage": self.stage, "eta": float(self.eta), **controller}
+        controller = self.controller
+        return {
+            "stage": self.stage,
+            "eta": float(self.eta),
+            "integral": float(controller.integral),
+            "gap": float(controller.gap),
+        }
 
     @torch.no_grad()
     def _enter(self, stage: Stage) -> None:
@@ -205,7 +210,7 @@ class LTETrainer(Trainer):
         model = self._unwrapped
         with evaluating(model), self.accelerator.autocast(), track_sparsity(model) as meter:
             for batch in self._batches(self.calibration_dataset):
-                model(**{name: value for name, value in batch.items() if name != "labels" or self._encoder_decoder})
+                model(**self._read_by_model(batch))
         self.controller.gap = cast(Tensor, reduce(meter.measured()[0], reduction="mean")) - sparsity
 
     def _batches(self, dataset: Any, seed: int | None = None) -> Iterator[dict[str, Any]]:
@@ -323,10 +328,12 @@ class LTETrainer(Trainer):
         """What the teacher says of a batch; None where there is none."""
         if self.teacher is None:
             return None
-        # labels only where the decoder reads them: from them the teacher would compute a loss nobody wants
-        kept = {name: value for name, value in inputs.items() if name != "labels" or self._encoder_decoder}
         with self.accelerator.autocast():
-            return self.teacher(**kept, **self._wanted)
+            return self.teacher(**self._read_by_model(inputs), **self._wanted)
+
+    def _read_by_model(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Labels only where the decoder reads them: else they are for a loss, which nobody wants of this pass."""
+        return {name: value for name, value in inputs.items() if name != "labels" or self._encoder_decoder}
 
     def _router_loss(self, recording: Recording, balance: Balance) -> Tensor:
         """What routers are trained for beside the task: a mixture's balance, or LTE's losses by their weights."""
