@@ -123,3 +123,11 @@ def test_hidden_state_error(dtype):
         torch.testing.assert_close(one, other)
     rows = [[one[:1] for one in two] for two in (student, teacher)]
     assert hidden_state_error(*rows).item() == pytest.approx(hidden_state_error(*rows, mask[:1]).item(), rel=1e-6)
+
+
+def test_a_second_backward_pass_is_an_error_not_another_gradient():
+    student = torch.randn(3, 7, requires_grad=True)
+    loss = 2 * summed_kl(student, torch.randn(3, 7))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -372,6 +372,15 @@ def hidden_states(trainer: LTETrainer, batch, part: str = "") -> list[tuple[torc
     return list(zip(*(output[f"{part}hidden_states"][1:] for output in outputs), strict=True))
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_teacher_has_the_precision_of_training(tmp_path, bf16):
+    trainer = trainer_for(tmp_path, dense_fraction=0.25, bf16=bf16)
+    trainer.train()
+    assert {p.dtype for p in trainer.teacher.parameters()} == {torch.bfloat16 if bf16 else torch.float32}
+    assert {b.dtype for n, b in trainer.teacher.named_buffers() if "inv_freq" in n} == {torch.float32}
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize("stage", ["soft", "hard"])
 def test_feature_distillation_is_the_error_of_the_blocks(tmp_path, stage):
     """Alone, without KL; over two batches of an accumulated step it is their mean."""

@@ -220,4 +220,6 @@ class _SummedMix(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Any) -> Any:
         (gradient_RV,) = ctx.saved_tensors
-        return gradient_RV * outputs[0].to(gradient_RV.dtype), None, None, None, None
+        # in place, since nobody else has it; as a list, since a product with a number on the device is slow otherwise
+        torch._foreach_mul_([gradient_RV], outputs[0].to(gradient_RV.dtype))
+        return gradient_RV, None, None, None, None

@@ -127,7 +127,9 @@ class LTETrainer(Trainer):
             if self.stage != "dense":
                 self._unwrapped.config.lte.pop("grouped", None)  # the checkpoint's neurons are
                 if self._distils:
-                    self.teacher = load_teacher(self._folder / _TEACHER, self._unwrapped, self._compilation)
+                    self.teacher = load_teacher(
+                        self._folder / _TEACHER, self._unwrapped, self._compilation, self._teacher_dtype
+                    )
 
     def begin_step(self, step: int) -> None:
         """Called before each optimizer step: change the stage when it is time, sharpen the routers."""
@@ -176,7 +178,7 @@ class LTETrainer(Trainer):
             if self._distils:
                 plain = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
                 kept_in = self._folder / _TEACHER if self.args.should_save else None  # for resuming
-                self.teacher = make_teacher(plain, kept_in, self._compilation)
+                self.teacher = make_teacher(plain, kept_in, self._compilation, self._teacher_dtype)
             start_routers_(model, self.method, self._batches(self.train_dataset, self.args.seed), self.args)
         if stage == "hard" and self._linear:
             for layer in self._layers.values():
@@ -408,6 +410,11 @@ class LTETrainer(Trainer):
     @property
     def _distils(self) -> bool:
         return bool(self.args.distillation_weight or self.args.feature_distillation_weight)
+
+    @property
+    def _teacher_dtype(self) -> torch.dtype | None:
+        """Without gradients and an optimizer there is nothing that fp32 would be kept for, and bf16 is read faster."""
+        return torch.bfloat16 if self.args.bf16 else None
 
     @property
     def _encoder_decoder(self) -> bool:
