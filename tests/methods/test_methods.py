@@ -100,7 +100,7 @@ def test_what_is_for_lte_is_refused(name):
         lte.calibrate_(model, batches("llama", 1), 0.4)
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.data_tokens])
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.fit_tokens])
 def test_data_is_missing(name):
     model = tiny_model("llama")
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -127,7 +127,7 @@ def test_no_more_data_is_read_than_needed():
 def test_without_data():
     for selection in ("oracle", "similarity"):
         method = lte.MoEficationConfig(expert_size=8, grouping="random", selection=selection)
-        assert method.data_tokens == 0
+        assert method.fit_tokens == 0
         assert measured(lte.sparsify_(tiny_model("llama"), method), batches("llama")).overall == 0.5
 
 

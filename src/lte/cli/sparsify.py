@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     config = load_config(options.model)
     tokenizer = load_tokenizer(options.model)
     batches = []
-    if isinstance(method, TEALConfig) or method.data_tokens:
+    if isinstance(method, TEALConfig) or method.needs_activations or method.fit_tokens:
         dataset = options.data.load(options.data.text, tokenizer, config)
         batches = DataLoader(dataset, batch_size=1, collate_fn=dataset.collator)
     model = open_model(options.model, options.data.head(config), device, dtype)

@@ -11,18 +11,17 @@ from transformers import PreTrainedModel
 
 from lte.core.grouping import check_divisible
 from lte.methods.choosing import ChoosingRouter, count_tokens, set_cuts_
-from lte.methods.experts import Grouping, check_experts, group_neurons
+from lte.methods.experts import Grouped
 from lte.methods.post_hoc import PostHoc, most_active
 from lte.methods.predictors import check_training, train_predictors_
 from lte.modules.router import linear_fp32
-from lte.surgery.convert import RECORDED_TOKENS
 from lte.surgery.sites import Site
 
 Selection = Literal["threshold", "top_k"]
 
 
 @dataclass(frozen=True)
-class DejaVuConfig(PostHoc):
+class DejaVuConfig(Grouped, PostHoc):
     """How to convert a model for Deja Vu: predictors trained on data, the model as it is.
 
     Attributes:
@@ -47,13 +46,11 @@ class DejaVuConfig(PostHoc):
     expert_size: int = 1
     rank: int | None = None
     selection: Selection = "threshold"
-    grouping: Grouping = "kmeans"
     fit_epochs: int = 10
     fit_learning_rate: float = 1e-2
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_experts(self.expert_size, self.grouping)
         check_training(self.fit_epochs, self.fit_learning_rate)
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank is {self.rank}, but at least 1 is needed (usual: an eighth of the model's width)")
@@ -62,19 +59,13 @@ class DejaVuConfig(PostHoc):
 
     @property
     def needs_activations(self) -> bool:
-        return self.grouping == "coactivation" and self.expert_size > 1
-
-    @property
-    def data_tokens(self) -> int:
-        return max(self.tokens, RECORDED_TOKENS * self.needs_activations)
+        return super().needs_activations and self.expert_size > 1
 
     def check(self, site: Site) -> None:
         self.num_active(check_divisible(site.d_ff, self.expert_size))
 
     def group(self, sites: Sequence[Site], activations: Sequence[Tensor]) -> Iterable[Tensor]:
-        if self.expert_size == 1:
-            return super().group(sites, activations)
-        return group_neurons(sites, self.grouping, self.expert_size, activations, self.seed)
+        return (PostHoc if self.expert_size == 1 else Grouped).group(self, sites, activations)
 
     def build_router(self, site: Site, device: torch.device) -> "LowRankRouter":
         num_experts = check_divisible(site.d_ff, self.expert_size)

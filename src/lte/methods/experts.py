@@ -1,6 +1,7 @@
-"""Options that methods with experts share: how many neurons an expert has, and how they are found."""
+"""What methods with experts share: how many neurons an expert has, and how they are found."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal, get_args
 
@@ -14,6 +15,7 @@ from lte.core.grouping import (
     group_by_gram,
     random_grouping,
 )
+from lte.surgery.method import Method
 from lte.surgery.sites import Site
 
 Grouping = Literal["kmeans", "coactivation", "random"]
@@ -21,16 +23,34 @@ Grouping = Literal["kmeans", "coactivation", "random"]
 _GRAMS = 2**29  # bytes of inner products that are worked on at once
 
 
-def check_experts(expert_size: int, grouping: str) -> None:
-    """Whether the options are in their range.
+@dataclass(frozen=True)
+class Grouped(Method):
+    """Base of methods that put neurons into experts. Where there are several bases it comes first.
+
+    Attributes:
+        expert_size: neurons an expert; must divide d_ff (paper: 32).
+        seed: of grouping, and whatever else is drawn.
+        grouping: ``kmeans`` on the rows of the first FFN weight (paper), ``coactivation`` from data, or ``random``.
 
     Raises:
-        ValueError: they are not.
+        ValueError: an option outside its range.
     """
-    if expert_size < 1:
-        raise ValueError(f"expert_size is {expert_size}, but an expert has at least 1 neuron (usual: 32)")
-    if grouping not in get_args(Grouping):
-        raise ValueError(f"grouping is {grouping!r}, but it is one of {', '.join(get_args(Grouping))}")
+
+    grouping: Grouping = "kmeans"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.expert_size < 1:
+            raise ValueError(f"expert_size is {self.expert_size}, but an expert has at least 1 neuron (usual: 32)")
+        if self.grouping not in get_args(Grouping):
+            raise ValueError(f"grouping is {self.grouping!r}, but it is one of {', '.join(get_args(Grouping))}")
+
+    @property
+    def needs_activations(self) -> bool:
+        return self.grouping == "coactivation"
+
+    def group(self, sites: Sequence[Site], activations: Sequence[Tensor]) -> Iterable[Tensor]:
+        return group_neurons(sites, self.grouping, self.expert_size, activations, self.seed)
 
 
 def group_neurons(

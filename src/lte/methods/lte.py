@@ -1,23 +1,19 @@
 """LTE: experts by balanced k-means, a linear sigmoid router, a threshold (Zheng et al., NeurIPS 2024)."""
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from lte.core.grouping import check_divisible
-from lte.methods.experts import Grouping, check_experts, group_neurons
+from lte.methods.experts import Grouped
 from lte.modules.compensation import Compensation
 from lte.modules.router import Router
-from lte.surgery.convert import RECORDED_TOKENS
-from lte.surgery.method import Method
 from lte.surgery.sites import Site
 
 
 @dataclass(frozen=True)
-class LTEConfig(Method):
+class LTEConfig(Grouped):
     """How to convert a model for LTE.
 
     Attributes:
@@ -34,26 +30,14 @@ class LTEConfig(Method):
 
     name: ClassVar[str] = "lte"
 
-    grouping: Grouping = "kmeans"
     compensation_rank: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.compensation_rank < 0:
             raise ValueError(f"compensation_rank is {self.compensation_rank}, but a rank is 0 (none) or more")
-        check_experts(self.expert_size, self.grouping)
         if not 0 < self.tau < 1:
             raise ValueError(f"tau is {self.tau}, but scores lie between 0 and 1, so tau does too (usual: 0.5)")
-
-    @property
-    def needs_activations(self) -> bool:
-        return self.grouping == "coactivation"
-
-    @property
-    def data_tokens(self) -> int:
-        return RECORDED_TOKENS if self.needs_activations else 0
-
-    def group(self, sites: Sequence[Site], activations: Sequence[Tensor]) -> Iterable[Tensor]:
-        return group_neurons(sites, self.grouping, self.expert_size, activations, self.seed)
 
     def build_router(self, site: Site, device: torch.device) -> Router:
         return Router(site.d_model, check_divisible(site.d_ff, self.expert_size), device)

@@ -1,19 +1,17 @@
 """What the trained mixtures of experts share: the model's own neurons in experts, as many of them for every token."""
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from lte.core.grouping import check_divisible
-from lte.methods.experts import Grouping, check_experts, group_neurons
+from lte.methods.experts import Grouped
 from lte.methods.targeted import Targeted
-from lte.surgery.convert import RECORDED_TOKENS
 from lte.surgery.sites import Site
 
 
 @dataclass(frozen=True)
-class Mixture(Targeted):
+class Mixture(Grouped, Targeted):
     """Base of methods that train their routers (``lte.LTETrainer``); until then the function stays the same.
 
     Every token uses ``round((1 - target_sparsity) * E)`` of a layer's E experts. What it uses is scaled by weights
@@ -30,25 +28,9 @@ class Mixture(Targeted):
     """
 
     tau: float = field(default=0.0, init=False)
-    grouping: Grouping = "kmeans"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_experts(self.expert_size, self.grouping)
-
-    @property
-    def needs_activations(self) -> bool:
-        return self.grouping == "coactivation"
-
-    @property
-    def data_tokens(self) -> int:
-        return RECORDED_TOKENS if self.needs_activations else 0
 
     def check(self, site: Site) -> None:
         self.num_active(check_divisible(site.d_ff, self.expert_size))
-
-    def group(self, sites: Sequence[Site], activations: Sequence[Tensor]) -> Iterable[Tensor]:
-        return group_neurons(sites, self.grouping, self.expert_size, activations, self.seed)
 
     def num_active(self, num_experts: int) -> int:
         """How many experts a token uses.

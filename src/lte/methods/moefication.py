@@ -1,6 +1,5 @@
 """MoEfication: experts of similar neurons, the same number for every token (Zhang et al., arXiv 2110.01786)."""
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast, get_args
 
@@ -12,18 +11,17 @@ from transformers import PreTrainedModel
 from lte.core.grouping import check_divisible
 from lte.core.selection import expert_norms
 from lte.methods.choosing import ChoosingRouter
-from lte.methods.experts import Grouping, check_experts, group_neurons
+from lte.methods.experts import Grouped
 from lte.methods.post_hoc import PostHoc
 from lte.methods.predictors import check_training, train_predictors_
 from lte.modules.router import Reads, linear_fp32
-from lte.surgery.convert import RECORDED_TOKENS
 from lte.surgery.sites import Site, find_sites
 
 Selection = Literal["mlp", "similarity", "oracle"]
 
 
 @dataclass(frozen=True)
-class MoEficationConfig(PostHoc):
+class MoEficationConfig(Grouped, PostHoc):
     """How to convert a model by MoEfication.
 
     Every token uses ``round((1 - target_sparsity) * E)`` of a layer's E experts.
@@ -48,30 +46,21 @@ class MoEficationConfig(PostHoc):
     name: ClassVar[str] = "moefication"
 
     selection: Selection = "mlp"
-    grouping: Grouping = "kmeans"
     fit_epochs: int = 30
     fit_learning_rate: float = 1e-2
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_experts(self.expert_size, self.grouping)
         check_training(self.fit_epochs, self.fit_learning_rate)
         if self.selection not in get_args(Selection):
             raise ValueError(f"selection is {self.selection!r}, but it is one of {', '.join(get_args(Selection))}")
 
     @property
-    def needs_activations(self) -> bool:
-        return self.grouping == "coactivation"
-
-    @property
-    def data_tokens(self) -> int:
-        return max(RECORDED_TOKENS * self.needs_activations, self.tokens * (self.selection == "mlp"))
+    def fit_tokens(self) -> int:
+        return self.tokens if self.selection == "mlp" else 0
 
     def check(self, site: Site) -> None:
         self.num_active(check_divisible(site.d_ff, self.expert_size))
-
-    def group(self, sites: Sequence[Site], activations: Sequence[Tensor]) -> Iterable[Tensor]:
-        return group_neurons(sites, self.grouping, self.expert_size, activations, self.seed)
 
     def build_router(self, site: Site, device: torch.device) -> "ChoosingRouter":
         num_experts = check_divisible(site.d_ff, self.expert_size)

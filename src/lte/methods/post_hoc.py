@@ -43,7 +43,7 @@ class PostHoc(Targeted):
             check_activation(self.activation)
 
     @property
-    def data_tokens(self) -> int:
+    def fit_tokens(self) -> int:
         return self.tokens
 
     def prepare_(self, model: PreTrainedModel) -> Callable[[], None]:

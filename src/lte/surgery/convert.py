@@ -67,7 +67,7 @@ def sparsify_(
         raise ValueError(f"{type(model).__name__} shares FFN weights between layers: that is not supported")
     lte_model_class(type(model))  # made now, so that an error leaves the model as it was
     recorded = RECORDED_TOKENS * (method.needs_activations and grouped)
-    batches = _needed(data, method, method.data_tokens if fit else recorded)
+    batches = _needed(data, method, max(recorded, method.fit_tokens if fit else 0))
     undo = method.prepare_(model)
     try:
         # all before routers go in, for the same reason

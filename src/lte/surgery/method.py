@@ -38,6 +38,9 @@ class Method:
     tau: float = 0.5
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Whether the options are in their range: ValueError where one is not."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "name" in vars(cls):
@@ -76,15 +79,15 @@ class Method:
         """Set the routers of a model just converted, in mode dense. Nothing to do where training does it.
 
         Args:
-            batches: the first ``data_tokens`` of the data, or more; none where that is 0.
+            batches: the first ``fit_tokens`` of the data, or more; none where that is 0.
         """
 
     def calibrate(self, model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> None:
         """Set thresholds anew on all of ``batches``, in mode hard. Nothing to do where as many experts always run."""
 
     @property
-    def data_tokens(self) -> int:
-        """How many tokens of data it wants for grouping or :meth:`fit`; 0: none."""
+    def fit_tokens(self) -> int:
+        """How many tokens of data :meth:`fit` wants; 0: none."""
         return 0
 
     @property

@@ -221,5 +221,5 @@ class _SummedMix(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Any) -> Any:
         (gradient_RV,) = ctx.saved_tensors
         # in place, since nobody else has it; as a list, since a product with a number on the device is slow otherwise
-        torch._foreach_mul_([gradient_RV], outputs[0].to(gradient_RV.dtype))
+        torch._foreach_mul_([gradient_RV], outputs[0].to(gradient_RV.dtype))  # pyright: ignore
         return gradient_RV, None, None, None, None

@@ -67,7 +67,7 @@ def start_routers_(model: Any, method: Method, batches: Batches, args: LTETraini
     else:
         for layer in layers:
             layer.router.requires_grad_(True)  # a method may train them, outside of the training loop
-        method.fit(model, first_tokens(batches, method.data_tokens))
+        method.fit(model, first_tokens(batches, method.fit_tokens))
     _share_routers(layers)
 
 
