@@ -76,6 +76,9 @@ def test_sharded_parameters_are_refused_before_the_first_step(tmp_path):
         trainer.plan = plan
         with pytest.raises(ValueError, match=said):
             trainer.begin(None)
+    trainer.model.config.lte["grouped"] = False
+    with pytest.raises(ValueError, match="neurons cannot be grouped when parameters are sharded"):
+        trainer.begin(None)
 
 
 def test_a_start_that_is_unknown(tmp_path):

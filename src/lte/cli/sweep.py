@@ -211,6 +211,8 @@ def _execute(run: Run, environment: dict[str, str], discard_models: bool) -> Row
                 shutil.rmtree(path)
             elif path.name != SUMMARY:
                 path.unlink()
+        if not any(run.folder.iterdir()):
+            run.folder.rmdir()
     return row
 
 

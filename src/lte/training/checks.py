@@ -21,8 +21,11 @@ def check_method(method: Method, args: LTETrainingArguments) -> None:
         )
 
 
-def check_sharded(plan: StagePlan, method: Method, args: LTETrainingArguments) -> None:
+def check_sharded(plan: StagePlan, method: Method, args: LTETrainingArguments, grouped: bool) -> None:
     """Whether a run can do without looking at whole weights, which no rank has when parameters are sharded.
+
+    Args:
+        grouped: whether the model's neurons are in experts already.
 
     Raises:
         ValueError: it cannot.
@@ -33,6 +36,10 @@ def check_sharded(plan: StagePlan, method: Method, args: LTETrainingArguments) -
         raise ValueError(
             "the dense stage cannot be followed by regrouping when parameters are sharded: "
             "fine-tune first, then lte.sparsify_, then train with dense_fraction=0"
+        )
+    if not grouped:
+        raise ValueError(
+            "neurons cannot be grouped when parameters are sharded: leave grouped=False out of lte.sparsify_"
         )
     if args.router_start == "fitted" or not method.learns:
         raise ValueError("routers cannot be fitted when parameters are sharded: give router_start='random'")

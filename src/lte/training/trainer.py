@@ -117,7 +117,7 @@ class LTETrainer(Trainer):
     def begin(self, resumed: dict[str, Any] | None) -> None:
         """Called when training begins, with what a checkpoint remembers of the run, or None."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            check_sharded(self.plan, self.method, self.args)
+            check_sharded(self.plan, self.method, self.args, self._unwrapped.config.lte.get("grouped", True))
         self.stage = None
         keep_dtypes(cast(nn.Module, self.model_wrapped))
         if resumed:
