@@ -40,12 +40,15 @@ set_on() { # what a dense model is, and how the result is measured
     sweep "$@" --method moefication --vary selection=oracle,similarity target-sparsity=0.3,0.5,0.7,0.85
 }
 glue() { # task, recipe, further options
-    local task=$1 recipe=$2 kind=jsonl
+    local task=$1 recipe=$2 kind=jsonl length=128 thresholds=()
     shift 2
     [[ $task == SST-2 || $task == MRPC ]] && kind=tsv
+    [[ $task == SST-2 ]] && length=64
+    [[ $task == MNLI ]] || thresholds=(--calibration-text "glue/$task/thresholds.jsonl")
     local dev=glue/$task/dev.$kind
     sweep "recipes/$recipe.yaml" --model all-MiniLM-L6-v2 --text "glue/$task/train.$kind" --eval-text "$dev" \
-        --per-device-eval-batch-size 64 "${@//DEV/$dev}"
+        --per-device-eval-batch-size 64 --torch-compile --torch-compile-mode reduce-overhead --dataloader-drop-last \
+        --sequence-length $length --pad-to-multiple-of $length "${thresholds[@]}" "${@//DEV/$dev}"
 }
 glue_all() {
     local base=$name
@@ -96,6 +99,15 @@ glue-recipe) # what a small encoder wants
 glue-dense) # the best step by the dev rows themselves, in dense's favour
     glue_all "${linear[@]}" "${best[@]}" --recipe dense --calibration-text DEV --metric-for-best-model eval_accuracy \
         --eval-steps 100 --save-steps 100 --vary seed=42,1,2 ;;
+glue-set)
+    command=(sparsify)
+    for task in SST-2 MRPC; do
+        columns=(--task classification --text-column sentence)
+        [[ $task == MRPC ]] && columns=(--task classification --text-column "#1 String,#2 String" --label-column Quality)
+        name=glue-set/$task
+        set_on --model "out/glue-dense/$task/seed-42" --text "glue/$task/thresholds.jsonl" "${columns[@]}" \
+            --then "eval ${columns[*]@Q} --text glue/$task/dev.tsv --batch-size 64"
+    done ;;
 glue-methods) glue_all --vary target-sparsity=0.5,0.85,0.7,0.3 method=$trained ;;
 e2e) sweep "${e2e[@]}" "${e2e_rouge[@]}" --vary target-sparsity=0.7,0.85 seed=42,1,2 ;;
 e2e-dense) sweep "${e2e[@]}" "${best[@]}" "${e2e_rouge[@]}" --recipe dense --metric-for-best-model eval_loss \

@@ -74,7 +74,10 @@ def wikitext2(source: Path, into: Path, tokenizer: Any) -> None:
 
 
 def glue(source: Path, into: Path) -> None:
-    """SST-2 and MRPC as they are; QNLI and MNLI, whose training rows are some 9,000, as JSON lines."""
+    """SST-2 and MRPC as they are; QNLI and MNLI, whose training rows are some 9,000, as JSON lines.
+
+    But for MNLI there are ``thresholds`` files too, of test rows, whose labels nobody has: they are all the same there.
+    """
     for task in ("SST-2", "MRPC", "QNLI", "MNLI"):
         (into / task).mkdir(parents=True, exist_ok=True)
     for split in ("train", "dev"):
@@ -92,6 +95,16 @@ def glue(source: Path, into: Path) -> None:
             into / "QNLI" / "dev.jsonl", ({key: row[key] for key in ("question", "sentence", "label")} for row in rows)
         )
     shutil.copy(source / "MNLI" / "dev_matched.jsonl", into / "MNLI" / "dev.jsonl")
+
+    for task, columns, label, same in (
+        ("SST-2", ("sentence",), "label", "0"),
+        ("MRPC", ("#1 String", "#2 String"), "Quality", "0"),
+        ("QNLI", ("question", "sentence"), "label", "entailment"),
+    ):
+        with (source / task / "test.tsv").open(encoding="utf-8-sig", newline="") as file:
+            texts = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+        rows = ({**{key: row[key] for key in columns}, label: same} for row in texts[:800])
+        _write(into / task / "thresholds.jsonl", rows)
 
 
 def e2e(source: Path, into: Path) -> None:
