@@ -27,11 +27,8 @@ xsum=(recipes/xsum.yaml --model smollm2 --text xsum/train.jsonl --eval-text xsum
 xsum_rouge=(--then 'eval --task generation --generate --prompt article --completion summary_gt --text xsum/test.jsonl
     --sequence-length 1024 --max-new-tokens 64 --batch-size 32')
 t0=(recipes/instruct.yaml --model smollm2 --text t0/train.jsonl --eval-text t0/heldout.jsonl --calibration-text
-    t0/valid.jsonl --max-steps 1200 --per-device-train-batch-size 32 --gradient-accumulation-steps 1
-    --no-gradient-checkpointing --learning-rate 2e-4 --sequence-length 512 --hard-fraction 0.1 --torch-compile
-    --dataloader-drop-last --pad-to-multiple-of 512)
+    t0/valid.jsonl --torch-compile --dataloader-drop-last --pad-to-multiple-of 512)
 mmlu=(--then "eval --mmlu mmlu --shots 5 --batch-size 32")
-experts=(--grouping coactivation --expert-size 16 --compensation-rank 32 --save-strategy no)
 
 set_on() { # what a dense model is, and how the result is measured
     local base=$name
@@ -119,8 +116,8 @@ e2e-methods) sweep "${e2e[@]}" "${e2e_rouge[@]}" --vary target-sparsity=0.5,0.85
 xsum) sweep "${xsum[@]}" "${xsum_rouge[@]}" --vary target-sparsity=0.6,0.75 seed=42,1,2 ;;
 xsum-dense) sweep "${xsum[@]}" "${best[@]}" "${xsum_rouge[@]}" --recipe dense --metric-for-best-model eval_loss \
     --eval-steps 50 --save-steps 50 --vary seed=42 ;;
-t0) sweep "${t0[@]}" "${experts[@]}" "${mmlu[@]}" --dense-fraction 0.5 --vary target-sparsity=0.5 seed=42,1,2 ;;
-t0-dense) sweep "${t0[@]}" "${best[@]}" "${mmlu[@]}" --recipe dense --metric-for-best-model eval_loss \
+t0) sweep "${t0[@]}" "${mmlu[@]}" --vary target-sparsity=0.5 seed=42,1,2 ;;
+t0-dense) sweep "${t0[@]}" "${linear[@]}" "${best[@]}" "${mmlu[@]}" --recipe dense --metric-for-best-model eval_loss \
     --eval-steps 100 --save-steps 100 --vary seed=42 ;;
 *) echo "there is no grid $name" >&2; exit 2 ;;
 esac
