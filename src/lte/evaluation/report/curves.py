@@ -155,10 +155,14 @@ def _point(runs: Sequence[Measurement]) -> Point:
 
 def _curve(title: str, points: Sequence[Point], metric: Metric) -> Curve:
     ordered = sorted(points, key=lambda point: point.sparsity)
+    return Curve(title, tuple(ordered), tuple(unbeaten(ordered, metric)))
 
-    def beaten(one: Point) -> bool:
-        loss = metric.loss(one.value, 0.0)
-        others = [(metric.loss(other.value, 0.0), other.gflops) for other in ordered if other is not one]
-        return any(a <= loss and b <= one.gflops and (a, b) != (loss, one.gflops) for a, b in others)
 
-    return Curve(title, tuple(ordered), tuple(point for point in ordered if not beaten(point)))
+def unbeaten(points: Sequence[Point], metric: Metric) -> list[Point]:
+    """Those that no other is at least as good and as cheap as, and better in one of the two."""
+    rated = [(metric.loss(point.value, 0.0), point.gflops) for point in points]
+
+    def beaten(one: tuple[float, float]) -> bool:
+        return any(other[0] <= one[0] and other[1] <= one[1] and other != one for other in rated)
+
+    return [point for point, rating in zip(points, rated, strict=True) if not beaten(rating)]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lte.evaluation.report.curves import Point, Task
+from lte.evaluation.report.curves import Point, Task, unbeaten
 from lte.evaluation.report.results import Metric
 
 FROM_SPARSITY = 0.45
@@ -47,11 +47,6 @@ def duels(task: Task) -> list[Duel]:
             if point.method.startswith("LTE") or point.sparsity < FROM_SPARSITY:
                 continue
             fair = [one for one in ours if not point.steps or one.steps <= point.steps]
-            best = [one for one in fair if not any(_beats(other, one, task.metric) for other in fair)]
-            lte = at_cost(best, point.gflops, task.metric)
+            lte = at_cost(unbeaten(fair, task.metric), point.gflops, task.metric)
             found.append(Duel(curve.title, point, lte, lte is not None and task.metric.loss(lte, point.value) < 0))
     return found
-
-
-def _beats(other: Point, one: Point, metric: Metric) -> bool:
-    return other.gflops <= one.gflops and metric.loss(other.value, one.value) < 0
