@@ -36,6 +36,9 @@ set_on() { # what a dense model is, and how the result is measured
     name=$base-selection
     sweep "$@" --method moefication --vary selection=oracle,similarity target-sparsity=0.3,0.5,0.7,0.85
 }
+train=train
+glue_best=("${linear[@]}" "${best[@]}" --recipe dense --metric-for-best-model eval_accuracy --eval-steps 100
+    --save-steps 100)
 glue() { # task, recipe, further options
     local task=$1 recipe=$2 kind=jsonl length=128 thresholds=()
     shift 2
@@ -43,9 +46,10 @@ glue() { # task, recipe, further options
     [[ $task == SST-2 ]] && length=64
     [[ $task == MNLI ]] || thresholds=(--calibration-text "glue/$task/thresholds.jsonl")
     local dev=glue/$task/dev.$kind
-    sweep "recipes/$recipe.yaml" --model all-MiniLM-L6-v2 --text "glue/$task/train.$kind" --eval-text "$dev" \
+    local given=("${@//DEV/$dev}")
+    sweep "recipes/$recipe.yaml" --model all-MiniLM-L6-v2 --text "glue/$task/$train.$kind" --eval-text "$dev" \
         --per-device-eval-batch-size 64 --torch-compile --torch-compile-mode reduce-overhead --dataloader-drop-last \
-        --sequence-length $length --pad-to-multiple-of $length "${thresholds[@]}" "${@//DEV/$dev}"
+        --sequence-length $length --pad-to-multiple-of $length "${thresholds[@]}" "${given[@]//SELECT/glue/$task/select.$kind}"
 }
 glue_all() {
     local base=$name
@@ -94,8 +98,10 @@ glue) glue_all --vary target-sparsity=0.7,0.85 seed=42,1,2 ;;
 glue-recipe) # what a small encoder wants
     glue_all --target-sparsity 0.7 --vary dense-fraction=0.25,0.5 learning-rate=1e-4,5e-5 seed=42,1,2 ;;
 glue-dense) # the best step by the dev rows themselves, in dense's favour
-    glue_all "${linear[@]}" "${best[@]}" --recipe dense --calibration-text DEV --metric-for-best-model eval_accuracy \
-        --eval-steps 100 --save-steps 100 --vary seed=42,1,2 ;;
+    glue_all "${glue_best[@]}" --calibration-text DEV --vary seed=42,1,2 ;;
+glue-dense-select) # the best step by training rows kept apart
+    train=rest
+    glue_all "${glue_best[@]}" --calibration-text SELECT --vary seed=42,1,2 ;;
 glue-set)
     command=(sparsify)
     for task in SST-2 MRPC; do

@@ -76,6 +76,7 @@ def wikitext2(source: Path, into: Path, tokenizer: Any) -> None:
 def glue(source: Path, into: Path) -> None:
     """SST-2 and MRPC as they are; QNLI and MNLI, whose training rows are some 9,000, as JSON lines.
 
+    A tenth of the training rows, 2,000 at most, is ``select``: to choose a checkpoint by, trained on ``rest`` alone.
     But for MNLI there are ``thresholds`` files too, of test rows, whose labels nobody has: they are all the same there.
     """
     for task in ("SST-2", "MRPC", "QNLI", "MNLI"):
@@ -105,6 +106,13 @@ def glue(source: Path, into: Path) -> None:
             texts = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
         rows = ({**{key: row[key] for key in columns}, label: same} for row in texts[:800])
         _write(into / task / "thresholds.jsonl", rows)
+    for task, kind in (("SST-2", "tsv"), ("MRPC", "tsv"), ("QNLI", "jsonl"), ("MNLI", "jsonl")):
+        lines = (into / task / f"train.{kind}").read_text(encoding="utf-8").rstrip("\n").split("\n")
+        header, rows = lines[: kind == "tsv"], lines[kind == "tsv" :]
+        random.Random(0).shuffle(rows)
+        few = min(2000, len(rows) // 10)
+        for name, part in (("select", rows[:few]), ("rest", rows[few:])):
+            (into / task / f"{name}.{kind}").write_text("\n".join([*header, *part]) + "\n", encoding="utf-8")
 
 
 def e2e(source: Path, into: Path) -> None:
