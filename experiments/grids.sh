@@ -105,8 +105,8 @@ glue-dense-select) # the best step by training rows kept apart
 glue-set)
     command=(sparsify)
     for task in SST-2 MRPC; do
-        columns=(--task classification --class-names 0 1 --text-column sentence)
-        [[ $task == MRPC ]] && columns=("${columns[@]:0:5}" --text-column "#1 String,#2 String" --label-column Quality)
+        columns=(--task classification --text-column sentence)
+        [[ $task == MRPC ]] && columns=(--task classification --text-column "#1 String,#2 String" --label-column Quality)
         name=glue-set/$task
         set_on --model "out/glue-dense/$task/seed-42" --text "glue/$task/thresholds.jsonl" "${columns[@]}" \
             --then "eval ${columns[*]@Q} --text glue/$task/dev.tsv --batch-size 64"

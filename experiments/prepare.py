@@ -77,7 +77,7 @@ def glue(source: Path, into: Path) -> None:
     """SST-2 and MRPC as they are; QNLI and MNLI, whose training rows are some 9,000, as JSON lines.
 
     A tenth of the training rows, 2,000 at most, is ``select``: to choose a checkpoint by, trained on ``rest`` alone.
-    But for MNLI there are ``thresholds`` files too, of test rows, whose labels nobody has: they are all the same there.
+    But for MNLI there are ``thresholds`` files too, of test rows, whose labels nobody has.
     """
     for task in ("SST-2", "MRPC", "QNLI", "MNLI"):
         (into / task).mkdir(parents=True, exist_ok=True)
@@ -97,15 +97,11 @@ def glue(source: Path, into: Path) -> None:
         )
     shutil.copy(source / "MNLI" / "dev_matched.jsonl", into / "MNLI" / "dev.jsonl")
 
-    for task, columns, label, same in (
-        ("SST-2", ("sentence",), "label", "0"),
-        ("MRPC", ("#1 String", "#2 String"), "Quality", "0"),
-        ("QNLI", ("question", "sentence"), "label", "entailment"),
-    ):
+    pair = ("question", "sentence")
+    for task, columns in (("SST-2", ("sentence",)), ("MRPC", ("#1 String", "#2 String")), ("QNLI", pair)):
         with (source / task / "test.tsv").open(encoding="utf-8-sig", newline="") as file:
             texts = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-        rows = ({**{key: row[key] for key in columns}, label: same} for row in texts[:800])
-        _write(into / task / "thresholds.jsonl", rows)
+        _write(into / task / "thresholds.jsonl", ({key: row[key] for key in columns} for row in texts[:800]))
     for task, kind in (("SST-2", "tsv"), ("MRPC", "tsv"), ("QNLI", "jsonl"), ("MNLI", "jsonl")):
         lines = (into / task / f"train.{kind}").read_text(encoding="utf-8").rstrip("\n").split("\n")
         header, rows = lines[: kind == "tsv"], lines[kind == "tsv" :]

@@ -358,6 +358,18 @@ def test_the_best_dense_model_by_accuracy(files, tmp_path):
     assert evaluated == pytest.approx(max(found))
 
 
+def test_thresholds_need_no_labels(files, tmp_path, capsys):
+    rows, unlabelled = files / "classes.jsonl", tmp_path / "unlabelled.jsonl"
+    texts = [json.loads(line)["text"] for line in rows.read_text().splitlines()]
+    unlabelled.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    given = ["train", "--model", str(files / "bert"), "--task", "classification", "--text", str(rows), *STEPS]
+    given += ["--calibration-text", str(unlabelled), "--target-sparsity", "0.5", "-o", str(tmp_path / "out")]
+    assert main(given) == 0
+    assert json.loads((tmp_path / "out" / SUMMARY).read_text())["evaluation"]["accuracy"] >= 0
+    assert main([*given, "--eval-strategy", "steps"]) == 2
+    assert "unlabelled.jsonl: no column 'label'" in capsys.readouterr().err
+
+
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("off", [["--bf16", "False"], ["--no-bf16"]])
 @pytest.mark.parametrize("on", [["--gradient-checkpointing", "True"], ["--gradient-checkpointing=True"]])

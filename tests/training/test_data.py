@@ -416,6 +416,15 @@ def test_given_class_names_are_honoured(tmp_path, tokenizer):
         load_dataset_for("classification", source, tokenizer, DataConfig(class_names=("agree", "deny")))
 
 
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_rows_without_labels(tmp_path, tokenizer, task):
+    """What thresholds are set on; a column of labels that is there is not read."""
+    for text in ("text\na\nb c\n", "text\tlabel\na\t?\nb c\t\n"):
+        dataset = load_dataset_for(task, write(tmp_path / "a.tsv", text), tokenizer, labelled=False)
+        assert len(dataset) == len(dataset.select([1, 0])) == 2
+        assert sorted(dataset.collator([dataset[0], dataset[1]])) == ["attention_mask", "input_ids"]
+
+
 def test_rows_with_no_text_are_counted_in_classification(tmp_path, tokenizer, caplog):
     source = write(tmp_path / "a.tsv", "text\tlabel\na\t1\n \t0\nb\t0\n")
     dataset = load_dataset_for("classification", source, tokenizer)

@@ -34,7 +34,14 @@ class DataOptions:
     def head(self, model_config: Any) -> Head:
         return "classification" if self.task in ("classification", "regression") else generating_head(model_config)
 
-    def load(self, sources: tuple[str, ...], tokenizer: Any, model_config: Any, data: DataConfig | None = None) -> Any:
+    def load(
+        self,
+        sources: tuple[str, ...],
+        tokenizer: Any,
+        model_config: Any,
+        data: DataConfig | None = None,
+        labelled: bool = True,
+    ) -> Any:
         data = _as_written(data or self.data)
         longest = most_tokens(tokenizer, model_config)
         dataset = load_dataset_for(
@@ -44,6 +51,7 @@ class DataOptions:
             replace(data, sequence_length=min(longest, data.sequence_length)),
             is_encoder_decoder=bool(model_config.is_encoder_decoder),
             vocab_size=model_config.get_text_config().vocab_size,
+            labelled=labelled,
         )
         if data.sequence_length > longest:
             err.print(f"sequence_length {data.sequence_length} is beyond the model's {longest} positions: used those")

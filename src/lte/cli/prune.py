@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     config, tokenizer = load_config(options.model), load_tokenizer(options.model)
     batches = None
     if options.method == "wanda":
-        dataset = options.data.load(options.data.text, tokenizer, config)
+        dataset = options.data.load(options.data.text, tokenizer, config, labelled=False)
         batches = DataLoader(dataset, batch_size=1, collate_fn=dataset.collator)
     model = open_model(options.model, options.data.head(config), device, dtype)
     with err.status("pruning"):

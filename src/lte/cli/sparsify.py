@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     tokenizer = load_tokenizer(options.model)
     batches = []
     if isinstance(method, TEALConfig) or method.needs_activations or method.fit_tokens:
-        dataset = options.data.load(options.data.text, tokenizer, config)
+        dataset = options.data.load(options.data.text, tokenizer, config, labelled=False)
         batches = DataLoader(dataset, batch_size=1, collate_fn=dataset.collator)
     model = open_model(options.model, options.data.head(config), device, dtype)
     made = _teal_(model, method, batches) if isinstance(method, TEALConfig) else _sparsify_(model, method, batches)

@@ -71,8 +71,9 @@ class Train:
     eval_text: tuple[str, ...] = ()
     """Held-out data, evaluated once training is over; without it, part of --text is held out."""
     calibration_text: tuple[str, ...] = ()
-    """Data to set thresholds on, best a sample of what the model will see; without it, rows of --text. Evaluations
-    during training (--eval-strategy) are on all of it; without it, on what is evaluated after training."""
+    """Data to set thresholds on, best a sample of what the model will see; without it, rows of --text. Classes and
+    numbers it need not have, unless there are evaluations during training (--eval-strategy): these are on all of it;
+    without it, on what is evaluated after training."""
     held_out: float = 0.02
     """How much of --text is held out: a fraction, or from 1 a number of rows (blocks)."""
     method: Annotated[
@@ -233,7 +234,8 @@ def _load_data(options: Train, config: Any, tokenizer: Any) -> tuple[Any, Any, A
     like_data = replace(options.data.data, class_names=data.class_names)
     calibration = None
     if options.calibration_text:
-        calibration = options.data.load(options.calibration_text, tokenizer, config, like_data)
+        evaluated = options.training.eval_strategy != "no"  # otherwise thresholds are all that is set on it
+        calibration = options.data.load(options.calibration_text, tokenizer, config, like_data, labelled=evaluated)
     if options.eval_text:
         train_set, held_out = data, options.data.load(options.eval_text, tokenizer, config, like_data)
     else:

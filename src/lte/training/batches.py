@@ -66,8 +66,8 @@ class PaddedRows(Dataset[dict[str, Tensor]]):
     """Rows of different lengths, kept as small arrays and padded by `collator` only when batched.
 
     Row: {"input_ids": (L,), "labels": (L,) or ()} int64, and "token_type_ids" (L,) where the tokenizer has
-    them; labels of regression are () float32. `class_names` are the labels in order of their ids for classification,
-    one name for regression, None for generation.
+    them; labels of regression are () float32, and rows may have none. `class_names` are the labels in order of
+    their ids for classification, one name for regression, None for generation.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class PaddedRows(Dataset[dict[str, Tensor]]):
         self.class_names = class_names
 
     def __len__(self) -> int:
-        return len(self.columns["labels"])
+        return len(self.columns["input_ids"])
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {

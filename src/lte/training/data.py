@@ -34,6 +34,7 @@ def load_dataset_for(
     *,
     is_encoder_decoder: bool = False,
     vocab_size: int | None = None,
+    labelled: bool = True,
 ) -> PackedBlocks | PaddedRows:
     """Read `sources` (files or hub data sets) and tokenise them for `task`.
 
@@ -45,6 +46,8 @@ def load_dataset_for(
 
     Args:
         vocab_size: that of the model, to refuse token ids beyond it; the tokenizer's where not given.
+        labelled: False for classification and regression rows that need no label, and then have none: those that
+            thresholds are set on.
     Returns: a dataset with `.collator`, and for classification `.class_names`: the model's head needs
         `num_labels=len(dataset.class_names)`.
     Raises: ValueError, FileNotFoundError or ImportError, in one line that says what is wrong and the fix.
@@ -60,7 +63,7 @@ def load_dataset_for(
         return generation_rows(*texts, tokenizer, config, is_encoder_decoder, vocab_size)
     if task in ("classification", "regression"):
         rows = classification_rows if task == "classification" else regression_rows
-        dataset = rows(sources, tokenizer, config)
+        dataset = rows(sources, tokenizer, config, labelled)
         check_token_ids(dataset.columns["input_ids"], vocab_size, "the tokenizer")
         return dataset
     raise ValueError(f"unknown task {task!r}: use one of {', '.join(get_args(Task))}")

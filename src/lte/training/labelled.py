@@ -19,10 +19,12 @@ from lte.training.tokenise import BATCH_ROWS
 
 
 def classification_rows(
-    sources: Source | Sequence[Source], tokenizer: PreTrainedTokenizerBase, config: DataConfig
+    sources: Source | Sequence[Source], tokenizer: PreTrainedTokenizerBase, config: DataConfig, labelled: bool = True
 ) -> PaddedRows:
     """Labels are the places of their names in `class_names`."""
-    columns, labels = _texts_and_labels(sources, tokenizer, config)
+    columns, labels = _texts_and_labels(sources, tokenizer, config, labelled)
+    if not labelled:
+        return PaddedRows(columns, collator_for(tokenizer, config.pad_to_multiple_of), config.class_names)
     class_names = config.class_names or _sorted_labels(labels)
     if len(class_names) < 2:
         raise ValueError(f"class_names needs two or more names, each once, not {class_names}")
@@ -37,20 +39,19 @@ def classification_rows(
 
 
 def regression_rows(
-    sources: Source | Sequence[Source], tokenizer: PreTrainedTokenizerBase, config: DataConfig
+    sources: Source | Sequence[Source], tokenizer: PreTrainedTokenizerBase, config: DataConfig, labelled: bool = True
 ) -> PaddedRows:
     """Labels are numbers. `class_names` is the label's column alone: the model's head needs one output."""
-    columns, labels = _texts_and_labels(sources, tokenizer, config)
-    values = [_number(label, config.label_column) for label in labels]
-    return PaddedRows(
-        {**columns, "labels": values}, collator_for(tokenizer, config.pad_to_multiple_of), (config.label_column,)
-    )
+    columns, labels = _texts_and_labels(sources, tokenizer, config, labelled)
+    if labelled:
+        columns["labels"] = [_number(label, config.label_column) for label in labels]
+    return PaddedRows(columns, collator_for(tokenizer, config.pad_to_multiple_of), (config.label_column,))
 
 
 def _texts_and_labels(
-    sources: Source | Sequence[Source], tokenizer: PreTrainedTokenizerBase, config: DataConfig
+    sources: Source | Sequence[Source], tokenizer: PreTrainedTokenizerBase, config: DataConfig, labelled: bool
 ) -> tuple[dict[str, list[Any]], list[str]]:
-    """What the tokenizer makes of the texts, by column, and the labels as they are written."""
+    """What the tokenizer makes of the texts, by column, and the labels as they are written, if they are wanted."""
     names = [name.strip() for name in config.text_column.split(",")]
     if len(names) > 2:
         raise ValueError(f"text_column names {len(names)} columns: classification takes one or a pair, a,b")
@@ -59,11 +60,12 @@ def _texts_and_labels(
     for source in as_list(sources):
         rows = config.rows(source)
         found = list(zip(*(render(rows, name, source) for name in names), strict=True))
-        values = [_label(value, source, i) for i, value in enumerate(column(rows, config.label_column, source), 1)]
+        values = column(rows, config.label_column, source) if labelled else []
+        values = [_label(value, source, i) for i, value in enumerate(values, 1)]
         kept = [i for i, row in enumerate(found) if any(text.strip() for text in row)]
         warn_skipped(len(found) - len(kept), len(found), f"{source}: rows with no text")
         texts += [found[i] for i in kept]
-        labels += [values[i] for i in kept]
+        labels += [values[i] for i in kept if labelled]
     columns: dict[str, list[Any]] = {}
     cut = 0
     tokenise: Any = tokenizer  # its signature is wider than a checker can follow
