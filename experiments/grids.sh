@@ -18,9 +18,9 @@ test=(--then "eval --text wikitext2/test.npy --batch-size 8")
 
 e2e=(recipes/e2e.yaml --model smollm2 --text e2e/trainset.csv --eval-text e2e/testset_w_refs.csv --calibration-text
     e2e/devset.csv --torch-compile --dataloader-drop-last --pad-to-multiple-of 160)
-e2e_columns=(--task generation --prompt "{mr}\n" --completion ref --sequence-length 160)
-e2e_rouge=(--then 'eval --task generation --generate --prompt "{mr}\n" --completion ref --text e2e/testset_w_refs.csv
-    --sequence-length 256 --max-new-tokens 96 --batch-size 256')
+e2e_columns=(--task generation --prompt "{mr}\n" --completion ref)
+e2e_rouge=(--then "eval ${e2e_columns[*]@Q} --generate --text e2e/testset_w_refs.csv --sequence-length 256
+    --max-new-tokens 96 --batch-size 256")
 xsum=(recipes/xsum.yaml --model smollm2 --text xsum/train.jsonl --eval-text xsum/test.jsonl --calibration-text
     xsum/valid.jsonl --prompt article --completion summary_gt --torch-compile --dataloader-drop-last
     --pad-to-multiple-of 1024 --per-device-train-batch-size 16 --gradient-accumulation-steps 1)
@@ -84,14 +84,14 @@ gpt2) # a GPT-2 of its own, learnt from the text alone
         --learning-rate 1e-3 --dense-learning-rate 1e-3 --metric-for-best-model eval_loss --eval-steps 125 \
         --save-steps 125 --vary seed=42 ;;
 paper) # the paper's ablations: lambda at several eta, grouping, routers that stay random
-    for model in smollm2 out/gpt2/seed-42; do
-        name=paper/$(basename "${model/out\/gpt2/gpt2}")
-        paper=("${wikitext2[@]}" "${linear[@]}" --model "$model" --recipe paper --expert-size 32 --compensation-rank 0
+    for pair in smollm2=smollm2 gpt2=out/gpt2/seed-42; do
+        name=paper/${pair%=*}
+        paper=("${wikitext2[@]}" "${linear[@]}" --model "${pair#*=}" --recipe paper --expert-size 32 --compensation-rank 0
             --max-steps 300 --learning-rate 3e-4)
         sweep "${paper[@]}" --grouping kmeans --vary separability-weight=0,0.5,1 eta=0.1,0.5,2
-        name+=-grouping
+        name=paper/${pair%=*}-grouping
         sweep "${paper[@]}" --eta 0.5 --vary grouping=coactivation,random
-        name+=-random-routers
+        name=paper/${pair%=*}-random-routers
         sweep "${paper[@]}" --eta 0.5 --grouping kmeans --vary router-learning-rate=0
     done ;;
 glue) glue_all --vary target-sparsity=0.7,0.85 seed=42,1,2 ;;
@@ -117,7 +117,8 @@ e2e-dense) sweep "${e2e[@]}" "${best[@]}" "${e2e_rouge[@]}" --recipe dense --met
     --eval-steps 250 --save-steps 250 --vary seed=42 ;;
 e2e-set)
     command=(sparsify)
-    set_on --model out/e2e-dense/seed-42 --text e2e/devset.csv "${e2e_columns[@]}" "${e2e_rouge[@]}" ;;
+    set_on --model out/e2e-dense/seed-42 --text e2e/devset.csv "${e2e_columns[@]}" --sequence-length 160 \
+        "${e2e_rouge[@]}" ;;
 e2e-methods) sweep "${e2e[@]}" "${e2e_rouge[@]}" --vary target-sparsity=0.5,0.85,0.7,0.3 method=$trained ;;
 xsum) sweep "${xsum[@]}" "${xsum_rouge[@]}" --vary target-sparsity=0.6,0.75 seed=42,1,2 ;;
 xsum-dense) sweep "${xsum[@]}" "${best[@]}" "${xsum_rouge[@]}" --recipe dense --metric-for-best-model eval_loss \

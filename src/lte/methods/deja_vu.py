@@ -65,7 +65,9 @@ class DejaVuConfig(Grouped, PostHoc):
         self.num_active(check_divisible(site.d_ff, self.expert_size))
 
     def group(self, sites: Sequence[Site], activations: Sequence[Tensor]) -> Iterable[Tensor]:
-        return (PostHoc if self.expert_size == 1 else Grouped).group(self, sites, activations)
+        if self.expert_size == 1:
+            return PostHoc.group(self, sites, activations)
+        return super().group(sites, activations)
 
     def build_router(self, site: Site, device: torch.device) -> "LowRankRouter":
         num_experts = check_divisible(site.d_ff, self.expert_size)

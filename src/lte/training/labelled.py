@@ -19,27 +19,24 @@ from lte.training.tokenise import BATCH_ROWS
 
 
 def classification_rows(
-    sources: Source | Sequence[Source], tokenizer: PreTrainedTokenizerBase, config: DataConfig, labelled: bool = True
+    sources: Source | Sequence[Source], tokenizer: PreTrainedTokenizerBase, config: DataConfig, labelled: bool
 ) -> PaddedRows:
     """Labels are the places of their names in `class_names`."""
     columns, labels = _texts_and_labels(sources, tokenizer, config, labelled)
-    if not labelled:
-        return PaddedRows(columns, collator_for(tokenizer, config.pad_to_multiple_of), config.class_names)
-    class_names = config.class_names or _sorted_labels(labels)
-    if len(class_names) < 2:
-        raise ValueError(f"class_names needs two or more names, each once, not {class_names}")
-    ids = {name: i for i, name in enumerate(class_names)}
-    if unknown := sorted(set(labels) - set(ids)):
-        raise ValueError(f"labels {', '.join(unknown)} are not among class_names, {', '.join(class_names)}")
-    return PaddedRows(
-        {**columns, "labels": [ids[label] for label in labels]},
-        collator_for(tokenizer, config.pad_to_multiple_of),
-        class_names,
-    )
+    class_names = config.class_names
+    if labelled:
+        class_names = class_names or _sorted_labels(labels)
+        if len(class_names) < 2:
+            raise ValueError(f"class_names needs two or more names, each once, not {class_names}")
+        ids = {name: i for i, name in enumerate(class_names)}
+        if unknown := sorted(set(labels) - set(ids)):
+            raise ValueError(f"labels {', '.join(unknown)} are not among class_names, {', '.join(class_names)}")
+        columns["labels"] = [ids[label] for label in labels]
+    return PaddedRows(columns, collator_for(tokenizer, config.pad_to_multiple_of), class_names)
 
 
 def regression_rows(
-    sources: Source | Sequence[Source], tokenizer: PreTrainedTokenizerBase, config: DataConfig, labelled: bool = True
+    sources: Source | Sequence[Source], tokenizer: PreTrainedTokenizerBase, config: DataConfig, labelled: bool
 ) -> PaddedRows:
     """Labels are numbers. `class_names` is the label's column alone: the model's head needs one output."""
     columns, labels = _texts_and_labels(sources, tokenizer, config, labelled)

@@ -61,9 +61,8 @@ def keep_dtypes(model: nn.Module) -> None:
 def _frozen(teacher: nn.Module, compilation: dict[str, Any] | None, dtype: torch.dtype | None) -> nn.Module:
     teacher = teacher.eval().requires_grad_(False)
     if dtype is not None:
-        for (
-            parameter
-        ) in teacher.parameters():  # not the buffers: frequencies of rotary embeddings are fp32 in any model
+        # not the buffers: frequencies of rotary embeddings are fp32 in any model
+        for parameter in teacher.parameters():
             parameter.data = parameter.data.to(dtype)
     keep_dtypes(teacher)
     return teacher if compilation is None else compile_regions(teacher, **compilation)
