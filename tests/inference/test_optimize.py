@@ -83,7 +83,7 @@ def test_packing_is_a_memory_layout(family):
     assert all(after[name] is parameters[name] and torch.equal(after[name], before[name]) for name in before)
     for site in find_sites(model, family):
         layer = site.module(site.family.site or site.family.act)
-        weights = layer.packed.weights(layer.router, layer.tau)
+        weights = layer.packed.weights(layer.router, layer.compensation, layer.tau)
         assert all(weights.arguments()[name].is_contiguous() for name in ("up", "down"))
         assert weights.gate is None or weights.gate.is_contiguous()
 

@@ -204,7 +204,9 @@ def _parity(model: PreTrainedModel, prompt: Tensor, backend: BackendName) -> tup
         model(input_ids=prompt[:, :1], use_cache=False)
     layers = list(sparse_layers(model).values())
     inputs = [x_BSD.flatten(0, -2) for x_BSD in seen.values()]
-    weights = [cast(PackedLayer, layer).packed.weights(layer.linear_router, layer.tau) for layer in layers]
+    weights = [
+        cast(PackedLayer, layer).packed.weights(layer.linear_router, layer.compensation, layer.tau) for layer in layers
+    ]
     return parity(inputs, weights, backend), choose(inputs[0], weights[0], backend)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lte.core.selection import threshold
+from lte.modules.compensation import Compensation
 from lte.modules.router import Router
 from lte.modules.sparse_ffn import Selecting, SparseActivation, SparseFFN
 from lte.ops.reference import activate
@@ -60,7 +61,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class Packed:
-    """What an optimised layer needs besides its router: the projections, the activation's name, the backend."""
+    """What an optimised layer needs besides router and compensation: projections, activation by name, backend."""
 
     up: Projection
     down: Projection
@@ -72,7 +73,7 @@ class Packed:
     def untouched(self) -> bool:
         return self.up.untouched() and self.down.untouched() and (self.gate is None or self.gate.untouched())
 
-    def weights(self, router: Router, tau: float) -> FFNWeights:
+    def weights(self, router: Router, compensation: Compensation | None, tau: float) -> FFNWeights:
         """Views of the weights as they are now: parameters may have been moved, cast or replaced since."""
         up, up_bias = self.up.rows(), self.up.bias()
         gate = gate_bias = None
@@ -91,6 +92,9 @@ class Packed:
             up_bias=up_bias,
             gate_bias=gate_bias,
             down_bias=self.down.bias(),
+            compress=None if compensation is None else compensation.compress,
+            compress_bias=None if compensation is None else compensation.bias,
+            expand=None if compensation is None else compensation.expand,
             act=self.act,
             threshold=logit(tau),
         )
@@ -104,30 +108,28 @@ class PackedLayer(Selecting):
     def skips(self, x_TD: Tensor) -> bool:
         """Whether idle experts are skipped in this pass.
 
-        Training, gradients, autocast, other modes, and projections that were wrapped or hooked since take
-        the modules' own path, where all experts are computed.
+        Training, gradients, autocast, other modes, and projections, routers and compensations that were wrapped or
+        hooked since take the modules' own path, where all experts are computed.
         """
         return (
             self.mode == "hard"
             and not self.training
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled(x_TD.device.type)
-            and type(self.router) is Router  # peft can put a wrapper here
-            and not self.router._forward_hooks
-            and not self.router._forward_pre_hooks
+            and _plain(self.router, Router)
+            and (self.compensation is None or _plain(self.compensation, Compensation))
             and self.packed.untouched()
         )
 
     def run(self, x_TD: Tensor) -> Tensor:
         """The FFN's output by ``sparse_ffn``."""
         active_TE = None
-        if self.kept_in or self.compensation is not None:  # which has to know how many are idle
+        if self.kept_in:
             scores_TE = self.router(x_TD)
             self.keep(scores_TE)
             active_TE = threshold(scores_TE, self.tau)
-        weights = self.packed.weights(self.linear_router, self.tau)
-        y_TD = sparse_ffn(x_TD, weights, active_TE, self.packed.backend)
-        return self.compensated(y_TD, x_TD, active_TE)
+        weights = self.packed.weights(self.linear_router, self.compensation, self.tau)
+        return sparse_ffn(x_TD, weights, active_TE, self.packed.backend)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, backend={self.packed.backend!r}"
@@ -157,6 +159,11 @@ class BypassedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return input if self.layer[0].skips(input) else super().forward(input)
+
+
+def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether it is what it was made as: peft can put a wrapper in its place, and anyone hooks on it."""
+    return type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
 
 
 def activation_name(act: nn.Module) -> Activation | None:

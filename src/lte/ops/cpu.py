@@ -30,7 +30,7 @@ def refuses(x_TD: Tensor, weights: FFNWeights) -> str | None:
         if tensor.dtype not in CODES:
             return f"{name} is {tensor.dtype}, but it takes float32, bfloat16 and float16"
         if name != "x" and not tensor.is_contiguous():
-            return f"{name} is not contiguous, a row a neuron or expert: lte.optimize_ lays the weights out"
+            return f"{name} is not contiguous: lte.optimize_ lays out an FFN one row a neuron, contiguous() the rest"
     up, gate = weights.up, weights.gate
     if weights.down.dtype != up.dtype or (gate is not None and gate.dtype != up.dtype):
         return "up, gate and down differ in dtype: cast them to one"
@@ -68,7 +68,8 @@ def _compute(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, out_TD
     (T, D), (E, _) = x_TD.shape, weights.router.shape
     threads = torch.get_num_threads()
     parts_size = threads * T * D
-    size = parts_size + T * E // 4 + 1  # the parts in fp32, behind them what the router chose, in bytes
+    z_size = T * weights.rank
+    size = parts_size + z_size + T * E // 4 + 1  # parts and z in fp32, behind them what the router chose, in bytes
     scratch = torch.empty(size, dtype=torch.float32, device="cpu")
     parts = scratch.data_ptr()
     up, router, router_bias = weights.up, weights.router, weights.router_bias
@@ -76,8 +77,9 @@ def _compute(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, out_TD
     job = _pack_job(
         x_TD.data_ptr(),
         out_TD.data_ptr(),
-        parts + 4 * parts_size if active_TE is None else active_TE.data_ptr(),
+        parts + 4 * (parts_size + z_size) if active_TE is None else active_TE.data_ptr(),
         parts,
+        parts + 4 * parts_size,
         up.data_ptr(),
         _address(weights.gate),
         weights.down.data_ptr(),
@@ -86,16 +88,23 @@ def _compute(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, out_TD
         _address(up_bias),
         _address(gate_bias),
         _address(down_bias),
+        _address(weights.compress),
+        _address(weights.compress_bias),
+        _address(weights.expand),
         CODES[x_TD.dtype],
         _code(router_bias),
         _code(up_bias),
         _code(gate_bias),
         _code(down_bias),
+        _code(weights.compress),
+        _code(weights.compress_bias),
+        _code(weights.expand),
         active_TE is None,
         T,
         D,
         up.shape[0],
         E,
+        weights.rank,
         ACTS[weights.act],
         weights.threshold,
     )

@@ -1,7 +1,8 @@
 """What :mod:`lte.ops.cpu` runs, compiled by Numba: the steps of a sparse FFN, each for one thread of several.
 
 A job holds addresses (0 for what is not there), dtypes by code, and sizes. Three steps, a barrier after each: the
-router; each thread's share of the active neurons, up to their part of the output; the sum of the threads' parts.
+router; each thread's share of the active neurons, up to their part of the output, and of the rows of ``compress``; the
+sum of the threads' parts, and what stands in for idle experts.
 Shares depend on the number of threads and on what is active, nothing else: results are the same bit for bit.
 
 All of it is one file, because Numba's cache on disk looks at the date of one file only.
@@ -28,11 +29,13 @@ CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Numba knows neither bf16 nor (on CPU) fp16: they travel as integers of their width, told apart by the sign
 TAGS = {torch.float32: np.float32(0), torch.bfloat16: np.uint16(0), torch.float16: np.int16(0)}
 
-ADDRESSES = ("x", "out", "active", "parts", "up", "gate", "down", "router")
-ADDRESSES += ("router_bias", "up_bias", "gate_bias", "down_bias")
-NUMBERS = ("x_code", "router_code", "up_code", "gate_code", "down_code", "routed", "T", "D", "F", "E", "act")
+ADDRESSES = ("x", "out", "active", "parts", "z", "up", "gate", "down", "router")
+ADDRESSES += ("router_bias", "up_bias", "gate_bias", "down_bias", "compress", "compress_bias", "expand")
+NUMBERS = ("x_code", "router_code", "up_code", "gate_code", "down_code", "compress_code", "compress_bias_code")
+NUMBERS += ("expand_code", "routed", "T", "D", "F", "E", "R", "act")
 JOB = np.dtype([(name, np.int64) for name in ADDRESSES + NUMBERS] + [("threshold", np.float64)])
-"""Codes are of the dtypes of ``x`` and the biases. ``parts`` holds a ``[T, D]`` for each thread."""
+"""Codes are of the dtypes of ``x``, the biases and the compensation. ``parts`` holds a ``[T, D]`` for each thread,
+``z`` is ``compress x + compress_bias``, ``[T, R]``."""
 
 _READING = 4  # what reading a weight costs a thread, in multiplications of it with a token's value
 _JOB = from_dtype(JOB)
@@ -348,13 +351,60 @@ def _compute(job, thread, threads, tag):
 
 
 @_compiled
+def _compress(job, thread, threads):
+    """Beside step two: this thread's share of the rows of ``compress``, times every token."""
+    T, D, R = job.T, job.D, job.R
+    z_TR = carray(_pointer(job.z, np.float32(0)), (T, R))
+    x_TD = _tokens(job)
+    first, last = R * thread // threads, R * (thread + 1) // threads
+    bias = np.zeros((1, last - first), np.float32)
+    _add_bias(job.compress_bias, job.compress_bias_code, first, bias, 1)
+    row = np.empty(D, np.float32)
+    for r in range(first, last):
+        _read(job.compress, job.compress_code, r * D, row)
+        for t in range(T):
+            product = bias[0, r - first]
+            for d in range(D):
+                product += row[d] * x_TD[t, d]
+            z_TR[t, r] = product
+
+
+@_compiled
+def _compensate(job, first, last, y_TD):
+    """Add what stands in for idle experts to these columns."""
+    T, E, R = job.T, job.E, job.R
+    active_TE = carray(_pointer(job.active, np.uint8(0)), (T, E))
+    z_TR = carray(_pointer(job.z, np.float32(0)), (T, R))
+    scaled_TR = np.empty((T, R), np.float32)
+    for t in range(T):
+        count = 0
+        for e in range(E):
+            count += active_TE[t, e]
+        idle = np.float32(1 - count / E)
+        for r in range(R):
+            scaled_TR[t, r] = idle * z_TR[t, r]
+    rows = np.empty(16 * R, np.float32)
+    for start in range(first, last, 16):
+        count = min(16, last - start)
+        _read(job.expand, job.expand_code, start * R, rows[: count * R])
+        for t in range(T):
+            for d in range(count):
+                total = np.float32(0)
+                for r in range(R):
+                    total += rows[d * R + r] * scaled_TR[t, r]
+                y_TD[t, start + d] += total
+
+
+@_compiled
 def _collect(job, thread, threads):
-    """Step three: the sum of all parts and the bias, over this thread's share of the columns."""
+    """Step three: the sum of all parts, the bias and the compensation, over this thread's share of the columns."""
     T, D = job.T, job.D
     parts = carray(_pointer(job.parts, np.float32(0)), (threads, T, D))
     first, last = D // 16 * thread // threads * 16, D // 16 * (thread + 1) // threads * 16
     if thread + 1 == threads:
         last = D
+    if job.R:
+        _compensate(job, first, last, parts[0])
     y = np.empty((1, last - first), np.float32)
     for t in range(T):
         y[:] = 0
@@ -376,6 +426,8 @@ def region(dtype: torch.dtype, router_dtype: torch.dtype) -> int:
         if job.routed:
             _route(job, thread, threads, router_tag)
             _barrier()
+        if job.R:
+            _compress(job, thread, threads)
         _compute(job, thread, threads, tag)
         _barrier()
         _collect(job, thread, threads)
@@ -390,6 +442,8 @@ def run_by_numba(jobs, threads, tag, router_tag):
         for thread in prange(threads):
             _route(jobs[0], thread, threads, router_tag)
     for thread in prange(threads):
+        if jobs[0].R:
+            _compress(jobs[0], thread, threads)
         _compute(jobs[0], thread, threads, tag)
     for thread in prange(threads):
         _collect(jobs[0], thread, threads)

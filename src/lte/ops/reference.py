@@ -20,7 +20,17 @@ def sparse_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None = Non
     if active_TE is None:
         active_TE = route(x_TD, weights)
     hidden_TF = scale_experts(neurons(x_TD, weights), active_TE)
-    return _linear(hidden_TF, weights.down.T, weights.down_bias)
+    y_TD = _linear(hidden_TF, weights.down.T, weights.down_bias)
+    return y_TD if weights.compress is None else y_TD + compensation(x_TD, weights, active_TE)
+
+
+def compensation(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor) -> Tensor:
+    """What stands in for the experts that are not active, ``[T, D]``, of weights that have it."""
+    assert weights.compress is not None
+    assert weights.expand is not None
+    idle_T1 = 1 - active_TE.float().mean(-1, keepdim=True)
+    kept_TR = _linear(x_TD, weights.compress, weights.compress_bias)
+    return _linear(kept_TR * idle_T1.to(kept_TR.dtype), weights.expand, None)
 
 
 def neurons(x_TD: Tensor, weights: FFNWeights) -> Tensor:

@@ -45,6 +45,8 @@ def load_backend(name: str) -> Backend:
 def sparse_ffn(x: Tensor, weights: FFNWeights, active: Tensor | None = None, backend: BackendName = "auto") -> Tensor:
     """An FFN's output with inactive experts left out, unscaled (hard selection, LTE paper section 4.2).
 
+    Where the weights have a compensation, it is added.
+
     Args:
         x: ``[..., D]``.
         weights: the FFN, see :class:`FFNWeights`.
@@ -153,6 +155,9 @@ def _opaque(
     up_bias: Tensor | None,
     gate_bias: Tensor | None,
     down_bias: Tensor | None,
+    compress: Tensor | None,
+    compress_bias: Tensor | None,
+    expand: Tensor | None,
     act: str,
     threshold: float,
     active: Tensor | None,
@@ -160,7 +165,19 @@ def _opaque(
 ) -> Tensor:
     """What ``torch.compile`` and ``torch.export`` see: one call, not looked into."""
     weights = FFNWeights(
-        up, down, router, gate, router_bias, up_bias, gate_bias, down_bias, cast(Activation, act), threshold
+        up,
+        down,
+        router,
+        gate,
+        router_bias,
+        up_bias,
+        gate_bias,
+        down_bias,
+        compress,
+        compress_bias,
+        expand,
+        cast(Activation, act),
+        threshold,
     )
     return _run(x, weights, active, cast(BackendName, backend))
 

@@ -33,7 +33,7 @@ def refuses(x_TD: Tensor, weights: FFNWeights) -> str | None:
         if tensor.dtype not in DTYPES:
             return f"{name} is {tensor.dtype}, and the kernels take float16, bfloat16 and float32"
         if not tensor.is_contiguous():
-            return f"{name} is not laid out one row a neuron: pack the model with lte.optimize_"
+            return f"{name} is not contiguous: lte.optimize_ lays out an FFN one row a neuron, contiguous() the rest"
     if weights.d_model % 16 or weights.d_ff % 16:
         return f"d_model {weights.d_model} and d_ff {weights.d_ff} must be multiples of 16"
     if weights.d_model > MAX_WIDTH:

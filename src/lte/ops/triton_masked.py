@@ -1,4 +1,7 @@
-"""Many tokens: all experts by cuBLAS, then router, activation, gate and mask in two kernels of ours."""
+"""Many tokens: all experts by cuBLAS, then router, activation, gate and mask in two kernels of ours.
+
+Compensation is PyTorch's: the time is that of the large products.
+"""
 # pyright: basic, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false
 
 from dataclasses import dataclass
@@ -8,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from lte.ops import triton_router
+from lte.ops import reference, triton_router
 from lte.ops.triton_activations import activate
 from lte.ops.triton_device import device_info
 from lte.ops.triton_router import Choice, chosen
@@ -95,13 +98,14 @@ def masked_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tuni
     up_TF = _linear(x_TD, weights.up, weights.up_bias)
     gate_TF = up_TF if weights.gate is None else _linear(x_TD, weights.gate, weights.gate_bias)
     block = max(1, tuning.neurons // N)
+    choice = _choose(x_TD, weights, active_TE, tuning)
     _activate_and_mask[(triton.cdiv(T, tuning.tokens), triton.cdiv(E, block))](
         gate_TF,
         up_TF,
         up_TF,
         T=T,
         E=E,
-        **_choose(x_TD, weights, active_TE, tuning).arguments(),
+        **choice.arguments(),
         ACT=weights.act,
         GATED=weights.gate is not None,
         N=N,
@@ -110,12 +114,15 @@ def masked_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tuni
         num_warps=tuning.warps,
         **device_info(x_TD.device).overlap,
     )
-    return _linear(up_TF, weights.down.T, weights.down_bias)
+    y_TD = _linear(up_TF, weights.down.T, weights.down_bias)
+    if weights.compress is not None:
+        y_TD += reference.compensation(x_TD, weights, choice.active())
+    return y_TD
 
 
 def _choose(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tuning: Tuning) -> Choice:
     if active_TE is not None:
-        return triton_router.given(active_TE)
+        return triton_router.given(active_TE, x_TD)
     if tuning.router_tokens < len(x_TD):
         return triton_router.at_once(x_TD, weights)
     return triton_router.in_parts(x_TD, weights, tuning.router, by_expert=False)

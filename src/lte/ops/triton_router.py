@@ -2,7 +2,8 @@
 
 Few tokens and few experts make few tiles, so the width of the router is shared out as well: ``_logits`` leaves partial
 sums, and a kernel that needs the choice adds up those of its own experts (:func:`chosen`). No launch lies in between. A
-choice that is given goes the same way, as logits of 0 and 1.
+choice that is given goes the same way, as logits of 0 and 1. The rows that compensation multiplies by come after those
+of the router, in the same launch.
 """
 # pyright: basic, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false
 
@@ -24,10 +25,11 @@ _MIXED_MM = hasattr(torch.ops.aten.mm, "dtype")
 
 
 @triton.jit
-def _logits(
+def _part(
     x,
-    router,
-    logits,
+    weight,
+    out,
+    block,
     T,
     E,
     D,
@@ -38,14 +40,11 @@ def _logits(
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STEPS: tl.constexpr,
-    PDL: tl.constexpr,
 ):
+    """A block of the weight's E rows times this program's tokens, over its share of the columns."""
     split = tl.program_id(1)
     tokens_T = tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)
-    experts_E = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    experts_E = block * BLOCK_E + tl.arange(0, BLOCK_E)
     sum_TE = tl.zeros([BLOCK_T, BLOCK_E], dtype=tl.float32)
     for step in tl.range(0, STEPS):
         cols_D = (split * STEPS + step) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -55,15 +54,52 @@ def _logits(
             other=0.0,
         )
         w_ED = tl.load(
-            router + experts_E[:, None] * D + cols_D[None, :],
+            weight + experts_E[:, None] * D + cols_D[None, :],
             mask=(experts_E < E)[:, None] & (cols_D < D)[None, :],
             other=0.0,
         )
-        if x.dtype.element_ty != router.dtype.element_ty:  # no rounding of a router kept in fp32
+        if x.dtype.element_ty != weight.dtype.element_ty:  # no rounding of a router kept in fp32
             x_TD, w_ED = x_TD.to(tl.float32), w_ED.to(tl.float32)
         sum_TE = tl.dot(x_TD, w_ED.T, sum_TE, input_precision="ieee")
     at_TE = split * stride_s + tokens_T[:, None] * stride_t + experts_E[None, :] * stride_e
-    tl.store(logits + at_TE, sum_TE, mask=(tokens_T < T)[:, None] & (experts_E < E)[None, :])
+    tl.store(out + at_TE, sum_TE, mask=(tokens_T < T)[:, None] & (experts_E < E)[None, :])
+
+
+@triton.jit
+def _logits(
+    x,
+    router,
+    compress,
+    logits,
+    T,
+    E,
+    R,
+    D,
+    stride_s,
+    stride_t,
+    stride_e,
+    COMPENSATED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STEPS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    block = tl.program_id(0)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    if COMPENSATED:  # a branch, not one load of two masks: the two weights may differ in dtype
+        blocks = tl.cdiv(E, BLOCK_E)
+        z = logits + E * stride_e
+        if block < blocks:
+            _part(x, router, logits, block, T, E, D, stride_s, stride_t, stride_e, BLOCK_T, BLOCK_E, BLOCK_D, STEPS)
+        else:
+            _part(
+                x, compress, z, block - blocks, T, R, D, stride_s, stride_t, stride_e, BLOCK_T, BLOCK_E, BLOCK_D, STEPS
+            )
+    else:
+        _part(x, router, logits, block, T, E, D, stride_s, stride_t, stride_e, BLOCK_T, BLOCK_E, BLOCK_D, STEPS)
 
 
 @triton.jit
@@ -115,11 +151,20 @@ class Choice:
         logits: ``[S, T, E]``, of any strides; the sum over S counts.
         bias: ``[E]``, or None.
         threshold: a token wants an expert whose logit with bias is above it.
+        z: ``compress x`` of compensation, in parts as ``logits``, ``[S, T, R]``; None unless asked for.
     """
 
     logits: Tensor
     bias: Tensor | None
     threshold: float
+    z: Tensor | None = None
+
+    def active(self) -> Tensor:
+        """``[T, E]``, by PyTorch."""
+        logits_TE = self.logits.sum(0, dtype=torch.float32)
+        if self.bias is not None:
+            logits_TE += self.bias
+        return logits_TE > self.threshold
 
     def arguments(self) -> dict[str, Any]:
         """By the names that the kernels use."""
@@ -170,26 +215,39 @@ class Tuning:
         return Tuning(rows, experts, width, min(8, triton.cdiv(d_model, width)), stages, warps)
 
 
-def given(active_TE: Tensor) -> Choice:
-    """A choice that was made elsewhere."""
-    return Choice(active_TE.view(torch.uint8)[None], None, 0.5)
+def given(active_TE: Tensor, x_TD: Tensor, compress_RD: Tensor | None = None) -> Choice:
+    """A choice that was made elsewhere; with z by cuBLAS where ``compress_RD`` asks for it."""
+    z_TR = None if compress_RD is None else F.linear(x_TD.float(), compress_RD.float())
+    return Choice(active_TE.view(torch.uint8)[None], None, 0.5, None if z_TR is None else z_TR[None])
 
 
-def in_parts(x_TD: Tensor, weights: FFNWeights, tuning: Tuning | None, by_expert: bool) -> Choice:
-    """By ``_logits``; without a tuning cut as fits. ``by_expert``: an expert's logits lie together, not a token's."""
-    (T, D), E = x_TD.shape, weights.num_experts
-    tuning = tuning or Tuning.of(x_TD.device, T, D, max(x_TD.dtype.itemsize, weights.router.dtype.itemsize))
-    shape = (tuning.splits, E, T) if by_expert else (tuning.splits, T, E)
-    logits = torch.empty(shape, dtype=torch.float32, device=x_TD.device)
-    logits_STE = logits.transpose(1, 2) if by_expert else logits
-    _logits[(triton.cdiv(E, tuning.experts), tuning.splits, triton.cdiv(T, tuning.tokens))](
+def in_parts(
+    x_TD: Tensor, weights: FFNWeights, tuning: Tuning | None, by_expert: bool, compress_RD: Tensor | None = None
+) -> Choice:
+    """By ``_logits``; without a tuning cut as fits.
+
+    Args:
+        by_expert: an expert's logits lie together, not a token's.
+        compress_RD: asks for z.
+    """
+    (T, D), E, R = x_TD.shape, weights.num_experts, 0 if compress_RD is None else len(compress_RD)
+    dtypes = [x_TD.dtype, weights.router.dtype] + ([] if compress_RD is None else [compress_RD.dtype])
+    tuning = tuning or Tuning.of(x_TD.device, T, D, max(dtype.itemsize for dtype in dtypes))
+    shape = (tuning.splits, E + R, T) if by_expert else (tuning.splits, T, E + R)
+    sums = torch.empty(shape, dtype=torch.float32, device=x_TD.device)
+    sums_STE = sums.transpose(1, 2) if by_expert else sums
+    blocks = triton.cdiv(E, tuning.experts) + triton.cdiv(R, tuning.experts)
+    _logits[(blocks, tuning.splits, triton.cdiv(T, tuning.tokens))](
         x_TD,
         weights.router,
-        logits_STE,
+        compress_RD,
+        sums_STE,
         T,
         E,
+        R,
         D,
-        *logits_STE.stride(),
+        *sums_STE.stride(),
+        COMPENSATED=R > 0,
         BLOCK_T=tuning.tokens,
         BLOCK_E=tuning.experts,
         BLOCK_D=tuning.width,
@@ -198,7 +256,8 @@ def in_parts(x_TD: Tensor, weights: FFNWeights, tuning: Tuning | None, by_expert
         num_stages=tuning.stages,
         **device_info(x_TD.device).overlap,
     )
-    return Choice(logits_STE, weights.router_bias, weights.threshold)
+    z_STR = sums_STE[:, :, E:] if R else None
+    return Choice(sums_STE[:, :, :E], weights.router_bias, weights.threshold, z_STR)
 
 
 def at_once(x_TD: Tensor, weights: FFNWeights) -> Choice:

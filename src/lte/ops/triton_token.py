@@ -1,10 +1,10 @@
 """One token: three small launches around a single pass over the weights of the active experts.
 
-1. ``_route``: a logit an expert, one byte an expert out.
+1. ``_route``: a logit an expert, one byte an expert out; with compensation a product a rank as well.
 2. ``_experts``: the active experts' neurons, as many rows for each program, whichever experts they belong to. For a row
    it reads gate, up and down together (they do not wait for each other), and adds ``h * down`` to an output of its own
    that stays in registers. So all weights stream in one phase, without a barrier over the grid in between.
-3. ``_sum``: adds the programs' outputs in a fixed order.
+3. ``_sum``: adds the programs' outputs in a fixed order, and what stands in for idle experts.
 
 On Hopper each launch begins while the one before it ends (programmatic dependent launch): a kernel waits, before it
 reads anything that others wrote, until the one before it is done.
@@ -28,17 +28,49 @@ MAX_WIDTH = 16384
 
 
 @triton.jit
-def _route(x, router, bias, active, D, threshold, HAS_BIAS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr):
-    expert = tl.program_id(0)
+def _dot(x, weight, bias, row, D, HAS_BIAS: tl.constexpr, BLOCK_D: tl.constexpr):
     cols = tl.arange(0, BLOCK_D)
+    w_D = tl.load(weight + row * D + cols, mask=cols < D, other=0.0)
+    x_D = tl.load(x + cols, mask=cols < D, other=0.0)
+    product = tl.sum(w_D.to(tl.float32) * x_D.to(tl.float32), axis=0)
+    if HAS_BIAS:
+        product += tl.load(bias + row).to(tl.float32)
+    return product
+
+
+@triton.jit
+def _choose(x, router, bias, active, expert, D, threshold, HAS_BIAS: tl.constexpr, BLOCK_D: tl.constexpr):
+    logit = _dot(x, router, bias, expert, D, HAS_BIAS, BLOCK_D)
+    tl.store(active + expert, (logit > threshold).to(tl.uint8))
+
+
+@triton.jit
+def _route(
+    x,
+    router,
+    bias,
+    active,
+    compress,
+    compress_bias,
+    z,
+    E,  # programs that choose; 0 where the choice is given
+    D,
+    threshold,
+    HAS_BIAS: tl.constexpr,
+    COMPENSATED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row = tl.program_id(0)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    w_D = tl.load(router + expert * D + cols, mask=cols < D, other=0.0)
-    x_D = tl.load(x + cols, mask=cols < D, other=0.0)
-    logit = tl.sum(w_D.to(tl.float32) * x_D.to(tl.float32), axis=0)
-    if HAS_BIAS:
-        logit += tl.load(bias + expert).to(tl.float32)
-    tl.store(active + expert, (logit > threshold).to(tl.uint8))
+    if COMPENSATED:
+        if row < E:
+            _choose(x, router, bias, active, row, D, threshold, HAS_BIAS, BLOCK_D)
+        else:
+            tl.store(z + row - E, _dot(x, compress, compress_bias, row - E, D, True, BLOCK_D))
+    else:
+        _choose(x, router, bias, active, row, D, threshold, HAS_BIAS, BLOCK_D)
 
 
 @triton.jit
@@ -111,22 +143,39 @@ def _sum(
     partial,
     bias,
     y,
+    active,
+    z,
+    expand,
     D,
+    E,
+    R,
     programs,
     HAS_BIAS: tl.constexpr,
+    COMPENSATED: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    cols_D = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    if COMPENSATED:
+        ranks_R = tl.arange(0, BLOCK_R)
+        inside_DR = (cols_D < D)[:, None] & (ranks_R < R)[None, :]
+        expand_DR = tl.load(expand + cols_D[:, None] * R + ranks_R[None, :], mask=inside_DR, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    cols_D = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     programs_P = tl.arange(0, BLOCK_P)
     inside_PD = (programs_P < programs)[:, None] & (cols_D < D)[None, :]
     part_PD = tl.load(partial + programs_P[:, None] * D + cols_D[None, :], mask=inside_PD, other=0.0)
     y_D = tl.sum(part_PD, axis=0)
     if HAS_BIAS:
         y_D += tl.load(bias + cols_D, mask=cols_D < D, other=0.0).to(tl.float32)
+    if COMPENSATED:
+        experts_E = tl.arange(0, BLOCK_E)
+        on_E = tl.load(active + experts_E, mask=experts_E < E, other=0).to(tl.int32)
+        z_R = tl.load(z + ranks_R, mask=ranks_R < R, other=0.0)
+        y_D += (1 - tl.sum(on_E, axis=0) / E) * tl.sum(expand_DR.to(tl.float32) * z_R[None, :], axis=1)
     tl.store(y + cols_D, y_D, mask=cols_D < D)
 
 
@@ -162,21 +211,30 @@ class Tuning:
 
 def token_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tuning: Tuning | None = None) -> Tensor:
     """``[1, D]`` -> ``[1, D]``."""
-    D, E = weights.d_model, weights.num_experts
+    D, E, R = weights.d_model, weights.num_experts, weights.rank
     device, block_d = x_TD.device, triton.next_power_of_2(D)
     gated = weights.gate is not None
     tuning = tuning or Tuning.of(device, D, 3 if gated else 2, weights.up.dtype.itemsize)
     overlap = device_info(device).overlap
+    routed = E if active_TE is None else 0
     if active_TE is None:
         active_TE = torch.empty(1, E, dtype=torch.uint8, device=device)
-        _route[(E,)](
+    active_TE = active_TE.view(torch.uint8)
+    z_R = torch.empty(R, dtype=torch.float32, device=device) if R else None
+    if routed + R:
+        _route[(routed + R,)](
             x_TD,
             weights.router,
             weights.router_bias,
             active_TE,
+            weights.compress,
+            weights.compress_bias,
+            z_R,
+            routed,
             D,
             weights.threshold,
             HAS_BIAS=weights.router_bias is not None,
+            COMPENSATED=R > 0,
             BLOCK_D=block_d,
             num_warps=min(8, max(1, block_d // 512)),
             PDL=overlap["PDL"],  # launched the plain way: it starts when all before it is done
@@ -190,7 +248,7 @@ def token_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tunin
         weights.down,
         weights.gate_bias,
         weights.up_bias,
-        active_TE.view(torch.uint8),
+        active_TE,
         order,
         partial,
         E,
@@ -212,11 +270,19 @@ def token_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tunin
         partial,
         weights.down_bias,
         y_TD,
+        active_TE,
+        z_R,
+        weights.expand,
         D,
+        E,
+        R,
         tuning.programs,
         HAS_BIAS=weights.down_bias is not None,
+        COMPENSATED=R > 0,
         BLOCK_P=triton.next_power_of_2(tuning.programs),
         BLOCK_D=tuning.columns,
+        BLOCK_E=triton.next_power_of_2(E),
+        BLOCK_R=triton.next_power_of_2(max(R, 1)),
         num_warps=4,
         **overlap,
     )

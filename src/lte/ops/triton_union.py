@@ -4,7 +4,8 @@
 2. ``_up``: a program has neurons of its own. It adds up their experts' logits, and leaves where no token wants them.
 3. ``_down``: the sum of the wanted experts into the output. They are shared out among ``splits`` programs for each
    slice of the output's columns; each leaves a partial sum.
-4. ``_sum``: adds the partial sums in a fixed order.
+4. ``_sum``: adds the partial sums in a fixed order, and what stands in for idle experts: step 1 multiplies by the rows
+   of ``compress`` too, and step 2 leaves what each token chose.
 
 How many experts are wanted is known on the device only, and the grids are for all of them.
 """
@@ -35,6 +36,7 @@ def _up(
     gate_bias,
     up_bias,
     wanted,
+    active,
     hidden,
     logits,
     router_bias,
@@ -52,6 +54,7 @@ def _up(
     SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     HAS_ROUTER_BIAS: tl.constexpr,
+    KEEPS_ACTIVE: tl.constexpr,
     N: tl.constexpr,
     EXPERTS: tl.constexpr,
     SHARE: tl.constexpr,
@@ -84,6 +87,9 @@ def _up(
     ).to(tl.int32)
     on_E = tl.max(on_TE, axis=0)
     tl.store(wanted + experts_E, on_E, mask=experts_E < E)
+    if KEEPS_ACTIVE:
+        inside_TE = (tokens_T < T)[:, None] & (experts_E < E)[None, :]
+        tl.store(active + tokens_T[:, None] * E + experts_E[None, :], on_TE.to(tl.uint8), mask=inside_TE)
     if tl.max(on_E, axis=0) != 0:
         on_N = tl.reshape(tl.broadcast_to(on_E[:, None], [EXPERTS, SHARE]), [BLOCK_N]) != 0
         on_TN = tl.reshape(tl.broadcast_to(on_TE[:, :, None], [BLOCK_T, EXPERTS, SHARE]), [BLOCK_T, BLOCK_N]) != 0
@@ -172,17 +178,59 @@ def _down(
 
 @triton.jit
 def _sum(
-    partial, bias, y, D, size, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+    partial,
+    bias,
+    y,
+    active,
+    z,
+    compress_bias,
+    expand,
+    T,
+    E,
+    D,
+    R,
+    stride_s,
+    stride_t,
+    stride_r,
+    SPLITS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    COMPENSATED: tl.constexpr,
+    Z_SPLITS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    tokens_T = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    cols_D = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    if COMPENSATED:
+        ranks_R = tl.arange(0, BLOCK_R)
+        inside_DR = (cols_D < D)[:, None] & (ranks_R < R)[None, :]
+        expand_DR = tl.load(expand + cols_D[:, None] * R + ranks_R[None, :], mask=inside_DR, other=0.0)
+        bias_R = tl.load(compress_bias + ranks_R, mask=ranks_R < R, other=0.0).to(tl.float32)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], dtype=tl.float32)
+    at_TD = tokens_T[:, None] * D + cols_D[None, :]
+    inside_TD = (tokens_T < T)[:, None] & (cols_D < D)[None, :]
+    sum_TD = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
     for split in tl.static_range(SPLITS):
-        total += tl.load(partial + split * size + at, mask=at < size, other=0.0)
+        sum_TD += tl.load(partial + split * T * D + at_TD, mask=inside_TD, other=0.0)
     if HAS_BIAS:
-        total += tl.load(bias + at % D, mask=at < size, other=0.0).to(tl.float32)
-    tl.store(y + at, total, mask=at < size)
+        sum_TD += tl.load(bias + cols_D, mask=cols_D < D, other=0.0).to(tl.float32)[None, :]
+    if COMPENSATED:
+        experts_E = tl.arange(0, BLOCK_E)
+        inside_TE = (tokens_T < T)[:, None] & (experts_E < E)[None, :]
+        on_TE = tl.load(active + tokens_T[:, None] * E + experts_E[None, :], mask=inside_TE, other=0).to(tl.int32)
+        idle_T = 1 - tl.sum(on_TE, axis=1) / E
+        at_TR = tokens_T[:, None] * stride_t + ranks_R[None, :] * stride_r
+        inside_TR = (tokens_T < T)[:, None] & (ranks_R < R)[None, :]
+        z_TR = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32) + bias_R[None, :]
+        for split in tl.static_range(Z_SPLITS):
+            z_TR += tl.load(z + split * stride_s + at_TR, mask=inside_TR, other=0.0)
+        expand_RD = expand_DR.to(tl.float32).T
+        sum_TD = tl.dot(z_TR * idle_T[:, None], expand_RD, sum_TD, input_precision="ieee")
+    tl.store(y + at_TD, sum_TD, mask=inside_TD)
 
 
 @dataclass(frozen=True)
@@ -237,15 +285,18 @@ class Tuning:
 
 def union_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tuning: Tuning | None = None) -> Tensor:
     """``[T, D]`` -> ``[T, D]``, T up to :data:`MAX_TOKENS`."""
-    (T, D), E, N = x_TD.shape, weights.num_experts, weights.expert_size
+    (T, D), E, N, R = x_TD.shape, weights.num_experts, weights.expert_size, weights.rank
     device = x_TD.device
     tuning = tuning or Tuning.of(device, T, D, N, x_TD.dtype.itemsize)
     overlap = device_info(device).overlap
     block_t = max(16, triton.next_power_of_2(T))
+    keeps_active = R > 0 and active_TE is None
     if active_TE is None:
-        choice = triton_router.in_parts(x_TD, weights, tuning.router, by_expert=True)
+        choice = triton_router.in_parts(x_TD, weights, tuning.router, by_expert=True, compress_RD=weights.compress)
+        active_TE = torch.empty(T, E, dtype=torch.uint8, device=device) if R else None
     else:
-        choice = triton_router.given(active_TE)
+        active_TE = active_TE.view(torch.uint8)
+        choice = triton_router.given(active_TE, x_TD, weights.compress)
     wanted = torch.empty(E, dtype=torch.int32, device=device)
     hidden = torch.empty(T, E * N, dtype=x_TD.dtype, device=device)
     _up[(triton.cdiv(E * N, tuning.up_neurons),)](
@@ -255,6 +306,7 @@ def union_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tunin
         weights.gate_bias,
         weights.up_bias,
         wanted,
+        active_TE,
         hidden,
         T=T,
         E=E,
@@ -264,6 +316,7 @@ def union_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tunin
         GATED=weights.gate is not None,
         HAS_GATE_BIAS=weights.gate_bias is not None,
         HAS_UP_BIAS=weights.up_bias is not None,
+        KEEPS_ACTIVE=keeps_active,
         N=N,
         EXPERTS=max(1, tuning.up_neurons // N),
         SHARE=min(N, tuning.up_neurons),
@@ -295,17 +348,29 @@ def union_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tunin
         **overlap,
     )
     y_TD = torch.empty_like(x_TD)
-    block = 256
-    _sum[(triton.cdiv(T * D, block),)](
+    rows, columns, warps = (16, 64, 4) if R else (1, 256, 2)  # as many tokens as a product needs
+    _sum[(triton.cdiv(D, columns), triton.cdiv(T, rows))](
         partial,
         weights.down_bias,
         y_TD,
+        active_TE,
+        choice.z,
+        weights.compress_bias,
+        weights.expand,
+        T,
+        E,
         D,
-        T * D,
+        R,
+        *((0, 0, 0) if choice.z is None else choice.z.stride()),
         SPLITS=tuning.splits,
         HAS_BIAS=weights.down_bias is not None,
-        BLOCK=block,
-        num_warps=2,
+        COMPENSATED=R > 0,
+        Z_SPLITS=0 if choice.z is None else len(choice.z),
+        BLOCK_T=rows,
+        BLOCK_E=triton.next_power_of_2(E),
+        BLOCK_D=columns,
+        BLOCK_R=max(16, triton.next_power_of_2(R)),
+        num_warps=warps,
         **overlap,
     )
     return y_TD

@@ -14,9 +14,10 @@ _ACTIVATIONS = get_args(Activation)
 class FFNWeights:
     """``down(act(gate x + gate_bias) * (up x + up_bias)) + down_bias``, of the experts that the router picks.
 
-    Neurons of an expert are contiguous. An FFN without a gate computes ``down(act(up x + up_bias))``.
+    Neurons of an expert are contiguous. An FFN without a gate computes ``down(act(up x + up_bias))``. With compensation
+    ``idle * expand (compress x + compress_bias)`` is added, where ``idle`` is the share of experts not picked.
 
-    Shapes: T tokens, D model width, F neurons, E experts of N neurons each (F = E * N).
+    Shapes: T tokens, D model width, F neurons, E experts of N neurons each (F = E * N), R rank of the compensation.
 
     Attributes:
         up: ``[F, D]``.
@@ -25,6 +26,7 @@ class FFNWeights:
         gate: ``[F, D]``, or None.
         router_bias: ``[E]``, or None.
         up_bias, gate_bias: ``[F]``, or None. ``down_bias``: ``[D]``, or None; added whatever is active.
+        compress, compress_bias, expand: ``[R, D]``, ``[R]`` and ``[D, R]``, or None, all three: no compensation.
         act: the activation, by name.
         threshold: an expert is active when ``x . router + router_bias > threshold``. It is ``logit(tau)``.
 
@@ -40,6 +42,9 @@ class FFNWeights:
     up_bias: Tensor | None = None
     gate_bias: Tensor | None = None
     down_bias: Tensor | None = None
+    compress: Tensor | None = None
+    compress_bias: Tensor | None = None
+    expand: Tensor | None = None
     act: Activation = "silu"
     threshold: float = 0.0
 
@@ -60,6 +65,13 @@ class FFNWeights:
         _fits("down_bias", self.down_bias, up[1:], up)
         if self.gate_bias is not None and self.gate is None:
             raise ValueError("gate_bias is given, but there is no gate")
+        if not (self.compress is None) == (self.compress_bias is None) == (self.expand is None):
+            raise ValueError("compress, compress_bias and expand belong together: give all three, or none")
+        if self.compress is not None:
+            rank = self.compress.shape[:1] or (1,)
+            _fits("compress", self.compress, (max(rank[0], 1), up[1]), up)
+            _fits("compress_bias", self.compress_bias, rank, up)
+            _fits("expand", self.expand, (up[1], rank[0]), up)
 
     @property
     def d_ff(self) -> int:
@@ -76,6 +88,11 @@ class FFNWeights:
     @property
     def expert_size(self) -> int:
         return self.d_ff // self.num_experts
+
+    @property
+    def rank(self) -> int:
+        """Of the compensation; 0 where there is none."""
+        return 0 if self.compress is None else self.compress.shape[0]
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are there, by name."""
