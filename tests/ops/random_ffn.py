@@ -1,5 +1,6 @@
 """Random FFNs for the tests of backends."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,12 +16,16 @@ def make_weights(
     *,
     gated: bool = True,
     bias: bool = False,
+    rank: int = 0,
     act: Activation = "silu",
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     seed: int = 0,
 ) -> FFNWeights:
-    """A random FFN whose router opens about half of its experts for ``torch.randn`` inputs."""
+    """A random FFN whose router opens about half of its experts for ``torch.randn`` inputs.
+
+    With a rank its compensation is about as large as its output.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int, scale: float) -> Tensor:
@@ -31,7 +36,7 @@ def make_weights(
     if bias:
         biases = {"up_bias": draw(d_ff, scale=0.5), "down_bias": draw(d_model, scale=0.5)}
         biases |= {"gate_bias": draw(d_ff, scale=0.5)} if gated else {}
-    return FFNWeights(
+    weights = FFNWeights(
         up=draw(d_ff, d_model, scale=inner),
         down=draw(d_ff, d_model, scale=outer),
         router=draw(d_ff // expert_size, d_model, scale=inner),
@@ -40,6 +45,18 @@ def make_weights(
         act=act,
         **biases,
     )
+    if not rank:
+        return weights
+    return replace(
+        weights,
+        compress=draw(rank, d_model, scale=inner),
+        compress_bias=draw(rank, scale=0.5),
+        expand=draw(d_model, rank, scale=rank**-0.5),
+    )
+
+
+def without_compensation(weights: FFNWeights) -> FFNWeights:
+    return replace(weights, compress=None, compress_bias=None, expand=None)
 
 
 def make_x(tokens: int, weights: FFNWeights, seed: int = 1) -> Tensor:

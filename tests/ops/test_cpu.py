@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 import torch
-from random_ffn import make_active, make_weights, make_x, relative_rms
+from random_ffn import make_active, make_weights, make_x, relative_rms, without_compensation
 
 import lte.ops.sparse_ffn as ops
 from lte.ops import reference
@@ -44,6 +44,22 @@ def test_equals_the_reference(d_model, d_ff, expert_size, gated, bias, dtype):
             assert error(cpu.sparse_ffn(x_TD, weights, active_TE), x_TD, weights, active_TE) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rank", [1, 5, 16, 64])
+@pytest.mark.parametrize(("d_model", "d_ff", "expert_size"), [*SIZES, (52, 96, 16)])
+def test_compensation(d_model, d_ff, expert_size, rank, bias, dtype):
+    weights = make_weights(d_model, d_ff, expert_size, bias=bias, rank=rank, dtype=dtype)
+    for tokens in (1, 3, 17, 70):
+        x_TD = make_x(tokens, weights)
+        for share in ("router", "none", "one", "half", "all"):
+            active_TE = None if share == "router" else make_active(tokens, weights, share)
+            y_TD = cpu.sparse_ffn(x_TD, weights, active_TE)
+            assert error(y_TD, x_TD, weights, active_TE) < TOLERANCE[dtype]
+            if share == "half":
+                assert error(y_TD, x_TD, without_compensation(weights), active_TE) > 0.05
+
+
 @pytest.mark.parametrize("act", get_args(Activation))
 @pytest.mark.parametrize("gated", [False, True])
 def test_activations(act, gated):
@@ -58,9 +74,9 @@ def test_activations(act, gated):
 @pytest.mark.parametrize("x_dtype", DTYPES)
 @pytest.mark.parametrize(("dtype", "router_dtype"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
 def test_dtypes_may_differ(x_dtype, dtype, router_dtype):
-    weights = make_weights(bias=True, dtype=dtype)
-    router = weights.router.to(router_dtype)
-    weights = dataclasses.replace(weights, router=router, up_bias=make_weights(bias=True).up_bias, threshold=0.25)
+    weights = make_weights(bias=True, rank=5, dtype=dtype)
+    mixed = {name: getattr(weights, name).to(router_dtype) for name in ("router", "compress_bias", "expand")}
+    weights = dataclasses.replace(weights, **mixed, up_bias=make_weights(bias=True).up_bias, threshold=0.25)
     x_TD = make_x(5, weights).to(x_dtype)
     assert error(cpu.sparse_ffn(x_TD, weights), x_TD, weights) < TOLERANCE[x_dtype]
 
@@ -92,7 +108,7 @@ def test_nan_and_infinity_pass_through():
 
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_every_call_gives_the_same_bits(tokens):
-    weights = make_weights(576, 1536, dtype=torch.bfloat16)
+    weights = make_weights(576, 1536, rank=5, dtype=torch.bfloat16)
     x_TD = make_x(tokens, weights).float()
     first = cpu.sparse_ffn(x_TD, weights)
     assert all(cpu.sparse_ffn(x_TD, weights).equal(first) for _ in range(20))
@@ -100,7 +116,7 @@ def test_every_call_gives_the_same_bits(tokens):
 
 @pytest.mark.parametrize("threads", [1, 3, 7])
 def test_any_number_of_threads(threads):
-    weights = make_weights(bias=True)
+    weights = make_weights(bias=True, rank=5)
     x_TD = make_x(6, weights)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -123,15 +139,17 @@ def call_at_once(weights: FFNWeights) -> None:
 
 
 def test_calls_from_several_threads_at_once():
-    call_at_once(make_weights(576, 288))
+    call_at_once(make_weights(576, 288, rank=16))
 
 
 def test_without_openmp(monkeypatch):
-    weights = make_weights(bias=True)
+    weights = make_weights(bias=True, rank=5)
     x_TD = make_x(6, weights)
-    with_openmp = cpu.sparse_ffn(x_TD, weights)
+    choices = [None, make_active(6, weights, "half")]
+    with_openmp = [cpu.sparse_ffn(x_TD, weights, active_TE) for active_TE in choices]
     monkeypatch.setattr(cpu, "_openmp", lambda: None)
-    assert cpu.sparse_ffn(x_TD, weights).equal(with_openmp)
+    for active_TE, expected in zip(choices, with_openmp, strict=True):
+        assert cpu.sparse_ffn(x_TD, weights, active_TE).equal(expected)
     call_at_once(weights)
 
 
@@ -144,7 +162,7 @@ def test_strided_x_and_active():
 
 
 def test_refusals():
-    weights = make_weights()
+    weights = make_weights(rank=3)
     x = make_x(1, weights)
     assert cpu.refuses(x, weights) is None
 
@@ -153,7 +171,9 @@ def test_refusals():
 
     assert refusal(x=x.double()) == "x is torch.float64, but it takes float32, bfloat16 and float16"
     assert "router is torch.float64" in refusal(router=weights.router.double())
-    assert "down is not contiguous, a row a neuron" in refusal(down=weights.down.T.contiguous().T)
+    assert "expand is torch.float64" in refusal(expand=weights.expand.double())
+    assert "down is not contiguous: lte.optimize_ lays" in refusal(down=weights.down.T.contiguous().T)
+    assert "compress is not contiguous" in refusal(compress=weights.compress.T.contiguous().T)
     assert "lte.optimize_" in refusal(up=weights.up.T.contiguous().T)
     assert "differ in dtype" in refusal(gate=weights.gate.bfloat16())
     assert "experts have 2 neurons" in refusal(router=torch.zeros(64, 64), router_bias=None)
@@ -178,14 +198,15 @@ def test_auto_takes_it_for_one_token():
 
 
 def test_compiles_into_a_graph():
-    weights = make_weights(bias=True)
+    weights = make_weights(bias=True, rank=3)
     x = make_x(3, weights)
     function = torch.compile(lambda x: 2 * ops.sparse_ffn(x, weights, backend="cpu"), fullgraph=True, backend="eager")
     assert function(x).equal(2 * ops.sparse_ffn(x, weights, backend="cpu"))
+    assert error(function(x) / 2, x, weights) < 2e-6
 
 
 def test_is_a_proper_operator():
-    weights = make_weights(bias=True)
+    weights = make_weights(bias=True, rank=3)
     x = make_x(3, weights)
     arguments = {**weights.arguments(), "active": None, "backend": "cpu"}
     torch.library.opcheck(torch.ops.lte.sparse_ffn.default, (x,), arguments)

@@ -30,6 +30,26 @@ def test_reference_is_the_sum_over_active_experts(gated):
     assert relative_rms(sparse_ffn(x, weights, active, backend="reference"), expected) < 1e-6
 
 
+def test_reference_adds_a_share_of_the_compensation_for_each_idle_expert():
+    weights = FFNWeights(
+        up=torch.zeros(4, 2),
+        down=torch.zeros(4, 2),
+        router=torch.zeros(4, 2),
+        down_bias=torch.tensor([10.0, 20.0]),
+        compress=torch.tensor([[1.0, 2.0]]),
+        compress_bias=torch.tensor([0.5]),
+        expand=torch.tensor([[3.0], [-1.0]]),
+    )
+    x = torch.tensor([[1.0, 1.0], [0.0, 2.0], [2.0, 0.0]])
+    active = torch.tensor([[True, False, False, False], [True] * 4, [False] * 4])
+    expected = [[10 + 0.75 * 3.5 * 3, 20 - 0.75 * 3.5], [10.0, 20.0], [10 + 2.5 * 3, 20 - 2.5]]
+    assert sparse_ffn(x, weights, active, backend="reference").tolist() == expected
+    # without a choice given it is the router's: logits are the sums of x
+    routed = dataclasses.replace(weights, router=torch.tensor([[1.0, 1.0]] * 4), threshold=1.9)
+    assert sparse_ffn(x[:1] / 2, routed).tolist() == [[10 + 2.0 * 3, 20 - 2.0]]
+    assert sparse_ffn(x[:1], routed).tolist() == [[10.0, 20.0]]
+
+
 def test_router_decides_by_logit_and_threshold():
     weights = dataclasses.replace(make_weights(16, 64, 16), threshold=0.3)
     x = make_x(50, weights)
@@ -58,6 +78,17 @@ def test_reference_computes_gradients_and_the_others_say_they_do_not():
             sparse_ffn(x, weights, backend="cpu")
 
 
+def test_gradients_reach_the_compensation():
+    weights = make_weights(16, 64, 16, rank=3)
+    learnt = [tensor.requires_grad_() for tensor in (weights.compress, weights.compress_bias, weights.expand)]
+    x = make_x(3, weights)
+    with torch.enable_grad():
+        gradients = torch.autograd.grad(sparse_ffn(x, weights, make_active(3, weights, "half")).sum(), learnt)
+        assert all(gradient.abs().sum() > 0 for gradient in gradients)
+        with pytest.raises(ValueError, match="computes no gradient"):
+            sparse_ffn(x, weights, backend="cpu")
+
+
 @pytest.mark.parametrize(
     ("x", "active", "backend", "message"),
     [
@@ -74,6 +105,9 @@ def test_arguments_that_do_not_fit(x, active, backend, message):
         sparse_ffn(x, make_weights(16, 64, 16), active, backend=backend)
 
 
+LOW_RANK = {"compress": torch.zeros(3, 16), "compress_bias": torch.zeros(3), "expand": torch.zeros(16, 3)}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -83,6 +117,13 @@ def test_arguments_that_do_not_fit(x, active, backend, message):
         ({"gate": None, "gate_bias": torch.zeros(64)}, "no gate"),
         ({"act": "tanh"}, "one of silu"),
         ({"router_bias": torch.zeros(5)}, "router_bias"),
+        ({"expand": torch.zeros(16, 3)}, "give all three, or none"),
+        ({"compress": torch.zeros(3, 16), "expand": torch.zeros(16, 3)}, "give all three, or none"),
+        ({**LOW_RANK, "compress": torch.zeros(3, 8)}, r"compress is \(3, 8\), but beside .* \(3, 16\)"),
+        ({**LOW_RANK, "compress": torch.zeros(16)}, r"compress is \(16,\)"),
+        ({**LOW_RANK, "compress": torch.zeros(0, 16)}, r"compress is \(0, 16\)"),
+        ({**LOW_RANK, "compress_bias": torch.zeros(16)}, r"compress_bias is \(16,\), but beside .* \(3,\)"),
+        ({**LOW_RANK, "expand": torch.zeros(3, 16)}, r"expand is \(3, 16\), but beside .* \(16, 3\)"),
     ],
 )
 def test_weights_that_do_not_belong_together(change, message):

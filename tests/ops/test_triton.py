@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from random_ffn import make_active, make_weights, make_x, relative_rms
+from random_ffn import make_active, make_weights, make_x, relative_rms, without_compensation
 
 from lte.ops import reference, triton_masked, triton_router, triton_token, triton_union
 from lte.ops.sparse_ffn import sparse_ffn
@@ -67,10 +67,56 @@ def test_parity(gated, bias, dtype, tokens):
             assert relative_rms(found, expected(x, weights, active)) < TOLERANCE[dtype], share
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 17, 64, 70])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("rank", [1, 5, 16, 64])
+def test_compensation(rank, bias, dtype, tokens):
+    shares = ["none", "one", "half", "all", "router"]
+    if not ON_GPU and dtype == torch.bfloat16 and tokens > 1:  # as above
+        if tokens <= triton_union.MAX_TOKENS:
+            pytest.skip("all of it is tl.dot")
+        shares.remove("router")
+    weights = make_weights(48, 160, 32, bias=bias, rank=rank, dtype=dtype, device=DEVICE)
+    x = make_x(tokens, weights)
+    for share in shares:
+        active = None if share == "router" else make_active(tokens, weights, share)
+        found = sparse_ffn(x, weights, active, backend="triton")
+        assert relative_rms(found, expected(x, weights, active)) < TOLERANCE[dtype], share
+        if share == "half":
+            assert relative_rms(found, expected(x, without_compensation(weights), active)) > 0.05
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_compensation_takes_no_launch_of_its_own(tokens, monkeypatch):
+    launched = []
+
+    class Counted:
+        def __init__(self, name, kernel):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid):
+            launched.append(self.name)
+            return self.kernel[grid]
+
+    for module in (triton_token, triton_router, triton_union):
+        for name in ("_route", "_experts", "_logits", "_up", "_down", "_sum"):
+            if name in vars(module):
+                monkeypatch.setattr(module, name, Counted(name, getattr(module, name)))
+    weights = make_weights(64, 128, rank=5, device=DEVICE)
+    x = make_x(tokens, weights)
+    choice, right = reference.route(x, weights), expected(x, weights, None)
+    monkeypatch.setattr(torch.nn.functional, "linear", None)  # nothing by PyTorch
+    found = sparse_ffn(x, weights, backend="triton")
+    assert launched == (["_route", "_experts", "_sum"] if tokens == 1 else ["_logits", "_up", "_down", "_sum"])
+    assert 0 < choice.float().mean() < 1
+    assert relative_rms(found, right) < 3e-6
+
+
 @pytest.mark.parametrize(("d_model", "d_ff", "expert_size"), [(16, 32, 16), (80, 256, 64), (208, 384, 128)])
 @pytest.mark.parametrize("tokens", TOKENS[1:])
 def test_odd_sizes(d_model, d_ff, expert_size, tokens):
-    weights = make_weights(d_model, d_ff, expert_size, bias=True, device=DEVICE)
+    weights = make_weights(d_model, d_ff, expert_size, bias=True, rank=3, device=DEVICE)
     x = make_x(tokens, weights)
     for active in (None, make_active(tokens, weights, "half")):
         found = sparse_ffn(x, weights, active, backend="triton")
@@ -83,11 +129,12 @@ def test_odd_sizes(d_model, d_ff, expert_size, tokens):
 @pytest.mark.parametrize("tokens", TOKENS[1:])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sizes_of_real_models(d_model, d_ff, tokens, dtype):
-    weights = make_weights(d_model, d_ff, dtype=dtype, device=DEVICE)
-    x = make_x(tokens, weights)
-    found = sparse_ffn(x, weights, backend="triton")
-    assert relative_rms(found, expected(x, weights, None)) < TOLERANCE[dtype]
-    assert torch.equal(found, sparse_ffn(x, weights, backend="triton"))
+    for rank in (0, 32, triton_union.MAX_RANK):
+        weights = make_weights(d_model, d_ff, rank=rank, dtype=dtype, device=DEVICE)
+        x = make_x(tokens, weights)
+        found = sparse_ffn(x, weights, backend="triton")
+        assert relative_rms(found, expected(x, weights, None)) < TOLERANCE[dtype]
+        assert torch.equal(found, sparse_ffn(x, weights, backend="triton"))
 
 
 @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "relu", "relu2"])
@@ -100,7 +147,7 @@ def test_activations(act, tokens, gated):
 
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_inactive_experts_are_not_read(tokens):
-    weights = make_weights(64, 256, bias=True, device=DEVICE)
+    weights = make_weights(64, 256, bias=True, rank=5, device=DEVICE)
     x = make_x(tokens, weights)
     active = make_active(tokens, weights, "one")
     clean = sparse_ffn(x, weights, active, backend="triton")
@@ -114,16 +161,17 @@ def test_inactive_experts_are_not_read(tokens):
 @pytest.mark.skipif(not ON_GPU, reason="the interpreter runs one program after the other")
 @pytest.mark.parametrize("tokens", TOKENS[1:])
 def test_same_bits_every_time(tokens):
-    weights = make_weights(64, 256, device=DEVICE)
+    weights = make_weights(64, 256, rank=5, device=DEVICE)
     x = make_x(tokens, weights)
     first = sparse_ffn(x, weights, backend="triton")
     assert all(torch.equal(first, sparse_ffn(x, weights, backend="triton")) for _ in range(3))
 
 
+@pytest.mark.parametrize("other", ["router", "compress", "router compress"])
 @pytest.mark.parametrize("tokens", [1, 3, 70])
-def test_router_and_biases_of_another_dtype(tokens):
-    weights = make_weights(64, 128, bias=True, dtype=torch.float16, device=DEVICE)
-    names = ("router", "router_bias", "up_bias", "gate_bias", "down_bias")
+def test_router_compensation_and_biases_of_another_dtype(tokens, other):
+    weights = make_weights(64, 128, bias=True, rank=5, dtype=torch.float16, device=DEVICE)
+    names = (*other.split(), "router_bias", "up_bias", "gate_bias", "down_bias", "compress_bias", "expand")
     mixed = replace(weights, **{name: getattr(weights, name).float() for name in names})
     x = make_x(tokens, weights)
     assert relative_rms(sparse_ffn(x, mixed, backend="triton"), expected(x, mixed, None)) < TOLERANCE[torch.float16]
@@ -149,10 +197,13 @@ def test_inputs_that_are_not_contiguous(tokens):
         ({"up": torch.float16}, "convert one of them"),
         ({"router": "transposed"}, "one row a neuron"),
         ({"router": torch.float64}, "router is torch.float64"),
+        ({"compress": "transposed"}, "compress is not contiguous"),
+        ({"expand": "transposed"}, "expand is not contiguous"),
+        ({"compress": torch.float64}, "compress is torch.float64"),
     ],
 )
 def test_refusals(change, message):
-    weights = make_weights(64, 128, device=DEVICE)
+    weights = make_weights(64, 128, rank=3, device=DEVICE)
     ((name, how),) = change.items()
     tensor = getattr(weights, name)
     weights = replace(weights, **{name: tensor.T.contiguous().T if how == "transposed" else tensor.to(how)})
@@ -169,6 +220,12 @@ def test_refused_shapes(d_model, d_ff, expert_size, message):
         sparse_ffn(make_x(1, weights), weights, backend="triton")
 
 
+def test_refuses_a_rank():
+    weights = make_weights(64, 128, rank=triton_union.MAX_RANK + 1, device=DEVICE)
+    with pytest.raises(ValueError, match="rank 257 is above 256"):
+        sparse_ffn(make_x(1, weights), weights, backend="triton")
+
+
 def test_refuses_a_dtype():
     weights = make_weights(64, 128, dtype=torch.float64, device=DEVICE)
     with pytest.raises(ValueError, match="float64"):
@@ -176,7 +233,7 @@ def test_refuses_a_dtype():
 
 
 def test_any_tuning_of_one_token_gives_the_same():
-    weights = make_weights(64, 256, device=DEVICE)
+    weights = make_weights(64, 256, rank=5, device=DEVICE)
     x = make_x(1, weights)
     for programs, rows, stages in itertools.product((1, 7), (1, 4), (1, 3)):
         tuning = triton_token.Tuning(programs, rows, stages, warps=4, columns=32)
@@ -187,7 +244,7 @@ def test_any_tuning_of_one_token_gives_the_same():
 @pytest.mark.parametrize("expert_size", [16, 32, 128])
 @pytest.mark.parametrize(("up_neurons", "down_experts", "splits"), [(16, 1, 1), (32, 2, 3), (64, 4, 8)])
 def test_any_tuning_of_several_tokens_gives_the_same(up_neurons, down_experts, splits, expert_size):
-    weights = make_weights(80, 5 * expert_size, expert_size, bias=True, device=DEVICE)
+    weights = make_weights(80, 5 * expert_size, expert_size, bias=True, rank=20, device=DEVICE)
     tuning = triton_union.Tuning(
         up_neurons=up_neurons,
         up_width=32,
@@ -206,7 +263,7 @@ def test_any_tuning_of_several_tokens_gives_the_same(up_neurons, down_experts, s
 @pytest.mark.parametrize("router_tokens", [0, 70])
 @pytest.mark.parametrize(("block", "neurons"), [(1, 256), (4, 16)])
 def test_any_tuning_of_many_tokens_gives_the_same(block, neurons, router_tokens):
-    weights = make_weights(80, 160, bias=True, device=DEVICE)
+    weights = make_weights(80, 160, bias=True, rank=5, device=DEVICE)
     x = make_x(70, weights)
     found = triton_masked.masked_ffn(
         x, weights, None, triton_masked.Tuning(block, neurons, router_tokens=router_tokens)
@@ -235,7 +292,7 @@ def test_tunings_fit_the_shared_memory():
 
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_torch_compile_sees_one_call(tokens):
-    weights = make_weights(64, 128, device=DEVICE)
+    weights = make_weights(64, 128, rank=5, device=DEVICE)
     x = make_x(tokens, weights)
     compiled = torch.compile(lambda x: sparse_ffn(x, weights, backend="triton") + 1, fullgraph=True, backend="eager")
     assert torch.equal(compiled(x), sparse_ffn(x, weights, backend="triton") + 1)
@@ -243,7 +300,7 @@ def test_torch_compile_sees_one_call(tokens):
 
 @pytest.mark.parametrize("given", [False, True])
 def test_opcheck(given):
-    weights = make_weights(64, 128, bias=True, device=DEVICE)
+    weights = make_weights(64, 128, bias=True, rank=5, device=DEVICE)
     x = make_x(3, weights)
     active = make_active(3, weights, "half") if given else None
     torch.library.opcheck(
@@ -256,7 +313,7 @@ def test_opcheck(given):
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("tokens", [1, 5, 40, 200])
 def test_in_a_cuda_graph_without_synchronising(tokens):
-    weights = make_weights(576, 1536, dtype=torch.bfloat16, device=DEVICE)
+    weights = make_weights(576, 1536, rank=32, dtype=torch.bfloat16, device=DEVICE)
     x = make_x(tokens, weights)
     sparse_ffn(x, weights, backend="triton")
     torch.cuda.synchronize()

@@ -1,5 +1,8 @@
 """A linear stand-in for idle experts: by hand, in every family, packed, saved, counted, trained."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import SHAPES, relative_rms, tiny_inputs, tiny_model
@@ -8,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 import lte
 from lte.modules.compensation import Compensation
 from lte.modules.recording import sparse_layers
+from lte.ops.weights import FFNWeights
 from lte.surgery.cost import cost_per_token
 from lte.surgery.sites import find_sites
 
@@ -44,6 +48,20 @@ def test_by_hand():
     assert one.num_weights == 4
 
 
+@torch.no_grad()
+def test_the_operation_adds_the_same():
+    one = Compensation(8, 3)
+    one.reset()
+    one.bias.normal_()
+    one.expand.normal_()
+    weights = FFNWeights(torch.randn(16, 8), torch.randn(16, 8), torch.randn(4, 8))
+    whole = replace(weights, compress=one.compress, compress_bias=one.bias, expand=one.expand)
+    x, active = torch.randn(5, 8), torch.rand(5, 4) > 0.5
+    plain, found = (lte.sparse_ffn(x, each, active, backend="reference") for each in (weights, whole))
+    assert torch.equal(found, plain + one(x, active))
+    assert relative_rms(found, plain) > 1e-2
+
+
 @pytest.mark.parametrize("mode", ["dense", "soft", "hard"])
 @pytest.mark.parametrize("family", SHAPES)
 @torch.no_grad()
@@ -73,16 +91,84 @@ def test_it_is_added_to_each_ffns_output(family, mode):
     assert relative_rms(seen["y"], plain) > 1e-3
 
 
+@pytest.fixture
+def calls(monkeypatch):
+    """How often the module itself ran."""
+    counted, forward = [], Compensation.forward
+
+    def counting(self, x_TD, weights_TE):
+        counted.append(self)
+        return forward(self, x_TD, weights_TE)
+
+    monkeypatch.setattr(Compensation, "forward", counting)
+    return counted
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "opt"])
 @torch.no_grad()
-def test_packed_computes_the_same(family):
+def test_packed_computes_the_same(family, backend, calls):
+    if backend == "cpu":
+        pytest.importorskip("numba")
     model = compensated(family)
     expected = outputs(model, family)
-    lte.optimize_(model, backend="reference")
+    assert len(calls) == len(sparse_layers(model))
+    lte.optimize_(model, backend)
+    calls.clear()
     assert relative_rms(outputs(model, family), expected) <= 1e-5
     with lte.track_sparsity(model) as meter:
         assert relative_rms(outputs(model, family), expected) <= 1e-5
+    assert not calls  # it was sparse_ffn that added it
     assert 0.1 < meter.overall < 0.9
+    for layer in sparse_layers(model).values():
+        layer.compensation.expand.zero_()
+    assert relative_rms(outputs(model, family), expected) > 1e-3
+
+
+class Wrapper(torch.nn.Module):
+    """What peft may put around a module."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args):
+        return 2 * self.inner(*args)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@torch.no_grad()
+def test_packed_honours_hooks_and_wrappers(family, calls):
+    model = compensated(family)
+    optimised = lte.optimize_(copy.deepcopy(model), backend="reference")
+    layer, packed = (next(iter(sparse_layers(each).values())) for each in (model, optimised))
+    handles = [
+        layer.compensation.register_forward_hook(lambda _m, _a, y: 3 * y),
+        packed.compensation.register_forward_hook(lambda _m, _a, y: 3 * y),
+    ]
+    expected = outputs(model, family)
+    calls.clear()
+    assert relative_rms(outputs(optimised, family), expected) <= 1e-5
+    assert calls == [packed.compensation]
+    for handle in handles:
+        handle.remove()
+    assert relative_rms(outputs(optimised, family), expected) > 1e-3
+    assert len(calls) == 1
+    for one in (layer, packed):
+        one.compensation = Wrapper(one.compensation)
+    assert relative_rms(outputs(optimised, family), outputs(model, family)) <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@torch.no_grad()
+def test_packed_compiles_without_graph_breaks(family, calls):
+    model = compensated(family)
+    expected = outputs(model, family)
+    lte.optimize_(model)
+    calls.clear()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert relative_rms(compiled(**tiny_inputs(family))[0], expected) <= 1e-5
+    assert not calls
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "t5"])

@@ -121,36 +121,34 @@ _compiled = _cached(njit, fastmath={"reassoc", "contract", "nsz", "arcp"})
 @_compiled
 def _read(address, code, start, out):
     """Fill ``out`` with what is stored at ``address`` from ``start`` on."""
-    stop = start + out.shape[0]
     if code == 0:
-        singles = carray(_pointer(address, np.float32(0)), (stop,))
-        for i in range(start, stop):
-            out[i - start] = singles[i]
+        singles = carray(_pointer(address + 4 * start, np.float32(0)), out.shape)
+        for i in range(out.shape[0]):
+            out[i] = singles[i]
     elif code == 1:
-        brains = carray(_pointer(address, np.uint16(0)), (stop,))
-        for i in range(start, stop):
-            out[i - start] = _widen(brains[i])
+        brains = carray(_pointer(address + 2 * start, np.uint16(0)), out.shape)
+        for i in range(out.shape[0]):
+            out[i] = _widen(brains[i])
     else:
-        halves = carray(_pointer(address, np.int16(0)), (stop,))
-        for i in range(start, stop):
-            out[i - start] = _widen(halves[i])
+        halves = carray(_pointer(address + 2 * start, np.int16(0)), out.shape)
+        for i in range(out.shape[0]):
+            out[i] = _widen(halves[i])
 
 
 @_compiled
 def _write(address, code, start, values):
-    stop = start + values.shape[0]
     if code == 0:
-        singles = carray(_pointer(address, np.float32(0)), (stop,))
-        for i in range(start, stop):
-            singles[i] = values[i - start]
+        singles = carray(_pointer(address + 4 * start, np.float32(0)), values.shape)
+        for i in range(values.shape[0]):
+            singles[i] = values[i]
     elif code == 1:
-        brains = carray(_pointer(address, np.uint16(0)), (stop,))
-        for i in range(start, stop):
-            brains[i] = _narrow(values[i - start], np.uint16(0))
+        brains = carray(_pointer(address + 2 * start, np.uint16(0)), values.shape)
+        for i in range(values.shape[0]):
+            brains[i] = _narrow(values[i], np.uint16(0))
     else:
-        halves = carray(_pointer(address, np.int16(0)), (stop,))
-        for i in range(start, stop):
-            halves[i] = _narrow(values[i - start], np.int16(0))
+        halves = carray(_pointer(address + 2 * start, np.int16(0)), values.shape)
+        for i in range(values.shape[0]):
+            halves[i] = _narrow(values[i], np.int16(0))
 
 
 @_compiled
@@ -383,15 +381,15 @@ def _compensate(job, first, last, y_TD):
         idle = np.float32(1 - count / E)
         for r in range(R):
             scaled_TR[t, r] = idle * z_TR[t, r]
-    rows = np.empty(16 * R, np.float32)
+    rows_DR = np.empty((16, R), np.float32)
     for start in range(first, last, 16):
         count = min(16, last - start)
-        _read(job.expand, job.expand_code, start * R, rows[: count * R])
+        _read(job.expand, job.expand_code, start * R, rows_DR[:count].reshape(count * R))
         for t in range(T):
             for d in range(count):
                 total = np.float32(0)
                 for r in range(R):
-                    total += rows[d * R + r] * scaled_TR[t, r]
+                    total += rows_DR[d, r] * scaled_TR[t, r]
                 y_TD[t, start + d] += total
 
 

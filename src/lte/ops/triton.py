@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lte.ops.triton_masked import masked_ffn
 from lte.ops.triton_token import MAX_WIDTH, token_ffn
-from lte.ops.triton_union import MAX_TOKENS, union_ffn
+from lte.ops.triton_union import MAX_RANK, MAX_TOKENS, union_ffn
 from lte.ops.weights import FFNWeights
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -40,6 +40,8 @@ def refuses(x_TD: Tensor, weights: FFNWeights) -> str | None:
         return f"d_model {weights.d_model} is above {MAX_WIDTH}"
     if weights.expert_size not in (16, 32, 64, 128):
         return f"an expert has {weights.expert_size} neurons, and the kernels take 16, 32, 64 or 128"
+    if weights.rank > MAX_RANK:
+        return f"the compensation's rank {weights.rank} is above {MAX_RANK}"
     return None
 
 

@@ -25,47 +25,6 @@ _MIXED_MM = hasattr(torch.ops.aten.mm, "dtype")
 
 
 @triton.jit
-def _part(
-    x,
-    weight,
-    out,
-    block,
-    T,
-    E,
-    D,
-    stride_s,
-    stride_t,
-    stride_e,
-    BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    STEPS: tl.constexpr,
-):
-    """A block of the weight's E rows times this program's tokens, over its share of the columns."""
-    split = tl.program_id(1)
-    tokens_T = tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)
-    experts_E = block * BLOCK_E + tl.arange(0, BLOCK_E)
-    sum_TE = tl.zeros([BLOCK_T, BLOCK_E], dtype=tl.float32)
-    for step in tl.range(0, STEPS):
-        cols_D = (split * STEPS + step) * BLOCK_D + tl.arange(0, BLOCK_D)
-        x_TD = tl.load(
-            x + tokens_T[:, None] * D + cols_D[None, :],
-            mask=(tokens_T < T)[:, None] & (cols_D < D)[None, :],
-            other=0.0,
-        )
-        w_ED = tl.load(
-            weight + experts_E[:, None] * D + cols_D[None, :],
-            mask=(experts_E < E)[:, None] & (cols_D < D)[None, :],
-            other=0.0,
-        )
-        if x.dtype.element_ty != weight.dtype.element_ty:  # no rounding of a router kept in fp32
-            x_TD, w_ED = x_TD.to(tl.float32), w_ED.to(tl.float32)
-        sum_TE = tl.dot(x_TD, w_ED.T, sum_TE, input_precision="ieee")
-    at_TE = split * stride_s + tokens_T[:, None] * stride_t + experts_E[None, :] * stride_e
-    tl.store(out + at_TE, sum_TE, mask=(tokens_T < T)[:, None] & (experts_E < E)[None, :])
-
-
-@triton.jit
 def _logits(
     x,
     router,
@@ -85,21 +44,38 @@ def _logits(
     STEPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    block = tl.program_id(0)
+    split = tl.program_id(1)
+    tokens_T = tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)
+    first = tl.program_id(0) * BLOCK_E
+    if COMPENSATED:  # programs beyond the experts' take its rows, in place of the router's
+        beyond = first - tl.cdiv(E, BLOCK_E) * BLOCK_E
+        if beyond >= 0:
+            router = compress
+            logits += E * stride_e
+        first = tl.where(beyond >= 0, beyond, first)
+        E = tl.where(beyond >= 0, R, E)
+    experts_E = first + tl.arange(0, BLOCK_E)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    if COMPENSATED:  # a branch, not one load of two masks: the two weights may differ in dtype
-        blocks = tl.cdiv(E, BLOCK_E)
-        z = logits + E * stride_e
-        if block < blocks:
-            _part(x, router, logits, block, T, E, D, stride_s, stride_t, stride_e, BLOCK_T, BLOCK_E, BLOCK_D, STEPS)
-        else:
-            _part(
-                x, compress, z, block - blocks, T, R, D, stride_s, stride_t, stride_e, BLOCK_T, BLOCK_E, BLOCK_D, STEPS
-            )
-    else:
-        _part(x, router, logits, block, T, E, D, stride_s, stride_t, stride_e, BLOCK_T, BLOCK_E, BLOCK_D, STEPS)
+    sum_TE = tl.zeros([BLOCK_T, BLOCK_E], dtype=tl.float32)
+    for step in tl.range(0, STEPS):
+        cols_D = (split * STEPS + step) * BLOCK_D + tl.arange(0, BLOCK_D)
+        x_TD = tl.load(
+            x + tokens_T[:, None] * D + cols_D[None, :],
+            mask=(tokens_T < T)[:, None] & (cols_D < D)[None, :],
+            other=0.0,
+        )
+        w_ED = tl.load(
+            router + experts_E[:, None] * D + cols_D[None, :],
+            mask=(experts_E < E)[:, None] & (cols_D < D)[None, :],
+            other=0.0,
+        )
+        if x.dtype.element_ty != router.dtype.element_ty:  # no rounding of a router kept in fp32
+            x_TD, w_ED = x_TD.to(tl.float32), w_ED.to(tl.float32)
+        sum_TE = tl.dot(x_TD, w_ED.T, sum_TE, input_precision="ieee")
+    at_TE = split * stride_s + tokens_T[:, None] * stride_t + experts_E[None, :] * stride_e
+    tl.store(logits + at_TE, sum_TE, mask=(tokens_T < T)[:, None] & (experts_E < E)[None, :])
 
 
 @triton.jit
@@ -216,9 +192,8 @@ class Tuning:
 
 
 def given(active_TE: Tensor, x_TD: Tensor, compress_RD: Tensor | None = None) -> Choice:
-    """A choice that was made elsewhere; with z by cuBLAS where ``compress_RD`` asks for it."""
-    z_TR = None if compress_RD is None else F.linear(x_TD.float(), compress_RD.float())
-    return Choice(active_TE.view(torch.uint8)[None], None, 0.5, None if z_TR is None else z_TR[None])
+    """A choice that was made elsewhere. ``compress_RD`` asks for z."""
+    return Choice(active_TE.view(torch.uint8)[None], None, 0.5, _compressed(x_TD, compress_RD))
 
 
 def in_parts(
@@ -228,11 +203,13 @@ def in_parts(
 
     Args:
         by_expert: an expert's logits lie together, not a token's.
-        compress_RD: asks for z.
+        compress_RD: asks for z. In the same launch, unless its dtype is not the router's.
     """
+    z_STR = None
+    if compress_RD is not None and compress_RD.dtype != weights.router.dtype:
+        z_STR, compress_RD = _compressed(x_TD, compress_RD), None
     (T, D), E, R = x_TD.shape, weights.num_experts, 0 if compress_RD is None else len(compress_RD)
-    dtypes = [x_TD.dtype, weights.router.dtype] + ([] if compress_RD is None else [compress_RD.dtype])
-    tuning = tuning or Tuning.of(x_TD.device, T, D, max(dtype.itemsize for dtype in dtypes))
+    tuning = tuning or Tuning.of(x_TD.device, T, D, max(x_TD.dtype.itemsize, weights.router.dtype.itemsize))
     shape = (tuning.splits, E + R, T) if by_expert else (tuning.splits, T, E + R)
     sums = torch.empty(shape, dtype=torch.float32, device=x_TD.device)
     sums_STE = sums.transpose(1, 2) if by_expert else sums
@@ -256,7 +233,8 @@ def in_parts(
         num_stages=tuning.stages,
         **device_info(x_TD.device).overlap,
     )
-    z_STR = sums_STE[:, :, E:] if R else None
+    if R:
+        z_STR = sums_STE[:, :, E:]
     return Choice(sums_STE[:, :, :E], weights.router_bias, weights.threshold, z_STR)
 
 
@@ -268,3 +246,7 @@ def at_once(x_TD: Tensor, weights: FFNWeights) -> Choice:
     else:
         logits_TE = F.linear(x_TD.float(), router_ED.float())
     return Choice(logits_TE[None], weights.router_bias, weights.threshold)
+
+
+def _compressed(x_TD: Tensor, compress_RD: Tensor | None) -> Tensor | None:
+    return None if compress_RD is None else F.linear(x_TD.float(), compress_RD.float())[None]

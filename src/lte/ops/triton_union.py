@@ -26,6 +26,7 @@ from lte.ops.triton_router import chosen, list_wanted
 from lte.ops.weights import FFNWeights
 
 MAX_TOKENS = 64
+MAX_RANK = 256  # more of the compensation does not fit the registers of `_sum`
 
 
 @triton.jit
@@ -348,7 +349,7 @@ def union_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tunin
         **overlap,
     )
     y_TD = torch.empty_like(x_TD)
-    rows, columns, warps = (16, 64, 4) if R else (1, 256, 2)  # as many tokens as a product needs
+    rows, columns, warps = (16, 32, 4) if R else (1, 256, 2)  # as many tokens as a product needs
     _sum[(triton.cdiv(D, columns), triton.cdiv(T, rows))](
         partial,
         weights.down_bias,
