@@ -47,7 +47,7 @@ def _logits(
     split = tl.program_id(1)
     tokens_T = tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)
     first = tl.program_id(0) * BLOCK_E
-    if COMPENSATED:  # programs beyond the experts' take its rows, in place of the router's
+    if COMPENSATED:  # programs beyond the experts' take its rows, which are of the router's dtype
         beyond = first - tl.cdiv(E, BLOCK_E) * BLOCK_E
         if beyond >= 0:
             router = compress
