@@ -171,6 +171,8 @@ def test_help(part, capsys):
         (["bench", "ffn", "--sparsity", "1.5"], "between 0"),
         (["bench", "ffn", "--tokens", "0"], "at least 1"),
         (["bench", "ffn", "--repeats", "0"], "repeats is [0]"),
+        (["bench", "ffn", "--compensation-rank", "-1"], "a rank is 0"),
+        (["bench", "train", "--graphs"], "give --compile too"),
         (["bench", "ffn", "--plot", "none/a.png"], "no folder none"),
         (["bench", "decode", "--plot", "a.jpg"], "ends in .png"),
         (["bench", "decode", "-o", "."], "is a folder"),

@@ -7,7 +7,7 @@ from lte.inference import bench_ffn, parity
 from lte.inference.bench_ffn import FFNGrid, crossovers
 from lte.inference.shapes import FFNSize
 
-ROW = {"shape", "dtype", "tokens", "sparsity_asked", "sparsity", "sparsity_range", "union_sparsity", "backend"}
+ROW = {"shape", "dtype", "tokens", "rank", "sparsity_asked", "sparsity", "sparsity_range", "union_sparsity", "backend"}
 ROW |= {"dense_us", "lte_us", "speedup", "ideal_speedup", "bytes", "dense_bytes", "gb_per_s", "share_of_bandwidth"}
 ROW |= {"dense_by", "dense_us_all", "copies"}
 
@@ -49,6 +49,16 @@ def test_rows():
     assert half["bytes"] == pytest.approx(neurons / 2 + router + ends, rel=0.02)
     assert half["union_sparsity"] == half["sparsity"]
     assert rows[3]["union_sparsity"] < rows[3]["sparsity"] - 0.2
+
+
+def test_compensation_is_run_and_charged():
+    plain, compensated = (list(bench_ffn.bench_ffn(grid(compensation_rank=rank, tokens=(1,)))) for rank in (0, 8))
+    for row, more in zip(plain, compensated, strict=True):
+        assert (row["rank"], more["rank"]) == (0, 8)
+        assert more["bytes"] == pytest.approx(row["bytes"] + 4 * 8 * (2 * 32 + 1), rel=0.02)
+        assert more["dense_bytes"] == row["dense_bytes"]
+    layers = bench_ffn.make_layers(grid(compensation_rank=8), torch.float32)
+    assert all(weights.rank == 8 for weights in layers.sparse)
 
 
 def test_nothing_stays_in_cache():

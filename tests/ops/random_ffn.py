@@ -55,10 +55,6 @@ def make_weights(
     )
 
 
-def without_compensation(weights: FFNWeights) -> FFNWeights:
-    return replace(weights, compress=None, compress_bias=None, expand=None)
-
-
 def make_x(tokens: int, weights: FFNWeights, seed: int = 1) -> Tensor:
     """Inputs for it, in its dtype and on its device."""
     x = torch.randn(tokens, weights.d_model, generator=torch.Generator().manual_seed(seed))

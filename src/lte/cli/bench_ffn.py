@@ -43,6 +43,8 @@ class FFN:
     """device: the one made for it, at any number of tokens; auto: as a model would choose."""
     expert_size: int = 32
     """Neurons an expert."""
+    compensation_rank: int = 0
+    """Of the linear stand-in for idle experts, which sparse has and dense has not; 0: none."""
     repeats: int = 20
     """Samples of which the median is taken."""
     seconds: float = 3.0
@@ -68,6 +70,8 @@ def main(argv: Sequence[str]) -> int:
     size = ffn_size(shape_config(options.shape) if options.model is None else load_config(options.model))
     if options.expert_size < 1 or size.d_ff % options.expert_size:
         raise ValueError(f"expert_size is {options.expert_size}, but it must divide the {size.d_ff} neurons")
+    if options.compensation_rank < 0:
+        raise ValueError(f"compensation_rank is {options.compensation_rank}, but a rank is 0 (none) or more")
     backend = resolve_backend(options.backend, device)
     dtypes = options.dtype or (("float32", "bfloat16") if device.type == "cpu" else ("bfloat16",))
     gb_per_s = memory_bandwidth(device)
@@ -81,6 +85,7 @@ def main(argv: Sequence[str]) -> int:
         device=device,
         backend=backend,
         expert_size=options.expert_size,
+        compensation_rank=options.compensation_rank,
         repeats=options.repeats,
         seconds=options.seconds,
         compile=device.type == "cuda" if options.compile is None else options.compile,

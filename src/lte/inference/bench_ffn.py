@@ -37,6 +37,7 @@ class FFNGrid:
     device: torch.device
     backend: BackendName
     expert_size: int = 32
+    compensation_rank: int = 0
     repeats: int = 20
     seconds: float = 3.0
     compile: bool = True
@@ -69,7 +70,7 @@ def _bench_tokens(grid: FFNGrid, dtype: torch.dtype, tokens: int, layers: Layers
     generator = torch.Generator(grid.device).manual_seed(grid.seed + tokens)
     shape = (len(layers.sparse), tokens, grid.size.d_model)
     x_LTD = torch.empty(shape, dtype=dtype, device=grid.device).normal_(generator=generator)
-    common = {"shape": grid.name, "dtype": _name(dtype), "tokens": tokens}
+    common = {"shape": grid.name, "dtype": _name(dtype), "tokens": tokens, "rank": grid.compensation_rank}
     try:
         used = choose(x_LTD[0], layers.sparse[0], grid.backend)
         runs = _dense_runs(grid, layers, x_LTD)
@@ -128,7 +129,9 @@ def make_layers(grid: FFNGrid, dtype: torch.dtype) -> Layers:
     generator = torch.Generator(grid.device).manual_seed(grid.seed)
     made = Layers([], {dense: [] for dense in dense_dtypes}, [])
     for _ in range(copies):
-        weights = synthetic.random_ffn(grid.size, grid.expert_size, dtype, grid.device, generator)
+        weights = synthetic.random_ffn(
+            grid.size, grid.expert_size, dtype, grid.device, generator, grid.compensation_rank
+        )
         made.sparse.append(weights)
         for dense, layers in made.dense.items():
             gate = None if weights.gate is None else weights.gate.to(dense)
@@ -180,13 +183,14 @@ def _costs(grid: FFNGrid, dtype: torch.dtype, layers: Layers, x_LTD: Tensor) -> 
     size, tokens = grid.size, x_LTD.shape[1]
     neurons = size.d_ff * size.weights_per_neuron * dtype.itemsize
     router = active_LTE.shape[-1] * (size.d_model + 1) * dtype.itemsize
+    compensation = grid.compensation_rank * (2 * size.d_model + 1) * dtype.itemsize
     ends = 2 * tokens * size.d_model * dtype.itemsize
     by_copy = 1 - active_LTE.float().mean((1, 2))
     return {
         "sparsity": 1 - float(active_LTE.float().mean()),
         "sparsity_range": [float(by_copy.min()), float(by_copy.max())],
         "union_sparsity": 1 - union,
-        "bytes": round(neurons * union) + router + ends,
+        "bytes": round(neurons * union) + router + compensation + ends,
         "dense_bytes": neurons + ends,
     }
 

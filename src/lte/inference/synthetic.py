@@ -35,20 +35,32 @@ def layer_targets(layers: int, sparsity: float, seed: int = 0) -> list[float]:
 
 
 def random_ffn(
-    size: FFNSize, expert_size: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    size: FFNSize,
+    expert_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    generator: torch.Generator,
+    rank: int = 0,
 ) -> FFNWeights:
-    """Random weights of an FFN, made where they stay; router biases are 0 until :func:`set_biases_`."""
-    inner, outer = size.d_model**-0.5, size.d_ff**-0.5
+    """Random weights of an FFN, made where they stay; router biases are 0 until :func:`set_biases_`.
 
-    def draw(scale: float) -> Tensor:
-        return torch.empty(size.d_ff, size.d_model, dtype=dtype, device=device).normal_(0, scale, generator=generator)
+    Args:
+        rank: of the compensation; 0 for none.
+    """
+    F, D = size.d_ff, size.d_model
 
-    router = torch.empty(size.d_ff // expert_size, size.d_model, dtype=dtype, device=device)
+    def draw(rows: int, columns: int, scale: float) -> Tensor:
+        return torch.empty(rows, columns, dtype=dtype, device=device).normal_(0, scale, generator=generator)
+
+    router = torch.empty(F // expert_size, D, dtype=dtype, device=device)
     random_router_(router, generator)
     return FFNWeights(
-        up=draw(inner),
-        gate=draw(inner) if size.gated else None,
-        down=draw(outer),
+        up=draw(F, D, D**-0.5),
+        gate=draw(F, D, D**-0.5) if size.gated else None,
+        down=draw(F, D, F**-0.5),
+        compress=draw(rank, D, D**-0.5) if rank else None,
+        compress_bias=torch.zeros(rank, dtype=dtype, device=device) if rank else None,
+        expand=draw(D, rank, rank**-0.5) if rank else None,
         router=router,
         router_bias=torch.zeros(router.shape[0], dtype=dtype, device=device),
         act=size.act,

@@ -5,7 +5,8 @@
 More: all experts by cuBLAS, and one kernel that activates and masks (:mod:`lte.ops.triton_masked`).
 
 All are free of host synchronisation, so they can be captured in CUDA graphs, and give the same bits in every run: no
-floating-point atomics.
+floating-point atomics. Compensation of idle experts is part of them up to rank 256; beyond, and for many tokens, it is
+PyTorch's.
 """
 
 import os
@@ -13,6 +14,7 @@ import os
 import torch
 from torch import Tensor
 
+from lte.ops import reference
 from lte.ops.triton_masked import masked_ffn
 from lte.ops.triton_token import MAX_WIDTH, token_ffn
 from lte.ops.triton_union import MAX_RANK, MAX_TOKENS, union_ffn
@@ -40,8 +42,6 @@ def refuses(x_TD: Tensor, weights: FFNWeights) -> str | None:
         return f"d_model {weights.d_model} is above {MAX_WIDTH}"
     if weights.expert_size not in (16, 32, 64, 128):
         return f"an expert has {weights.expert_size} neurons, and the kernels take 16, 32, 64 or 128"
-    if weights.rank > MAX_RANK:
-        return f"the compensation's rank {weights.rank} is above {MAX_RANK}"
     return None
 
 
@@ -55,6 +55,10 @@ def sparse_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None = Non
     x_TD = x_TD.contiguous()
     if active_TE is not None:
         active_TE = active_TE.contiguous()
+    if weights.rank > MAX_RANK:
+        active_TE = reference.route(x_TD, weights) if active_TE is None else active_TE
+        y_TD = sparse_ffn(x_TD, weights.without_compensation(), active_TE)
+        return y_TD + reference.compensation(x_TD, weights, active_TE)
     tokens = x_TD.shape[0]
     run = token_ffn if tokens == 1 else union_ffn if tokens <= MAX_TOKENS else masked_ffn
     with torch.cuda.device_of(x_TD):  # Triton launches on the current device, which may be another

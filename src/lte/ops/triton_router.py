@@ -136,7 +136,7 @@ class Choice:
     z: Tensor | None = None
 
     def active(self) -> Tensor:
-        """``[T, E]``, by PyTorch."""
+        """``[T, E]``, by PyTorch: it may differ from a kernel's where a logit is at the threshold to rounding."""
         logits_TE = self.logits.sum(0, dtype=torch.float32)
         if self.bias is not None:
             logits_TE += self.bias

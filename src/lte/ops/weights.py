@@ -1,6 +1,6 @@
 """The weights of one sparse FFN, as the operation takes them: one row a neuron in all three matrices."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -93,6 +93,10 @@ class FFNWeights:
     def rank(self) -> int:
         """Of the compensation; 0 where there is none."""
         return 0 if self.compress is None else self.compress.shape[0]
+
+    def without_compensation(self) -> "FFNWeights":
+        """The same FFN with idle experts left out and nothing in their place."""
+        return replace(self, compress=None, compress_bias=None, expand=None)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are there, by name."""
