@@ -129,7 +129,7 @@ def test_odd_sizes(d_model, d_ff, expert_size, tokens):
 @pytest.mark.parametrize("tokens", TOKENS[1:])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sizes_of_real_models(d_model, d_ff, tokens, dtype):
-    for rank in (0, 32, triton_union.MAX_RANK):
+    for rank in (0, 32, triton_token.MAX_RANK):
         weights = make_weights(d_model, d_ff, rank=rank, dtype=dtype, device=DEVICE)
         x = make_x(tokens, weights)
         found = sparse_ffn(x, weights, backend="triton")
@@ -222,7 +222,7 @@ def test_refused_shapes(d_model, d_ff, expert_size, message):
 
 @pytest.mark.parametrize("tokens", [1, 3, 70])
 def test_a_rank_beyond_the_registers(tokens):
-    weights = make_weights(64, 128, rank=triton_union.MAX_RANK + 1, device=DEVICE)
+    weights = make_weights(64, 128, rank=triton_token.MAX_RANK + 1, device=DEVICE)
     x = make_x(tokens, weights)
     for active in (None, make_active(tokens, weights, "half")):
         found = sparse_ffn(x, weights, active, backend="triton")

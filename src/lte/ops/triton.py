@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lte.ops import reference
 from lte.ops.triton_masked import masked_ffn
-from lte.ops.triton_token import MAX_WIDTH, token_ffn
-from lte.ops.triton_union import MAX_RANK, MAX_TOKENS, union_ffn
+from lte.ops.triton_token import MAX_RANK, MAX_WIDTH, token_ffn
+from lte.ops.triton_union import MAX_TOKENS, union_ffn
 from lte.ops.weights import FFNWeights
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -157,6 +157,17 @@ class Choice:
             "HAS_ROUTER_BIAS": self.bias is not None,
         }
 
+    def arguments_of_z(self) -> dict[str, Any]:
+        """Those of z."""
+        stride_s, stride_t, stride_r = (0, 0, 0) if self.z is None else self.z.stride()
+        return {
+            "z": self.z,
+            "z_stride_s": stride_s,
+            "z_stride_t": stride_t,
+            "z_stride_r": stride_r,
+            "Z_SPLITS": 0 if self.z is None else len(self.z),
+        }
+
 
 @dataclass(frozen=True)
 class Tuning:

@@ -25,6 +25,7 @@ from lte.ops.triton_router import list_wanted
 from lte.ops.weights import FFNWeights
 
 MAX_WIDTH = 16384
+MAX_RANK = 256  # more of the compensation does not fit the registers of `_sum`
 
 
 @triton.jit

@@ -4,8 +4,11 @@
 2. ``_up``: a program has neurons of its own. It adds up their experts' logits, and leaves where no token wants them.
 3. ``_down``: the sum of the wanted experts into the output. They are shared out among ``splits`` programs for each
    slice of the output's columns; each leaves a partial sum.
-4. ``_sum``: adds the partial sums in a fixed order, and what stands in for idle experts: step 1 multiplies by the rows
-   of ``compress`` too, and step 2 leaves what each token chose.
+4. ``_sum``: adds the partial sums in a fixed order.
+
+Compensation goes along: step 1 multiplies by the rows of ``compress`` too, programs of step 2 beyond those of the
+neurons scale what that gave by the share of a token's experts that are idle, a program a token, and step 3 multiplies by
+``expand``, each program by some columns of it.
 
 How many experts are wanted is known on the device only, and the grids are for all of them.
 """
@@ -26,7 +29,56 @@ from lte.ops.triton_router import chosen, list_wanted
 from lte.ops.weights import FFNWeights
 
 MAX_TOKENS = 64
-MAX_RANK = 256  # more of the compensation does not fit the registers of `_sum`
+
+
+@triton.jit
+def _stand_in(
+    logits,
+    router_bias,
+    z,
+    compress_bias,
+    stand_in,
+    token,
+    T,
+    E,
+    R,
+    stride_s,
+    stride_t,
+    stride_e,
+    z_stride_s,
+    z_stride_t,
+    z_stride_r,
+    threshold,
+    SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    HAS_ROUTER_BIAS: tl.constexpr,
+    Z_SPLITS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """``(1 - share of experts at work) * (compress x + bias)`` of a token."""
+    on_1E = chosen(
+        logits,
+        router_bias,
+        stride_s,
+        stride_t,
+        stride_e,
+        threshold,
+        token + tl.zeros([1], dtype=tl.int32),
+        tl.arange(0, BLOCK_E),
+        T,
+        E,
+        SPLITS,
+        BLOCK_S,
+        HAS_ROUTER_BIAS,
+    )
+    idle = 1 - tl.sum(tl.sum(on_1E.to(tl.int32), axis=1), axis=0) / E
+    ranks_R = tl.arange(0, BLOCK_R)
+    z_R = tl.load(compress_bias + ranks_R, mask=ranks_R < R, other=0.0).to(tl.float32)
+    for split in tl.static_range(Z_SPLITS):
+        at_R = split * z_stride_s + token * z_stride_t + ranks_R * z_stride_r
+        z_R += tl.load(z + at_R, mask=ranks_R < R, other=0.0)
+    tl.store(stand_in + token * R + ranks_R, (idle * z_R).to(stand_in.dtype.element_ty), mask=ranks_R < R)
 
 
 @triton.jit
@@ -37,16 +89,22 @@ def _up(
     gate_bias,
     up_bias,
     wanted,
-    active,
     hidden,
     logits,
     router_bias,
+    z,
+    compress_bias,
+    stand_in,
     T,
     E,
     D,
+    R,
     stride_s,
     stride_t,
     stride_e,
+    z_stride_s,
+    z_stride_t,
+    z_stride_r,
     threshold,
     ACT: tl.constexpr,
     GATED: tl.constexpr,
@@ -55,12 +113,14 @@ def _up(
     SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     HAS_ROUTER_BIAS: tl.constexpr,
-    KEEPS_ACTIVE: tl.constexpr,
+    Z_SPLITS: tl.constexpr,
     N: tl.constexpr,
     EXPERTS: tl.constexpr,
     SHARE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -68,6 +128,33 @@ def _up(
         tl.extra.cuda.gdc_launch_dependents()
     # EXPERTS whole experts, or a SHARE of the neurons of a single one
     BLOCK_N: tl.constexpr = EXPERTS * SHARE
+    if Z_SPLITS:
+        token = tl.program_id(0) - tl.cdiv(E * N, BLOCK_N)
+        if token >= 0:  # beyond the neurons: their experts' numbers are beyond the last, so the rest does nothing
+            _stand_in(
+                logits,
+                router_bias,
+                z,
+                compress_bias,
+                stand_in,
+                token,
+                T,
+                E,
+                R,
+                stride_s,
+                stride_t,
+                stride_e,
+                z_stride_s,
+                z_stride_t,
+                z_stride_r,
+                threshold,
+                SPLITS,
+                BLOCK_S,
+                HAS_ROUTER_BIAS,
+                Z_SPLITS,
+                BLOCK_E,
+                BLOCK_R,
+            )
     neurons_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     tokens_T = tl.arange(0, BLOCK_T)
     experts_E = tl.program_id(0) * BLOCK_N // N + tl.arange(0, EXPERTS)
@@ -88,9 +175,6 @@ def _up(
     ).to(tl.int32)
     on_E = tl.max(on_TE, axis=0)
     tl.store(wanted + experts_E, on_E, mask=experts_E < E)
-    if KEEPS_ACTIVE:
-        inside_TE = (tokens_T < T)[:, None] & (experts_E < E)[None, :]
-        tl.store(active + tokens_T[:, None] * E + experts_E[None, :], on_TE.to(tl.uint8), mask=inside_TE)
     if tl.max(on_E, axis=0) != 0:
         on_N = tl.reshape(tl.broadcast_to(on_E[:, None], [EXPERTS, SHARE]), [BLOCK_N]) != 0
         on_TN = tl.reshape(tl.broadcast_to(on_TE[:, :, None], [BLOCK_T, EXPERTS, SHARE]), [BLOCK_T, BLOCK_N]) != 0
@@ -134,14 +218,19 @@ def _down(
     wanted,
     order,
     partial,
+    stand_in,
+    expand,
     T,
     E,
     D,
+    R,
+    COMPENSATED: tl.constexpr,
     N: tl.constexpr,
     EXPERTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -173,65 +262,37 @@ def _down(
             other=0.0,
         )
         sum_TD = tl.dot(h_TR, d_RD, sum_TD, input_precision="ieee")
+    if COMPENSATED:
+        ranks_R = split * BLOCK_R + tl.arange(0, BLOCK_R)
+        if split * BLOCK_R < R:
+            s_TR = tl.load(
+                stand_in + tokens_T[:, None] * R + ranks_R[None, :],
+                mask=(tokens_T < T)[:, None] & (ranks_R < R)[None, :],
+                other=0.0,
+            )
+            e_DR = tl.load(
+                expand + cols_D[:, None] * R + ranks_R[None, :],
+                mask=(cols_D < D)[:, None] & (ranks_R < R)[None, :],
+                other=0.0,
+            )
+            sum_TD = tl.dot(s_TR, e_DR.T, sum_TD, input_precision="ieee")
     at_TD = split * T * D + tokens_T[:, None] * D + cols_D[None, :]
     tl.store(partial + at_TD, sum_TD, mask=(tokens_T < T)[:, None] & (cols_D < D)[None, :])
 
 
 @triton.jit
 def _sum(
-    partial,
-    bias,
-    y,
-    active,
-    z,
-    compress_bias,
-    expand,
-    T,
-    E,
-    D,
-    R,
-    stride_s,
-    stride_t,
-    stride_r,
-    SPLITS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    COMPENSATED: tl.constexpr,
-    Z_SPLITS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PDL: tl.constexpr,
+    partial, bias, y, D, size, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):
-    tokens_T = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    cols_D = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    if COMPENSATED:
-        ranks_R = tl.arange(0, BLOCK_R)
-        inside_DR = (cols_D < D)[:, None] & (ranks_R < R)[None, :]
-        expand_DR = tl.load(expand + cols_D[:, None] * R + ranks_R[None, :], mask=inside_DR, other=0.0)
-        bias_R = tl.load(compress_bias + ranks_R, mask=ranks_R < R, other=0.0).to(tl.float32)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    at_TD = tokens_T[:, None] * D + cols_D[None, :]
-    inside_TD = (tokens_T < T)[:, None] & (cols_D < D)[None, :]
-    sum_TD = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
     for split in tl.static_range(SPLITS):
-        sum_TD += tl.load(partial + split * T * D + at_TD, mask=inside_TD, other=0.0)
+        total += tl.load(partial + split * size + at, mask=at < size, other=0.0)
     if HAS_BIAS:
-        sum_TD += tl.load(bias + cols_D, mask=cols_D < D, other=0.0).to(tl.float32)[None, :]
-    if COMPENSATED:
-        experts_E = tl.arange(0, BLOCK_E)
-        inside_TE = (tokens_T < T)[:, None] & (experts_E < E)[None, :]
-        on_TE = tl.load(active + tokens_T[:, None] * E + experts_E[None, :], mask=inside_TE, other=0).to(tl.int32)
-        idle_T = 1 - tl.sum(on_TE, axis=1) / E
-        at_TR = tokens_T[:, None] * stride_t + ranks_R[None, :] * stride_r
-        inside_TR = (tokens_T < T)[:, None] & (ranks_R < R)[None, :]
-        z_TR = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32) + bias_R[None, :]
-        for split in tl.static_range(Z_SPLITS):
-            z_TR += tl.load(z + split * stride_s + at_TR, mask=inside_TR, other=0.0)
-        expand_RD = expand_DR.to(tl.float32).T
-        sum_TD = tl.dot(z_TR * idle_T[:, None], expand_RD, sum_TD, input_precision="ieee")
-    tl.store(y + at_TD, sum_TD, mask=inside_TD)
+        total += tl.load(bias + at % D, mask=at < size, other=0.0).to(tl.float32)
+    tl.store(y + at, total, mask=at < size)
 
 
 @dataclass(frozen=True)
@@ -291,38 +352,41 @@ def union_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tunin
     tuning = tuning or Tuning.of(device, T, D, N, x_TD.dtype.itemsize)
     overlap = device_info(device).overlap
     block_t = max(16, triton.next_power_of_2(T))
-    keeps_active = R > 0 and active_TE is None
     if active_TE is None:
         choice = triton_router.in_parts(x_TD, weights, tuning.router, by_expert=True, compress_RD=weights.compress)
-        active_TE = torch.empty(T, E, dtype=torch.uint8, device=device) if R else None
     else:
-        active_TE = active_TE.view(torch.uint8)
         choice = triton_router.given(active_TE, x_TD, weights.compress)
     wanted = torch.empty(E, dtype=torch.int32, device=device)
     hidden = torch.empty(T, E * N, dtype=x_TD.dtype, device=device)
-    _up[(triton.cdiv(E * N, tuning.up_neurons),)](
+    stand_in = None if weights.expand is None else torch.empty(T, R, dtype=weights.expand.dtype, device=device)
+    block_e = triton.next_power_of_2(E)
+    _up[(triton.cdiv(E * N, tuning.up_neurons) + (T if R else 0),)](
         x_TD,
         weights.gate,
         weights.up,
         weights.gate_bias,
         weights.up_bias,
         wanted,
-        active_TE,
         hidden,
+        compress_bias=weights.compress_bias,
+        stand_in=stand_in,
         T=T,
         E=E,
         D=D,
+        R=R,
         **choice.arguments(),
+        **choice.arguments_of_z(),
         ACT=weights.act,
         GATED=weights.gate is not None,
         HAS_GATE_BIAS=weights.gate_bias is not None,
         HAS_UP_BIAS=weights.up_bias is not None,
-        KEEPS_ACTIVE=keeps_active,
         N=N,
         EXPERTS=max(1, tuning.up_neurons // N),
         SHARE=min(N, tuning.up_neurons),
         BLOCK_T=block_t,
         BLOCK_D=tuning.up_width,
+        BLOCK_E=block_e,
+        BLOCK_R=triton.next_power_of_2(max(R, 1)),
         num_warps=tuning.up_warps,
         num_stages=tuning.up_stages,
         **overlap,
@@ -336,42 +400,35 @@ def union_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tunin
         wanted,
         order,
         partial,
-        T,
-        E,
-        D,
-        N=N,
-        EXPERTS=tuning.down_experts,
-        BLOCK_T=block_t,
-        BLOCK_E=triton.next_power_of_2(E),
-        BLOCK_D=tuning.slice_width,
-        num_warps=tuning.down_warps,
-        num_stages=2 * tuning.down_stages - 1,  # Triton spends every other stage on the experts' numbers
-        **overlap,
-    )
-    y_TD = torch.empty_like(x_TD)
-    rows, columns, warps = (16, 32, 4) if R else (1, 256, 2)  # as many tokens as a product needs
-    _sum[(triton.cdiv(D, columns), triton.cdiv(T, rows))](
-        partial,
-        weights.down_bias,
-        y_TD,
-        active_TE,
-        choice.z,
-        weights.compress_bias,
+        stand_in,
         weights.expand,
         T,
         E,
         D,
         R,
-        *((0, 0, 0) if choice.z is None else choice.z.stride()),
+        COMPENSATED=R > 0,
+        N=N,
+        EXPERTS=tuning.down_experts,
+        BLOCK_T=block_t,
+        BLOCK_E=block_e,
+        BLOCK_D=tuning.slice_width,
+        BLOCK_R=max(16, triton.next_power_of_2(triton.cdiv(R, tuning.splits))),  # as narrow as a product can be
+        num_warps=tuning.down_warps,
+        num_stages=2 * tuning.down_stages - 1,  # Triton spends every other stage on the experts' numbers
+        **overlap,
+    )
+    y_TD = torch.empty_like(x_TD)
+    block = 256
+    _sum[(triton.cdiv(T * D, block),)](
+        partial,
+        weights.down_bias,
+        y_TD,
+        D,
+        T * D,
         SPLITS=tuning.splits,
         HAS_BIAS=weights.down_bias is not None,
-        COMPENSATED=R > 0,
-        Z_SPLITS=0 if choice.z is None else len(choice.z),
-        BLOCK_T=rows,
-        BLOCK_E=triton.next_power_of_2(E),
-        BLOCK_D=columns,
-        BLOCK_R=max(16, triton.next_power_of_2(R)),
-        num_warps=warps,
+        BLOCK=block,
+        num_warps=2,
         **overlap,
     )
     return y_TD
