@@ -6,9 +6,9 @@
    slice of the output's columns; each leaves a partial sum.
 4. ``_sum``: adds the partial sums in a fixed order.
 
-Compensation goes along: step 1 multiplies by the rows of ``compress`` too, programs of step 2 beyond those of the
-neurons scale what that gave by the share of a token's experts that are idle, a program a token, and step 3 multiplies by
-``expand``, each program by some columns of it.
+Compensation goes along: step 1 multiplies by the rows of ``compress`` too, the first programs of step 2 scale what that
+gave by the share of a token's experts that are idle, a program a token, and step 3 multiplies by ``expand``, each
+program by some columns of it.
 
 How many experts are wanted is known on the device only, and the grids are for all of them.
 """
@@ -128,16 +128,17 @@ def _up(
         tl.extra.cuda.gdc_launch_dependents()
     # EXPERTS whole experts, or a SHARE of the neurons of a single one
     BLOCK_N: tl.constexpr = EXPERTS * SHARE
-    if Z_SPLITS:
-        token = tl.program_id(0) - tl.cdiv(E * N, BLOCK_N)
-        if token >= 0:  # beyond the neurons: their experts' numbers are beyond the last, so the rest does nothing
+    program = tl.program_id(0)
+    if Z_SPLITS:  # the first programs have a token each instead: they are done while the others wait for memory
+        program -= T
+        if program < 0:
             _stand_in(
                 logits,
                 router_bias,
                 z,
                 compress_bias,
                 stand_in,
-                token,
+                program + T,
                 T,
                 E,
                 R,
@@ -155,9 +156,10 @@ def _up(
                 BLOCK_E,
                 BLOCK_R,
             )
-    neurons_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+            program = tl.cdiv(E * N, BLOCK_N)  # beyond the neurons, where there is nothing to do
+    neurons_N = program * BLOCK_N + tl.arange(0, BLOCK_N)
     tokens_T = tl.arange(0, BLOCK_T)
-    experts_E = tl.program_id(0) * BLOCK_N // N + tl.arange(0, EXPERTS)
+    experts_E = program * BLOCK_N // N + tl.arange(0, EXPERTS)
     on_TE = chosen(
         logits,
         router_bias,
