@@ -67,9 +67,9 @@ comparison) sweep "${wikitext2[@]}" --max-steps 600 --vary target-sparsity=0.5,0
 ablation) # the recipe without one thing at a time
     for without in compensation-rank=0 sparsity-ramp=1 learning-rate=3e-4 lr-scheduler-kwargs='{"power":1}' \
         restart-hard=True router-start=random grouping=kmeans expert-size=32 distillation-weight=0 hardness=0 \
-        temperature=1; do
-        name=ablation/$without
-        sweep "${wikitext2[@]}" --max-steps 600 --vary target-sparsity=0.5,0.85 "$without"
+        temperature=1 "grouping=kmeans hardness=0"; do
+        name=ablation/${without// /+}
+        sweep "${wikitext2[@]}" --max-steps 600 --vary target-sparsity=0.5,0.7,0.85 $without
     done ;;
 set) # on the dense model, without training
     command=(sparsify)
@@ -95,8 +95,9 @@ paper) # the paper's ablations: lambda at several eta, grouping, routers that st
         sweep "${paper[@]}" --eta 0.5 --grouping kmeans --vary router-learning-rate=0
     done ;;
 glue) glue_all --vary target-sparsity=0.7,0.85 seed=42,1,2 ;;
-glue-recipe) # what a small encoder wants
-    glue_all --target-sparsity 0.7 --vary dense-fraction=0.25,0.5 learning-rate=1e-4,5e-5 seed=42,1,2 ;;
+glue-recipe) # without the hidden states of the teacher
+    glue_all --target-sparsity 0.7 --feature-distillation-weight 0 --vary dense-fraction=0.25,0.5 \
+        learning-rate=1e-4,5e-5 seed=42,1,2 ;;
 glue-dense) # the best step by the dev rows themselves, in dense's favour
     glue_all "${glue_best[@]}" --calibration-text DEV --vary seed=42,1,2 ;;
 glue-dense-select) # the best step by training rows kept apart

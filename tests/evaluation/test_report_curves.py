@@ -192,7 +192,12 @@ def test_options_that_all_runs_share_are_said_once(tmp_path):
 
 def test_the_page_says_where_lte_does_not_lead(tmp_path):
     rows = [row("dense", 10), row("lte", 12, 0.5, 0.12), row("teal", 11.4, 0.5, 0.12)]
+    rows += [row("cats", 15, 0.6, 0.1), row("static-pruning", 16, 0.9, 0.05)]
     results = read_results([write(tmp_path / "rows.jsonl", rows)])
     first = sections(results, gather(results.measurements))[0]
-    assert first.warnings == ("LTE does not lead: at 0.12 GFLOPs per token TEAL has 11.4, LTE 12.",)
+    assert first.warnings == (
+        "LTE does not lead: at 0.12 GFLOPs per token TEAL has 11.4, LTE 12.",
+        "No LTE run of no more steps is as cheap as CATS (0.1 GFLOPs per token), "
+        "static pruning (0.05 GFLOPs per token): compared with none.",
+    )
     assert any(line.endswith("LTE leads in 0 of 1 places.") for line in first.text)

@@ -14,7 +14,7 @@ from lte.inference.shapes import FFNSize
 from lte.ops.weights import FFNWeights
 
 LAYER_SPREAD = 0.35
-"""Standard deviation over layers of logit(sparsity): 0.31, 0.33, 0.40 in the runs of results/wikitext2.jsonl."""
+"""Standard deviation over layers of logit(sparsity): 0.31, 0.33, 0.40 in the runs of results/wikitext2_before.jsonl."""
 
 EXPERT_SPREAD = 1.0
 """Of logit(share of tokens that want the expert) over the experts of a layer. Assumed."""

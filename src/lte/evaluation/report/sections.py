@@ -81,11 +81,9 @@ def _tradeoff(task: Task, tasks: Sequence[Task], number: int) -> Section:
     ):
         if several:
             text.append(f"{against} LTE leads in {sum(one.leads for one in several)} of {len(several)} places.")
-    warnings += [
-        f"No LTE run of that budget is as cheap as {one.title} at {one.rival.gflops:.4g} GFLOPs per token."
-        for one in met
-        if one.lte is None
-    ]
+    dearer = [f"{one.title} ({one.rival.gflops:.4g} GFLOPs per token)" for one in met if one.lte is None]
+    if dearer:
+        warnings.append(f"No LTE run of no more steps is as cheap as {', '.join(dearer)}: compared with none.")
     if task.dense is None:
         warnings.append("No dense run is among these results, so nothing says what was lost.")
     name = task.metric.title.split(",")[0]
