@@ -51,6 +51,19 @@ def test_perplexity_by_hand(sparse, batch_size):
     assert found.mode == ("hard" if sparse else "dense")
 
 
+def test_logits_of_one_pass_are_bounded(monkeypatch):
+    model, dataset = llama(), rows()
+    at_once = evaluate(model, dataset, 8)
+    monkeypatch.setattr("lte.evaluation.evaluate._MAX_LOGITS", 2 * max(map(len, dataset.columns["labels"])) * 64)
+    seen = []
+    handle = model.lm_head.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    in_parts = evaluate(model, dataset, 8)
+    handle.remove()
+    assert max(seen) == 2
+    assert in_parts.loss == pytest.approx(at_once.loss, rel=1e-6)
+    assert (in_parts.sparsity, in_parts.num_tokens) == (pytest.approx(at_once.sparsity, abs=1e-6), at_once.num_tokens)
+
+
 def test_sparsity_is_what_track_sparsity_measures():
     model, dataset = llama(), rows()
     with lte.track_sparsity(model) as meter:

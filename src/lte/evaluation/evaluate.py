@@ -1,7 +1,7 @@
 """Quality, sparsity and cost of a model, measured in the same forward passes."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,10 @@ class Evaluation(Spent):
     spearman: float | None = None
 
 
+_MAX_LOGITS = 2**29
+"""Of one forward pass: 2 GB in fp32."""
+
+
 @torch.no_grad()
 def evaluate(
     model: PreTrainedModel,
@@ -51,7 +55,7 @@ def evaluate(
         model: with a language modelling head, or one that classifies; with one output it is a regression. On any
             device.
         dataset: as from ``lte.training.data``: rows, and a ``collator``. Labels of -100 are not counted.
-        batch_size: rows a forward pass.
+        batch_size: rows a forward pass; fewer where their logits over the vocabulary would take gigabytes.
         progress: wraps the iteration over batches.
 
     Raises:
@@ -64,18 +68,18 @@ def evaluate(
     labelled: list[tuple[Tensor, Tensor]] = []  # logits [B, C] and labels [B], of a head that has one answer a row
     with measure(model) as meter:
         for batch in progress(DataLoader(dataset, batch_size=batch_size, collate_fn=dataset.collator)):
-            inputs = {name: value.to(model.device) for name, value in batch.items()}
-            labels = inputs["labels"]
-            logits = model(**inputs).logits
-            if logits.ndim == 2:
-                real = labels != -100
-                labelled.append((logits[real].float().cpu(), labels[real].cpu()))
-                continue
-            if shifted:
-                logits, labels = logits[:, :-1], labels[:, 1:]
-            for row, row_labels in zip(logits, labels, strict=True):  # one at a time: a vocabulary in fp32 is large
-                loss += F.cross_entropy(row.float(), row_labels, ignore_index=-100, reduction="sum").item()
-                count += int((row_labels != -100).sum())
+            for inputs in _passes(model, batch):
+                labels = inputs.pop("labels") if shifted else inputs["labels"]  # a decoder's inputs are made of them
+                logits = model(**inputs).logits
+                if logits.ndim == 2:
+                    real = labels != -100
+                    labelled.append((logits[real].float().cpu(), labels[real].cpu()))
+                    continue
+                if shifted:
+                    logits, labels = logits[:, :-1], labels[:, 1:]
+                for row, row_labels in zip(logits, labels, strict=True):  # one at a time: a vocabulary in fp32 is large
+                    loss += F.cross_entropy(row.float(), row_labels, ignore_index=-100, reduction="sum").item()
+                    count += int((row_labels != -100).sum())
     model.train(was_training)
     count += sum(len(labels) for _, labels in labelled)
     if count == 0:
@@ -85,6 +89,15 @@ def evaluate(
     else:
         quality = {"loss": loss / count, "perplexity": math.exp(min(loss / count, 700))}
     return Evaluation(**quality, num_tokens=count, **vars(spent(model, meter)))
+
+
+def _passes(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """The batch ``[B, T]`` on the model's device, in parts whose logits stay within ``_MAX_LOGITS``."""
+    head = model.get_output_embeddings()
+    each = 1 if head is None else batch["labels"].shape[-1] * head.weight.shape[0]
+    rows = max(1, _MAX_LOGITS // each)
+    for start in range(0, len(batch["labels"]), rows):
+        yield {name: value[start : start + rows].to(model.device) for name, value in batch.items()}
 
 
 def label_metrics(logits_BC: Tensor, labels_B: Tensor) -> dict[str, Any]:
