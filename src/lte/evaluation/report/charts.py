@@ -77,12 +77,12 @@ def tradeoff(task: Task, by: str, looks: Mapping[str, Look]) -> Chart:
 def beyond_chart(task: Task) -> list[Point]:
     """Runs too bad for the chart: they would flatten what matters.
 
-    Those of more than twice dense's perplexity, or less than half of its quality, unless most runs are no better.
+    Those of more than twice dense's perplexity, or less than 85 % of its quality, unless most runs are no better.
     """
     points = [point for curve in task.curves for point in curve.points]
     if task.dense is None or task.dense.value <= 0:
         return []
-    worst = task.dense.value * (2 if task.metric.lower else 0.5)
+    worst = task.dense.value * (2 if task.metric.lower else 0.85)
     losses = [task.metric.loss(point.value, task.dense.value) for point in points]
     allowed = max(task.metric.loss(worst, task.dense.value), statistics.median_low(losses))
     return [point for point, loss in zip(points, losses, strict=True) if loss > allowed]
