@@ -147,7 +147,9 @@ def test_runs_beyond_the_chart_are_named_and_pointed_at(task):
 
 def test_of_accuracy_less_than_85_percent_of_dense_is_beyond(task):
     rows = [row("dense", 0.8, metric="accuracy")]
-    rows += [row("lte", value, s, metric="accuracy") for value, s in ((0.78, 0.3), (0.7, 0.5), (0.68, 0.6), (0.67, 0.7))]
+    rows += [
+        row("lte", value, s, metric="accuracy") for value, s in ((0.78, 0.3), (0.7, 0.5), (0.68, 0.6), (0.67, 0.7))
+    ]
     found = task(*rows)
     assert [point.value for point in beyond_chart(found)] == [67]
     bottom = drawn(found, see=lambda figure: figure.axes[0].get_ylim()[0])
