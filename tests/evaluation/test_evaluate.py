@@ -64,6 +64,15 @@ def test_logits_of_one_pass_are_bounded(monkeypatch):
     assert (in_parts.sparsity, in_parts.num_tokens) == (pytest.approx(at_once.sparsity, abs=1e-6), at_once.num_tokens)
 
 
+def test_entries_that_have_no_row_for_each_stay_whole(monkeypatch):
+    monkeypatch.setattr("lte.evaluation.evaluate._MAX_LOGITS", 1)  # a row at a time
+    model, dataset = llama(), rows((6, 6, 6))
+    expected = evaluate(model, dataset, 3).loss
+    collate = dataset.collator
+    dataset.collator = lambda some: {**collate(some), "position_ids": torch.arange(6)[None]}
+    assert evaluate(model, dataset, 3).loss == pytest.approx(expected, rel=1e-6)
+
+
 def test_sparsity_is_what_track_sparsity_measures():
     model, dataset = llama(), rows()
     with lte.track_sparsity(model) as meter:

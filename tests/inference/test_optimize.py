@@ -119,6 +119,17 @@ def test_compiles_without_graph_breaks(family):
     assert len(nodes) == LAYERS
 
 
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_exports_sparse(family):
+    model = lte.optimize_(sparse(family)).eval()
+    inputs = tiny_inputs(family)
+    with torch.no_grad():
+        program = torch.export.export(model, (), {**inputs, "use_cache": False})
+        found = program.module()(**inputs, use_cache=False).logits
+    assert sum("lte.sparse_ffn" in str(node.target) for node in program.graph.nodes) == LAYERS
+    assert relative_rms(found, logits(model, family)) <= 1e-5
+
+
 @pytest.mark.parametrize("act", [nn.SiLU(), nn.GELU(), nn.GELU("tanh"), nn.ReLU(), nn.Mish(), nn.PReLU(), nn.ReLU6()])
 def test_an_activation_is_known_by_what_it_computes(act):
     names = {"SiLU()": "silu", "GELU(approximate='none')": "gelu", "GELU(approximate='tanh')": "gelu_tanh"}

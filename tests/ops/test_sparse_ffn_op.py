@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 from random_ffn import make_active, make_weights, make_x, relative_rms
+from torch._subclasses import FakeTensorMode
 
 from lte.ops import reference
 from lte.ops.sparse_ffn import sparse_ffn
@@ -48,6 +49,13 @@ def test_reference_adds_a_share_of_the_compensation_for_each_idle_expert():
     routed = dataclasses.replace(weights, router=torch.tensor([[1.0, 1.0]] * 4), threshold=1.9)
     assert sparse_ffn(x[:1] / 2, routed).tolist() == [[10 + 2.0 * 3, 20 - 2.0]]
     assert sparse_ffn(x[:1], routed).tolist() == [[10.0, 20.0]]
+
+
+def test_fake_tensors_are_not_read():
+    weights = make_weights(16, 64, 16)
+    with torch.no_grad(), FakeTensorMode() as mode:
+        fake = dataclasses.replace(weights, **{name: mode.from_tensor(one) for name, one in weights.tensors().items()})
+        assert sparse_ffn(mode.from_tensor(make_x(3, weights)), fake).shape == (3, 16)
 
 
 def test_router_decides_by_logit_and_threshold():

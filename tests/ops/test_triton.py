@@ -1,5 +1,6 @@
 """The Triton kernels: compiled on a GPU, and elsewhere through Triton's interpreter (see tests/conftest.py)."""
 
+import dataclasses
 import itertools
 from dataclasses import replace
 
@@ -229,6 +230,17 @@ def test_a_rank_beyond_the_registers(tokens):
         assert relative_rms(found, expected(x, weights, active)) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 70])
+def test_a_compensation_of_less_precision_than_the_input(tokens):
+    weights = make_weights(64, 128, rank=16, device=DEVICE)
+    half = {name: getattr(weights, name).half() for name in ("compress", "compress_bias", "expand")}
+    weights = dataclasses.replace(weights, **half)
+    x = 1e5 * make_x(tokens, weights)
+    idle = torch.zeros(tokens, weights.num_experts, dtype=torch.bool, device=DEVICE)
+    found = sparse_ffn(x, weights, idle, backend="triton")
+    assert relative_rms(found, expected(x, weights, idle)) < TOLERANCE[torch.float32]
+
+
 def test_refuses_a_dtype():
     weights = make_weights(64, 128, dtype=torch.float64, device=DEVICE)
     with pytest.raises(ValueError, match="float64"):
@@ -274,7 +286,7 @@ def test_any_tuning_of_many_tokens_gives_the_same(block, neurons, router_tokens)
     assert relative_rms(found, expected(x, weights, None)) < 3e-6
 
 
-def test_tunings_fit_the_shared_memory():
+def test_tunings_fit_the_shared_memory(monkeypatch):
     device = torch.device(DEVICE)
     room = device_info(device).shared_memory
     for width, matrices, itemsize in itertools.product((576, 4096, 8192, 16384), (2, 3), (2, 4)):
@@ -287,6 +299,10 @@ def test_tunings_fit_the_shared_memory():
         down = rows * (tuning.slice_width + tokens) * itemsize
         assert tuning.up_stages == 1 or tuning.up_stages * up < room
         assert tuning.down_stages == 1 or tuning.down_stages * down < room
+    few = dataclasses.replace(device_info(device), multiprocessors=28, shared_memory=99_000)
+    monkeypatch.setattr(triton_union, "device_info", lambda _: few)
+    assert triton_union.Tuning.of.__wrapped__(device, 64, 4096, 32, 4).splits == 1
+    assert triton_union.Tuning.of.__wrapped__(device, 64, 4096, 32, 4, triton_token.MAX_RANK).splits == 4
     for tokens, itemsize in itertools.product((2, 17, 64, 200, 512), (2, 4)):
         tuning = triton_router.Tuning.of(device, tokens, 4096, itemsize)
         tile = (tuning.tokens + tuning.experts) * tuning.width * itemsize

@@ -84,5 +84,7 @@ def test_errors():
         lte.cost_per_token(LlamaConfig(), 50)
     with pytest.raises(ValueError, match="2 sparsities for 32 layers"):
         lte.cost_per_token(LlamaConfig(), [0.1, 0.2])
+    with pytest.raises(TypeError, match="not a Linear"):
+        lte.cost_per_token(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="unknown model family 'mamba'"):
         lte.cost_per_token(MambaConfig(num_hidden_layers=1, hidden_size=8))

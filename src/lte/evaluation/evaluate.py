@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
@@ -93,11 +93,15 @@ def evaluate(
 
 def _passes(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """The batch ``[B, T]`` on the model's device, in parts whose logits stay within ``_MAX_LOGITS``."""
-    head = model.get_output_embeddings()
-    each = 1 if head is None else batch["labels"].shape[-1] * head.weight.shape[0]
+    head, B = model.get_output_embeddings(), len(batch["labels"])
+    each = batch["labels"][0].numel() * head.weight.shape[0] if isinstance(head, nn.Linear) else 1
     rows = max(1, _MAX_LOGITS // each)
-    for start in range(0, len(batch["labels"]), rows):
-        yield {name: value[start : start + rows].to(model.device) for name, value in batch.items()}
+    for start in range(0, B, rows):
+        part = slice(start, start + rows)
+        yield {
+            name: (value[part] if value.ndim and len(value) == B else value).to(model.device)
+            for name, value in batch.items()
+        }
 
 
 def label_metrics(logits_BC: Tensor, labels_B: Tensor) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from lte.core.selection import threshold
 from lte.modules.compensation import Compensation
@@ -13,6 +14,8 @@ from lte.modules.sparse_ffn import Selecting, SparseActivation, SparseFFN
 from lte.ops.reference import activate
 from lte.ops.sparse_ffn import BackendName, sparse_ffn
 from lte.ops.weights import Activation, FFNWeights
+
+_PLAIN = (nn.Parameter, FakeTensor)  # not a quantiser's subclass; torch.export puts fake ones in their place
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Projection:
         linear = self.linear
         return (
             self.parent._modules.get(self.name) is linear
-            and type(linear._parameters.get("weight")) is nn.Parameter  # pruning and weight norm move it
+            and type(linear._parameters.get("weight")) in _PLAIN  # pruning and weight norm move it
             and "bias" in linear._parameters
             and "forward" not in vars(linear)  # offloading replaces it
             and len(linear._forward_hooks) == self.hooks
@@ -163,7 +166,11 @@ class BypassedLinear(nn.Linear):
 
 def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether it is what it was made as: peft can put a wrapper in its place, and anyone hooks on it."""
-    return type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
+    return (
+        type(module) is kind
+        and "forward" not in vars(module)
+        and not (module._forward_hooks or module._forward_pre_hooks)
+    )
 
 
 def activation_name(act: nn.Module) -> Activation | None:

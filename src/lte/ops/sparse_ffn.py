@@ -7,6 +7,7 @@ from typing import Literal, Protocol, cast, get_args
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from lte.ops import reference
 from lte.ops.weights import Activation, FFNWeights
@@ -71,7 +72,7 @@ def sparse_ffn(x: Tensor, weights: FFNWeights, active: Tensor | None = None, bac
         )
     if needs_gradient or backend == "reference":
         y_TD = reference.sparse_ffn(x_TD, weights, active_TE)
-    elif torch.compiler.is_compiling():
+    elif torch.compiler.is_compiling() or isinstance(x, FakeTensor):
         y_TD = _opaque(x_TD, **weights.arguments(), active=active_TE, backend=backend)
     else:
         y_TD = _run(x_TD, weights, active_TE, backend)

@@ -29,6 +29,7 @@ from lte.ops.triton_router import chosen, list_wanted
 from lte.ops.weights import FFNWeights
 
 MAX_TOKENS = 64
+_RANKS = 64  # rows of compensation that a program of `_down` takes at most: a tile of more may not fit
 
 
 @triton.jit
@@ -277,7 +278,7 @@ def _down(
                 mask=(cols_D < D)[:, None] & (ranks_R < R)[None, :],
                 other=0.0,
             )
-            sum_TD = tl.dot(s_TR, e_DR.T, sum_TD, input_precision="ieee")
+            sum_TD = tl.dot(s_TR, e_DR.to(s_TR.dtype).T, sum_TD, input_precision="ieee")
     at_TD = split * T * D + tokens_T[:, None] * D + cols_D[None, :]
     tl.store(partial + at_TD, sum_TD, mask=(tokens_T < T)[:, None] & (cols_D < D)[None, :])
 
@@ -306,7 +307,7 @@ class Tuning:
         up_width, up_stages: columns of the weights that it takes at a time, and how many such tiles are on their way.
         slice_width: columns of the output that a program of ``_down`` makes.
         down_experts, down_stages: experts that it takes at a time; tiles on their way.
-        splits: programs that share the experts of a slice.
+        splits: programs that share the experts of a slice, and the rows of compensation.
         up_warps, down_warps: of a program.
         router: how the router's kernel is cut; None: as fits.
     """
@@ -324,7 +325,7 @@ class Tuning:
 
     @staticmethod
     @cache
-    def of(device: torch.device, tokens: int, d_model: int, expert_size: int, itemsize: int) -> "Tuning":
+    def of(device: torch.device, tokens: int, d_model: int, expert_size: int, itemsize: int, rank: int = 0) -> "Tuning":
         """For a shape and a device."""
         info = device_info(device)
         padded = max(16, triton.next_power_of_2(tokens))
@@ -343,7 +344,7 @@ class Tuning:
             slice_width=slice_width,
             down_experts=down_experts,
             down_stages=max(1, min(6, int(0.9 * info.shared_memory) // share // down_tile)),
-            splits=max(1, min(16, share * info.multiprocessors // slices)),
+            splits=max(1, triton.cdiv(rank, _RANKS), min(16, share * info.multiprocessors // slices)),
         )
 
 
@@ -351,7 +352,7 @@ def union_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tunin
     """``[T, D]`` -> ``[T, D]``, T up to :data:`MAX_TOKENS`."""
     (T, D), E, N, R = x_TD.shape, weights.num_experts, weights.expert_size, weights.rank
     device = x_TD.device
-    tuning = tuning or Tuning.of(device, T, D, N, x_TD.dtype.itemsize)
+    tuning = tuning or Tuning.of(device, T, D, N, x_TD.dtype.itemsize, R)
     overlap = device_info(device).overlap
     block_t = max(16, triton.next_power_of_2(T))
     if active_TE is None:
@@ -360,7 +361,7 @@ def union_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tunin
         choice = triton_router.given(active_TE, x_TD, weights.compress)
     wanted = torch.empty(E, dtype=torch.int32, device=device)
     hidden = torch.empty(T, E * N, dtype=x_TD.dtype, device=device)
-    stand_in = None if weights.expand is None else torch.empty(T, R, dtype=weights.expand.dtype, device=device)
+    stand_in = torch.empty(T, R, dtype=x_TD.dtype, device=device) if R else None
     block_e = triton.next_power_of_2(E)
     _up[(triton.cdiv(E * N, tuning.up_neurons) + (T if R else 0),)](
         x_TD,

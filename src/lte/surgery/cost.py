@@ -85,7 +85,13 @@ def cost_per_token(
 
     Raises:
         ValueError: unknown family, sparsity outside [0, 1], expert size that does not divide d_ff.
+        TypeError: neither a config nor a model.
     """
+    if not isinstance(config, PretrainedConfig | PreTrainedModel):
+        raise TypeError(
+            f"cost_per_token takes a config or a Hugging Face model, not a {type(config).__name__}; "
+            "a PeftModel's is its get_base_model()"
+        )
     model = config if isinstance(config, PreTrainedModel) else meta_model(config)
     if bytes_per_weight is None and model is config:
         bytes_per_weight = model.dtype.itemsize
