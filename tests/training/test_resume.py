@@ -183,6 +183,6 @@ def test_the_last_complete_checkpoint(tmp_path):
 
 def test_resuming_without_the_teacher_says_so(tmp_path):
     interrupted(tmp_path, 7)
-    shutil.rmtree(tmp_path / "dense")
+    shutil.rmtree(tmp_path / "lte_teacher")
     with pytest.raises(ValueError, match="resuming needs the dense model"):
         trainer_for(tmp_path, **SAVING).train(resume_from_checkpoint=True)

@@ -253,7 +253,7 @@ def step(trainer: LTETrainer, batches: list[dict[str, torch.Tensor]]) -> tuple[d
     items = sum(batch["labels"][:, 1:].ne(-100).sum() for batch in batches)
     total = sum(trainer.training_step(trainer.model, dict(b), items).item() for b in batches)
     trainer.end_step()
-    logged = {name: torch.stack(values).mean().item() for name, values in trainer.step_log.noted.items()}
+    logged = {name: torch.stack(list(values)).mean().item() for name, values in trainer.step_log.noted.items()}
     gradients = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
     return {**logged, "loss": total}, gradients
 

@@ -1,7 +1,7 @@
 """The sparse FFN: a dense model's own projections, with a router that decides which experts count."""
 
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,12 @@ class Selecting(nn.Module):
         self.router.reset(bias, generator)
         if self.compensation is not None:
             self.compensation.reset(generator)
+
+    def requires_grad_of_its_own_(self, requires_grad: bool) -> None:
+        """Whether what is not the dense model's, router and compensation, is to be trained."""
+        for module in (self.router, self.compensation):
+            if module is not None:
+                module.requires_grad_(requires_grad)
 
     def set_mode(self, mode: Mode) -> None:
         """Switch the mode.
@@ -193,10 +199,14 @@ class SparseActivation(Selecting):
         super().__init__(router, tau, compensation)
         self.act = act
         self._x_TD: Tensor | None = None
-        self._weighed: tuple[Tensor, Tensor | None] | None = None
+        self._weighed: tuple[Tensor, Tensor] | None = None
         first.register_forward_pre_hook(self._see)
         if compensation is not None:
             down.register_forward_hook(self._add)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is on its way from one hook to the next: recomputing a block may stop in between."""
+        return {**self.__dict__, "_x_TD": None, "_weighed": None}
 
     def _see(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self._x_TD = args[0]
@@ -212,5 +222,5 @@ class SparseActivation(Selecting):
         hidden_TF = self.act(hidden_TF)
         weights_TE = self.weigh(x_TD, hidden_TF, hidden_TF)
         if self.compensation is not None:
-            self._weighed = x_TD, weights_TE
+            self._weighed = None if weights_TE is None else (x_TD, weights_TE)
         return hidden_TF if weights_TE is None else scale_experts(hidden_TF, weights_TE)

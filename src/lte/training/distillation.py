@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +107,13 @@ class DistilledLoss:
         return loss / items
 
     def mix(
-        self, loss: Tensor, student: Tensor, mask: Tensor | None, num_items: Tensor | int | None, scale: int
+        self,
+        loss: Tensor,
+        student: Tensor,
+        mask: Tensor | None,
+        num_items: Tensor | int | None,
+        scale: int,
+        problem: str | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The loss to train on, and the two it is made of, task loss and KL: where the model did not mix, this does.
 
@@ -117,21 +123,51 @@ class DistilledLoss:
             mask: which of them count, as in :func:`summed_kl`.
             num_items: what sums are divided by; None for the number that count.
             scale: what ``Trainer`` multiplied the loss by.
+            problem: of a head with one answer a row, as in :func:`head_error`.
         """
         if self.parts is not None:
             task, kl = self.parts
             return loss, task * scale, kl * scale
         if num_items is None:
             num_items = student[..., 0].numel() if mask is None else mask.sum()
-        kl = summed_kl(student, self.teacher, mask) / num_items * scale
+        kl = head_error(student, self.teacher, problem) if student.ndim == 2 else summed_kl(student, self.teacher, mask)
+        kl = kl / num_items * scale
         return (1 - self.share) * loss + self.share * kl, loss, kl
 
 
-def predicts(labels: Tensor | None, logits: Tensor, encoder_decoder: bool) -> Tensor | None:
-    """Which logits are of a token that counts, ``[B, S]``; None where all are, as those of a classifier."""
+def predicts(labels: Tensor | None, logits: Tensor, causal: bool) -> Tensor | None:
+    """Which logits are of a token that counts, ``[B, S]``; None where all are, as those of a classifier.
+
+    Args:
+        causal: whether a logit is of the next token.
+    """
     if logits.ndim != 3 or labels is None:
         return None
-    return (labels if encoder_decoder else F.pad(labels[:, 1:], (0, 1), value=IGNORED)).ne(IGNORED)
+    return (F.pad(labels[:, 1:], (0, 1), value=IGNORED) if causal else labels).ne(IGNORED)
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether the model, or the one that it wraps, learns to predict the next token."""
+    inner = next((one for one in model.modules() if isinstance(one, PreTrainedModel)), None)
+    return inner is not None and inner.loss_function is ForCausalLMLoss and not inner.config.is_encoder_decoder
+
+
+def head_error(student: Tensor, teacher: Tensor, problem: str | None) -> Tensor:
+    """How far a classifier's or a regression's outputs ``[B, C]`` are from the teacher's, summed over rows, in fp32.
+
+    Args:
+        problem: ``problem_type`` of transformers: squared error for ``regression`` and for one output, divergences of
+            independent labels for ``multi_label_classification``, else KL of the classes.
+    """
+    student, teacher = student.float(), teacher.float()
+    if problem == "regression" or student.shape[-1] == 1:
+        return (student - teacher).square().mean(-1).sum()
+    if problem == "multi_label_classification":
+        target = teacher.sigmoid()
+        loss = F.binary_cross_entropy_with_logits
+        error = loss(student, target, reduction="none") - loss(teacher, target, reduction="none")
+        return error.mean(-1).sum()
+    return summed_kl(student, teacher)
 
 
 @contextmanager
@@ -192,7 +228,7 @@ def show_hidden_states_(model: nn.Module) -> None:
 
     A compiled model cannot: it would be cut into pieces there.
     """
-    inputs: Any = model.dummy_inputs
+    inputs: Any = {name: value[:1] for name, value in cast(Any, model).dummy_inputs.items()}
     device = next(model.parameters()).device
     with evaluating(model):
         model(**{name: value.to(device) for name, value in inputs.items()}, output_hidden_states=True)

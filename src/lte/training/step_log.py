@@ -1,5 +1,6 @@
 """What is logged of training steps: numbers that each noted, and its sparsity; nothing waits for them until then."""
 
+from collections import deque
 from typing import cast
 
 import torch
@@ -9,22 +10,24 @@ from torch import Tensor
 
 from lte.modules.recording import SparsityMeter
 
+_MOST = 10_000
+
 
 class StepLog:
     """Collects between two entries of the log.
 
     Attributes:
-        noted: what was noted since the last entry, by name.
+        noted: what was noted since the last entry, by name; of a run that never logs, the last of it.
         meter: counts the active neurons of the step under way.
     """
 
     def __init__(self) -> None:
-        self.noted: dict[str, list[Tensor]] = {}
+        self.noted: dict[str, deque[Tensor]] = {}
         self.meter = SparsityMeter()
 
     def note(self, name: str, value: Tensor) -> None:
         """Add a number to those that the next entry has the mean of."""
-        self.noted.setdefault(name, []).append(value.detach().float())
+        self.noted.setdefault(name, deque(maxlen=_MOST)).append(value.detach().float())
 
     def end_step(self) -> Tensor:
         """Note the step's sparsity, over all ranks, and that of each layer; gives the former."""
@@ -41,6 +44,6 @@ class StepLog:
         if not self.noted:
             return {}
         device = PartialState().device
-        means = torch.stack([torch.stack(values).mean().to(device) for values in self.noted.values()])
+        means = torch.stack([torch.stack(list(values)).mean().to(device) for values in self.noted.values()])
         names, self.noted = list(self.noted), {}
         return dict(zip(names, cast(Tensor, reduce(means, reduction="mean")).tolist(), strict=True))

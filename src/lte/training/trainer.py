@@ -1,5 +1,6 @@
 """``LTETrainer``: the stages of every method on top of ``transformers.Trainer``, in one run that can be resumed."""
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from lte.training.distillation import (
     DistilledLoss,
     block_error,
     causal_loss,
+    is_causal,
     mix_rows,
     predicts,
     show_hidden_states_,
@@ -41,7 +43,7 @@ logger = logging.getLogger(__name__)
 _CALIBRATIONS = 4  # in the hard stage, evenly spaced; frozen routers' inputs move while the rest trains
 _COMPARISONS = 10  # in the soft stage, of training rows' sparsity with that of others
 _APART = 20  # steps between two of them at least: a short stage has fewer
-_TEACHER = "dense"
+_TEACHER = "lte_teacher"
 _PROGRAMS = 32  # of a block under torch.compile: stages, hardness, teacher, evaluation; torch's own limit is 8
 
 
@@ -82,15 +84,31 @@ class LTETrainer(Trainer):
                 f"LTETrainer does not use DataParallel, but this one process sees {args.n_gpu} GPUs: start it with "
                 "torchrun --nproc_per_node N, or set CUDA_VISIBLE_DEVICES to one GPU"
             )
+        if model is None:
+            raise ValueError("LTETrainer needs a model, made sparse by lte.sparsify_: it does not take model_init")
+        if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                "LTETrainer trains all weights, and this model has adapters of peft: merge them before, or put them on "
+                "the trained model and use transformers.Trainer"
+            )
         layers = sparse_layers(model).values()  # says what to do if there are none
+        for layer in layers:  # a run before may have frozen them, and the optimizer is made before the stages begin
+            layer.requires_grad_of_its_own_(True)
         self._linear = all(layer.router.is_linear for layer in layers)
+        self._causal = is_causal(cast(nn.Module, model))
         self.method = Method.from_dict(cast(Any, model).config.lte)
         if not self._linear:
             check_method(self.method, args)
         self.calibration_dataset = calibration_dataset
-        if args.target_sparsity is not None and calibration_dataset is None and kwargs.get("train_dataset") is not None:
+        train_dataset = kwargs.get("train_dataset")
+        if args.target_sparsity is not None and calibration_dataset is None and train_dataset is not None:
+            if not hasattr(train_dataset, "__len__"):
+                raise ValueError(
+                    "train_dataset has no length, so no rows of it can be kept out to set thresholds on: give "
+                    "calibration_dataset=..."
+                )
             kwargs["train_dataset"], self.calibration_dataset = hold_out_for_calibration(
-                kwargs["train_dataset"], args.calibration_rows, args.seed
+                train_dataset, args.calibration_rows, args.seed
             )
         if args.feature_distillation_weight:
             show_hidden_states_(cast(nn.Module, model))
@@ -98,6 +116,10 @@ class LTETrainer(Trainer):
         if args.torch_compile:
             torch._dynamo.config.recompile_limit = max(_PROGRAMS, torch._dynamo.config.recompile_limit)
         super().__init__(model=model, args=args, **kwargs)
+        if not self._causal:  # the losses of other heads take num_items_in_batch, and most do not look at it
+            self.model_accepts_loss_kwargs = False
+        elif self.label_smoother is not None:  # Trainer knows by its class's name that a model is causal
+            self.label_smoother = functools.partial(self.label_smoother, shift_labels=True)
         self.plan = StagePlan(0, 0, 0)
         self.stage: Stage | None = None
         self.progress = 0.0
@@ -105,6 +127,7 @@ class LTETrainer(Trainer):
         self.eta: float | Tensor = args.eta or 0.0
         self.controller = SparsityController(args.target_sparsity or 0.0, ramp=args.sparsity_ramp)
         self.step_log = StepLog()
+        self._resumed_in: Path | None = None
         self._found: tuple[Any, Any, dict[str, Any]] = (None, None, {})
         self._flops_per_token: int | None = None
         self._measure_scores = self._compiled(measure_scores)
@@ -118,9 +141,17 @@ class LTETrainer(Trainer):
         """Called when training begins, with what a checkpoint remembers of the run, or None."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             check_sharded(self.plan, self.method, self.args, self._unwrapped.config.lte.get("grouped", True))
-        self.stage = None
+        self.stage, self.teacher, self.eta = None, None, self.args.eta or 0.0
+        self.controller = SparsityController(self.args.target_sparsity or 0.0, ramp=self.args.sparsity_ramp)
+        self.step_log = StepLog()
         keep_dtypes(cast(nn.Module, self.model_wrapped))
         if resumed:
+            plan = [self.plan.dense, self.plan.soft, self.plan.hard]
+            if resumed.get("plan", plan) != plan:
+                raise ValueError(
+                    f"the checkpoint's run has {resumed['plan']} steps dense, soft and hard, and this one {plan}: "
+                    "resume with the same number of steps and fractions"
+                )
             self.eta = resumed["eta"]
             self.controller.integral, self.controller.gap = resumed["integral"], resumed.get("gap", 0.0)
             self._switch(resumed["stage"])
@@ -128,7 +159,10 @@ class LTETrainer(Trainer):
                 self._unwrapped.config.lte.pop("grouped", None)  # the checkpoint's neurons are
                 if self._distils:
                     self.teacher = load_teacher(
-                        self._folder / _TEACHER, self._unwrapped, self._compilation, self._teacher_dtype
+                        (self._resumed_in or self._folder) / _TEACHER,
+                        self._unwrapped,
+                        self._compilation,
+                        self._teacher_dtype,
                     )
 
     def begin_step(self, step: int) -> None:
@@ -162,6 +196,7 @@ class LTETrainer(Trainer):
         controller = self.controller
         return {
             "stage": self.stage,
+            "plan": [self.plan.dense, self.plan.soft, self.plan.hard],
             "eta": float(self.eta),
             "integral": float(controller.integral),
             "gap": float(controller.gap),
@@ -223,9 +258,9 @@ class LTETrainer(Trainer):
         loader = DataLoader(
             dataset,
             batch_size=self.args.per_device_train_batch_size,  # of the shape that blocks are compiled for already
-            shuffle=seed is not None,
+            shuffle=seed is not None and hasattr(dataset, "__len__"),
             generator=torch.Generator().manual_seed(seed or 0),
-            collate_fn=self.data_collator,
+            collate_fn=self._get_collator_with_removed_columns(self.data_collator),
         )
         for batch in loader:
             self._begin_graphs()
@@ -243,6 +278,7 @@ class LTETrainer(Trainer):
             if found is None:
                 logger.warning("no whole checkpoint in %s: training starts from the beginning", self._folder)
             resume_from_checkpoint = str(found) if found else None
+        self._resumed_in = Path(resume_from_checkpoint).parent if resume_from_checkpoint else None
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         # mixed precision wrapped forward in autocast; the trained model is to run as it is, and optimised at full speed
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
@@ -312,9 +348,10 @@ class LTETrainer(Trainer):
         task = loss
         if distilled is not None:
             logits, labels = outputs["logits"], inputs.get("labels")
-            mask = predicts(labels, logits, self._encoder_decoder)
+            mask = predicts(labels, logits, self._causal)
             num_items, scale = (num_items_in_batch, self._ranks_scale) if scaled else (None, 1)
-            loss, task, kl = distilled.mix(loss, logits, mask, num_items, scale)
+            problem = getattr(self._unwrapped.config, "problem_type", None)
+            loss, task, kl = distilled.mix(loss, logits, mask, num_items, scale, problem)
             self.step_log.note("distillation_loss", kl * parts)
         self.step_log.note("task_loss", task * parts)
         extra = self._router_loss(recording, balance)
@@ -377,13 +414,21 @@ class LTETrainer(Trainer):
         finally:
             self.args.dataloader_drop_last = drop_last
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As ``Trainer.evaluate``, in the model's present mode; adds ``eval_sparsity`` of this process's share."""
-        prefix = kwargs.get("metric_key_prefix", args[2] if len(args) > 2 else "eval")
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``Trainer``'s, in the model's present mode; adds ``eval_sparsity`` of this process's share."""
+        prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         with track_sparsity(self._unwrapped) as meter:
-            metrics = super().evaluate(*args, **kwargs)
-        metrics[f"{prefix}_sparsity"] = meter.overall
-        return metrics
+            output = super().evaluation_loop(*args, **kwargs)
+        cast(dict[str, float], output.metrics)[f"{prefix}_sparsity"] = meter.overall
+        return output
+
+    def _load_callback_state(self) -> None:
+        """As ``Trainer``'s, for the others' callbacks: it would make a new one of ours, which belongs to no trainer."""
+        callbacks = cast(dict[str, Any], self.state.stateful_callbacks)
+        ours = callbacks.pop(_Stages.__name__, None)
+        super()._load_callback_state()
+        if ours is not None:
+            callbacks[_Stages.__name__] = ours
 
     # ---- small things
 
