@@ -13,7 +13,7 @@ from lte.cli.console import err
 from lte.evaluation.generation import group_references
 from lte.inference.optimize import optimize_
 from lte.ops.sparse_ffn import BackendName
-from lte.surgery.loading import Head, load_model
+from lte.surgery.loading import Head, class_names_of, classifies, load_model
 from lte.training.batches import PaddedRows
 from lte.training.data import DataConfig, Task, generation_rows, load_dataset_for, load_prompts
 from lte.training.tokenise import most_tokens
@@ -31,7 +31,19 @@ class DataOptions:
     """What the data is: running text, prompts with completions, texts with classes, or texts with numbers."""
     data: DataConfig = field(default_factory=DataConfig)
 
-    def head(self, model_config: Any) -> Head:
+    def head(self, model_config: Any, new: bool = False) -> Head:
+        """The head that the task needs.
+
+        Args:
+            new: whether a model with another one may get it.
+
+        Raises:
+            ValueError: the model's head is for another task.
+        """
+        if not new and classifies(model_config):
+            own = "regression" if model_config.num_labels == 1 else "classification"
+            if self.task != own:
+                raise ValueError(f"the model's head is for {own}, but the task is {self.task}: give --task {own}")
         return "classification" if self.task in ("classification", "regression") else generating_head(model_config)
 
     def load(
@@ -41,8 +53,12 @@ class DataOptions:
         model_config: Any,
         data: DataConfig | None = None,
         labelled: bool = True,
+        new_head: bool = False,
     ) -> Any:
+        """The rows of ``sources``; of a classifier's classes, in its order, unless it may get a new head."""
         data = _as_written(data or self.data)
+        if self.task == "classification" and data.class_names is None and not new_head:
+            data = replace(data, class_names=class_names_of(model_config))
         longest = most_tokens(tokenizer, model_config)
         dataset = load_dataset_for(
             self.task,
@@ -53,6 +69,13 @@ class DataOptions:
             vocab_size=model_config.get_text_config().vocab_size,
             labelled=labelled,
         )
+        classes = len(dataset.class_names or ())
+        fits = new_head or not labelled or classes == model_config.num_labels
+        if self.task == "classification" and classifies(model_config) and not fits:
+            raise ValueError(
+                f"the data has {classes} classes and the model {model_config.num_labels}: name the model's, in their "
+                "order, with --class-names"
+            )
         if data.sequence_length > longest:
             err.print(f"sequence_length {data.sequence_length} is beyond the model's {longest} positions: used those")
         return dataset
@@ -115,6 +138,11 @@ class DeviceOptions:
         return device, self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
 
 
+def own_head(model_config: Any) -> Head:
+    """The head that a checkpoint has."""
+    return "classification" if classifies(model_config) else generating_head(model_config)
+
+
 def generating_head(model_config: Any) -> Head:
     return "seq2seq" if model_config.is_encoder_decoder else "causal"
 
@@ -122,7 +150,7 @@ def generating_head(model_config: Any) -> Head:
 def open_model(name: str, head: Head, device: torch.device, dtype: torch.dtype | str) -> PreTrainedModel:
     """The model on its device, with a word on the terminal while it loads."""
     with err.status("loading the model"):
-        return load_model(name, head, dtype).to(device)  # pyright: ignore[reportArgumentType]
+        return load_model(name, head, dtype, new_head=False).to(device)  # pyright: ignore[reportArgumentType]
 
 
 def check_folder(output: str | Path) -> None:

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from transformers import PretrainedConfig
 
 from lte import __version__
 from lte.cli.console import err, out
 from lte.cli.main import parse
-from lte.cli.options import DeviceOptions, generating_head, open_model
+from lte.cli.options import DeviceOptions, open_model, own_head
 from lte.cli.sweep import ROWS
 from lte.cli.train import SUMMARY
 from lte.evaluation.report.curves import gather
@@ -20,7 +19,6 @@ from lte.evaluation.report.page import Head, html, markdown, pngs
 from lte.evaluation.report.results import Results, read_results
 from lte.evaluation.report.routing import Routing, route
 from lte.evaluation.report.sections import sections
-from lte.surgery.loading import Head as ModelHead
 from lte.surgery.loading import load_config, load_tokenizer
 
 FORMATS = ("html", "md", "png")
@@ -131,14 +129,9 @@ def _files(sources: Sequence[str]) -> list[Path]:
 def _route(options: Report, name: str, text: str) -> Routing:
     device, dtype = options.where.resolve()
     config = load_config(name)
-    model = open_model(name, _model_head(config), device, dtype)
+    model = open_model(name, own_head(config), device, dtype)
     with err.status("reading the text"):
         return route(model, load_tokenizer(name), text, options.max_tokens)
-
-
-def _model_head(config: PretrainedConfig) -> ModelHead:
-    classifies = any("SequenceClassification" in name for name in config.architectures or ())
-    return "classification" if classifies else generating_head(config)
 
 
 def _head(options: Report, results: Results) -> Head:

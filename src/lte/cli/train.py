@@ -28,7 +28,7 @@ from lte.cli.options import DataOptions, DeviceOptions
 from lte.cli.progress import train_with_progress
 from lte.evaluation.evaluate import evaluate, label_metrics
 from lte.surgery.convert import densify, sparsify_
-from lte.surgery.loading import load_config, load_model, load_tokenizer
+from lte.surgery.loading import class_names_of, load_config, load_model, load_tokenizer
 from lte.surgery.method import Method
 from lte.training.arguments import LTETrainingArguments
 from lte.training.batches import split_held_out
@@ -230,14 +230,19 @@ def environment(device: torch.device) -> dict[str, str]:
 
 def _load_data(options: Train, config: Any, tokenizer: Any) -> tuple[Any, Any, Any]:
     """Training, held-out and calibration data (None: the trainer keeps rows out)."""
-    data = options.data.load(options.data.text, tokenizer, config)
+    load = partial(options.data.load, tokenizer=tokenizer, model_config=config, new_head=True)
+    data = load(options.data.text)
+    trained_on = class_names_of(config)
+    fits = options.data.task == "classification" and trained_on and set(data.class_names) <= set(trained_on)
+    if fits and options.data.data.class_names is None:
+        data = load(options.data.text, data=replace(options.data.data, class_names=trained_on))
     like_data = replace(options.data.data, class_names=data.class_names)
     calibration = None
     if options.calibration_text:
         evaluated = options.training.eval_strategy != "no"  # otherwise thresholds are all that is set on it
-        calibration = options.data.load(options.calibration_text, tokenizer, config, like_data, labelled=evaluated)
+        calibration = load(options.calibration_text, data=like_data, labelled=evaluated)
     if options.eval_text:
-        train_set, held_out = data, options.data.load(options.eval_text, tokenizer, config, like_data)
+        train_set, held_out = data, load(options.eval_text, data=like_data)
     else:
         train_set, held_out = split_held_out(data, options.held_out, options.training.seed)
     return train_set, held_out, calibration
@@ -266,7 +271,7 @@ def _load_sparse(
         labels = {"num_labels": len(class_names), "id2label": dict(enumerate(class_names))}
         labels["label2id"] = {name: index for index, name in enumerate(class_names)}
     with err.status("loading the model"):
-        head = options.data.head(config)
+        head = options.data.head(config, new=True)
         model = load_model(options.model, head, torch.float32 if dtype == "auto" else dtype, **labels)
         model.to(device)  # pyright: ignore[reportArgumentType]
     if not hasattr(model.config, "lte"):

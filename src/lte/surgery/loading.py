@@ -1,5 +1,6 @@
 """Loading a model and its tokenizer from a folder, a hub id or a GGUF file."""
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,25 +33,50 @@ def load_config(name: str) -> PretrainedConfig:
     return _explained(name, lambda: AutoConfig.from_pretrained(path, **kwargs))
 
 
-def load_model(name: str, head: Head = "causal", dtype: torch.dtype | str = "auto", **kwargs: Any) -> PreTrainedModel:
+def classifies(config: PretrainedConfig) -> bool:
+    """Whether a checkpoint has a head with one answer a row: classes, or a number."""
+    return any("ForSequenceClassification" in name for name in config.architectures or ())
+
+
+def class_names_of(config: PretrainedConfig) -> tuple[str, ...] | None:
+    """The names that a classifier was trained with, in order; None where it has none but numbers."""
+    labels: dict[Any, str] = config.id2label or {}
+    names = tuple(labels[i] for i in sorted(labels)) if classifies(config) else ()
+    return names if len(names) > 1 and not all(re.fullmatch(r"LABEL_\d+", name) for name in names) else None
+
+
+def load_model(
+    name: str,
+    head: Head = "causal",
+    dtype: torch.dtype | str = "auto",
+    *,
+    new_head: bool = True,
+    **kwargs: Any,
+) -> PreTrainedModel:
     """A model, dense or sparse.
 
     Args:
         name: a local folder, a ``.gguf`` file (dequantised on loading), or a hub id.
         head: which head it gets.
         dtype: of its weights; ``"auto"`` keeps the checkpoint's.
+        new_head: whether a checkpoint without this head gets one, untrained; else it is refused.
         kwargs: passed to ``from_pretrained``, e.g. ``num_labels``; a head with other labels is replaced by a new one.
 
     Raises:
         FileNotFoundError: no such folder or file, and the hub has no such id or cannot be reached.
-        ValueError: the folder holds no model, or a damaged one.
+        ValueError: the folder holds no model, or a damaged one, or one without the head.
     """
     path, gguf = _locate(name)
     if gguf and dtype == "auto":
         dtype = torch.float32
     if "num_labels" in kwargs:
         kwargs.setdefault("ignore_mismatched_sizes", True)  # e.g. a checkpoint trained on another task
-    model = _explained(name, lambda: _AUTO[head].from_pretrained(path, dtype=dtype, **gguf, **kwargs))
+    kwargs = {"dtype": dtype, **gguf, **kwargs}
+    model, report = _explained(name, lambda: _AUTO[head].from_pretrained(path, output_loading_info=True, **kwargs))
+    missing = [key for key in report["missing_keys"] if not key.startswith(f"{model.base_model_prefix}.")]
+    if missing and not new_head:
+        what = "classification" if head == "classification" else "language modelling"
+        raise ValueError(f"{name} has no head for {what} ({min(missing)} is missing): lte train gives it one")
     if gguf:
         forget_gguf_(model)
     return model

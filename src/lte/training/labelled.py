@@ -21,7 +21,7 @@ from lte.training.tokenise import BATCH_ROWS
 def classification_rows(
     sources: Source | Sequence[Source], tokenizer: PreTrainedTokenizerBase, config: DataConfig, labelled: bool
 ) -> PaddedRows:
-    """Labels are the places of their names in `class_names`."""
+    """Labels are the places of their names in `class_names`; in the rows they may be written as these places."""
     columns, labels = _texts_and_labels(sources, tokenizer, config, labelled)
     class_names = config.class_names
     if labelled:
@@ -29,6 +29,8 @@ def classification_rows(
         if len(class_names) < 2:
             raise ValueError(f"class_names needs two or more names, each once, not {class_names}")
         ids = {name: i for i, name in enumerate(class_names)}
+        if not ids.keys() & set(labels):  # their places are as good
+            ids = {str(i): i for i in range(len(class_names))}
         if unknown := sorted(set(labels) - set(ids)):
             raise ValueError(f"labels {', '.join(unknown)} are not among class_names, {', '.join(class_names)}")
         columns["labels"] = [ids[label] for label in labels]

@@ -1,0 +1,86 @@
+"""A model's own head: what commands do with one that classifies, and without one."""
+
+import json
+
+import pytest
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+from lte.cli.main import main
+
+STEPS = ["--max-steps", "60", "--learning-rate", "1e-2", "--per-device-train-batch-size", "8", "--save-strategy", "no"]
+TASK = ["--task", "classification"]
+
+
+def write(path, names):
+    rows = [{"text": f"{word} {n}", "label": name} for n in range(20) for word, name in names.items()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["--text", str(path)]
+
+
+@pytest.fixture(scope="module")
+def classifier(files, tmp_path_factory):
+    """Its classes are good and bad, which is not how they are sorted."""
+    folder = tmp_path_factory.mktemp("heads")
+    data = write(folder / "rows.jsonl", {"the": "good", "with": "bad"})
+    given = ["train", "--model", str(files / "bert"), *TASK, *data, "--class-names", "good", "bad", "--recipe", "dense"]
+    assert main([*given, *STEPS, "-o", str(folder / "model")]) == 0
+    return str(folder / "model"), data
+
+
+def accuracy(capsys, *given):
+    assert main(["eval", *given, "--json"]) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out.splitlines()[-1])["accuracy"]
+
+
+def refused(capsys, *given):
+    assert main([*given]) != 0
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_classes_are_in_the_models_order(classifier, tmp_path, capsys):
+    model, data = classifier
+    capsys.readouterr()
+    assert accuracy(capsys, model, *TASK, *data) == 1
+    assert accuracy(capsys, model, *TASK, *write(tmp_path / "one.jsonl", {"with": "bad"})) == 1
+    assert accuracy(capsys, model, *TASK, *write(tmp_path / "places.jsonl", {"the": "0", "with": "1"})) == 1
+    assert "labels worse are not among class_names, good, bad" in refused(
+        capsys, "eval", model, *TASK, *write(tmp_path / "other.jsonl", {"the": "good", "with": "worse"})
+    )
+
+
+def test_training_goes_on_with_its_classes(classifier, tmp_path, capsys):
+    model, data = classifier
+    given = ["train", "--model", model, *TASK, *data, "--recipe", "dense", "--max-steps", "1", "--learning-rate", "0"]
+    assert main([*given, "-o", str(tmp_path / "more"), "--save-strategy", "no", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["evaluation"]["accuracy"] == 1
+    assert AutoConfig.from_pretrained(tmp_path / "more").id2label == {0: "good", 1: "bad"}
+
+
+@pytest.mark.parametrize("command", [["sparsify"], ["prune", "--method", "magnitude"]])
+def test_converting_keeps_the_head(classifier, tmp_path, capsys, command):
+    model, data = classifier
+    target = ["--target-sparsity", "0.01"] if command[0] == "prune" else []
+    assert main([*command, "--model", model, *target, "-o", str(tmp_path / "made")]) == 0
+    capsys.readouterr()
+    assert accuracy(capsys, str(tmp_path / "made"), *TASK, *data) == 1
+
+
+def test_another_task_is_refused(classifier, files, tmp_path, capsys):
+    model, data = classifier
+    needs = "the model's head is for classification, but the task is language_modelling: give --task classification"
+    assert needs in refused(capsys, "eval", model, *data)
+    assert needs in refused(capsys, "sparsify", "--method", "cats", "--model", model, *data, "-o", str(tmp_path / "x"))
+    numbers = write(tmp_path / "numbers.jsonl", {"the": 1.5, "with": 2.5})
+    assert "but the task is regression" in refused(capsys, "eval", model, "--task", "regression", *numbers)
+    three = write(tmp_path / "three.jsonl", {"the": "a", "with": "b", "of": "c"})
+    assert "are not among class_names" in refused(capsys, "eval", model, *TASK, *three)
+
+
+def test_a_model_without_the_head_is_refused(files, tmp_path, capsys):
+    AutoModel.from_pretrained(files / "bert").save_pretrained(tmp_path / "bare")
+    AutoTokenizer.from_pretrained(files / "bert").save_pretrained(tmp_path / "bare")
+    bare = str(tmp_path / "bare")
+    data = write(tmp_path / "rows.jsonl", {"the": "good", "with": "bad"})
+    assert "has no head for classification" in refused(capsys, "eval", bare, *TASK, *data)
+    assert "has no head for language modelling" in refused(capsys, "eval", bare, "--text", str(files / "text.txt"))
+    assert "has no head for language modelling" in refused(capsys, "generate", bare, "--prompt", "hi")
