@@ -65,6 +65,22 @@ def test_converting_keeps_the_head(classifier, tmp_path, capsys, command):
     assert accuracy(capsys, str(tmp_path / "made"), *TASK, *data) == 1
 
 
+def test_a_regression_is_calibrated(files, tmp_path, capsys):
+    data = write(tmp_path / "rows.jsonl", {"the": 1.5, "with": 3.5, "of": 2.5})
+    task = ["--task", "regression"]
+    given = ["train", "--model", str(files / "bert"), *task, *data, "--target-sparsity", "0.5", "--expert-size", "8"]
+    assert main([*given, "--max-steps", "6", "--save-strategy", "no", "-o", str(tmp_path / "model")]) == 0
+    given = ["calibrate", str(tmp_path / "model"), *task, *data, "--target-sparsity", "0.3"]
+    assert main([*given, "-o", str(tmp_path / "other"), "--json"]) == 0
+    assert "pearson" in capsys.readouterr().out
+
+
+def test_the_models_own_folder_is_not_overwritten(classifier, capsys):
+    model, _ = classifier
+    for command in (["sparsify"], ["prune", "--method", "magnitude"]):
+        assert "is the model's own folder" in refused(capsys, *command, "--model", model, "-o", model)
+
+
 def test_another_task_is_refused(classifier, files, tmp_path, capsys):
     model, data = classifier
     needs = "the model's head is for classification, but the task is language_modelling: give --task classification"

@@ -49,6 +49,25 @@ def test_all_formats(rows, tmp_path):
     assert "| LTE | 5.38 | 4.65 | 6.59 | 0.12 (60%) at 50% sparse |" in text
 
 
+def test_a_name_with_dots(rows, tmp_path):
+    (tmp_path / "report.html").write_text("of another")
+    assert main(["report", rows, "-o", str(tmp_path / "report.v2.html"), "--format", "html,md"]) == 0
+    assert (tmp_path / "report.html").read_text() == "of another"
+    assert (tmp_path / "report.v2.html").exists()
+    assert (tmp_path / "report.v2.md").exists()
+
+
+def test_runs_that_diverged_are_failures(tmp_path):
+    some = [row("dense", 10), row("lte", 10.4, 0.5, 0.12), row("lte", float("nan"), 0.5, 0.12, seed=2)]
+    some += [row("cats", 1e304, 0.5, 0.15), row("dense", float("nan"), seed=2)]
+    rows = write(tmp_path / "rows.jsonl", some)
+    assert main(["report", str(rows), "-o", str(tmp_path / "r.md"), "--format", "md"]) == 0
+    text = (tmp_path / "r.md").read_text()
+    assert "perplexity is nan" in text
+    assert "perplexity is 1e+304" in text
+    assert "| LTE | 10.40 |" in text
+
+
 def test_a_folder_of_a_sweep_and_of_a_run(rows, tmp_path):
     assert main(["report", str(tmp_path), "-o", str(tmp_path / "a.md"), "--format", "md"]) == 0
     (tmp_path / "one").mkdir()

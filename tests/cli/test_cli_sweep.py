@@ -141,6 +141,10 @@ def test_the_table_has_every_quality(capsys):
         (["--vary", "seed=1", "--then", "eval --max-rows 0"], "max_rows is 0"),
         (["--vary", "seed=1", "--then", "train --seed 1"], "is no eval"),
         (["--vary", "seed=1", "--then", "eval --colour red"], "colour"),
+        (["--vary", "seed=1", "--then", "eval"], "does not say on what"),
+        (["--vary", "seed=1", "--then", "eval --text t.txt --generate"], "only the task generation"),
+        (["--vary", "seed=1,1"], "two runs would share the folder seed-1"),
+        (["--vary", "output-dir=a,b"], "output-dir cannot vary"),
     ],
 )
 def test_refused_before_anything_runs(files, tmp_path, capsys, monkeypatch, options, message):
@@ -151,6 +155,13 @@ def test_refused_before_anything_runs(files, tmp_path, capsys, monkeypatch, opti
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "new").exists()
+
+
+def test_a_row_that_was_cut_off(files, tmp_path, capsys):
+    (tmp_path / sweep.ROWS).write_text('{"run": {"seed": "1"}, "command": "lte tr')
+    arguments = [*base(files), "--target-sparsity", "0.5", "--vary", "seed=1", "-o", str(tmp_path)]
+    assert main(["sweep", *arguments]) != 0
+    assert "rows.jsonl line 1 is no row of a sweep" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -263,6 +274,13 @@ def test_a_grid_of_sparsities_of_a_trained_model(files, sparse, tmp_path, in_pro
     again = rows(folder)
     assert again[0] == found[0]
     assert again[1]["evaluation"] == found[1]["evaluation"]
+
+
+def test_a_run_that_diverged_has_failed(files, tmp_path, in_process):
+    given = ["sweep", *base(files), "--recipe", "dense", "--learning-rate", "1e30", "--max-grad-norm", "0"]
+    assert main([*given, "--device", "cpu", "--vary", "seed=1", "-o", str(tmp_path)]) == 1
+    (row,) = rows(tmp_path)
+    assert row["error"] == "the run diverged: its loss is nan"
 
 
 def test_a_failed_evaluation_of_a_model_made_at_once(files, tmp_path, in_process, capsys):

@@ -185,6 +185,7 @@ def test_options_of_a_command():
         ("lte train r.yaml --seed 3 -o out/3", "", "r.yaml"),
         ("lte train --text a/b.txt.gz --lr 1", "a/b, held out", "--text a/b.txt.gz --lr 1"),
         ("lte eval out/3 --text x/y/wiki2/test.npy", "wiki2/test", "--text x/y/wiki2/test.npy"),
+        ("lte eval out/3 --text d/wiki.valid.txt.gz", "d/wiki.valid", "--text d/wiki.valid.txt.gz"),
         ("lte eval out/3 --mmlu folder", "MMLU", "--mmlu folder"),
         ("lte sparsify --model m --text c -o d && lte eval d --text w/t.txt", "w/t", "--model m --text w/t.txt"),
     ],

@@ -84,6 +84,11 @@ def test_inputs_that_are_never_there_go_first():
     assert (models[lte.MagnitudeConfig][:, :16] == 100).all()
 
 
+@pytest.mark.parametrize(("sparsity", "pattern"), [(0.2, "4:5"), (0.3, "7:10"), (0.6667, "1:3")])
+def test_a_pattern_agrees_with_its_sparsity_to_rounding(sparsity, pattern):
+    assert lte.WandaConfig(sparsity, pattern).pattern == pattern
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -162,6 +162,13 @@ def test_resuming_with_other_steps_is_refused(tmp_path):
         trainer_for(tmp_path, max_steps=24).train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
 
 
+@pytest.mark.parametrize(("option", "value"), [("target_sparsity", 0.7), ("learning_rate", 0.0), ("seed", 1)])
+def test_resuming_with_other_options_is_refused(tmp_path, option, value):
+    trainer_for(tmp_path, save_strategy="steps", save_steps=6).train()
+    with pytest.raises(ValueError, match=f"the checkpoint's run has {option}"):
+        trainer_for(tmp_path, **{option: value}).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+
+
 def test_the_teacher_is_found_beside_the_checkpoint(tmp_path):
     trainer_for(tmp_path / "one", save_strategy="steps", save_steps=6).train()
     trainer_for(tmp_path / "two").train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-6"))

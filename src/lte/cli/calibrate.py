@@ -116,14 +116,15 @@ def _split(dataset: Any, rows: int, seed: int) -> tuple[Any, Any]:
 
 def _show(before: Evaluation, after: Evaluation, title: str) -> None:
     measured = {"before": before, "after": after}
-    quality = {
-        name: f"{one.accuracy:.4f}" if one.perplexity is None else f"{one.perplexity:.3f}"
-        for name, one in measured.items()
-    }
+    metric = next(name for name in ("perplexity", "accuracy", "pearson", "loss") if getattr(before, name) is not None)
+    digits = 3 if metric == "perplexity" else 4
     table(
         title,
-        ["", "accuracy" if before.perplexity is None else "perplexity", "sparsity", "GFLOPs per token"],
-        [[name, quality[name], f"{one.sparsity:.1%}", f"{one.gflops_per_token:.4g}"] for name, one in measured.items()],
+        ["", metric, "sparsity", "GFLOPs per token"],
+        [
+            [name, f"{getattr(one, metric):.{digits}f}", f"{one.sparsity:.1%}", f"{one.gflops_per_token:.4g}"]
+            for name, one in measured.items()
+        ],
     )
     for name, one in measured.items():
         out.print(f"layers {name}: {' '.join(f'{share:.2f}' for share in one.layer_sparsity)}", soft_wrap=True)

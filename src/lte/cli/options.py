@@ -153,14 +153,19 @@ def open_model(name: str, head: Head, device: torch.device, dtype: torch.dtype |
         return load_model(name, head, dtype, new_head=False).to(device)  # pyright: ignore[reportArgumentType]
 
 
-def check_folder(output: str | Path) -> None:
+def check_folder(output: str | Path, model: str | None = None) -> None:
     """Whether a model can be saved there: transformers says no more than a word in its log where it cannot.
 
+    Args:
+        model: that it is made from, and that is to be kept.
+
     Raises:
-        ValueError: it is a file.
+        ValueError: it is a file, or the model's own folder.
     """
     if Path(output).is_file():
         raise ValueError(f"output {output} is a file: give a folder")
+    if model is not None and Path(model).is_dir() and Path(output).resolve() == Path(model).resolve():
+        raise ValueError(f"output {output} is the model's own folder, which would be overwritten: give another one")
 
 
 def optimize_where_possible_(model: PreTrainedModel, backend: BackendName) -> None:

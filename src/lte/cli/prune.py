@@ -70,6 +70,6 @@ def main(argv: Sequence[str]) -> None:
 def parse_prune(argv: Sequence[str]) -> Prune:
     """The options, checked as far as they can be before a model is loaded."""
     options: Prune = parse(Prune, "prune", argv)
-    check_folder(options.output)
+    check_folder(options.output, options.model)
     options.config()  # refuses what is out of its range
     return options

@@ -67,10 +67,10 @@ def main(argv: Sequence[str]) -> None:
     pictures = pngs(parts, stem) if "png" in formats else {}
     written = list(pictures.values())
     if "html" in formats:
-        stem.with_suffix(".html").write_text(html(head, parts, routing), encoding="utf-8")
+        stem.with_name(f"{stem.name}.html").write_text(html(head, parts, routing), encoding="utf-8")
         written.insert(0, f"{stem.name}.html")
     if "md" in formats:
-        stem.with_suffix(".md").write_text(markdown(head, parts, pictures), encoding="utf-8")
+        stem.with_name(f"{stem.name}.md").write_text(markdown(head, parts, pictures), encoding="utf-8")
         written.append(f"{stem.name}.md")
     for run, reason in results.failures:
         err.print(f"failed run: {run}: {reason}", markup=False, soft_wrap=True)

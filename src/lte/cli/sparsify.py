@@ -65,7 +65,7 @@ def parse_sparsify(argv: Sequence[str]) -> Any:
     """The options and the method's, checked as far as they can be before a model is loaded."""
     config_class = TEALConfig if method_name(argv) == TEALConfig.name else method_in(argv)
     options = parse(with_method(Sparsify, config_class), "sparsify", argv)
-    check_folder(options.output)
+    check_folder(options.output, options.model)
     return options
 
 

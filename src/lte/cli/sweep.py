@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import queue
 import shlex
@@ -109,7 +110,7 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"jobs is {options.jobs}, but at least one run goes on at a time")
     folder = Path(options.output)
     runs = plan(name, options.vary, base, folder, options.then)
-    before = [json.loads(line) for line in _lines(folder / ROWS)]
+    before = _read(folder / ROWS)
     done = {row["command"]: row for row in before if "error" not in row}
     _check_same_options(runs, before, folder)
     todo = [run for run in runs if run.command not in done]
@@ -146,6 +147,8 @@ def plan(name: str, vary: Sequence[str], base: Sequence[str], folder: Path, eval
         option = option.removeprefix("--").replace("_", "-")
         if not option or not values or not all(values.split(",")):
             raise ValueError(f"{entry!r} does not say what varies: write an option and its values, seed=1,2,3")
+        if f"--{option}" == command.output:
+            raise ValueError(f"{option} cannot vary: each run has a folder of its own in that of the sweep")
         if option in grid:
             raise ValueError(f"{option} varies twice: give all its values at once, {option}=1,2,3")
         grid[option] = values.split(",")
@@ -159,7 +162,12 @@ def plan(name: str, vary: Sequence[str], base: Sequence[str], folder: Path, eval
     for one in evals:
         if shlex.split(one)[:1] != ["eval"]:
             raise ValueError(f"{one!r} is no eval: write it as for a shell without the model, 'eval --text FILE'")
-        parse_eval(["MODEL", *shlex.split(one)[1:]])
+        checked = parse_eval(["MODEL", *shlex.split(one)[1:]])
+        if not (checked.data.text or checked.questions.mmlu or checked.harness.tasks):
+            raise ValueError(f"{one!r} does not say on what: add --text FILE, --mmlu FOLDER or --tasks NAMES")
+    folders = [run.folder for run in runs]
+    if twice := next((one for one in folders if folders.count(one) > 1), None):
+        raise ValueError(f"two runs would share the folder {twice.name}: give each value once, and other names")
     return runs
 
 
@@ -205,6 +213,9 @@ def _execute(run: Run, environment: dict[str, str], discard_models: bool) -> Row
             if arguments[0] == "eval":
                 found.append(json.loads(done.stdout.splitlines()[-1]))
     row |= {"seconds": round(time.perf_counter() - began, 1), **_summary(run, found)}
+    loss = row["evaluation"].get("loss")
+    if loss is not None and not math.isfinite(loss):
+        return {name: row[name] for name in ("run", "command")} | {"error": f"the run diverged: its loss is {loss}"}
     if discard_models:
         for path in run.folder.iterdir():
             if path.is_dir():
@@ -245,8 +256,26 @@ def _environment(slot: int, jobs: int) -> dict[str, str]:
 def _check_same_options(runs: Sequence[Run], before: Sequence[Row], folder: Path) -> None:
     commands = {json.dumps(run.varied): run.command for run in runs}
     for row in before:
-        if commands.get(json.dumps(row["run"]), row["command"]) != row["command"]:
+        if "error" not in row and commands.get(json.dumps(row["run"]), row["command"]) != row["command"]:
             raise ValueError(f"{folder} holds {name_of(row)} made with other options: take another folder with -o")
+
+
+def _read(path: Path) -> list[Row]:
+    """The rows of a sweep so far.
+
+    Raises:
+        ValueError: a line that is none, as one that was cut off while it was written.
+    """
+    rows = []
+    for number, line in enumerate(_lines(path), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if not isinstance(row, dict) or not {"run", "command"} <= row.keys():
+            raise ValueError(f"{path} line {number} is no row of a sweep: take it out, and its run is done again")
+        rows.append(row)
+    return rows
 
 
 def _lines(path: Path) -> list[str]:

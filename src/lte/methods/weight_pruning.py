@@ -43,7 +43,7 @@ class MagnitudeConfig:
             )
         if self.pattern is not None and not 0 < self.kept_of[0] < self.kept_of[1]:
             raise ValueError(f"pattern is {self.pattern!r}, but it keeps N of every M weights, e.g. 2:4")
-        if self.pattern is not None and self.target_sparsity != 1 - self.kept_of[0] / self.kept_of[1]:
+        if self.pattern is not None and abs(self.target_sparsity - 1 + self.kept_of[0] / self.kept_of[1]) > 1e-3:
             raise ValueError(
                 f"pattern {self.pattern} is a sparsity of {1 - self.kept_of[0] / self.kept_of[1]:g}, "
                 f"but target_sparsity is {self.target_sparsity:g}: make them one"

@@ -3,6 +3,7 @@
 import functools
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -152,6 +153,13 @@ class LTETrainer(Trainer):
                     f"the checkpoint's run has {resumed['plan']} steps dense, soft and hard, and this one {plan}: "
                     "resume with the same number of steps and fractions"
                 )
+            options = _options_of(self.args)
+            for name, value in resumed.get("options", options).items():
+                if name in options and options[name] != value:
+                    raise ValueError(
+                        f"the checkpoint's run has {name} {value}, and this one {options[name]}: resume with the same "
+                        "options, or train anew in another folder"
+                    )
             self.eta = resumed["eta"]
             self.controller.integral, self.controller.gap = resumed["integral"], resumed.get("gap", 0.0)
             self._switch(resumed["stage"])
@@ -196,6 +204,7 @@ class LTETrainer(Trainer):
         controller = self.controller
         return {
             "stage": self.stage,
+            "options": _options_of(self.args),
             "plan": [self.plan.dense, self.plan.soft, self.plan.hard],
             "eta": float(self.eta),
             "integral": float(controller.integral),
@@ -494,6 +503,12 @@ class LTETrainer(Trainer):
     def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Where blocks are compiled, so is what lies between them."""
         return function if self._compilation is None else torch.compile(function, **self._compilation)
+
+
+def _options_of(args: LTETrainingArguments) -> dict[str, Any]:
+    """What makes another run of it: LTE's own options, the learning rate and the seed."""
+    own = [one.name for one in fields(args) if one.name not in TrainingArguments.__dataclass_fields__]
+    return {name: getattr(args, name) for name in (*own, "learning_rate", "seed")}
 
 
 class _Stages(TrainerCallback, ExportableState):

@@ -63,7 +63,10 @@ def task_of(options: Options) -> str:
     return _short(options["--text"]) + held_out
 
 
+_STORED = re.compile(r"(\.(txt|jsonl|json|csv|tsv|parquet|npy|gz))+$")
+
+
 def _short(sources: str) -> str:
     """The last two parts of each path, without what says how it is stored."""
     parts = [Path(source).parts[-2:] for source in sources.split()]
-    return " ".join("/".join([*folder, name.split(".")[0]]).lstrip("/") for *folder, name in parts)
+    return " ".join("/".join([*folder, _STORED.sub("", name)]).lstrip("/") for *folder, name in parts)

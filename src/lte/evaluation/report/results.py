@@ -34,6 +34,9 @@ class Metric:
         return value - dense if self.lower else dense - value
 
 
+_DIVERGED = 1e9
+"""A quality from here on, or NaN, is that of a run that diverged: nothing can be drawn beside it."""
+
 ACCURACY = Metric("accuracy", "accuracy, %", 1.0, scale=100)
 METRICS = (
     Metric("perplexity", "perplexity", 0.5, lower=True),
@@ -123,7 +126,9 @@ def read_results(files: Iterable[Path]) -> Results:
                 found.benches.append(row)
                 found.failures += [(row["command"], str(one["error"])) for one in row["rows"] if "error" in one]
             elif measured := list(_measurements(row)):
-                found.measurements += measured
+                diverged = [one for one in measured if not abs(one.value) < _DIVERGED]
+                found.measurements += [one for one in measured if one not in diverged]
+                found.failures += [(_run(row), f"{one.metric.name} is {one.value:g}") for one in diverged]
                 done.add(row.get("command"))
             else:
                 found.others += 1
