@@ -69,3 +69,8 @@ def test_refusals(files, sparse, tmp_path, capfd):
     assert "sparsify_" in refused(capfd, files / "llama", "--prompt", "a", "--backend", "reference")
     assert "backend 'triton' cannot run here" in refused(capfd, sparse, "--prompt", "a", "--backend", "triton")
     assert "nonsense" in refused(capfd, sparse, "--prompt", "a", "--backend", "nonsense")
+
+
+def test_more_than_the_models_positions_is_refused(sparse, capfd):
+    said = refused(capfd, sparse, "--prompt", "1 and 2", "--max-new-tokens", "250")
+    assert "and --max-new-tokens 250 are beyond the model's 256 positions" in said

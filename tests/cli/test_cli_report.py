@@ -57,6 +57,20 @@ def test_a_name_with_dots(rows, tmp_path):
     assert (tmp_path / "report.v2.md").exists()
 
 
+def test_tasks_of_any_script_have_pictures_of_their_own(tmp_path):
+    some = [
+        row(method, 10, s, 0.2 - s / 10, data=f"数据/{name}.txt")
+        for name in ("测试", "验证")
+        for method, s in (("dense", 0), ("lte", 0.5))
+    ]
+    for one, count in zip(some, (1000, 1000, 900, 900), strict=True):
+        one["evaluation"]["num_tokens"] = count
+    rows = write(tmp_path / "rows.jsonl", some)
+    assert main(["report", str(rows), "-o", str(tmp_path / "r.md"), "--format", "md,png"]) == 0
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", (tmp_path / "r.md").read_text())
+    assert len(pictures) == len(set(pictures)) > 3
+
+
 def test_runs_that_diverged_are_failures(tmp_path):
     some = [row("dense", 10), row("lte", 10.4, 0.5, 0.12), row("lte", float("nan"), 0.5, 0.12, seed=2)]
     some += [row("cats", 1e304, 0.5, 0.15), row("dense", float("nan"), seed=2)]

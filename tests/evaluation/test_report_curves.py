@@ -135,6 +135,13 @@ def test_quality_at_a_cost():
     assert at_cost([], 0.1, PERPLEXITY) is None
 
 
+def test_seeds_of_models_with_other_layers_have_a_mean(tasks):
+    other = row("lte", 12, 0.5, 0.1, seed=2)
+    other["evaluation"]["layer_sparsity"] = [0.5]
+    (task,) = tasks(row("dense", 10), row("lte", 11, 0.5, 0.1), other)
+    assert [point.value for curve in task.curves for point in curve.points] == [11.5]
+
+
 def test_where_lte_leads_and_where_not(tasks):
     (task,) = tasks(
         row("dense", 10),

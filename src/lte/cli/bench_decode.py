@@ -1,6 +1,7 @@
 """``lte bench decode``: a whole model, dense against sparse, decoding as ``generate`` does."""
 
 import copy
+import os
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from lte.inference.timing import memory_bandwidth
 from lte.methods.lte import LTEConfig
 from lte.modules.sparse_ffn import Selecting
 from lte.surgery.convert import set_mode_, sparsify_
+from lte.surgery.cost import meta_model
 
 _FEWEST_TOKENS = 8  # a step is run four times before its CUDA graph is there
 
@@ -121,9 +123,26 @@ def _model(options: Decode, device: torch.device) -> tuple[PreTrainedModel, bool
     """The model, and whether its routers are trained."""
     dtype = getattr(torch, options.dtype)
     if options.model is None:
+        if device.type == "cpu":
+            _check_memory(options.shape, dtype)
         return random_model(shape_config(options.shape), dtype, device, options.seed), False
     model = open_model(options.model, "causal", device, dtype)
     return model, any(isinstance(module, Selecting) for module in model.modules())
+
+
+def _check_memory(shape: str, dtype: torch.dtype) -> None:
+    """Whether the dense and the sparse model fit; a system without memory ends a process without a word.
+
+    Raises:
+        ValueError: they do not.
+    """
+    weights = sum(one.numel() for one in meta_model(shape_config(shape)).parameters())
+    needed, free = 2 * weights * dtype.itemsize, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > 0.9 * free:
+        raise ValueError(
+            f"two models of {shape} take {needed / 1e9:.0f} GB, and this machine has {free / 1e9:.0f} GB: "
+            "give a smaller --shape, e.g. smollm2-135m"
+        )
 
 
 _COLUMNS: dict[str, Callable[[Row], str]] = {

@@ -40,7 +40,10 @@ def training_of(name: str, method: str) -> dict[str, Any]:
     made = "dense" if trained.get("recipe") == "dense" else (trained.get("method") or {}).get("method")
     if made != method:
         return {}
-    return {"trained_by": trained["command"], **{name: trained[name] for name in ("seed", "recipe", "steps")}}
+    return {
+        "trained_by": trained.get("command", ""),
+        **{name: trained.get(name) for name in ("seed", "recipe", "steps")},
+    }
 
 
 def _method(config: PretrainedConfig, spent: Spent) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from lte.cli.options import DeviceOptions, Model, generating_head, open_model, o
 from lte.inference.completions import GREEDY, Completion, complete, completions_sparsity, stop_ids
 from lte.ops.sparse_ffn import BackendName
 from lte.surgery.loading import load_config, load_tokenizer
+from lte.training.tokenise import most_tokens
 
 
 @dataclass
@@ -79,6 +80,13 @@ def main(argv: Sequence[str]) -> None:
         _encode(tokenizer, prompts[first : first + options.batch_size], options, bool(config.is_encoder_decoder))
         for first in range(0, len(prompts), options.batch_size)
     ]
+    longest, positions = max(batch["input_ids"].shape[1] for batch in batches), most_tokens(tokenizer, config)
+    asked = longest if config.is_encoder_decoder else longest + options.max_new_tokens
+    if asked > positions:
+        raise ValueError(
+            f"a prompt of {longest} tokens and --max-new-tokens {options.max_new_tokens} are beyond the model's "
+            f"{positions} positions: give less of either"
+        )
     mode = config.lte["mode"] if hasattr(config, "lte") else "dense"
     if mode == "hard" or options.backend != "auto":
         optimize_where_possible_(model, options.backend)

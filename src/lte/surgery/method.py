@@ -109,7 +109,7 @@ class Method:
         Raises:
             ValueError: there is none.
         """
-        cls = Method._by_name.get(name or "")
+        cls = Method._by_name.get(str(name))
         if cls is None:
             raise ValueError(f"unknown method {name!r}: this version of lte knows {', '.join(sorted(Method._by_name))}")
         return cls

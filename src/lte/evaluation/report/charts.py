@@ -17,7 +17,7 @@ ARROW = ((-0.1, -1), (0.1, -1), (0.1, 0), (0.45, 0), (0, 1), (-0.45, 0), (-0.1, 
 
 def slug(text: str) -> str:
     """As a part of a file name or an id."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    return re.sub(r"[\W_]+", "-", text.lower()).strip("-")
 
 
 def describe(point: Point, task: Task, title: str) -> str:

@@ -137,6 +137,7 @@ def _point(runs: Sequence[Measurement]) -> Point:
     def mean(name: str) -> float:
         return statistics.mean(map(attrgetter(name), runs))
 
+    layers = [one.layer_sparsity for one in runs if len(one.layer_sparsity) == len(runs[0].layer_sparsity)]
     return Point(
         method=runs[0].method,
         steps=runs[0].steps,
@@ -147,9 +148,7 @@ def _point(runs: Sequence[Measurement]) -> Point:
         sparsity=mean("sparsity"),
         gflops=mean("gflops"),
         beyond_ffn=runs[0].beyond_ffn,
-        layer_sparsity=tuple(
-            map(statistics.mean, zip(*(one.layer_sparsity for one in runs if one.layer_sparsity), strict=True))
-        ),
+        layer_sparsity=tuple(map(statistics.mean, zip(*layers, strict=True))),
     )
 
 

@@ -198,7 +198,7 @@ def _measured(row: Row, one: Row, commands: list[Options]) -> Iterator[Measureme
             value=metric.scale * value,
             sparsity=zeros if pruned else float(one["sparsity"]),
             gflops=float(one["gflops_per_token"]),
-            gflops_dense=float(one.get("gflops_per_token_dense", one["gflops_per_token"])),
+            gflops_dense=float(one.get("gflops_per_token_dense") or one["gflops_per_token"]),
             layer_sparsity=tuple(one.get("layer_sparsity") or ()),
             beyond_ffn="weights" if pruned else "inputs" if one.get("attention_sparsity") else "",
         )
@@ -209,7 +209,7 @@ def _qualities(one: Row, task: str) -> Iterator[tuple[Metric, float, str, int, s
     unit = next((unit for unit in ("prompts", "questions", "tokens") if f"num_{unit}" in one), "tokens")
     for metric in METRICS:
         if one.get(metric.name) is not None:
-            count = int(one.get(f"num_{unit}", 0))
+            count = int(one.get(f"num_{unit}") or 0)
             yield metric, float(one[metric.name]), task, count, "labels" if unit == "tokens" else unit
     for name, values in (one.get("results") or {}).items():
         if "acc,none" in values:
