@@ -1,7 +1,7 @@
 import pytest
 import torch
 from torch.utils.data import default_collate
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BartConfig, BartForSequenceClassification, BertConfig, BertForSequenceClassification
 
 import lte
 from lte.modules.recording import TokenMasks, sparse_layers
@@ -273,3 +273,21 @@ def test_a_wrapped_model_is_understood(t5):
 def test_a_dense_model_has_nothing_to_record():
     with pytest.raises(ValueError, match="sparsify_"), lte.record_scores(torch.nn.Linear(2, 2)):
         pass
+
+
+def test_the_decoder_of_a_classifier_reads_the_text_shifted_right():
+    config = BartConfig(
+        vocab_size=48, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32, decoder_ffn_dim=32,
+        encoder_attention_heads=2, decoder_attention_heads=2, pad_token_id=0, eos_token_id=2, dropout=0.0,
+    )  # fmt: skip
+    model = lte.sparsify_(BartForSequenceClassification(config).eval(), lte.LTEConfig(expert_size=8, grouping="random"))
+    lte.set_mode_(model, "hard")
+    ids = torch.randint(3, 48, (2, 6), generator=torch.Generator().manual_seed(0))
+    ids[:, -1] = 2
+    found = []
+    for padding in (0, 20):
+        inputs = torch.nn.functional.pad(ids, (0, padding))
+        with torch.no_grad(), lte.track_sparsity(model) as meter:
+            model(inputs, attention_mask=inputs.ne(0).long(), labels=torch.zeros(2, dtype=torch.long))
+        found.append(meter.by_layer)
+    assert found[1] == pytest.approx(found[0], abs=1e-6)

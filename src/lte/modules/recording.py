@@ -55,11 +55,14 @@ class TokenMasks:
         given = dict(kwargs)
         if args:
             given |= inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        decoder_mask = given.get("decoder_attention_mask")
+        mask, decoder_mask = given.get("attention_mask"), given.get("decoder_attention_mask")
         labels = given.get("labels")
-        if decoder_mask is None and self.encoder_decoder and isinstance(labels, Tensor) and labels.ndim == 2:
-            decoder_mask = labels.ne(-100)  # the decoder reads the labels shifted right
-        self._masks = {"encoder": given.get("attention_mask"), "decoder": decoder_mask}
+        if decoder_mask is None and self.encoder_decoder:
+            if isinstance(labels, Tensor) and labels.ndim == 2:
+                decoder_mask = labels.ne(-100)  # the decoder reads the labels shifted right
+            elif given.get("decoder_input_ids") is None and isinstance(mask, Tensor) and mask.ndim == 2:
+                decoder_mask = nn.functional.pad(mask, (1, -1), value=1)  # a classifier's reads the text, shifted right
+        self._masks = {"encoder": mask, "decoder": decoder_mask}
 
     def is_decoder(self, name: str) -> bool:
         """Whether layer ``name`` sees the decoder's tokens rather than the encoder's."""
