@@ -203,8 +203,6 @@ def parse_eval(argv: Sequence[str]) -> Eval:
             raise ValueError(f"{name} is {value}: give at least 1")
     if options.harness.num_fewshot is not None and options.harness.num_fewshot < 0:
         raise ValueError(f"num_fewshot is {options.harness.num_fewshot}: give at least 0")
-    if options.generate and options.data.task != "generation":
-        raise ValueError(f"only the task generation can be generated, not {options.data.task}: give --task generation")
     if options.predictions:
         if not options.generate:
             raise ValueError("there are no predictions to write without --generate")
@@ -223,6 +221,8 @@ def parse_eval(argv: Sequence[str]) -> Eval:
             "tasks of lm_eval bring their own data: leave --text, --task and --generate away, and use --limit for "
             "--max-rows"
         )
+    if options.generate and options.data.task != "generation":
+        raise ValueError(f"only the task generation can be generated, not {options.data.task}: give --task generation")
     return options
 
 

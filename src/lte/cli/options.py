@@ -84,8 +84,6 @@ class DataOptions:
         self, tokenizer: Any, model_config: Any, max_prompts: int | None
     ) -> tuple[dict[str, list[str]], PaddedRows]:
         """Each prompt of ``text`` once, with all its completions; and these rows as ``load`` gives them."""
-        if self.task != "generation":
-            raise ValueError(f"only the task generation can be generated, not {self.task}: give --task generation")
         data = _as_written(self.data)
         texts = load_prompts(_given(self.text), data, tokenizer)
         references = dict(islice(group_references(*texts).items(), max_prompts))
