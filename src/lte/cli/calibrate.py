@@ -99,9 +99,7 @@ def _output(options: Calibrate) -> Path:
     folder = Path(options.model if options.output is None else options.output)
     if options.in_place and not folder.is_dir():
         raise ValueError(f"{options.model} is no folder to save to: give -o FOLDER")
-    if not options.in_place and folder.resolve() == Path(options.model).resolve():
-        raise ValueError(f"{folder} is the model's own folder: give another one, or --in-place")
-    check_folder(folder)
+    check_folder(folder, None if options.in_place else options.model, "give another one, or --in-place")
     return folder
 
 

@@ -73,7 +73,6 @@ def main(argv: Sequence[str]) -> None:
     device, dtype = options.where.resolve()
     config = load_config(options.model)
     tokenizer = load_tokenizer(options.model)
-    model = open_model(options.model, generating_head(config), device, dtype).eval()
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     batches = [
@@ -87,6 +86,7 @@ def main(argv: Sequence[str]) -> None:
             f"a prompt of {longest} tokens and --max-new-tokens {options.max_new_tokens} are beyond the model's "
             f"{positions} positions: give less of either"
         )
+    model = open_model(options.model, generating_head(config), device, dtype).eval()
     mode = config.lte["mode"] if hasattr(config, "lte") else "dense"
     if mode == "hard" or options.backend != "auto":
         optimize_where_possible_(model, options.backend)

@@ -46,6 +46,10 @@ class DataOptions:
                 raise ValueError(f"the model's head is for {own}, but the task is {self.task}: give --task {own}")
         return "classification" if self.task in ("classification", "regression") else generating_head(model_config)
 
+    def kept_head(self, model_config: Any) -> Head:
+        """The head of a model that is converted: its own, where no data says what it is for."""
+        return self.head(model_config) if self.text else own_head(model_config)
+
     def load(
         self,
         sources: tuple[str, ...],
@@ -151,19 +155,20 @@ def open_model(name: str, head: Head, device: torch.device, dtype: torch.dtype |
         return load_model(name, head, dtype, new_head=False).to(device)  # pyright: ignore[reportArgumentType]
 
 
-def check_folder(output: str | Path, model: str | None = None) -> None:
+def check_folder(output: str | Path, model: str | None = None, instead: str = "give another one") -> None:
     """Whether a model can be saved there: transformers says no more than a word in its log where it cannot.
 
     Args:
         model: that it is made from, and that is to be kept.
+        instead: what to do where these two are one folder.
 
     Raises:
         ValueError: it is a file, or the model's own folder.
     """
     if Path(output).is_file():
         raise ValueError(f"output {output} is a file: give a folder")
-    if model is not None and Path(model).is_dir() and Path(output).resolve() == Path(model).resolve():
-        raise ValueError(f"output {output} is the model's own folder, which would be overwritten: give another one")
+    if model is not None and Path(output).resolve() == Path(model).resolve():
+        raise ValueError(f"{output} is the model's own folder: {instead}")
 
 
 def optimize_where_possible_(model: PreTrainedModel, backend: BackendName) -> None:

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from lte.cli.console import err, out, print_json
 from lte.cli.main import parse
-from lte.cli.options import DataOptions, DeviceOptions, Output, check_folder, open_model, own_head
+from lte.cli.options import DataOptions, DeviceOptions, Output, check_folder, open_model
 from lte.methods.weight_pruning import MagnitudeConfig, WandaConfig, prune_, weight_sparsity
 from lte.surgery.cost import cost_per_token
 from lte.surgery.loading import load_config, load_tokenizer
@@ -43,13 +43,11 @@ def main(argv: Sequence[str]) -> None:
     options = parse_prune(argv)
     device, dtype = options.where.resolve()
     config, tokenizer = load_config(options.model), load_tokenizer(options.model)
-    batches = None
+    head, batches = options.data.kept_head(config), None
     if options.method == "wanda":
         dataset = options.data.load(options.data.text, tokenizer, config, labelled=False)
         batches = DataLoader(dataset, batch_size=1, collate_fn=dataset.collator)
-    model = open_model(
-        options.model, options.data.head(config) if options.data.text else own_head(config), device, dtype
-    )
+    model = open_model(options.model, head, device, dtype)
     with err.status("pruning"):
         prune_(model, options.config(), batches)
     model.save_pretrained(options.output)

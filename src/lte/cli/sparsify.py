@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from lte.cli.console import err, out, track
 from lte.cli.main import parse
 from lte.cli.method_options import method_in, method_name, with_method
-from lte.cli.options import DataOptions, DeviceOptions, Output, check_folder, open_model, own_head
+from lte.cli.options import DataOptions, DeviceOptions, Output, check_folder, open_model
 from lte.methods.teal import teal_
 from lte.modules.recording import sparse_layers
 from lte.surgery.convert import sparsify_
@@ -48,13 +48,11 @@ def main(argv: Sequence[str]) -> None:
     device, dtype = options.where.resolve()
     config = load_config(options.model)
     tokenizer = load_tokenizer(options.model)
-    batches = []
+    head, batches = options.data.kept_head(config), []
     if isinstance(method, TEALConfig) or method.needs_activations or method.fit_tokens:
         dataset = options.data.load(options.data.text, tokenizer, config, labelled=False)
         batches = DataLoader(dataset, batch_size=1, collate_fn=dataset.collator)
-    model = open_model(
-        options.model, options.data.head(config) if options.data.text else own_head(config), device, dtype
-    )
+    model = open_model(options.model, head, device, dtype)
     made = _teal_(model, method, batches) if isinstance(method, TEALConfig) else _sparsify_(model, method, batches)
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)

@@ -67,19 +67,19 @@ def evaluate(
     shifted = not model.config.is_encoder_decoder
     labelled: list[tuple[Tensor, Tensor]] = []  # logits [B, C] and labels [B], of a head that has one answer a row
     with measure(model) as meter:
-        for batch in progress(DataLoader(dataset, batch_size=batch_size, collate_fn=dataset.collator)):
-            for inputs in _passes(model, batch):
-                labels = inputs.pop("labels") if shifted else inputs["labels"]  # a decoder's inputs are made of them
-                logits = model(**inputs).logits
-                if logits.ndim == 2:
-                    real = labels != -100
-                    labelled.append((logits[real].float().cpu(), labels[real].cpu()))
-                    continue
-                if shifted:
-                    logits, labels = logits[:, :-1], labels[:, 1:]
-                for row, row_labels in zip(logits, labels, strict=True):  # one at a time: a vocabulary in fp32 is large
-                    loss += F.cross_entropy(row.float(), row_labels, ignore_index=-100, reduction="sum").item()
-                    count += int((row_labels != -100).sum())
+        batches = progress(DataLoader(dataset, batch_size=batch_size, collate_fn=dataset.collator))
+        for inputs in _passes(model, batches):
+            labels = inputs.pop("labels") if shifted else inputs["labels"]  # a decoder's inputs are made of them
+            logits = model(**inputs).logits
+            if logits.ndim == 2:
+                real = labels != -100
+                labelled.append((logits[real].float().cpu(), labels[real].cpu()))
+                continue
+            if shifted:
+                logits, labels = logits[:, :-1], labels[:, 1:]
+            for row, row_labels in zip(logits, labels, strict=True):  # one at a time: a vocabulary in fp32 is large
+                loss += F.cross_entropy(row.float(), row_labels, ignore_index=-100, reduction="sum").item()
+                count += int((row_labels != -100).sum())
     model.train(was_training)
     count += sum(len(labels) for _, labels in labelled)
     if count == 0:
@@ -91,17 +91,18 @@ def evaluate(
     return Evaluation(**quality, num_tokens=count, **vars(spent(model, meter)))
 
 
-def _passes(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """The batch ``[B, T]`` on the model's device, in parts whose logits stay within ``_MAX_LOGITS``."""
-    head, B = model.get_output_embeddings(), len(batch["labels"])
-    each = batch["labels"][0].numel() * head.weight.shape[0] if isinstance(head, nn.Linear) else 1
-    rows = max(1, _MAX_LOGITS // each)
-    for start in range(0, B, rows):
-        part = slice(start, start + rows)
-        yield {
-            name: (value[part] if value.ndim and len(value) == B else value).to(model.device)
-            for name, value in batch.items()
-        }
+def _passes(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Batches ``[B, T]`` on the model's device, in parts whose logits stay within ``_MAX_LOGITS``."""
+    head = model.get_output_embeddings()
+    for batch in batches:
+        B, labels = len(batch["labels"]), batch["labels"][0].numel()
+        rows = max(1, _MAX_LOGITS // (labels * head.weight.shape[0])) if isinstance(head, nn.Linear) else B
+        for start in range(0, B, rows):
+            part = slice(start, start + rows)
+            yield {
+                name: (value[part] if value.ndim and len(value) == B else value).to(model.device)
+                for name, value in batch.items()
+            }
 
 
 def label_metrics(logits_BC: Tensor, labels_B: Tensor) -> dict[str, Any]:

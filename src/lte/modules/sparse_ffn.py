@@ -43,12 +43,6 @@ class Selecting(nn.Module):
         if self.compensation is not None:
             self.compensation.reset(generator)
 
-    def requires_grad_of_its_own_(self, requires_grad: bool) -> None:
-        """Whether what is not the dense model's, router and compensation, is to be trained."""
-        for module in (self.router, self.compensation):
-            if module is not None:
-                module.requires_grad_(requires_grad)
-
     def set_mode(self, mode: Mode) -> None:
         """Switch the mode.
 

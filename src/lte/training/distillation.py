@@ -148,8 +148,14 @@ def predicts(labels: Tensor | None, logits: Tensor, causal: bool) -> Tensor | No
 
 def is_causal(model: nn.Module) -> bool:
     """Whether the model, or the one that it wraps, learns to predict the next token."""
+    inner = _by_causal_loss(model)
+    return inner is not None and not inner.config.is_encoder_decoder
+
+
+def _by_causal_loss(model: nn.Module) -> PreTrainedModel | None:
+    """The model inside its wrappers, if its loss is ``ForCausalLMLoss``."""
     inner = next((one for one in model.modules() if isinstance(one, PreTrainedModel)), None)
-    return inner is not None and inner.loss_function is ForCausalLMLoss and not inner.config.is_encoder_decoder
+    return inner if inner is not None and inner.loss_function is ForCausalLMLoss else None
 
 
 def head_error(student: Tensor, teacher: Tensor, problem: str | None) -> Tensor:
@@ -178,8 +184,8 @@ def causal_loss(model: nn.Module, loss: Callable[..., Tensor] | None) -> Iterato
         model: or a wrapper around it.
         loss: None changes nothing.
     """
-    inner = next((one for one in model.modules() if isinstance(one, PreTrainedModel)), None)
-    if loss is None or inner is None or inner.loss_function is not ForCausalLMLoss:
+    inner = None if loss is None else _by_causal_loss(model)
+    if inner is None:
         yield
         return
     inner.loss_function = loss

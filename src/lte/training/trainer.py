@@ -3,7 +3,7 @@
 import functools
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -94,7 +94,9 @@ class LTETrainer(Trainer):
             )
         layers = sparse_layers(model).values()  # says what to do if there are none
         for layer in layers:  # a run before may have frozen them, and the optimizer is made before the stages begin
-            layer.requires_grad_of_its_own_(True)
+            layer.router.requires_grad_(True)
+            if layer.compensation is not None:
+                layer.compensation.requires_grad_(True)
         self._linear = all(layer.router.is_linear for layer in layers)
         self._causal = is_causal(cast(nn.Module, model))
         self.method = Method.from_dict(cast(Any, model).config.lte)
@@ -122,12 +124,8 @@ class LTETrainer(Trainer):
         elif self.label_smoother is not None:  # Trainer knows by its class's name that a model is causal
             self.label_smoother = functools.partial(self.label_smoother, shift_labels=True)
         self.plan = StagePlan(0, 0, 0)
-        self.stage: Stage | None = None
         self.progress = 0.0
-        self.teacher: nn.Module | None = None
-        self.eta: float | Tensor = args.eta or 0.0
-        self.controller = SparsityController(args.target_sparsity or 0.0, ramp=args.sparsity_ramp)
-        self.step_log = StepLog()
+        self._forget()
         self._resumed_in: Path | None = None
         self._found: tuple[Any, Any, dict[str, Any]] = (None, None, {})
         self._flops_per_token: int | None = None
@@ -142,12 +140,10 @@ class LTETrainer(Trainer):
         """Called when training begins, with what a checkpoint remembers of the run, or None."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             check_sharded(self.plan, self.method, self.args, self._unwrapped.config.lte.get("grouped", True))
-        self.stage, self.teacher, self.eta = None, None, self.args.eta or 0.0
-        self.controller = SparsityController(self.args.target_sparsity or 0.0, ramp=self.args.sparsity_ramp)
-        self.step_log = StepLog()
+        self._forget()
         keep_dtypes(cast(nn.Module, self.model_wrapped))
         if resumed:
-            plan = [self.plan.dense, self.plan.soft, self.plan.hard]
+            plan = [*astuple(self.plan)]
             if resumed.get("plan", plan) != plan:
                 raise ValueError(
                     f"the checkpoint's run has {resumed['plan']} steps dense, soft and hard, and this one {plan}: "
@@ -172,6 +168,14 @@ class LTETrainer(Trainer):
                         self._compilation,
                         self._teacher_dtype,
                     )
+
+    def _forget(self) -> None:
+        """What a run knows before its first step, though the trainer may have run before."""
+        self.stage: Stage | None = None
+        self.teacher: nn.Module | None = None
+        self.eta: float | Tensor = self.args.eta or 0.0
+        self.controller = SparsityController(self.args.target_sparsity or 0.0, ramp=self.args.sparsity_ramp)
+        self.step_log = StepLog()
 
     def begin_step(self, step: int) -> None:
         """Called before each optimizer step: change the stage when it is time, sharpen the routers."""
@@ -205,7 +209,7 @@ class LTETrainer(Trainer):
         return {
             "stage": self.stage,
             "options": _options_of(self.args),
-            "plan": [self.plan.dense, self.plan.soft, self.plan.hard],
+            "plan": [*astuple(self.plan)],
             "eta": float(self.eta),
             "integral": float(controller.integral),
             "gap": float(controller.gap),

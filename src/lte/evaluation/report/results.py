@@ -126,9 +126,11 @@ def read_results(files: Iterable[Path]) -> Results:
                 found.benches.append(row)
                 found.failures += [(row["command"], str(one["error"])) for one in row["rows"] if "error" in one]
             elif measured := list(_measurements(row)):
-                diverged = [one for one in measured if not abs(one.value) < _DIVERGED]
-                found.measurements += [one for one in measured if one not in diverged]
-                found.failures += [(_run(row), f"{one.metric.name} is {one.value:g}") for one in diverged]
+                for one in measured:
+                    if abs(one.value) < _DIVERGED:
+                        found.measurements.append(one)
+                    else:
+                        found.failures.append((_run(row), f"{one.metric.name} is {one.value:g}"))
                 done.add(row.get("command"))
             else:
                 found.others += 1
