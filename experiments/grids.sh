@@ -66,10 +66,10 @@ headline) sweep "${wikitext2[@]}" --vary target-sparsity=0.5,0.7,0.85 seed=42,1,
 comparison) sweep "${wikitext2[@]}" --max-steps 600 --vary target-sparsity=0.5,0.85,0.7,0.3 method=$trained ;;
 ablation) # the recipe without one thing at a time
     for without in compensation-rank=0 sparsity-ramp=1 learning-rate=3e-4 lr-scheduler-kwargs='{"power":1}' \
-        restart-hard=True router-start=random grouping=kmeans expert-size=32 distillation-weight=0 hardness=0 \
-        temperature=1 "grouping=kmeans hardness=0"; do
-        name=ablation/${without// /+}
-        sweep "${wikitext2[@]}" --max-steps 600 --vary target-sparsity=0.5,0.7,0.85 $without
+        restart-hard=True router-start=random grouping=coactivation expert-size=32 distillation-weight=0 \
+        temperature=1; do
+        name=ablation/$without
+        sweep "${wikitext2[@]}" --max-steps 600 --vary target-sparsity=0.5,0.7,0.85 "$without"
     done ;;
 set) # on the dense model, without training
     command=(sparsify)

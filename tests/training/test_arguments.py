@@ -17,7 +17,7 @@ def test_the_paper_literally(tmp_path):
     assert args.separability_weight == 0.5
     assert args.router_learning_rate == 1e-2
     assert args.router_weight_decay == 0.1
-    assert (args.router_bias, args.temperature, args.hardness, args.distillation_weight) == (0, 1, 0, 0)
+    assert (args.router_bias, args.temperature, args.distillation_weight) == (0, 1, 0)
     assert args.eta == 0.3
     assert args.target_sparsity is None
     assert args.get_warmup_steps(100) == 6
@@ -36,8 +36,8 @@ def test_a_recipe_fills_what_is_not_given(tmp_path, recipe, needs):
 
 
 def test_a_zero_overrides_a_recipe(tmp_path):
-    args = arguments(tmp_path, distillation_weight=0.0, hardness=0.0, router_bias=0.0)
-    assert (args.distillation_weight, args.hardness, args.router_bias) == (0, 0, 0)
+    args = arguments(tmp_path, distillation_weight=0.0, router_bias=0.0)
+    assert (args.distillation_weight, args.router_bias) == (0, 0)
 
 
 def test_a_dense_run_is_one_dense_stage(tmp_path):
@@ -62,8 +62,6 @@ def test_a_dense_run_is_one_dense_stage(tmp_path):
         ({"distillation_weight": 1.1}, "share in"),
         ({"distillation_weight": -0.1}, "share in"),
         ({"feature_distillation_weight": -0.1}, "at least 0"),
-        ({"hardness": 1.1}, "share in"),
-        ({"hardness": -0.1}, "share in"),
         ({"temperature": 0.5}, "at least 1"),
         ({"ramp": 0.0}, "above 0 and at most 1"),
         ({"sparsity_ramp": 0.0}, "above 0 and at most 1"),

@@ -22,10 +22,6 @@ class Selecting(nn.Module):
         compensation: adds to the FFN's output what stands in for idle experts; None adds nothing.
         kept_in: lists to which each pass appends its scores ``[..., E]``; :func:`~lte.modules.recording.record_scores`
             puts them here. Lists, not callables: all layers then look alike to ``torch.compile``.
-        hardness: in mode soft, how far an expert's weight has moved from its score (0, the paper's) to the
-            0 or 1 of hard selection (1, straight-through). The gradient is the score's throughout. Training
-            raises it, so that the model meets hard selection before the hard stage does. A tensor on the model's
-            device: a number that changes would be compiled anew, or be read from outside a CUDA graph. None is 0.
     """
 
     def __init__(self, router: BaseRouter, tau: float, compensation: Compensation | None = None):
@@ -34,7 +30,6 @@ class Selecting(nn.Module):
         self.compensation = compensation
         self.tau = tau
         self.mode: Mode = "dense"
-        self.hardness: Tensor | None = None
         self.kept_in: list[list[Tensor]] = []
 
     def reset(self, generator: torch.Generator | None = None, bias: float = 0.0) -> None:
@@ -86,9 +81,6 @@ class Selecting(nn.Module):
         self.keep(scores_TE)
         if self.mode == "hard" and not self.router.scales:
             return threshold(scores_TE, self.tau)
-        if self.hardness is not None:
-            kept_TE = threshold(scores_TE, self.tau).to(scores_TE.dtype)
-            scores_TE = scores_TE + self.hardness * (kept_TE - scores_TE).detach()
         return scores_TE
 
     def compensated(self, y_TD: Tensor, x_TD: Tensor, weights_TE: Tensor | None) -> Tensor:

@@ -19,7 +19,6 @@ class Recipe:
     router_bias: float
     router_start: str
     temperature: float
-    hardness: float
     ramp: float
     restart_hard: bool
     distillation_weight: float
@@ -36,7 +35,6 @@ RECIPES = {
         router_bias=0.0,
         router_start="random",
         temperature=1.0,
-        hardness=0.0,
         ramp=1.0,
         restart_hard=True,
         distillation_weight=0.0,
@@ -51,7 +49,6 @@ RECIPES = {
         router_bias=0.0,
         router_start="random",
         temperature=1.0,
-        hardness=0.0,
         ramp=1.0,
         restart_hard=True,
         distillation_weight=0.0,
@@ -65,7 +62,6 @@ RECIPES = {
         router_bias=1.0,
         router_start="fitted",
         temperature=10.0,
-        hardness=1.0,
         ramp=0.5,
         restart_hard=False,
         distillation_weight=0.9,
@@ -126,12 +122,9 @@ class LTETrainingArguments(TrainingArguments):
     temperature: float | None = field(
         default=None, metadata={"help": "Sharpness of the sigmoid that the soft stage grows to; it starts at 1."}
     )
-    hardness: float | None = field(
-        default=None, metadata={"help": "How far the soft stage moves to hard selection, in [0, 1]."}
-    )
     ramp: float | None = field(
         default=None,
-        metadata={"help": "Share of the soft stage in which temperature and hardness grow; then they stay. In (0, 1]."},
+        metadata={"help": "Share of the soft stage in which the temperature grows; then it stays. In (0, 1]."},
     )
     sparsity_ramp: float = field(
         default=1 / 3, metadata={"help": "Share of the soft stage after which the target is wanted in full. In (0, 1]."}
@@ -190,8 +183,6 @@ class LTETrainingArguments(TrainingArguments):
             raise ValueError(f"distillation_weight is {self.distillation_weight}, but it is a share in [0, 1]")
         if self._get("feature_distillation_weight") < 0:
             raise ValueError(f"feature_distillation_weight is {self.feature_distillation_weight}, but it is at least 0")
-        if not 0 <= self._get("hardness") <= 1:
-            raise ValueError(f"hardness is {self.hardness}, but it is a share in [0, 1]")
         if self.router_start not in ("random", "fitted"):
             raise ValueError(f"router_start is {self.router_start!r}, but it is random or fitted")
         if not 0 < self._get("ramp") <= 1:

@@ -3,7 +3,7 @@
 All of it changes the model in place, and leaves all ranks with the same one.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -31,7 +31,6 @@ def set_stage_(model: Any, stage: Stage, train_bias: bool) -> None:
     """The mode of a stage; routers train in the soft one only, compensation for idle experts in the hard one too."""
     set_mode_(model, stage)
     for layer in sparse_layers(model).values():
-        layer.hardness = None
         for name, parameter in layer.router.named_parameters():
             parameter.requires_grad_(stage == "soft" and (train_bias or not name.endswith("bias")))
         if layer.compensation is not None:
@@ -71,14 +70,11 @@ def start_routers_(model: Any, method: Method, batches: Batches, args: LTETraini
     _share_routers(layers)
 
 
-def sharpen_(layers: Collection[Selecting], temperature: float, hardness: float) -> None:
-    """Set how near the soft stage is to the hard one."""
-    _fill_([layer.linear_router.temperature for layer in layers], temperature)
-    if hardness:
-        for layer in layers:
-            if layer.hardness is None:
-                layer.hardness = torch.zeros_like(layer.linear_router.temperature, dtype=torch.float32)
-        _fill_([cast(Tensor, layer.hardness) for layer in layers], hardness)
+def sharpen_(layers: Iterable[Selecting], temperature: float) -> None:
+    """Set how sharp the sigmoid of the scores is."""
+    temperatures = [layer.linear_router.temperature for layer in layers]
+    torch._foreach_zero_(temperatures)  # pyright: ignore  # few launches, not one a layer
+    torch._foreach_add_(temperatures, temperature)  # pyright: ignore
 
 
 def move_thresholds_(model: Any, method: Method, batches: Batches, target_sparsity: float) -> None:
@@ -101,8 +97,3 @@ def _share_routers(layers: Iterable[Selecting]) -> None:
         broadcast(layer.router.state_dict())
         if layer.compensation is not None:
             broadcast(layer.compensation.state_dict())
-
-
-def _fill_(tensors: list[Tensor], value: float) -> None:
-    torch._foreach_zero_(tensors)  # pyright: ignore  # few launches, not one a layer
-    torch._foreach_add_(tensors, value)  # pyright: ignore

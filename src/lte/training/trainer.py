@@ -45,7 +45,7 @@ _CALIBRATIONS = 4  # in the hard stage, evenly spaced; frozen routers' inputs mo
 _COMPARISONS = 10  # in the soft stage, of training rows' sparsity with that of others
 _APART = 20  # steps between two of them at least: a short stage has fewer
 _TEACHER = "lte_teacher"
-_PROGRAMS = 32  # of a block under torch.compile: stages, hardness, teacher, evaluation; torch's own limit is 8
+_PROGRAMS = 32  # of a block under torch.compile: stages, teacher, evaluation; torch's own limit is 8
 
 
 class LTETrainer(Trainer):
@@ -185,8 +185,7 @@ class LTETrainer(Trainer):
         self._begin_graphs()
         if stage == "soft" and self._linear:
             ramped = min(1.0, self.progress / cast(float, self.args.ramp))
-            temperature = cast(float, self.args.temperature) ** ramped
-            sharpen_(self._layers.values(), temperature, cast(float, self.args.hardness) * ramped)
+            sharpen_(self._layers.values(), cast(float, self.args.temperature) ** ramped)
 
     def end_step(self) -> None:
         """Called after each optimizer step: move eta toward the target (soft), now and then the thresholds (hard)."""
