@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from lte.core import accounting
 from lte.core.accounting import G, Shape, cost, count_active
 
 # LLaMA-7B: 32 layers, 4096 wide, d_ff 11008, 344 experts
@@ -72,3 +73,16 @@ def test_count_active_leaves_padding_out():
     assert [n.tolist() for n in count_active(active, torch.tensor([0, 1]))] == [[1, 0], 3]
     assert [n.tolist() for n in count_active(active, torch.zeros(2))] == [[0, 0], 0]
     assert count_active(active)[0].dtype == torch.int64
+
+
+def test_count_active_in_pieces_is_the_same(monkeypatch):
+    active = torch.rand(3, 4, 5, 7, generator=torch.Generator().manual_seed(0)) > 0.5  # layers, rows, tokens, experts
+    mask = torch.arange(20).reshape(4, 5) % 3
+    whole = [count_active(active), count_active(active, mask)]
+    assert whole[0][0].tolist() == [layer.sum().item() for layer in active]
+    monkeypatch.setattr(accounting, "COUNTED_AT_ONCE", 3 * 7 * 6)  # twenty tokens by sixes
+    for (active_L, total), (again_L, total_again) in zip(
+        whole, [count_active(active), count_active(active, mask)], strict=True
+    ):
+        assert torch.equal(active_L, again_L)
+        assert torch.equal(total, total_again)

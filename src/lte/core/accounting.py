@@ -8,9 +8,11 @@ LLaMA-7B comes to 12.0625 G dense: 8.0625 in FFNs and 4.0 in attention projectio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 G = 2**30
+COUNTED_AT_ONCE = 2**27  # pairs that count_active adds up at once: a gigabyte
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,10 @@ def count_active(active_LTE: Tensor, mask: Tensor | None = None) -> tuple[Tensor
     Returns:
         int64 on the tensor's device: active ``[L]``, total (scalar). Sparsity is ``1 - active / total``.
     """
-    active_LT = active_LTE.sum(-1).flatten(1)
+    # PyTorch adds up booleans as a copy of int64, eight times their size: piece by piece where that is large
+    tokens = max(1, COUNTED_AT_ONCE // (active_LTE.shape[0] * active_LTE.shape[-1]))
+    pieces = active_LTE.flatten(1, -2).split(tokens, dim=1)
+    active_LT = torch.cat([piece.sum(-1) for piece in pieces], dim=1)
     if mask is None:
         return active_LT.sum(-1), active_LT.new_full((), active_LTE[0].numel())  # torch.tensor() would wait for the GPU
     counted_T = mask.to(active_LTE.device).ne(0).flatten()
