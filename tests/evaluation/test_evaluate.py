@@ -127,6 +127,18 @@ def test_accuracy_of_a_classifier():
     assert found.loss == pytest.approx(F.cross_entropy(logits, torch.tensor(labels)).item(), rel=1e-4)
 
 
+def test_every_number_of_a_regression_counts():
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(**TINY, num_labels=1, pad_token_id=0)).eval()
+    ids, labels = [torch.randint(1, 64, (3 + i,)).numpy() for i in range(4)], [0.25, -100.0, 4.75, 1.5]
+    whole = PaddedRows({"input_ids": ids, "labels": labels}, PaddingCollator(0), ("score",))
+    predicted = torch.cat([model(input_ids=torch.from_numpy(one)[None]).logits[:, 0] for one in ids]).detach()
+    for dataset, kept in ((whole, slice(0, 4)), (whole.select([0, 1, 2]), slice(0, 3))):
+        found = evaluate(model, dataset, 2)
+        assert found.num_tokens == kept.stop
+        assert found.loss == pytest.approx(F.mse_loss(predicted[kept], torch.tensor(labels)[kept]).item(), rel=1e-4)
+
+
 def test_the_model_is_left_as_it_was():
     model = llama().train()
     evaluate(model, rows())

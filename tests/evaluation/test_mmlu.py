@@ -1,5 +1,6 @@
 """evaluate_mmlu() against each prompt on its own, and the files and prompts of MMLU."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -216,6 +217,11 @@ def test_only_what_is_asked_for_is_read(folder):
     assert [subject.name for subject in read_mmlu(folder)] == list(SUBJECTS)
 
 
+def test_without_examples_there_need_be_no_dev(tmp_path):
+    shutil.rmtree(write_mmlu(tmp_path) / "dev")
+    assert all(subject.examples == [] and subject.questions for subject in read_mmlu(tmp_path, examples=False))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -237,11 +243,13 @@ def test_what_a_folder_does_not_have(folder, options, message):
         ("a,b,c,d,A\n", "row 1: 5 columns"),
         ("q,a,b,c,d,A\nq,a,b,c,d,E\n", "row 2: the answer 'E'"),
         ("question,A,B,C,D,answer\n", "row 1: the answer 'answer'.*no header"),
+        ('"q,a,b,c,d,A\nq,a,b,c,d,B\n', r"anatomy_test\.csv: unexpected end of data: it has to be CSV"),
+        ("caf\xe9,a,b,c,d,A\n", r"anatomy_test\.csv: .*UTF-8"),
     ],
 )
 def test_files_that_are_not_as_released(tmp_path, text, message):
     write_mmlu(tmp_path)
-    (tmp_path / "test" / "anatomy_test.csv").write_text(text)
+    (tmp_path / "test" / "anatomy_test.csv").write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=message):
         read_mmlu(tmp_path)
 

@@ -133,7 +133,7 @@ def _mmlu(
 ) -> None:
     asked = options.questions
     check_causal(config)
-    subjects = read_mmlu(folder, asked.split, asked.subjects, options.max_rows)
+    subjects = read_mmlu(folder, asked.split, asked.subjects, options.max_rows, examples=asked.shots > 0)
     result = evaluate_mmlu(
         _open(options, "causal", device, dtype),
         subjects,

@@ -178,7 +178,7 @@ def optimize_where_possible_(model: PreTrainedModel, backend: BackendName) -> No
     except ValueError as error:
         if backend != "auto":
             raise
-        err.print(f"idle experts are computed too: {error}")
+        err.print(f"idle experts are computed too: {error}", markup=False, soft_wrap=True)
 
 
 Output = Annotated[str, tyro.conf.arg(aliases=("-o",))]

@@ -72,7 +72,7 @@ def evaluate(
             labels = inputs.pop("labels") if shifted else inputs["labels"]  # a decoder's inputs are made of them
             logits = model(**inputs).logits
             if logits.ndim == 2:
-                real = labels != -100
+                real = labels.is_floating_point() | (labels != -100)  # a regression may have any number
                 labelled.append((logits[real].float().cpu(), labels[real].cpu()))
                 continue
             if shifted:

@@ -71,7 +71,11 @@ class Subject:
 
 
 def read_mmlu(
-    folder: str | Path, split: Split = "test", subjects: Sequence[str] = (), max_questions: int | None = None
+    folder: str | Path,
+    split: Split = "test",
+    subjects: Sequence[str] = (),
+    max_questions: int | None = None,
+    examples: bool = True,
 ) -> list[Subject]:
     """The subjects of a folder as released: ``dev/*_dev.csv`` with examples, ``test/*_test.csv`` with questions.
 
@@ -80,6 +84,7 @@ def read_mmlu(
         split: which questions.
         subjects: by the names of their files, e.g. ``"high_school_physics"``; none means all that the folder has.
         max_questions: only so many of each subject, the first ones.
+        examples: False where no question is asked after any: then there need be no dev/.
 
     Raises:
         ValueError: no such subject, no questions, a file that is not as released.
@@ -102,7 +107,10 @@ def read_mmlu(
                 f"MMLU has no subject {name!r}: "
                 + (f"do you mean {' or '.join(near)}?" if near else f"its names are those of the files in {split}/")
             )
-    return [Subject(name, _read(folder, "dev", name), _read(folder, split, name)[:max_questions]) for name in names]
+    return [
+        Subject(name, _read(folder, "dev", name) if examples else [], _read(folder, split, name)[:max_questions])
+        for name in names
+    ]
 
 
 def _read(folder: Path, split: str, subject: str) -> list[Question]:
@@ -112,7 +120,10 @@ def _read(folder: Path, split: str, subject: str) -> list[Question]:
             f"{folder} has no {split}/{path.name}: give the folder of MMLU, with dev/ and its split"
         )
     with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.reader(file))
+        try:
+            rows = list(csv.reader(file, strict=True))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: {error}: it has to be CSV in UTF-8, as released") from None
     for number, row in enumerate(rows, 1):
         if len(row) != len(LETTERS) + 2 or row[-1] not in LETTERS:
             found = f"{len(row)} columns" if len(row) != len(LETTERS) + 2 else f"the answer {row[-1]!r}"

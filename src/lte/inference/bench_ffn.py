@@ -121,10 +121,11 @@ def make_layers(grid: FFNGrid, dtype: torch.dtype) -> Layers:
     on_cpu = grid.device.type == "cpu"
     dense_dtypes = [torch.float32, torch.bfloat16] if on_cpu else [dtype]
     count = grid.size.d_ff * grid.size.weights_per_neuron
-    router = grid.size.d_ff // grid.expert_size * grid.size.d_model
-    read = (count * (1 - max(grid.sparsities)) + router) * dtype.itemsize
+    experts = grid.size.d_ff // grid.expert_size
+    beside = grid.size.d_model * (experts + 2 * grid.compensation_rank)  # router and compensation
+    read = (count * (1 - max(grid.sparsities)) + beside) * dtype.itemsize
     room = available_memory(grid.device) // 2
-    one = count * (dtype.itemsize + sum(dense.itemsize for dense in dense_dtypes))
+    one = (count + beside) * dtype.itemsize + count * sum(dense.itemsize for dense in dense_dtypes)
     copies = max(1, min(_MOST_COPIES, -(-4 * cache_bytes(grid.device) // int(read)) + 1, room // one))
     generator = torch.Generator(grid.device).manual_seed(grid.seed)
     made = Layers([], {dense: [] for dense in dense_dtypes}, [])

@@ -103,7 +103,8 @@ class PaddedRows(Dataset[dict[str, Tensor]]):
 
 
 def _small(value: Any) -> np.ndarray:
-    return np.asarray(value, dtype=np.float32 if isinstance(value, float) else np.int32)
+    array = np.asarray(value)
+    return array.astype(np.float32 if array.dtype.kind == "f" else np.int32, copy=False)
 
 
 @dataclass(frozen=True)
