@@ -107,6 +107,17 @@ def test_only_failed_runs_and_only_dense_ones(tmp_path):
     assert main(["report", str(dense), "-o", str(tmp_path / "d.html"), "--format", "html,png,md"]) == 0
 
 
+def test_a_run_and_its_further_evaluations_are_one_run(tmp_path):
+    trained = row("lte", 12, 0.5)
+    more = trained["evaluation"] | {"command": "lte eval out/lte-1 --text e2e/dev.txt"}
+    swept = trained | {"command": f"{trained['command']} && {more['command']}", "evals": [more]}
+    later = more | {"trained_by": trained["command"], "seed": 1, "method": "lte"}
+    others = [more | {"command": f"lte eval m --max-rows {n}", "model": "m", "method": "teal"} for n in (1, 2)]
+    rows = write(tmp_path / "rows.jsonl", [trained, swept, later, *others])
+    assert main(["report", str(rows), "-o", str(tmp_path / "r.md"), "--format", "md"]) == 0
+    assert "\n2 runs of models; from " in (tmp_path / "r.md").read_text()
+
+
 @pytest.mark.parametrize("name", ["bert", "t5"])
 def test_models_that_are_no_decoders(name, files, tmp_path):
     sparse, text = tmp_path / name, tmp_path / "text.txt"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lte.evaluation.report.commands import parse_command, setting_of, task_of
+from lte.evaluation.report.commands import parse_command, setting_of, split_commands, task_of
 from lte.evaluation.report.results import read_results
 from result_rows import bench, row, write
 
@@ -177,6 +177,17 @@ def test_options_of_a_command():
     found = parse_command("lte train r.yaml --text a.txt b.txt --lr=1e-4 --bias -1 --resume && lte eval o --max-rows 3")
     assert found == {"": "lte train r.yaml", "--text": "a.txt b.txt", "--lr": "1e-4", "--bias": "-1", "--resume": ""}
     assert parse_command('an open "quote') == {}
+
+
+def test_commands_are_split_where_a_shell_splits_them():
+    eval_ = """lte eval o --prompt '{a} && "'"'"'{b}' --completion "it's && \\" && c" --json"""
+    assert split_commands(f"lte prune -o o && {eval_} && lte eval p") == ["lte prune -o o", eval_, "lte eval p"]
+    assert parse_command(f"lte prune -o o && {eval_}")["--completion"] == "it's && \" && c"
+
+
+def test_where_predictions_went_tells_no_runs_apart(tmp_path):
+    found = measured(tmp_path, *(evaluated(f"m --predictions {n}.jsonl", {"method": "dense"}, seed=n) for n in (1, 2)))
+    assert len({one.setting for one in found}) == 1
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def _route(options: Report, name: str, text: str) -> Routing:
 
 
 def _head(options: Report, results: Results) -> Head:
-    runs = len({(one.setting, one.seed, one.method) for one in results.measurements})
+    runs = len({(one.run, one.seed, one.method) for one in results.measurements})
     held: list[Any] = [
         (runs, "run", "of models"),
         (len(results.benches), "run", "of lte bench"),

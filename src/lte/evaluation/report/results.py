@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lte.evaluation.report.commands import Options, parse_command, setting_of, task_of
+from lte.evaluation.report.commands import parse_command, setting_of, split_commands, task_of
 
 Row = dict[str, Any]
 
@@ -75,6 +75,7 @@ class Measurement:
     Attributes:
         task: the data it was measured on, as short as the command allows; empty where the row does not say.
         count: of labels, prompts or questions, as ``unit`` says; it tells data apart as well.
+        run: what made the model, or its name: measurements of one model share it.
         setting: the command without seed and folders: runs that share it differ in nothing but the seed.
         steps: training steps of all stages; 0 for methods that need none, and where a row does not say.
         sparsity: of FFNs; of a model whose single weights are 0, their share.
@@ -87,6 +88,7 @@ class Measurement:
     unit: str
     model: str
     method: str
+    run: str
     setting: str
     seed: int | None
     steps: int
@@ -165,28 +167,30 @@ def _run(row: Row) -> str:
 def _measurements(row: Row) -> Iterator[Measurement]:
     evaluations = [row["evaluation"], *row.get("evals", [])] if isinstance(row.get("evaluation"), dict) else [row]
     for one in evaluations:
-        yield from _measured(row, one, [parse_command(command) for command in _commands(row, one)])
+        yield from _measured(row, one, _commands(row, one))
 
 
 def _commands(row: Row, one: Row) -> list[str]:
     """What was run for an evaluation, in order: what trained the model, the row's command, the evaluation's own."""
     command, own = (str(where.get("command", "")) for where in (row, one))
-    made = command if own in ("", command) else command.split(" && ")[0]  # the others are evaluations
+    made = command if own in ("", command) else split_commands(command)[0]  # the others are evaluations
     return list(dict.fromkeys(filter(None, (row.get("trained_by"), made, own)))) or [""]
 
 
-def _measured(row: Row, one: Row, commands: list[Options]) -> Iterator[Measurement]:
+def _measured(row: Row, one: Row, commands: list[str]) -> Iterator[Measurement]:
     if not all(isinstance(one.get(name), int | float) for name in ("sparsity", "gflops_per_token")):
         return
     steps = row.get("steps")
-    settings = list(map(setting_of, commands))
-    named = next((options["--model"] for options in commands if "--model" in options), "")
+    parsed = list(map(parse_command, commands))
+    settings = list(map(setting_of, parsed))
+    named = next((options["--model"] for options in parsed if "--model" in options), "")
     if "trained_by" not in row and "model" in row and not named:  # nothing but its name tells it from other models
         settings.insert(0, f"--model {row['model']}")
+    made = [one for one in split_commands(commands[0]) if not one.startswith("lte eval")]
     method, zeros = _method(row, one), float(one.get("weight_sparsity", 0.0))
     pruned = method != "dense" and zeros > 0
     name = named or (row.get("model", "") if method == "dense" else "")
-    for metric, value, task, count, unit in _qualities(one, task_of(commands[-1])):
+    for metric, value, task, count, unit in _qualities(one, task_of(parsed[-1])):
         yield Measurement(
             metric=metric,
             task=task,
@@ -194,6 +198,7 @@ def _measured(row: Row, one: Row, commands: list[Options]) -> Iterator[Measureme
             unit=unit,
             model=Path(name).name,
             method=method,
+            run=" && ".join(made) or str(row.get("model", commands[0])),
             setting=" ".join(settings),
             seed=row.get("seed"),
             steps=sum(steps.values()) if isinstance(steps, dict) else 0,
