@@ -174,7 +174,8 @@ def _commands(row: Row, one: Row) -> list[str]:
     """What was run for an evaluation, in order: what trained the model, the row's command, the evaluation's own."""
     command, own = (str(where.get("command", "")) for where in (row, one))
     made = command if own in ("", command) else split_commands(command)[0]  # the others are evaluations
-    return list(dict.fromkeys(filter(None, (row.get("trained_by"), made, own)))) or [""]
+    trained = split_commands(row.get("trained_by") or "")  # lte calibrate --in-place may follow lte train
+    return list(dict.fromkeys(filter(None, (*trained, made, own)))) or [""]
 
 
 def _measured(row: Row, one: Row, commands: list[str]) -> Iterator[Measurement]:
@@ -186,7 +187,8 @@ def _measured(row: Row, one: Row, commands: list[str]) -> Iterator[Measurement]:
     named = next((options["--model"] for options in parsed if "--model" in options), "")
     if "trained_by" not in row and "model" in row and not named:  # nothing but its name tells it from other models
         settings.insert(0, f"--model {row['model']}")
-    made = [one for one in split_commands(commands[0]) if not one.startswith("lte eval")]
+    single = [one for command in commands for one in split_commands(command)]
+    made = [one for one in single if not one.startswith("lte eval")]
     method, zeros = _method(row, one), float(one.get("weight_sparsity", 0.0))
     pruned = method != "dense" and zeros > 0
     name = named or (row.get("model", "") if method == "dense" else "")
