@@ -1,6 +1,7 @@
 """``lte calibrate`` in process, on tiny models."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,8 +9,12 @@ from safetensors.torch import load_file
 
 import lte
 from lte.cli.main import main
+from lte.cli.train import SUMMARY
+from lte.evaluation.report.curves import gather
+from lte.evaluation.report.results import read_results
 from lte.modules.recording import sparse_layers
 from lte.surgery.loading import load_model, load_tokenizer
+from result_rows import row, write
 
 SHORT = ["--sequence-length", "16", "--device", "cpu"]
 
@@ -73,6 +78,24 @@ def test_in_place_and_with_little_data(files, tmp_path, capsys):
     assert (found["rows"], found["rows_measured"], found["output"]) == (1, 1, str(folder))
     assert main(given) == 0  # what was calibrated can be calibrated again
     assert abs(last_json(capsys)["shift"]) < 0.5
+
+
+def test_what_was_measured_before_is_a_run_of_its_own(files, sparse, tmp_path, capsys):
+    data, folder = ["--text", str(files / "text.txt"), *SHORT], shutil.copytree(sparse, tmp_path / "model")
+    trained = {"command": "lte train -o model", "seed": 3, "recipe": "default", "steps": {"soft": 2}}
+    summary = row("lte", 12, 0.5) | trained | {"method": {"method": "lte"}}
+    (folder / SUMMARY).write_text(json.dumps(summary))
+    lines = []
+    for target in ("0.2", "0.8", "0.8"):
+        assert main(["eval", str(folder), *data, "--json"]) == 0
+        lines.append(last_json(capsys))
+        assert main(["calibrate", str(folder), *data, "--target-sparsity", target, "--in-place"]) == 0
+    assert lines[0]["trained_by"] == "lte train -o model"
+    assert lines[2]["seed"] == 3
+    path = write(tmp_path / "rows.jsonl", lines)
+    ((task,), (kept,)) = (gather(read_results([one]).measurements) for one in (path, folder / SUMMARY))
+    assert len(task.curves[0].points) == 3
+    assert "--in-place" not in kept.curves[0].points[0].setting  # training measured its own thresholds
 
 
 @pytest.mark.parametrize(

@@ -99,12 +99,42 @@ def test_every_metric_has_its_charts(metric, tmp_path):
     assert page.count(f"{metric.title.split(',')[0]} against") >= 2
 
 
+def test_a_classifier_has_one_section(tmp_path):
+    some = [row(method, 0.8, s, 0.2 - s / 10, metric="accuracy") for method, s in (("dense", 0), ("lte", 0.5))]
+    for one in some:
+        one["evaluation"] |= {"f1": 0.7, "matthews": 0.6}
+    given = ["report", str(write(tmp_path / "rows.jsonl", some)), "-o", str(tmp_path / "r.md"), "--format", "md"]
+    for metric, first, others in (
+        ([], "Accuracy", "| F1, % | Matthews correlation, % |"),
+        (["--metric", "f1"], "F1", "| accuracy, % | Matthews correlation, % |"),
+    ):
+        assert main([*given, *metric]) == 0
+        text = (tmp_path / "r.md").read_text()
+        assert [line for line in text.splitlines() if " on wiki/test" in line and line[0] == "#"] == [
+            f"## {first} on wiki/test, tiny"
+        ]
+        assert others in text
+        assert "Matthews correlation as well." in text
+        assert "70.00" in text
+
+
 def test_only_failed_runs_and_only_dense_ones(tmp_path):
     failed = write(tmp_path / "failed.jsonl", [{"command": "lte train", "error": "no memory"}])
     assert main(["report", str(failed), "-o", str(tmp_path / "r.html")]) == 0
     assert "no memory" in (tmp_path / "r.html").read_text()
     dense = write(tmp_path / "dense.jsonl", [row("dense", 10)])
     assert main(["report", str(dense), "-o", str(tmp_path / "d.html"), "--format", "html,png,md"]) == 0
+
+
+def test_a_run_and_its_further_evaluations_are_one_run(tmp_path):
+    trained = row("lte", 12, 0.5)
+    more = trained["evaluation"] | {"command": "lte eval out/lte-1 --text e2e/dev.txt"}
+    swept = trained | {"command": f"{trained['command']} && {more['command']}", "evals": [more]}
+    later = more | {"trained_by": trained["command"], "seed": 1, "method": "lte"}
+    others = [more | {"command": f"lte eval m --max-rows {n}", "model": "m", "method": "teal"} for n in (1, 2)]
+    rows = write(tmp_path / "rows.jsonl", [trained, swept, later, *others])
+    assert main(["report", str(rows), "-o", str(tmp_path / "r.md"), "--format", "md"]) == 0
+    assert "\n2 runs of models; from " in (tmp_path / "r.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["bert", "t5"])
@@ -129,6 +159,7 @@ def test_models_that_are_no_decoders(name, files, tmp_path):
         (["ROWS", "-o", "OUT/r.html", "--format", "pdf"], "format is 'pdf'"),
         (["ROWS", "-o", "OUT/r.md"], "ends in .html"),
         (["ROWS", "-o", "OUT"], "is a folder"),
+        (["ROWS", "-o", "OUT/r.html", "--metric", "f1"], "metric is 'f1', but these results have: perplexity"),
         (["ROWS", "-o", "OUT/none/r.html"], "no folder"),
         (["ROWS", "-o", "OUT/r.html", "--model", "MODEL"], "--model and --text go together"),
         (["ROWS", "-o", "OUT/r.html", "--text", "ROWS"], "--model and --text go together"),

@@ -99,6 +99,19 @@ def test_a_run_that_fails_is_a_row_and_is_tried_again(files, tmp_path, monkeypat
     assert rows(tmp_path)[1]["command"] == f"lte train {given} --output-dir {tmp_path / 'seed-2'} --resume"
 
 
+def test_values_too_long_for_the_name_of_a_folder(files, tmp_path):
+    data = [f"{files / 'text.txt'}{'é' * 150}{n}" for n in (1, 2)]
+    runs = sweep.plan(
+        "train", [f"text={','.join(data)}", "seed=1"], [*base(files), "--target-sparsity", "0.5"], tmp_path
+    )
+    assert len({run.folder for run in runs}) == 2
+    for run in runs:
+        run.folder.mkdir()
+        run.folder.with_suffix(run.folder.suffix + ".log").touch()
+    again = sweep.plan("train", [f"text={data[1]}", "seed=1"], [*base(files), "--target-sparsity", "0.5"], tmp_path)
+    assert again[0].folder == runs[1].folder
+
+
 def test_the_error_of_a_run_is_what_it_said_last(files, tmp_path):
     arguments = [*base(files, text=files / "absent.txt"), "--target-sparsity", "0.5"]
     run = sweep.Run("train", {"seed": "1"}, arguments, None, tmp_path / "a")

@@ -9,12 +9,12 @@ from lte.evaluation.report.table1 import PAPER, table_one
 from lte.evaluation.report.verdict import at_cost, duels
 from result_rows import row, write
 
-PERPLEXITY = METRICS[0]
+(PERPLEXITY,) = (metric for metric in METRICS if metric.name == "perplexity")
 
 
 @pytest.fixture
 def tasks(tmp_path):
-    return lambda *rows: gather(read_results([write(tmp_path / "rows.jsonl", list(rows))]).measurements)
+    return lambda *rows, **by: gather(read_results([write(tmp_path / "rows.jsonl", list(rows))]).measurements, **by)
 
 
 def points(task, title):
@@ -63,6 +63,22 @@ def test_tasks_are_told_apart_by_metric_data_and_size(tasks):
         ("perplexity", "e2e/dev"),
         ("perplexity", "wiki/test (1,000 labels, dense 0.4 GFLOPs)"),
     ]
+
+
+def test_metrics_of_one_evaluation_are_one_task(tasks):
+    rows = [row("lte", 0.5, 0.5, seed=seed, metric="accuracy") for seed in (1, 2)]
+    for one, f1 in zip(rows, (0.6, 0.7), strict=True):
+        one["evaluation"]["f1"] = f1
+    rows += [row("cats", 0.5, 0.5, metric="accuracy"), row("cats", 0.5, 0.5, metric="pearson")]
+    accuracy, pearson = tasks(*rows)
+    assert (accuracy.metric.name, pearson.metric.name) == ("accuracy", "pearson")
+    lte, cats = (curve.points[0] for curve in accuracy.curves)
+    assert (lte.value, cats.value, cats.others) == (50, 50, {})
+    ((metric, (mean, spread)),) = lte.others.items()
+    assert (metric.name, mean, spread) == ("f1", pytest.approx(65), pytest.approx(50**0.5))
+    f1, *others = tasks(*rows, metric="f1")
+    assert (f1.metric.name, f1.curves[0].points[0].value) == ("f1", pytest.approx(65))
+    assert [task.metric.name for task in others] == ["accuracy", "pearson"]  # of evaluations without F1
 
 
 def test_a_row_that_names_no_data_belongs_where_all_else_fits(tasks):

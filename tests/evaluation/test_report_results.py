@@ -4,16 +4,20 @@ import json
 
 import pytest
 
-from lte.evaluation.report.commands import parse_command, setting_of, task_of
+from lte.evaluation.report.commands import parse_command, setting_of, split_commands, task_of
 from lte.evaluation.report.results import read_results
 from result_rows import bench, row, write
 
 
+def named(qualities):
+    return {metric.name: value for metric, value in qualities.items()}
+
+
 def test_a_row_becomes_a_measurement(tmp_path):
     (one,) = read_results([write(tmp_path / "rows.jsonl", [row("cats", 12.5, 0.5, 0.15, seed=3)])]).measurements
-    assert (one.metric.name, one.task, one.count, one.unit) == ("perplexity", "wiki/test", 1000, "labels")
+    assert (one.task, one.count, one.unit) == ("wiki/test", 1000, "labels")
     assert (one.method, one.model, one.seed, one.steps) == ("CATS", "tiny", 3, 300)
-    assert (one.value, one.sparsity, one.gflops, one.gflops_dense) == (12.5, 0.5, 0.15, 0.2)
+    assert (named(one.qualities), one.sparsity, one.gflops, one.gflops_dense) == ({"perplexity": 12.5}, 0.5, 0.15, 0.2)
     assert one.layer_sparsity == (0.4, 0.5, 0.6)
 
 
@@ -44,10 +48,9 @@ def test_every_metric_and_every_further_evaluation(tmp_path):
     generated = {**trained["evaluation"], "rougeL": 60.0, "bleu": 40.0, "num_prompts": 630, "perplexity": None}
     trained["evals"] = [{**generated, "command": "lte eval out/lte-1 --text e2e/dev.csv --generate"}]
     found = read_results([write(tmp_path / "rows.jsonl", [trained])]).measurements
-    assert [(one.metric.name, one.value, one.task, one.count, one.unit) for one in found] == [
-        ("perplexity", 12.0, "wiki/test", 1000, "labels"),
-        ("rougeL", 60.0, "e2e/dev", 630, "prompts"),
-        ("bleu", 40.0, "e2e/dev", 630, "prompts"),
+    assert [(named(one.qualities), one.task, one.count, one.unit) for one in found] == [
+        ({"perplexity": 12.0}, "wiki/test", 1000, "labels"),
+        ({"rougeL": 60.0, "bleu": 40.0}, "e2e/dev", 630, "prompts"),
     ]
     assert {one.model for one in found} == {"tiny"}
 
@@ -56,7 +59,7 @@ def test_tasks_of_lm_eval(tmp_path):
     one = {"results": {"arc_easy": {"acc,none": 0.5, "acc_stderr,none": 0.1}, "lambada": {"perplexity,none": 9.0}}}
     one |= {"num_samples": {"arc_easy": 40, "lambada": 8}, "mode": "hard", "sparsity": 0.5, "gflops_per_token": 0.1}
     (found,) = read_results([write(tmp_path / "rows.jsonl", [{**one, "method": "cats"}])]).measurements
-    assert (found.metric.name, found.value, found.task, found.count) == ("accuracy", 50, "arc_easy", 40)
+    assert (named(found.qualities), found.task, found.count) == ({"accuracy": 50}, "arc_easy", 40)
 
 
 def evaluated(model: str, method: dict, **more) -> dict:
@@ -139,7 +142,7 @@ def test_pruned_weights_are_where_their_zeros_put_them(tmp_path, method, title):
 
 def test_accuracy_is_shown_in_percent(tmp_path):
     (one,) = read_results([write(tmp_path / "r.jsonl", [row("lte", 0.875, 0.5, metric="accuracy")])]).measurements
-    assert one.value == 87.5
+    assert named(one.qualities) == {"accuracy": 87.5}
 
 
 def test_one_run_as_json_and_rows_of_other_kinds(tmp_path):
@@ -177,6 +180,17 @@ def test_options_of_a_command():
     found = parse_command("lte train r.yaml --text a.txt b.txt --lr=1e-4 --bias -1 --resume && lte eval o --max-rows 3")
     assert found == {"": "lte train r.yaml", "--text": "a.txt b.txt", "--lr": "1e-4", "--bias": "-1", "--resume": ""}
     assert parse_command('an open "quote') == {}
+
+
+def test_commands_are_split_where_a_shell_splits_them():
+    eval_ = """lte eval o --prompt '{a} && "'"'"'{b}' --completion "it's && \\" && c" --json"""
+    assert split_commands(f"lte prune -o o && {eval_} && lte eval p") == ["lte prune -o o", eval_, "lte eval p"]
+    assert parse_command(f"lte prune -o o && {eval_}")["--completion"] == "it's && \" && c"
+
+
+def test_where_predictions_went_tells_no_runs_apart(tmp_path):
+    found = measured(tmp_path, *(evaluated(f"m --predictions {n}.jsonl", {"method": "dense"}, seed=n) for n in (1, 2)))
+    assert len({one.setting for one in found}) == 1
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import tyro
 from torch.utils.data import DataLoader
 
 from lte.cli.console import err, out, print_json, table, track
+from lte.cli.eval_origin import keep_calibration
 from lte.cli.main import parse
 from lte.cli.options import DataOptions, DeviceOptions, Model, check_folder, open_model
 from lte.evaluation.evaluate import Evaluation, evaluate
@@ -60,6 +61,8 @@ def main(argv: Sequence[str]) -> None:
     after = measure("measuring again")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if options.in_place:
+        keep_calibration(folder, argv)
     _show(before, after, f"{len(held_out)} rows, calibrated on {len(calibration)} others")
     out.print(f"saved to {folder}", soft_wrap=True, markup=False)
     if options.json:

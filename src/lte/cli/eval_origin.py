@@ -14,6 +14,7 @@ from lte.methods.weight_pruning import SECTION as PRUNING
 from lte.surgery.method import STATE
 from lte.surgery.teal import SECTION as TEAL
 
+_CALIBRATED = "calibrated_by"
 _FEW_ZEROS = 0.01  # a model with fewer weights that are 0 is dense: some are 0 by rounding
 
 
@@ -34,16 +35,33 @@ def origin(name: str, config: PretrainedConfig, spent: Spent, argv: Sequence[str
 
 
 def training_of(name: str, method: str) -> dict[str, Any]:
-    """How a model of this method was trained, where its folder says so: command, seed, recipe and steps."""
+    """How a model of this method was trained, where its folder says so: command, seed, recipe and steps.
+
+    After the command comes that of ``lte calibrate`` which has moved the thresholds since.
+    """
     path = Path(name) / SUMMARY
     trained = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     made = "dense" if trained.get("recipe") == "dense" else (trained.get("method") or {}).get("method")
     if made != method:
         return {}
     return {
-        "trained_by": trained.get("command", ""),
+        "trained_by": " && ".join(trained[name] for name in ("command", _CALIBRATED) if trained.get(name)),
         **{name: trained.get(name) for name in ("seed", "recipe", "steps")},
     }
+
+
+def keep_calibration(folder: Path, argv: Sequence[str]) -> None:
+    """Where a folder says how its model was trained, let it say as well that its thresholds were moved since.
+
+    Args:
+        folder: the model's.
+        argv: of ``lte calibrate``.
+    """
+    path = folder / SUMMARY
+    if path.is_file():
+        trained = json.loads(path.read_text(encoding="utf-8"))
+        trained[_CALIBRATED] = shlex.join(["lte", "calibrate", *argv])
+        path.write_text(json.dumps(trained, indent=2) + "\n", encoding="utf-8")
 
 
 def _method(config: PretrainedConfig, spent: Spent) -> dict[str, Any]:

@@ -32,6 +32,9 @@ class Report:
     """Results files (.jsonl, or the .json of one run), folders of lte sweep or lte train."""
     format: str = "html"
     """html, md, png, or several: html,md,png."""
+    metric: str | None = None
+    """By what to draw and compare where an evaluation has several metrics: f1, bleu. By default ROUGE-L, accuracy, or
+    Pearson's correlation."""
     title: str = "Learn To be Efficient: results"
     """Of the page."""
     model: str | None = None
@@ -55,7 +58,10 @@ def main(argv: Sequence[str]) -> None:
             f"none of the {results.others} rows is a result of lte train, eval, sweep or bench: "
             "give files with the rows that these print with --json or write"
         )
-    tasks = gather(results.measurements)
+    metrics = dict.fromkeys(metric.name for one in results.measurements for metric in one.qualities)
+    if options.metric not in (None, *metrics):
+        raise ValueError(f"metric is {options.metric!r}, but these results have: {', '.join(metrics) or 'none'}")
+    tasks = gather(results.measurements, options.metric)
     routing = before = None
     if options.model and options.text:
         text = Path(options.text).read_text(encoding="utf-8")
@@ -135,7 +141,7 @@ def _route(options: Report, name: str, text: str) -> Routing:
 
 
 def _head(options: Report, results: Results) -> Head:
-    runs = len({(one.setting, one.seed, one.method) for one in results.measurements})
+    runs = len({(one.run, one.seed, one.method) for one in results.measurements})
     held: list[Any] = [
         (runs, "run", "of models"),
         (len(results.benches), "run", "of lte bench"),

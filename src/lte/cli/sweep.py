@@ -1,5 +1,6 @@
 """``lte sweep``: a command over a grid of its options, a row a run; what is done is not done again."""
 
+import hashlib
 import itertools
 import json
 import math
@@ -155,7 +156,7 @@ def plan(name: str, vary: Sequence[str], base: Sequence[str], folder: Path, eval
     runs = []
     for values in itertools.product(*grid.values()):
         varied = dict(zip(grid, values, strict=True))
-        inside = folder / "_".join(f"{option}-{value.replace('/', '-')}" for option, value in varied.items())
+        inside = folder / _folder_name(varied)
         given = [one for option, value in varied.items() for one in (f"--{option}", value)]
         arguments = [*base, *given, command.output, str(inside), *command.flags]
         runs.append(Run(name, varied, arguments, command.parse(arguments), inside, tuple(evals)))
@@ -169,6 +170,15 @@ def plan(name: str, vary: Sequence[str], base: Sequence[str], folder: Path, eval
     if twice := next((one for one in folders if folders.count(one) > 1), None):
         raise ValueError(f"two runs would share the folder {twice.name}: give each value once, and other names")
     return runs
+
+
+def _folder_name(varied: dict[str, str]) -> str:
+    """A run's folder: what varies, cut where file systems refuse a name as long (255 bytes, with ``.log``)."""
+    name = "_".join(f"{option}-{value.replace('/', '-')}" for option, value in varied.items())
+    whole = name.encode()
+    if len(whole) <= 250:
+        return name
+    return f"{whole[:200].decode(errors='ignore')}-{hashlib.sha256(whole).hexdigest()[:12]}"
 
 
 def execute(runs: Sequence[Run], jobs: int, discard_models: bool) -> Iterable[Row]:

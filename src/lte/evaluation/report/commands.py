@@ -7,7 +7,7 @@ from pathlib import Path
 
 Options = Mapping[str, str]
 
-_NOT_A_SETTING = ("--seed", "-o", "--output", "--output-dir", "--resume", "--json", "")
+_NOT_A_SETTING = ("--seed", "-o", "--output", "--output-dir", "--resume", "--json", "--predictions", "")
 
 
 def parse_command(command: str) -> dict[str, str]:
@@ -16,11 +16,20 @@ def parse_command(command: str) -> dict[str, str]:
     Of several commands joined by ``&&`` the later ones count, but for ``lte train``: what follows it are further
     evaluations, which have rows of their own.
     """
-    first, *others = command.split(" && ")
+    first, *others = split_commands(command)
     options = _options(first)
     for other in others if not options.get("", "").startswith("lte train") else ():
         options |= _options(other)
     return options
+
+
+_QUOTED = re.compile(r"""'[^']*'|"(?:\\.|[^"\\])*"|\\.""")
+
+
+def split_commands(command: str) -> list[str]:
+    """Those joined by ``&&``, which may stand in a quoted text as well."""
+    hidden = _QUOTED.sub(lambda found: found[0].replace("&&", "\0"), command)
+    return [one.replace("\0", "&&") for one in hidden.split(" && ")]
 
 
 def _options(command: str) -> dict[str, str]:
@@ -40,7 +49,7 @@ def _options(command: str) -> dict[str, str]:
 
 
 def setting_of(options: Options) -> str:
-    """All but the seed and folders: runs that share it differ in nothing else."""
+    """All but the seed, folders and files it wrote: runs that share it differ in nothing else."""
     recipes = [word for word in options.get("", "").split() if word.endswith((".yaml", ".yml"))]
     given = [f"{name} {value}".strip() for name, value in options.items() if name not in _NOT_A_SETTING]
     return " ".join(recipes + given)

@@ -1,9 +1,9 @@
-"""Runs become points (mean and spread over seeds), points become curves, one set of curves a task and metric."""
+"""Runs become points (mean and spread over seeds), points become curves, one set of curves a task."""
 
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 
 from lte.evaluation.report.results import Measurement, Metric
@@ -11,7 +11,10 @@ from lte.evaluation.report.results import Measurement, Metric
 
 @dataclass(frozen=True)
 class Point:
-    """One setting: means over its seeds, and the standard deviation of its quality where it has several."""
+    """One setting: means over its seeds, and the standard deviation of its quality where it has several.
+
+    ``others`` are mean and deviation by the metrics that its task is not drawn by.
+    """
 
     method: str
     steps: int
@@ -23,6 +26,7 @@ class Point:
     gflops: float
     layer_sparsity: tuple[float, ...] = ()
     beyond_ffn: str = ""
+    others: Mapping[Metric, tuple[float, float | None]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,21 +74,28 @@ class Task:
     repeated: int = 0
 
     @property
+    def others(self) -> list[Metric]:
+        """What else was measured of its runs."""
+        points = [*filter(None, [self.dense]), *(point for curve in self.curves for point in curve.points)]
+        return list(dict.fromkeys(metric for point in points for metric in point.others))
+
+    @property
     def heading(self) -> str:
         """The data and the model, as far as the rows say."""
         return ", ".join(filter(None, [self.title, self.model])) or f"{self.count:,} {self.unit} of unnamed data"
 
 
-def gather(measurements: Iterable[Measurement]) -> list[Task]:
-    """Sort measurements into tasks, in the order in which they come."""
+def gather(measurements: Iterable[Measurement], metric: str | None = None) -> list[Task]:
+    """Sort measurements into tasks, in the order in which they come, each by this metric, or its first."""
     groups: dict[tuple, list[Measurement]] = {}
     for one in measurements:
-        groups.setdefault((one.metric.name, one.count, round(one.gflops_dense, 6), one.task), []).append(one)
+        shown = next((each for each in one.qualities if each.name == metric), next(iter(one.qualities)))
+        groups.setdefault((shown, one.count, round(one.gflops_dense, 6), one.task), []).append(one)
     for key in [key for key in groups if not key[3]]:  # rows that name no data belong to the only data that fits
         fitting = [other for other in groups if other[:3] == key[:3] and other[3]]
         if len(fitting) == 1:
             groups[fitting[0]] += groups.pop(key)
-    tasks = [_task(key[3], several) for key, several in groups.items()]
+    tasks = [_task(key[3], several, key[0]) for key, several in groups.items()]
     named = Counter((task.metric.name, task.heading) for task in tasks)
     return [_told_apart(task) if named[task.metric.name, task.heading] > 1 else task for task in tasks]
 
@@ -95,9 +106,8 @@ def _told_apart(task: Task) -> Task:
     return replace(task, title=f"{task.title} ({more})".strip())
 
 
-def _task(title: str, measurements: Sequence[Measurement]) -> Task:
-    points, repeated = average(measurements)
-    metric = measurements[0].metric
+def _task(title: str, measurements: Sequence[Measurement], metric: Metric) -> Task:
+    points, repeated = average(measurements, metric)
     dense = [point for point in points if point.method == "dense"]
     rivals = [point for point in points if point.method != "dense"]
     budgets = {point.steps for point in rivals if point.steps}
@@ -123,33 +133,41 @@ def _task(title: str, measurements: Sequence[Measurement]) -> Task:
     )
 
 
-def average(measurements: Sequence[Measurement]) -> tuple[list[Point], int]:
+def average(measurements: Sequence[Measurement], metric: Metric) -> tuple[list[Point], int]:
     """A point a setting; of a command run again with the same seed the last one counts. And how many did not."""
     settings: dict[tuple[str, str], dict[int | None, Measurement]] = {}
     for index, one in enumerate(measurements):
         setting = one.setting or f"run {index + 1}"  # a row that does not say how it was made is its own
         settings.setdefault((one.method, setting), {})[one.seed] = replace(one, setting=setting)
     kept = sum(map(len, settings.values()))
-    return [_point(list(by_seed.values())) for by_seed in settings.values()], len(measurements) - kept
+    return [_point(list(by_seed.values()), metric) for by_seed in settings.values()], len(measurements) - kept
 
 
-def _point(runs: Sequence[Measurement]) -> Point:
+def _point(runs: Sequence[Measurement], metric: Metric) -> Point:
     def mean(name: str) -> float:
         return statistics.mean(map(attrgetter(name), runs))
 
+    qualities = {each: _mean_and_spread(runs, each) for each in dict.fromkeys(m for one in runs for m in one.qualities)}
+    value, spread = qualities.pop(metric)
     layers = [one.layer_sparsity for one in runs if len(one.layer_sparsity) == len(runs[0].layer_sparsity)]
     return Point(
         method=runs[0].method,
         steps=runs[0].steps,
         setting=runs[0].setting,
         seeds=len(runs),
-        value=mean("value"),
-        spread=statistics.stdev(one.value for one in runs) if len(runs) > 1 else None,
+        value=value,
+        spread=spread,
         sparsity=mean("sparsity"),
         gflops=mean("gflops"),
         beyond_ffn=runs[0].beyond_ffn,
+        others=qualities,
         layer_sparsity=tuple(map(statistics.mean, zip(*layers, strict=True))),
     )
+
+
+def _mean_and_spread(runs: Sequence[Measurement], metric: Metric) -> tuple[float, float | None]:
+    values = [one.qualities[metric] for one in runs if metric in one.qualities]
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def _curve(title: str, points: Sequence[Point], metric: Metric) -> Curve:

@@ -1,12 +1,12 @@
 """Reading rows of results: what ``lte train``, ``lte eval``, ``lte sweep`` and ``lte bench`` write."""
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lte.evaluation.report.commands import Options, parse_command, setting_of, task_of
+from lte.evaluation.report.commands import parse_command, setting_of, split_commands, task_of
 
 Row = dict[str, Any]
 
@@ -39,16 +39,19 @@ _DIVERGED = 1e9
 
 ACCURACY = Metric("accuracy", "accuracy, %", 1.0, scale=100)
 METRICS = (
+    Metric("rougeL", "ROUGE-L, points of 100", 5.0),
+    Metric("bleu", "BLEU, points of 100"),
     Metric("perplexity", "perplexity", 0.5, lower=True),
     ACCURACY,
     Metric("f1", "F1, %", 1.0, scale=100),
     Metric("matthews", "Matthews correlation, %", 1.0, scale=100),
     Metric("pearson", "Pearson correlation, %", 1.0, scale=100),
     Metric("spearman", "Spearman correlation, %", 1.0, scale=100),
-    Metric("rougeL", "ROUGE-L, points of 100", 5.0),
-    Metric("bleu", "BLEU, points of 100"),
 )
-"""The paper allows 0.05 ROUGE-L (5 points of 100) and 0.5 perplexity; one point of the others is ours."""
+"""An evaluation that has several is shown by the first of them, where none is asked for.
+
+The paper allows 0.05 ROUGE-L (5 points of 100) and 0.5 perplexity; one point of the others is ours.
+"""
 
 TITLES = {
     "lte": "LTE",
@@ -70,27 +73,29 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Measurement:
-    """One evaluation of one model by one metric.
+    """One evaluation of one model.
 
     Attributes:
+        qualities: as shown, by metric, in the order of :data:`METRICS`.
         task: the data it was measured on, as short as the command allows; empty where the row does not say.
         count: of labels, prompts or questions, as ``unit`` says; it tells data apart as well.
+        run: what made the model, or its name: measurements of one model share it.
         setting: the command without seed and folders: runs that share it differ in nothing but the seed.
         steps: training steps of all stages; 0 for methods that need none, and where a row does not say.
         sparsity: of FFNs; of a model whose single weights are 0, their share.
         beyond_ffn: what else is sparse, so that sparsities do not compare: attention's inputs, or weights.
     """
 
-    metric: Metric
+    qualities: Mapping[Metric, float]
     task: str
     count: int
     unit: str
     model: str
     method: str
+    run: str
     setting: str
     seed: int | None
     steps: int
-    value: float
     sparsity: float
     gflops: float
     gflops_dense: float
@@ -127,10 +132,10 @@ def read_results(files: Iterable[Path]) -> Results:
                 found.failures += [(row["command"], str(one["error"])) for one in row["rows"] if "error" in one]
             elif measured := list(_measurements(row)):
                 for one in measured:
-                    if abs(one.value) < _DIVERGED:
-                        found.measurements.append(one)
-                    else:
-                        found.failures.append((_run(row), f"{one.metric.name} is {one.value:g}"))
+                    good = {metric: value for metric, value in one.qualities.items() if abs(value) < _DIVERGED}
+                    bad = {metric.name: value for metric, value in one.qualities.items() if metric not in good}
+                    found.failures += [(_run(row), f"{name} is {value:g}") for name, value in bad.items()]
+                    found.measurements += [replace(one, qualities=good)] if good else []
                 done.add(row.get("command"))
             else:
                 found.others += 1
@@ -165,39 +170,43 @@ def _run(row: Row) -> str:
 def _measurements(row: Row) -> Iterator[Measurement]:
     evaluations = [row["evaluation"], *row.get("evals", [])] if isinstance(row.get("evaluation"), dict) else [row]
     for one in evaluations:
-        yield from _measured(row, one, [parse_command(command) for command in _commands(row, one)])
+        yield from _measured(row, one, _commands(row, one))
 
 
 def _commands(row: Row, one: Row) -> list[str]:
     """What was run for an evaluation, in order: what trained the model, the row's command, the evaluation's own."""
     command, own = (str(where.get("command", "")) for where in (row, one))
-    made = command if own in ("", command) else command.split(" && ")[0]  # the others are evaluations
-    return list(dict.fromkeys(filter(None, (row.get("trained_by"), made, own)))) or [""]
+    made = command if own in ("", command) else split_commands(command)[0]  # the others are evaluations
+    trained = split_commands(row.get("trained_by") or "")  # lte calibrate --in-place may follow lte train
+    return list(dict.fromkeys(filter(None, (*trained, made, own)))) or [""]
 
 
-def _measured(row: Row, one: Row, commands: list[Options]) -> Iterator[Measurement]:
+def _measured(row: Row, one: Row, commands: list[str]) -> Iterator[Measurement]:
     if not all(isinstance(one.get(name), int | float) for name in ("sparsity", "gflops_per_token")):
         return
     steps = row.get("steps")
-    settings = list(map(setting_of, commands))
-    named = next((options["--model"] for options in commands if "--model" in options), "")
+    parsed = list(map(parse_command, commands))
+    settings = list(map(setting_of, parsed))
+    named = next((options["--model"] for options in parsed if "--model" in options), "")
     if "trained_by" not in row and "model" in row and not named:  # nothing but its name tells it from other models
         settings.insert(0, f"--model {row['model']}")
+    single = [one for command in commands for one in split_commands(command)]
+    made = [one for one in single if not one.startswith("lte eval")]
     method, zeros = _method(row, one), float(one.get("weight_sparsity", 0.0))
     pruned = method != "dense" and zeros > 0
     name = named or (row.get("model", "") if method == "dense" else "")
-    for metric, value, task, count, unit in _qualities(one, task_of(commands[-1])):
+    for qualities, task, count, unit in _qualities(one, task_of(parsed[-1])):
         yield Measurement(
-            metric=metric,
+            qualities=qualities,
             task=task,
             count=count,
             unit=unit,
             model=Path(name).name,
             method=method,
+            run=" && ".join(made) or str(row.get("model", commands[0])),
             setting=" ".join(settings),
             seed=row.get("seed"),
             steps=sum(steps.values()) if isinstance(steps, dict) else 0,
-            value=metric.scale * value,
             sparsity=zeros if pruned else float(one["sparsity"]),
             gflops=float(one["gflops_per_token"]),
             gflops_dense=float(one.get("gflops_per_token_dense") or one["gflops_per_token"]),
@@ -206,16 +215,16 @@ def _measured(row: Row, one: Row, commands: list[Options]) -> Iterator[Measureme
         )
 
 
-def _qualities(one: Row, task: str) -> Iterator[tuple[Metric, float, str, int, str]]:
-    """Metric, value, task, and how many of what it was measured on; of lm_eval's tasks their accuracies."""
+def _qualities(one: Row, task: str) -> Iterator[tuple[dict[Metric, float], str, int, str]]:
+    """Qualities, task, and how many of what they were measured on; of lm_eval's tasks their accuracies."""
     unit = next((unit for unit in ("prompts", "questions", "tokens") if f"num_{unit}" in one), "tokens")
-    for metric in METRICS:
-        if one.get(metric.name) is not None:
-            count = int(one.get(f"num_{unit}") or 0)
-            yield metric, float(one[metric.name]), task, count, "labels" if unit == "tokens" else unit
+    found = {metric: metric.scale * one[metric.name] for metric in METRICS if one.get(metric.name) is not None}
+    if found:
+        yield found, task, int(one.get(f"num_{unit}") or 0), "labels" if unit == "tokens" else unit
     for name, values in (one.get("results") or {}).items():
         if "acc,none" in values:
-            yield ACCURACY, float(values["acc,none"]), name, int(one["num_samples"].get(name, 0)), "questions"
+            accuracy = {ACCURACY: ACCURACY.scale * values["acc,none"]}
+            yield accuracy, name, int(one["num_samples"].get(name, 0)), "questions"
 
 
 def _method(row: Row, one: Row) -> str:

@@ -37,7 +37,7 @@ def sections(
 def _layers(tasks: Sequence[Task]) -> list[Section]:
     """LTE's charts, and those of others on demand."""
     charts = [(curve, chart) for task in tasks for curve in task.curves if (chart := layers_chart(task, curve))]
-    different = {chart.summary: (curve, chart) for curve, chart in charts}  # several metrics of the same runs
+    different = {chart.summary: (curve, chart) for curve, chart in charts}  # several of lm_eval's tasks
     ours = tuple(chart for curve, chart in different.values() if curve.title.startswith("LTE"))
     others = tuple(chart for curve, chart in different.values() if not curve.title.startswith("LTE"))
     text = (
@@ -61,6 +61,8 @@ def _tradeoff(task: Task, tasks: Sequence[Task], number: int) -> Section:
         )
     else:
         text.append("Every setting was run with one seed, so small differences mean nothing.")
+    if others := [metric.title.split(",")[0] for metric in task.others]:
+        text.append(f"The table of all numbers has {' and '.join(others)} as well.")
     text += _beyond_ffn(task)
     if task.repeated:
         text.append(f"{task.repeated} earlier runs of a command and seed that was run again are left out.")
@@ -119,22 +121,27 @@ def _beyond_ffn(task: Task) -> list[str]:
 
 def _numbers(task: Task) -> Table:
     compared = "over dense" if task.metric.lower else "against dense"
-    header = ("run", task.metric.title, compared, "seeds", "sparsity, %", "GFLOPs per token", "of dense", "options")
     points = [("dense", task.dense)] if task.dense else []
     points += [(curve.title, point) for curve in task.curves for point in curve.points]
+    qualities = (task.metric.title, compared, *(metric.title for metric in task.others))
+    header = ("run", *qualities, "seeds", "sparsity, %", "GFLOPs per token", "of dense", "options")
     options = [split_setting(point.setting) for _, point in points]
     alike = [one for one in options[0] if all(one in others for others in options)] if len(points) > 1 else []
     rows = []
     for title, point in points:
-        spread = "" if point.spread is None else f" ± {point.spread:.2g}"
         over = ""
         if task.dense is not None:
             difference = point.value - task.dense.value
             over = f"{point.value / task.dense.value:.3f}x" if task.metric.lower else f"{difference:+.2f}"
-        numbers = (f"{point.value:.2f}{spread}", over, str(point.seeds), f"{100 * point.sparsity:.1f}")
+        further = (_quality(*point.others.get(metric, (None, None))) for metric in task.others)
+        numbers = (_quality(point.value, point.spread), over, *further, str(point.seeds), f"{100 * point.sparsity:.1f}")
         own = " ".join(one for one in split_setting(point.setting) if one not in alike)
         rows.append((title, *numbers, f"{point.gflops:.4g}", f"{point.gflops / task.gflops_dense:.0%}", own))
     return Table("All numbers", header, tuple(rows), True, f"Options of all runs: {' '.join(alike)}" if alike else "")
+
+
+def _quality(value: float | None, spread: float | None) -> str:
+    return ("" if value is None else f"{value:.2f}") + ("" if spread is None else f" ± {spread:.2g}")
 
 
 def _table_one(tasks: Sequence[Task]) -> Section:
