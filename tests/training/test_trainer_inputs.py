@@ -1,6 +1,7 @@
 """What users give ``LTETrainer``: other heads, data and options of ``transformers.Trainer`` than a usual run has."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -105,6 +106,29 @@ def test_label_smoothing_is_of_the_next_token(tmp_path, stage):
         batch = trainer._prepare_inputs(PackedBlocks.collator([trainer.train_dataset[0]]))
         losses.append(trainer.compute_loss(trainer.model, batch).item())
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"feature_distillation_weight": 1.0}, {"distillation_weight": 0.0}], ids=str)
+def test_batches_of_padding_alone_count_for_nothing(tmp_path, options):
+    calls = itertools.count()
+
+    def collator(rows):
+        batch = PackedBlocks.collator(rows)
+        real = next(calls) % 3 > 0
+        fill = torch.ones_like if real else torch.zeros_like
+        return {
+            **batch,
+            "attention_mask": fill(batch["labels"]),
+            "labels": batch["labels"] if real else batch["labels"].fill_(-100),
+        }
+
+    trainer = LTETrainer(
+        sparse_llama(), arguments(tmp_path, **options), train_dataset=markov_blocks(200), data_collator=collator
+    )
+    trainer.train()
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+    assert all(np.isfinite(value) for entry in trainer.state.log_history for value in entry.values())
+    assert np.isfinite([float(trainer.eta), float(trainer.controller.integral), float(trainer.controller.gap)]).all()
 
 
 def test_a_second_run_trains_what_the_first_froze(tmp_path):

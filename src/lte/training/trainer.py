@@ -341,6 +341,8 @@ class LTETrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.clamp_min(1)  # nothing but padding: a loss of 0, not 0 / 0
         if not model.training or self.stage not in ("soft", "hard"):
             with causal_loss(model, self._causal_loss if model.training else None):
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
