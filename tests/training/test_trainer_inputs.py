@@ -204,7 +204,11 @@ def test_callbacks_that_remember_can_be_resumed(tmp_path):
         trainer = LTETrainer(
             sparse_llama(),
             arguments(
-                tmp_path, restore_callback_states_from_checkpoint=True, metric_for_best_model="eval_loss", **saving
+                tmp_path,
+                recipe="dense",
+                restore_callback_states_from_checkpoint=True,
+                metric_for_best_model="eval_loss",
+                **saving,
             ),
             train_dataset=markov_blocks(200),
             eval_dataset=markov_blocks(8, 1),
@@ -213,6 +217,13 @@ def test_callbacks_that_remember_can_be_resumed(tmp_path):
         )
         trainer.train(resume_from_checkpoint=resume)
     assert trainer.state.global_step == 12
+
+
+def test_stopping_early_is_refused(tmp_path):
+    trainer = trainer_for(tmp_path, callbacks=[EarlyStoppingCallback(3)], metric_for_best_model="eval_loss")
+    with pytest.raises(ValueError, match="EarlyStoppingCallback compares evaluations of all stages"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_columns_that_the_model_does_not_take(tmp_path):

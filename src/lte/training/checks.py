@@ -1,5 +1,9 @@
 """What a training run refuses before it begins, of things that are fine each on its own."""
 
+from collections.abc import Iterable
+
+from transformers import EarlyStoppingCallback, TrainerCallback
+
 from lte.surgery.method import Method
 from lte.training.arguments import LTETrainingArguments
 from lte.training.stages import StagePlan
@@ -18,6 +22,19 @@ def check_method(method: Method, args: LTETrainingArguments) -> None:
         raise ValueError(
             f"the model was made for target_sparsity {made_for}, but the arguments ask for {args.target_sparsity}: "
             "make them one, or convert the dense model again"
+        )
+
+
+def check_callbacks(callbacks: Iterable[TrainerCallback], args: LTETrainingArguments) -> None:
+    """Whether none of them would end a run before its last stage.
+
+    Raises:
+        ValueError: one would.
+    """
+    if args.recipe != "dense" and any(isinstance(one, EarlyStoppingCallback) for one in callbacks):
+        raise ValueError(
+            "EarlyStoppingCallback compares evaluations of all stages, and the dense one has the best: only "
+            "recipe='dense' takes it"
         )
 
 

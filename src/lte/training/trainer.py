@@ -22,7 +22,7 @@ from lte.training.arguments import LTETrainingArguments
 from lte.training.batches import hold_out_for_calibration
 from lte.training.calibration import evaluating
 from lte.training.checkpoints import last_complete_checkpoint
-from lte.training.checks import check_method, check_sharded
+from lte.training.checks import check_callbacks, check_method, check_sharded
 from lte.training.controller import SparsityController
 from lte.training.distillation import (
     DistilledLoss,
@@ -285,6 +285,7 @@ class LTETrainer(Trainer):
 
         With no such checkpoint the run starts from its beginning.
         """
+        check_callbacks(self.callback_handler.callbacks, self.args)
         if resume_from_checkpoint is True:
             found = last_complete_checkpoint(self._folder)
             if found is None:
