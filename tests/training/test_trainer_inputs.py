@@ -226,6 +226,19 @@ def test_stopping_early_is_refused(tmp_path):
     assert trainer.state.global_step == 0
 
 
+def test_a_batch_size_that_was_found_is_kept(tmp_path):
+    def too_large(_model, _args, kwargs):
+        if len(kwargs["input_ids"]) > 6:
+            raise RuntimeError("CUDA out of memory.")
+
+    model = sparse_llama()
+    model.register_forward_pre_hook(too_large, with_kwargs=True)
+    trainer = trainer_for(tmp_path, model, auto_find_batch_size=True)
+    trainer.train()
+    assert trainer.state.train_batch_size == 6
+    assert trainer.state.global_step == 12
+
+
 def test_columns_that_the_model_does_not_take(tmp_path):
     trainer = trained(tmp_path, bert(), Rows(classes, sentence="a text"))
     assert trainer.state.global_step == 12

@@ -269,7 +269,7 @@ class LTETrainer(Trainer):
         """
         loader = DataLoader(
             dataset,
-            batch_size=self.args.per_device_train_batch_size,  # of the shape that blocks are compiled for already
+            batch_size=self._train_batch_size,  # of the shape that blocks are compiled for already
             shuffle=seed is not None and hasattr(dataset, "__len__"),
             generator=torch.Generator().manual_seed(seed or 0),
             collate_fn=self._get_collator_with_removed_columns(self.data_collator),
