@@ -9,7 +9,7 @@ import torch
 from tiny_models import tiny_model
 from tiny_training import arguments, markov_blocks, sparse_llama, trainer_for
 from torch.nn import functional as F
-from transformers import BertConfig, BertForSequenceClassification, EarlyStoppingCallback
+from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification, EarlyStoppingCallback
 
 import lte
 from lte.modules.recording import sparse_layers
@@ -224,6 +224,22 @@ def test_stopping_early_is_refused(tmp_path):
     with pytest.raises(ValueError, match="EarlyStoppingCallback compares evaluations of all stages"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+class Spans(Rows):
+    def __getitem__(self, index):
+        return {"input_ids": torch.tensor(self.ids[index]), "start_positions": 1, "end_positions": 2}
+
+
+def test_a_head_without_logits_has_no_teacher(tmp_path):
+    torch.manual_seed(0)
+    model = lte.sparsify_(
+        BertForQuestionAnswering(BertConfig(**SHAPE)), lte.LTEConfig(expert_size=8, grouping="random")
+    )
+    with pytest.raises(ValueError, match="has no logits to compare: give distillation_weight=0"):
+        trained(tmp_path, model, Spans(classes))
+    trainer = trained(tmp_path, model, Spans(classes), distillation_weight=0.0, feature_distillation_weight=1.0)
+    assert np.isfinite(logged(trainer, "task_loss")).all()
 
 
 def test_a_batch_size_that_was_found_is_kept(tmp_path):

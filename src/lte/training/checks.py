@@ -1,6 +1,7 @@
 """What a training run refuses before it begins, of things that are fine each on its own."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from transformers import EarlyStoppingCallback, TrainerCallback
 
@@ -23,6 +24,17 @@ def check_method(method: Method, args: LTETrainingArguments) -> None:
             f"the model was made for target_sparsity {made_for}, but the arguments ask for {args.target_sparsity}: "
             "make them one, or convert the dense model again"
         )
+
+
+def check_head(model: Any, args: LTETrainingArguments) -> None:
+    """Whether the model's outputs can be compared with those of a teacher.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    name = type(model).__name__
+    if args.distillation_weight and name.endswith(("ForQuestionAnswering", "ForPreTraining")):
+        raise ValueError(f"{name} has no logits to compare: give distillation_weight=0")
 
 
 def check_callbacks(callbacks: Iterable[TrainerCallback], args: LTETrainingArguments) -> None:

@@ -22,7 +22,7 @@ from lte.training.arguments import LTETrainingArguments
 from lte.training.batches import hold_out_for_calibration
 from lte.training.calibration import evaluating
 from lte.training.checkpoints import last_complete_checkpoint
-from lte.training.checks import check_callbacks, check_method, check_sharded
+from lte.training.checks import check_callbacks, check_head, check_method, check_sharded
 from lte.training.controller import SparsityController
 from lte.training.distillation import (
     DistilledLoss,
@@ -65,8 +65,8 @@ class LTETrainer(Trainer):
             text like it: best a sample of what the model will see. None keeps some rows out of training for it.
 
     Raises:
-        ValueError: a dense model, one of a method that the recipe or its target does not fit, arguments of another
-            class, or several GPUs in one process.
+        ValueError: a dense model, one of a method that the recipe or its target does not fit, one without logits that a
+            teacher's could be compared with, arguments of another class, or several GPUs in one process.
     """
 
     args: LTETrainingArguments
@@ -97,6 +97,7 @@ class LTETrainer(Trainer):
             layer.router.requires_grad_(True)
             if layer.compensation is not None:
                 layer.compensation.requires_grad_(True)
+        check_head(model, args)
         self._linear = all(layer.router.is_linear for layer in layers)
         self._causal = is_causal(cast(nn.Module, model))
         self.method = Method.from_dict(cast(Any, model).config.lte)
