@@ -76,6 +76,11 @@ def test_sharded_parameters_are_refused_before_the_first_step(tmp_path):
         trainer.plan = plan
         with pytest.raises(ValueError, match=said):
             trainer.begin(None)
+    trainer.args.router_start = "random"
+    with pytest.raises(ValueError, match="give distillation_weight=0"):
+        trainer.begin(None)
+    trainer.args.distillation_weight = 0.0
+    trainer.begin(None)
     trainer.model.config.lte["grouped"] = False
     with pytest.raises(ValueError, match="neurons cannot be grouped when parameters are sharded"):
         trainer.begin(None)

@@ -72,3 +72,8 @@ def check_sharded(plan: StagePlan, method: Method, args: LTETrainingArguments, g
         )
     if args.router_start == "fitted" or not method.learns:
         raise ValueError("routers cannot be fitted when parameters are sharded: give router_start='random'")
+    if args.distillation_weight or args.feature_distillation_weight:
+        raise ValueError(
+            "the dense model cannot be copied, to learn from it, when parameters are sharded: give "
+            "distillation_weight=0 and feature_distillation_weight=0"
+        )
