@@ -33,6 +33,7 @@ from lte.training.distillation import (
     predicts,
     show_hidden_states_,
 )
+from lte.training.router_start import check_finite
 from lte.training.scores import lte_losses, measure_scores, mixture_loss
 from lte.training.stage_changes import move_thresholds_, regroup_, set_stage_, sharpen_, start_routers_
 from lte.training.stages import Stage, StagePlan
@@ -221,6 +222,7 @@ class LTETrainer(Trainer):
         before = self.stage
         model = self._unwrapped
         if stage == "soft" or (stage == "hard" and not self.plan.soft):
+            check_finite("a weight", model.parameters())
             if before == "dense" or not model.config.lte.get("grouped", True):
                 regroup_(model, self.method, self._batches(self.train_dataset, self.args.seed))
             if self._distils:
