@@ -152,9 +152,12 @@ def small():
     return PackedBlocks(blocks.ids % 40 + 3, blocks.sequence_length)
 
 
-def test_training_again_begins_anew(tmp_path):
+def test_training_again_begins_anew(tmp_path, caplog):
     trainer = trainer_for(tmp_path, max_steps=8)
     trainer.train()
+    assert "start anew" not in caplog.text
+    trainer_for(tmp_path, trainer.model, max_steps=8).train()
+    assert "in mode hard, trained already: its weights are kept, but its routers and thresholds start" in caplog.text
     trainer.controller.integral = 9.0
     trainer.begin(None)
     assert (trainer.eta, trainer.controller.integral, trainer.teacher) == (0.0, 0.0, None)

@@ -295,6 +295,13 @@ class LTETrainer(Trainer):
                 logger.warning("no whole checkpoint in %s: training starts from the beginning", self._folder)
             resume_from_checkpoint = str(found) if found else None
         self._resumed_in = Path(resume_from_checkpoint).parent if resume_from_checkpoint else None
+        mode = self._unwrapped.config.lte.get("mode", "dense")
+        if mode != "dense" and not resume_from_checkpoint and self.args.recipe != "dense":
+            logger.warning(
+                "the model is in mode %s, trained already: its weights are kept, but its routers and thresholds start "
+                "anew; to train it as it is, take transformers.Trainer",
+                mode,
+            )
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         # mixed precision wrapped forward in autocast; the trained model is to run as it is, and optimised at full speed
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
