@@ -222,7 +222,8 @@ class LTETrainer(Trainer):
         before = self.stage
         model = self._unwrapped
         if stage == "soft" or (stage == "hard" and not self.plan.soft):
-            check_finite("a weight", model.parameters())
+            if before == "dense":
+                check_finite("a weight", model.parameters())
             if before == "dense" or not model.config.lte.get("grouped", True):
                 regroup_(model, self.method, self._batches(self.train_dataset, self.args.seed))
             if self._distils:
