@@ -61,6 +61,6 @@ def test_what_is_idle_is_not_missed_by_relu():
 
 
 def test_a_threshold_from_a_sample_of_the_neurons(monkeypatch):
-    monkeypatch.setattr("lte.methods.choosing._SAMPLE", 5000)
+    monkeypatch.setattr("lte.methods.cuts._SAMPLE", 5000)
     model = converted("llama", lte.CATSConfig(tokens=320))  # 320 * 64 values, every 5th
     assert measured(model, batches("llama")).by_layer == pytest.approx([0.5, 0.5], abs=0.03)

@@ -51,6 +51,12 @@ def test_the_predictor_learns():
     assert found[60] > 0.7
 
 
+@pytest.mark.parametrize("method", [lte.DejaVuConfig, lte.MoEficationConfig])
+def test_predictors_that_diverge_are_not_kept(method):
+    with pytest.raises(ValueError, match=r"layers.0.*NaN or infinite: give a lower fit_learning_rate than 1e\+30"):
+        converted("llama", method(expert_size=8, fit_learning_rate=1e30, fit_epochs=2))
+
+
 def test_neurons_are_not_moved():
     model = converted("llama", lte.DejaVuConfig(fit_epochs=1), count=1)
     dense = tiny_model("llama").state_dict()

@@ -87,6 +87,19 @@ def test_measured_is_what_was_asked_for(family, sparsity):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("count", "rows", "off"), [(1, 32, 0.002), (8, 4, 0.03)])
+def test_the_last_layer_of_a_deep_model_is_as_sparse_as_the_first(count, rows, off):
+    """Each threshold is set behind layers that are sparse by then; over several batches it settles."""
+    data = batches("llama", count, rows, length=48)
+    model = lte.teal_(tiny_model("llama", num_hidden_layers=16), lte.TEALConfig(0.85), data=data)
+    with measure(model) as meter:
+        for batch in data:
+            model(**batch)
+    assert list(meter.by_linear.values()) == pytest.approx([0.85] * 7 * 16, abs=off)
+    assert sum(meter.by_linear.values()) / len(meter.by_linear) == pytest.approx(0.85, abs=0.002)
+
+
+@torch.no_grad()
 def test_zeros_that_are_there_anyway_count():
     """OPT has ReLU: more of its down projection's inputs are 0 than the 10 % asked for, and none needs its weights."""
     model = converted("opt", 0.1)

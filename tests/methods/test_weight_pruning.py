@@ -58,6 +58,16 @@ def test_only_the_blocks_and_just_so_many(family, config):
         assert changed == (in_a_block and value.ndim == 2), name
 
 
+@pytest.mark.parametrize("config", [lte.MagnitudeConfig(0.5), lte.WandaConfig(0.3)])
+def test_weights_of_equal_size_do_not_go_together(config):
+    """bf16 has few numbers: many weights are as large as the last that goes."""
+    rows_OI = torch.randn(512, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
+    kept = _kept(rows_OI.float().abs(), config, by_row=isinstance(config, lte.WandaConfig))
+    dropped = [round(0.5 * kept.numel())] if config.name == "magnitude" else [round(0.3 * 512)] * 512
+    assert kept.view(len(dropped), -1).logical_not().sum(1).tolist() == dropped
+    assert rows_OI.abs()[kept].min() >= rows_OI.abs()[~kept].max() or config.name == "wanda"
+
+
 def test_the_model_stays_stock(tmp_path):
     model = lte.prune_(tiny_model("llama"), lte.WandaConfig(0.5, "2:4"), data=batches("llama"))
     assert type(model) is LlamaForCausalLM

@@ -70,6 +70,7 @@ def test_a_dense_run_is_one_dense_stage(tmp_path):
         ({"ramp": 1.1}, "above 0 and at most 1"),
         ({"calibration_rows": 0}, "at least 1"),
         ({"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"}, "only recipe='dense'"),
+        ({"save_strategy": "best", "eval_strategy": "epoch", "metric_for_best_model": "loss"}, "save_strategy='best'"),
         ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": REENTRANT}, "non-reentrant"),
         ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": json.dumps(REENTRANT)}, "non-reentrant"),
         pytest.param(

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from tiny_training import markov_blocks, sparse_llama, trainer_for
+from tiny_training import dense_llama, markov_blocks, sparse_llama, trainer_for
 from torch.nn.functional import silu
 
+import lte
 from lte.modules.recording import sparse_layers
 from lte.training.router_start import TOKENS_PER_INPUT, fit_routers_
 from lte.training.stages import StagePlan
@@ -76,9 +77,29 @@ def test_sharded_parameters_are_refused_before_the_first_step(tmp_path):
         trainer.plan = plan
         with pytest.raises(ValueError, match=said):
             trainer.begin(None)
+    trainer.args.router_start = "random"
+    with pytest.raises(ValueError, match="give distillation_weight=0"):
+        trainer.begin(None)
+    trainer.args.distillation_weight = 0.0
+    trainer.begin(None)
     trainer.model.config.lte["grouped"] = False
     with pytest.raises(ValueError, match="neurons cannot be grouped when parameters are sharded"):
         trainer.begin(None)
+
+
+@pytest.mark.parametrize("grouping", ["kmeans", "random"])
+def test_a_dense_stage_that_diverges(tmp_path, grouping):
+    model = lte.sparsify_(dense_llama(), lte.LTEConfig(expert_size=8, grouping=grouping), grouped=False)
+    with pytest.raises(ValueError, match="a weight has become NaN or infinite, training diverged: give a lower"):
+        trainer_for(tmp_path, model, dense_learning_rate=1e6).train()
+
+
+@torch.no_grad()
+def test_finite_weights_may_make_infinities():
+    model = sparse_llama()
+    model.model.layers[0].mlp.up_proj.weight.mul_(1e30)
+    with pytest.raises(ValueError, match="what FFNs are given and give has become NaN or infinite"):
+        fit_routers_(model, batches(rows=50), bias=1.0)
 
 
 def test_a_start_that_is_unknown(tmp_path):

@@ -1,6 +1,7 @@
 """What users give ``LTETrainer``: other heads, data and options of ``transformers.Trainer`` than a usual run has."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from tiny_models import tiny_model
 from tiny_training import arguments, markov_blocks, sparse_llama, trainer_for
 from torch.nn import functional as F
-from transformers import BertConfig, BertForSequenceClassification, EarlyStoppingCallback
+from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification, EarlyStoppingCallback
 
 import lte
 from lte.modules.recording import sparse_layers
@@ -107,6 +108,29 @@ def test_label_smoothing_is_of_the_next_token(tmp_path, stage):
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
+@pytest.mark.parametrize("options", [{"feature_distillation_weight": 1.0}, {"distillation_weight": 0.0}], ids=str)
+def test_batches_of_padding_alone_count_for_nothing(tmp_path, options):
+    calls = itertools.count()
+
+    def collator(rows):
+        batch = PackedBlocks.collator(rows)
+        real = next(calls) % 3 > 0
+        fill = torch.ones_like if real else torch.zeros_like
+        return {
+            **batch,
+            "attention_mask": fill(batch["labels"]),
+            "labels": batch["labels"] if real else batch["labels"].fill_(-100),
+        }
+
+    trainer = LTETrainer(
+        sparse_llama(), arguments(tmp_path, **options), train_dataset=markov_blocks(200), data_collator=collator
+    )
+    trainer.train()
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+    assert all(np.isfinite(value) for entry in trainer.state.log_history for value in entry.values())
+    assert np.isfinite([float(trainer.eta), float(trainer.controller.integral), float(trainer.controller.gap)]).all()
+
+
 def test_a_second_run_trains_what_the_first_froze(tmp_path):
     model = lte.sparsify_(tiny_model("llama"), lte.LTEConfig(expert_size=8, grouping="random", compensation_rank=4))
     first = LTETrainer(
@@ -128,9 +152,12 @@ def small():
     return PackedBlocks(blocks.ids % 40 + 3, blocks.sequence_length)
 
 
-def test_training_again_begins_anew(tmp_path):
+def test_training_again_begins_anew(tmp_path, caplog):
     trainer = trainer_for(tmp_path, max_steps=8)
     trainer.train()
+    assert "start anew" not in caplog.text
+    trainer_for(tmp_path, trainer.model, max_steps=8).train()
+    assert "in mode hard, trained already: its weights are kept, but its routers and thresholds start" in caplog.text
     trainer.controller.integral = 9.0
     trainer.begin(None)
     assert (trainer.eta, trainer.controller.integral, trainer.teacher) == (0.0, 0.0, None)
@@ -180,7 +207,11 @@ def test_callbacks_that_remember_can_be_resumed(tmp_path):
         trainer = LTETrainer(
             sparse_llama(),
             arguments(
-                tmp_path, restore_callback_states_from_checkpoint=True, metric_for_best_model="eval_loss", **saving
+                tmp_path,
+                recipe="dense",
+                restore_callback_states_from_checkpoint=True,
+                metric_for_best_model="eval_loss",
+                **saving,
             ),
             train_dataset=markov_blocks(200),
             eval_dataset=markov_blocks(8, 1),
@@ -188,6 +219,42 @@ def test_callbacks_that_remember_can_be_resumed(tmp_path):
             callbacks=[EarlyStoppingCallback(99)],
         )
         trainer.train(resume_from_checkpoint=resume)
+    assert trainer.state.global_step == 12
+
+
+def test_stopping_early_is_refused(tmp_path):
+    trainer = trainer_for(tmp_path, callbacks=[EarlyStoppingCallback(3)], metric_for_best_model="eval_loss")
+    with pytest.raises(ValueError, match="EarlyStoppingCallback compares evaluations of all stages"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+class Spans(Rows):
+    def __getitem__(self, index):
+        return {"input_ids": torch.tensor(self.ids[index]), "start_positions": 1, "end_positions": 2}
+
+
+def test_a_head_without_logits_has_no_teacher(tmp_path):
+    torch.manual_seed(0)
+    model = lte.sparsify_(
+        BertForQuestionAnswering(BertConfig(**SHAPE)), lte.LTEConfig(expert_size=8, grouping="random")
+    )
+    with pytest.raises(ValueError, match="has no logits to compare: give distillation_weight=0"):
+        trained(tmp_path, model, Spans(classes))
+    trainer = trained(tmp_path, model, Spans(classes), distillation_weight=0.0, feature_distillation_weight=1.0)
+    assert np.isfinite(logged(trainer, "task_loss")).all()
+
+
+def test_a_batch_size_that_was_found_is_kept(tmp_path):
+    def too_large(_model, _args, kwargs):
+        if len(kwargs["input_ids"]) > 6:
+            raise RuntimeError("CUDA out of memory.")
+
+    model = sparse_llama()
+    model.register_forward_pre_hook(too_large, with_kwargs=True)
+    trainer = trainer_for(tmp_path, model, auto_find_batch_size=True)
+    trainer.train()
+    assert trainer.state.train_batch_size == 6
     assert trainer.state.global_step == 12
 
 

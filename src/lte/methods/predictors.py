@@ -47,6 +47,9 @@ def train_predictors_(
             latter are divided by the layer's largest.
         epochs, learning_rate: of AdamW, 128 tokens a step, with a linear decay to 0.
         seed: of the order of tokens.
+
+    Raises:
+        ValueError: a router that diverged.
     """
     sites = find_sites(model, model.config.model_type)
     wanted: list[Wanted] = []
@@ -58,7 +61,13 @@ def train_predictors_(
     for index, site in enumerate(sites):
         generator = torch.Generator().manual_seed(seed + index)
         x_TD, target_TE = recorded[2 * index], recorded[2 * index + 1]
-        _train_(cast(ChoosingRouter, site.installed.router), x_TD, target_TE, epochs, learning_rate, generator)
+        router = cast(ChoosingRouter, site.installed.router)
+        _train_(router, x_TD, target_TE, epochs, learning_rate, generator)
+        if not all(parameter.isfinite().all() for parameter in router.parameters()):
+            raise ValueError(
+                f"the predictor of {site.name} has become NaN or infinite: give a lower fit_learning_rate than "
+                f"{learning_rate:g}"
+            )
 
 
 @torch.enable_grad()

@@ -8,25 +8,23 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lte.core.accounting import Cost, G
+from lte.methods.cuts import sample, set_cuts_
 from lte.methods.teal_allocation import greedy_sparsities
-from lte.modules.input_threshold import CUT
 from lte.surgery.activations import Wanted, first_tokens, record_inputs
 from lte.surgery.architectures import become_lte_, lte_model_class
 from lte.surgery.cost import cost_per_token
 from lte.surgery.sites import block_linears, find_sites
 from lte.surgery.teal import SECTION, TEALConfig
 
-_SAMPLE = 1 << 18  # inputs of a layer that its threshold is taken from: a quantile good to 0.1 %
-
 
 @torch.no_grad()
 def teal_(model: PreTrainedModel, config: TEALConfig, data: Iterable[dict[str, Tensor]]) -> PreTrainedModel:
     """Give every linear layer of the blocks a threshold on its inputs, in place; the model is sparse at once.
 
-    Thresholds are quantiles of the inputs' sizes, first as the dense model shows them, then once more as the layer sees
-    them behind layers that are sparse by then. Every token is treated alike, whatever else is in its batch; padding is
-    left out of the quantiles. The model's class becomes ``LTE...``, so that it saves under its own name, and
-    the names of its weights stay: only ``*.cut`` is new.
+    Thresholds are quantiles of the inputs' sizes, set one layer after the other in one pass over the data, each
+    behind layers that are sparse by then. Every token is treated alike, whatever else is in its batch; padding is
+    left out of the quantiles. The model's class becomes ``LTE...``, so that it saves under its own name, and the names
+    of its weights stay: only ``*.cut`` is new.
 
     Args:
         model: dense, of a known family with one stack of blocks.
@@ -53,18 +51,15 @@ def teal_(model: PreTrainedModel, config: TEALConfig, data: Iterable[dict[str, T
     config.install_(model)
     become_lte_(model, config.to_dict(), SECTION)
     layers = block_linears(model, model.config.model_type)
-    wanted = [_sizes_of(name, linear, config.tokens) for name, linear in layers.items()]
+    wanted: list[Wanted] = [
+        (name, linear, lambda x_TI: sample(x_TI.abs(), config.tokens)) for name, linear in layers.items()
+    ]
     sparsity = dict.fromkeys(layers, config.target_sparsity)
-    for first in (True, False):  # a threshold moves what the layers behind it see
-        recorded = record_inputs(model, wanted, batches, config.tokens)
-        if first and config.allocation == "greedy":
-            model.eval()
-            sizes = dict(zip(layers, recorded, strict=True))
-            sparsity = greedy_sparsities(model, layers, sizes, batches[0], config.target_sparsity)
-        for (name, linear), sizes_K in zip(layers.items(), recorded, strict=True):
-            rank = min(len(sizes_K), round(sparsity[name] * len(sizes_K)))
-            cut = linear.get_buffer(CUT)
-            cut.copy_(sizes_K.float().kthvalue(rank).values) if rank else cut.zero_()
+    if config.allocation == "greedy":
+        model.eval()
+        sizes = dict(zip(layers, record_inputs(model, wanted, batches, config.tokens), strict=True))
+        sparsity = greedy_sparsities(model, layers, sizes, batches[0], config.target_sparsity)
+    set_cuts_(model, wanted, [sparsity[name] for name in layers], batches, config.tokens)
     return model.eval()
 
 
@@ -104,13 +99,3 @@ def teal_cost(
         attention_gflops=dense.attention_gflops - 2 * (total - ffn) / G,
         weight_bytes=round(dense.weight_bytes - total * size),
     )
-
-
-def _sizes_of(name: str, linear: torch.nn.Module, tokens: int) -> Wanted:
-    """Every token with some of its inputs, in turn: tokens differ much."""
-    weight = linear.get_parameter("weight")
-    inputs = max(weight.shape)  # of a matrix either side may be the inputs; which decides only how much is kept
-    stride = max(1, tokens * inputs // _SAMPLE)
-    while stride > 1 and inputs % stride == 0:
-        stride += 1
-    return name, linear, lambda x_TI: x_TI.abs().flatten()[::stride]

@@ -164,4 +164,7 @@ def _kept(scores_OI: Tensor, config: MagnitudeConfig, by_row: bool) -> Tensor:
     dropped = round(config.target_sparsity * rows.shape[1])
     if dropped == 0:
         return torch.ones_like(scores_OI, dtype=torch.bool)
-    return (rows > rows.kthvalue(dropped, dim=1, keepdim=True).values).view_as(scores_OI)
+    cut = rows.kthvalue(dropped, dim=1, keepdim=True).values
+    tied = rows == cut  # many in bf16: the first of them go, as many as are wanted
+    spare = dropped - (rows < cut).sum(1, keepdim=True)
+    return ((rows > cut) | tied & (tied.cumsum(1, dtype=torch.int32) > spare)).view_as(scores_OI)

@@ -185,9 +185,13 @@ class SparsityMeter:
             self._active[name] = self._active[name] + active if name in self._active else active
             self._total[name] = self._total[name] + total if name in self._total else total
 
+    def counts(self) -> Tensor:
+        """Of each layer the active and all, ``[2, L]``, left on the device: nothing waits for it."""
+        return torch.stack([torch.stack(list(one.values())) for one in (self._active, self._total)])
+
     def measured(self) -> tuple[Tensor, Tensor]:
-        """Sparsity overall, and of each layer ``[L]``, left on the device: nothing waits for it."""
-        active_L, total_L = torch.stack(list(self._active.values())), torch.stack(list(self._total.values()))
+        """Sparsity overall, and of each layer ``[L]``, left on the device."""
+        active_L, total_L = self.counts()
         return 1 - active_L.sum() / total_L.sum(), 1 - active_L / total_L
 
     @property

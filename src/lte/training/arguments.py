@@ -170,10 +170,11 @@ class LTETrainingArguments(TrainingArguments):
         else:
             if self.eta is None or self.eta < 0:
                 raise ValueError(f"eta is {self.eta}, but recipe='paper' needs an eta >= 0 (the paper: 0 to 2)")
-        if self.load_best_model_at_end and self.recipe != "dense":
+        if self.recipe != "dense" and (self.load_best_model_at_end or self.save_strategy == "best"):
+            name = "load_best_model_at_end" if self.load_best_model_at_end else "save_strategy='best'"
             raise ValueError(
-                "load_best_model_at_end could bring back a model of the dense or soft stage, when more experts were "
-                "active: only recipe='dense' takes it"
+                f"{name} could choose a model of the dense or soft stage, when more experts were active: only "
+                "recipe='dense' takes it"
             )
         if not self.separability_floor > 0:
             raise ValueError(f"separability_floor is {self.separability_floor}, but it must be > 0, e.g. 1e-4")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lte.core.sampling import stride_for
 from lte.modules.recording import check_linear, record_scores, sparse_layers
 
 logger = logging.getLogger(__name__)
@@ -121,9 +122,8 @@ def _margins(model: nn.Module, batches: list[dict[str, Any]]) -> Tensor:
             model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
             if stride == 0:
                 logits = sum(one.numel() for parts in seen.values() for one in parts)
-                stride = max(1, logits * len(batches) // _MAX_LOGITS)
-                while any(math.gcd(stride, layer.router.num_experts) > 1 for layer in layers.values()):
-                    stride += 1  # otherwise some experts would never be seen
+                widths = [layer.router.num_experts for layer in layers.values()]
+                stride = stride_for(logits * len(batches), _MAX_LOGITS, *widths)
             for name, parts in seen.items():
                 if not parts:  # not run in this pass
                     continue

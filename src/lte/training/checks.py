@@ -1,5 +1,10 @@
 """What a training run refuses before it begins, of things that are fine each on its own."""
 
+from collections.abc import Iterable
+from typing import Any
+
+from transformers import EarlyStoppingCallback, TrainerCallback
+
 from lte.surgery.method import Method
 from lte.training.arguments import LTETrainingArguments
 from lte.training.stages import StagePlan
@@ -18,6 +23,30 @@ def check_method(method: Method, args: LTETrainingArguments) -> None:
         raise ValueError(
             f"the model was made for target_sparsity {made_for}, but the arguments ask for {args.target_sparsity}: "
             "make them one, or convert the dense model again"
+        )
+
+
+def check_head(model: Any, args: LTETrainingArguments) -> None:
+    """Whether the model's outputs can be compared with those of a teacher.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    name = type(model).__name__
+    if args.distillation_weight and name.endswith(("ForQuestionAnswering", "ForPreTraining")):
+        raise ValueError(f"{name} has no logits to compare: give distillation_weight=0")
+
+
+def check_callbacks(callbacks: Iterable[TrainerCallback], args: LTETrainingArguments) -> None:
+    """Whether none of them would end a run before its last stage.
+
+    Raises:
+        ValueError: one would.
+    """
+    if args.recipe != "dense" and any(isinstance(one, EarlyStoppingCallback) for one in callbacks):
+        raise ValueError(
+            "EarlyStoppingCallback compares evaluations of all stages, and the dense one has the best: only "
+            "recipe='dense' takes it"
         )
 
 
@@ -43,3 +72,8 @@ def check_sharded(plan: StagePlan, method: Method, args: LTETrainingArguments, g
         )
     if args.router_start == "fitted" or not method.learns:
         raise ValueError("routers cannot be fitted when parameters are sharded: give router_start='random'")
+    if args.distillation_weight or args.feature_distillation_weight:
+        raise ValueError(
+            "the dense model cannot be copied, to learn from it, when parameters are sharded: give "
+            "distillation_weight=0 and feature_distillation_weight=0"
+        )

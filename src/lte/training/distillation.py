@@ -213,7 +213,7 @@ def hidden_state_error(student: Sequence[Tensor], teacher: Sequence[Tensor], mas
         if mask is not None:  # where, not a product: padding may hold infinities
             counts_T = mask.bool()
             error_TD, size_T = torch.where(counts_T.unsqueeze(-1), error_TD, 0), torch.where(counts_T, size_T, 1)
-        tokens = size_T.numel() if mask is None else mask.bool().sum()
+        tokens = size_T.numel() if mask is None else mask.bool().sum().clamp_min(1)
         total = total + (error_TD.square().sum(-1) / size_T).sum() / tokens
     return total / len(student)
 

@@ -34,13 +34,23 @@ def fit_routers_(model: Any, batches: Iterable[dict[str, Tensor]], bias: float) 
         batches: of the model; :func:`tokens_to_fit` tokens are read.
 
     Raises:
-        ValueError: no batch.
+        ValueError: no batch, or one that the model makes NaN or infinities of.
     """
     sites = find_sites(model, model.config.model_type)
     moments = [_Moments(site) for site in sites]
     watch_ffns(model, sites, batches, lambda index, *seen: moments[index].add(*seen), tokens_to_fit(model))
     for one in moments:
         one.fit_(bias)
+
+
+def check_finite(what: str, values: Iterable[Tensor]) -> None:
+    """Whether training before went well.
+
+    Raises:
+        ValueError: a value is NaN or infinite.
+    """
+    if not all(one.isfinite().all() for one in values):
+        raise ValueError(f"{what} has become NaN or infinite, training diverged: give a lower learning rate")
 
 
 class _Moments:
@@ -62,6 +72,7 @@ class _Moments:
             self.cross_IE.addmm_(x_TI.T, added_TE.pow(0.25))
 
     def fit_(self, bias: float) -> None:
+        check_finite("what FFNs are given and give", [self.gram_II, self.cross_IE])
         gram_II, cross_IE = self.gram_II.double(), self.cross_IE.double()
         count = gram_II[-1, -1]
         ridge_I = torch.full_like(gram_II[0], RIDGE * float(gram_II.diagonal()[:-1].mean()))

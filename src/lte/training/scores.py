@@ -64,6 +64,6 @@ def measure_scores(
         separability = separability + share * separability_loss(scores, tau, floor, mask)
         scores = scores.detach()
         close_L, total = count_active(scores.sub(tau).abs() <= NEAR_TAU, mask)
-        near = near + share * (close_L / total).mean()
+        near = near + share * (close_L / total.clamp_min(1)).mean()
         counts.append(count_active(threshold(scores, tau), mask))
     return efficiency, separability, near, counts

@@ -24,17 +24,23 @@ class StepLog:
     def __init__(self) -> None:
         self.noted: dict[str, deque[Tensor]] = {}
         self.meter = SparsityMeter()
+        self._last: Tensor | float = 0.0  # sparsity, overall and by layer
 
     def note(self, name: str, value: Tensor) -> None:
         """Add a number to those that the next entry has the mean of."""
         self.noted.setdefault(name, deque(maxlen=_MOST)).append(value.detach().float())
 
     def end_step(self) -> Tensor:
-        """Note the step's sparsity, over all ranks, and that of each layer; gives the former."""
-        on_this_rank, by_layer = self.meter.measured()
-        sparsity = cast(Tensor, reduce(on_this_rank, reduction="mean"))
+        """Note the step's sparsity, over all ranks, and that of each layer; gives the former.
+
+        A step of padding alone has that of the step before.
+        """
+        counts_2L = cast(Tensor, reduce(self.meter.counts(), reduction="sum"))
+        active, total = torch.cat([counts_2L.sum(1, keepdim=True), counts_2L], 1)
+        self._last = torch.where(total > 0, 1 - active / total, self._last)
+        sparsity, *by_layer = self._last.unbind()
         self.note("sparsity", sparsity)
-        for index, share in enumerate(by_layer.unbind()):
+        for index, share in enumerate(by_layer):
             self.note(f"sparsity/layer_{index:02d}", share)
         self.meter = SparsityMeter()
         return sparsity

@@ -22,7 +22,7 @@ from lte.training.arguments import LTETrainingArguments
 from lte.training.batches import hold_out_for_calibration
 from lte.training.calibration import evaluating
 from lte.training.checkpoints import last_complete_checkpoint
-from lte.training.checks import check_method, check_sharded
+from lte.training.checks import check_callbacks, check_head, check_method, check_sharded
 from lte.training.controller import SparsityController
 from lte.training.distillation import (
     DistilledLoss,
@@ -33,6 +33,7 @@ from lte.training.distillation import (
     predicts,
     show_hidden_states_,
 )
+from lte.training.router_start import check_finite
 from lte.training.scores import lte_losses, measure_scores, mixture_loss
 from lte.training.stage_changes import move_thresholds_, regroup_, set_stage_, sharpen_, start_routers_
 from lte.training.stages import Stage, StagePlan
@@ -65,8 +66,8 @@ class LTETrainer(Trainer):
             text like it: best a sample of what the model will see. None keeps some rows out of training for it.
 
     Raises:
-        ValueError: a dense model, one of a method that the recipe or its target does not fit, arguments of another
-            class, or several GPUs in one process.
+        ValueError: a dense model, one of a method that the recipe or its target does not fit, one without logits that a
+            teacher's could be compared with, arguments of another class, or several GPUs in one process.
     """
 
     args: LTETrainingArguments
@@ -97,6 +98,7 @@ class LTETrainer(Trainer):
             layer.router.requires_grad_(True)
             if layer.compensation is not None:
                 layer.compensation.requires_grad_(True)
+        check_head(model, args)
         self._linear = all(layer.router.is_linear for layer in layers)
         self._causal = is_causal(cast(nn.Module, model))
         self.method = Method.from_dict(cast(Any, model).config.lte)
@@ -220,6 +222,8 @@ class LTETrainer(Trainer):
         before = self.stage
         model = self._unwrapped
         if stage == "soft" or (stage == "hard" and not self.plan.soft):
+            if before == "dense":
+                check_finite("a weight", model.parameters())
             if before == "dense" or not model.config.lte.get("grouped", True):
                 regroup_(model, self.method, self._batches(self.train_dataset, self.args.seed))
             if self._distils:
@@ -269,7 +273,7 @@ class LTETrainer(Trainer):
         """
         loader = DataLoader(
             dataset,
-            batch_size=self.args.per_device_train_batch_size,  # of the shape that blocks are compiled for already
+            batch_size=self._train_batch_size,  # of the shape that blocks are compiled for already
             shuffle=seed is not None and hasattr(dataset, "__len__"),
             generator=torch.Generator().manual_seed(seed or 0),
             collate_fn=self._get_collator_with_removed_columns(self.data_collator),
@@ -285,12 +289,20 @@ class LTETrainer(Trainer):
 
         With no such checkpoint the run starts from its beginning.
         """
+        check_callbacks(self.callback_handler.callbacks, self.args)
         if resume_from_checkpoint is True:
             found = last_complete_checkpoint(self._folder)
             if found is None:
                 logger.warning("no whole checkpoint in %s: training starts from the beginning", self._folder)
             resume_from_checkpoint = str(found) if found else None
         self._resumed_in = Path(resume_from_checkpoint).parent if resume_from_checkpoint else None
+        mode = self._unwrapped.config.lte.get("mode", "dense")
+        if mode != "dense" and not resume_from_checkpoint and self.args.recipe != "dense":
+            logger.warning(
+                "the model is in mode %s, trained already: its weights are kept, but its routers and thresholds start "
+                "anew; to train it as it is, take transformers.Trainer",
+                mode,
+            )
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         # mixed precision wrapped forward in autocast; the trained model is to run as it is, and optimised at full speed
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
@@ -341,6 +353,8 @@ class LTETrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.clamp_min(1)  # nothing but padding: a loss of 0, not 0 / 0
         if not model.training or self.stage not in ("soft", "hard"):
             with causal_loss(model, self._causal_loss if model.training else None):
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
