@@ -19,7 +19,7 @@ test: $(VENV)/test.done
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright src
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8
 
 format: $(VENV)/test.done
 	$(BIN)/ruff check --fix
