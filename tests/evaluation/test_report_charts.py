@@ -145,6 +145,13 @@ def test_runs_beyond_the_chart_are_named_and_pointed_at(task):
     assert "static pruning" in tradeoff(found, "gflops", looks_of([found])).svg()
 
 
+def test_of_many_runs_those_far_from_most_are_beyond(task):
+    good = [row("lte", 10.1 + 0.05 * n, 0.3 + n / 20) for n in range(10)]  # three quarters lose 0.55 at most
+    many = [row("cats", 11 + n, 0.5 + n / 10) for n in range(3)]
+    assert beyond_chart(task(row("dense", 10), *good[:8], *many)) == []
+    assert [point.value for point in beyond_chart(task(row("dense", 10), *good, *many))] == [12, 13]
+
+
 def test_of_accuracy_less_than_85_percent_of_dense_is_beyond(task):
     rows = [row("dense", 0.8, metric="accuracy")]
     rows += [

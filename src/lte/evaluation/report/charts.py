@@ -13,6 +13,7 @@ from lte.evaluation.report.looks import Budget, Look, budgets_of
 
 ARROW = ((-0.1, -1), (0.1, -1), (0.1, 0), (0.45, 0), (0, 1), (-0.45, 0), (-0.1, 0), (-0.1, -1))
 """Upward, for what lies beyond the chart."""
+_MANY = 12  # runs whose quartiles say something
 
 
 def slug(text: str) -> str:
@@ -77,14 +78,18 @@ def tradeoff(task: Task, by: str, looks: Mapping[str, Look]) -> Chart:
 def beyond_chart(task: Task) -> list[Point]:
     """Runs too bad for the chart: they would flatten what matters.
 
-    Those of more than twice dense's perplexity, or less than 85 % of its quality, unless most runs are no better.
+    Those of more than twice dense's perplexity, or less than 85 % of its quality, unless most runs are no better; of
+    many runs also those that lose more than twice what three quarters of them lose at most.
     """
     points = [point for curve in task.curves for point in curve.points]
     if task.dense is None or task.dense.value <= 0:
         return []
     worst = task.dense.value * (2 if task.metric.lower else 0.85)
     losses = [task.metric.loss(point.value, task.dense.value) for point in points]
-    allowed = max(task.metric.loss(worst, task.dense.value), statistics.median_low(losses))
+    allowed = task.metric.loss(worst, task.dense.value)
+    if len(losses) >= _MANY:
+        allowed = min(allowed, 2 * statistics.quantiles(losses)[2])
+    allowed = max(allowed, statistics.median_low(losses))
     return [point for point, loss in zip(points, losses, strict=True) if loss > allowed]
 
 
