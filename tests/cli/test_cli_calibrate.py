@@ -95,6 +95,11 @@ def test_what_was_measured_before_is_a_run_of_its_own(files, sparse, tmp_path, c
     path = write(tmp_path / "rows.jsonl", lines)
     ((task,), (kept,)) = (gather(read_results([one]).measurements) for one in (path, folder / SUMMARY))
     assert len(task.curves[0].points) == 3
+    assert main(["calibrate", str(folder), *data, "--target-sparsity", "0.5", "-o", str(tmp_path / "other")]) == 0
+    assert main(["eval", str(tmp_path / "other"), *data, "--json"]) == 0
+    elsewhere = last_json(capsys)
+    assert elsewhere["steps"] == {"soft": 2}
+    assert elsewhere["trained_by"].startswith("lte train -o model && lte calibrate")
     assert "--in-place" not in kept.curves[0].points[0].setting  # training measured its own thresholds
 
 
@@ -105,6 +110,7 @@ def test_what_was_measured_before_is_a_run_of_its_own(files, sparse, tmp_path, c
 def test_padded_rows(files, tmp_path, capsys, name, head, task, text):
     folder = save_sparse(files, name, head, tmp_path / "model")
     given = ["--text", str(files / text), "--task", task, *SHORT, "--target-sparsity", "0.6", "--json"]
+    given += ["--class-names", "even", "odd"] if head == "classification" else []
     assert main(["calibrate", str(folder), *given, "-o", str(tmp_path / "out")]) == 0
     found = last_json(capsys)
     assert found["after"]["sparsity"] == pytest.approx(0.6, abs=0.03)

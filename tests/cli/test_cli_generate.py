@@ -62,7 +62,7 @@ def test_refusals(files, sparse, tmp_path, capfd):
     (tmp_path / "empty.txt").write_text("\n\n")
     assert "either --prompt" in refused(capfd, sparse)
     assert "either --prompt" in refused(capfd, sparse, "--prompt", "a", "--prompts", tmp_path / "empty.txt")
-    assert "holds no prompt" in refused(capfd, sparse, "--prompts", tmp_path / "empty.txt")
+    assert "the file is empty" in refused(capfd, sparse, "--prompts", tmp_path / "empty.txt")
     assert "none.txt" in refused(capfd, sparse, "--prompts", tmp_path / "none.txt")
     assert "prompt is empty" in refused(capfd, sparse, "--prompt", "a", "--prompt", " ")
     assert "batch_size is 0" in refused(capfd, sparse, "--prompt", "a", "--batch-size", "0")

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from lte.cli.main import main
 
@@ -46,6 +46,34 @@ def test_classes_are_in_the_models_order(classifier, tmp_path, capsys):
     assert "labels worse are not among class_names, good, bad" in refused(
         capsys, "eval", model, *TASK, *write(tmp_path / "other.jsonl", {"the": "good", "with": "worse"})
     )
+
+
+def test_classes_that_a_model_does_not_name_are_asked_for(classifier, tmp_path, capsys):
+    model, data = classifier
+    AutoModelForSequenceClassification.from_pretrained(
+        model, id2label={0: "LABEL_0", 1: "LABEL_1"}, num_labels=2
+    ).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path)
+    capsys.readouterr()
+    assert "which of its classes are bad, good: name them" in refused(capsys, "eval", str(tmp_path), *TASK, *data)
+    assert accuracy(capsys, str(tmp_path), *TASK, *data, "--class-names", "good", "bad") == 1
+
+
+def test_what_a_checkpoint_was_trained_for_before_is_forgotten(classifier, tmp_path, capsys):
+    model, data = classifier
+    given = [
+        "--text",
+        write(tmp_path / "rows.jsonl", {"the": 1.5, "with": 2.5})[1],
+        "--max-steps",
+        "1",
+        "--recipe",
+        "dense",
+    ]
+    assert main(["train", "--model", model, "--task", "regression", *given, "-o", str(tmp_path / "a")]) == 0
+    assert AutoConfig.from_pretrained(tmp_path / "a").problem_type == "regression"
+    given = [*data, "--max-steps", "1", "--recipe", "dense"]
+    assert main(["train", "--model", str(tmp_path / "a"), *TASK, *given, "-o", str(tmp_path / "b")]) == 0
+    assert AutoConfig.from_pretrained(tmp_path / "b").problem_type == "single_label_classification"
 
 
 def test_training_goes_on_with_its_classes(classifier, tmp_path, capsys):
@@ -98,5 +126,8 @@ def test_a_model_without_the_head_is_refused(files, tmp_path, capsys):
     bare = str(tmp_path / "bare")
     data = write(tmp_path / "rows.jsonl", {"the": "good", "with": "bad"})
     assert "has no head for classification" in refused(capsys, "eval", bare, *TASK, *data)
-    assert "has no head for language modelling" in refused(capsys, "eval", bare, "--text", str(files / "text.txt"))
+    text = ["--text", str(files / "text.txt")]
+    assert "language_modelling asks for the next token" in refused(capsys, "eval", bare, *text)
+    AutoModel.from_pretrained(files / "llama").save_pretrained(tmp_path / "bare")
+    assert "has no head for language modelling" in refused(capsys, "eval", bare, *text)
     assert "has no head for language modelling" in refused(capsys, "generate", bare, "--prompt", "hi")

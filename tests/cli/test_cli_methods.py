@@ -73,7 +73,7 @@ def test_bert_by_labels(files, tmp_path, capsys):
     data = ["--text", str(files / "classes.jsonl"), "--task", "classification"]
     given = ["sparsify", "--model", str(files / "bert"), "--method", "cats", *data, "-o", str(tmp_path)]
     assert main(given) == 0
-    assert main(["eval", str(tmp_path), *data, "--device", "cpu", "--json"]) == 0
+    assert main(["eval", str(tmp_path), *data, "--class-names", "even", "odd", "--device", "cpu", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["sparsity"] == pytest.approx(0.5, abs=0.02)
 
 

@@ -93,6 +93,22 @@ def test_cost_is_that_of_the_layers_sparsity():
     assert found.gflops_per_token != found.gflops_per_token_dense
 
 
+def test_mode_soft_computes_every_expert():
+    model = llama()
+    lte.set_mode_(model, "soft")
+    found = evaluate(model, rows())
+    assert 0.2 < found.sparsity < 0.8
+    assert found.gflops_per_token == lte.cost_per_token(model, 0.0, router=True).gflops > found.gflops_per_token_dense
+
+
+def test_outputs_that_are_not_finite_are_refused():
+    model = BertForSequenceClassification(BertConfig(**TINY, num_labels=2, pad_token_id=0)).eval()
+    model.classifier.bias.data[1] = torch.nan
+    ids = [torch.randint(1, 64, (3 + i,)).numpy() for i in range(4)]
+    with pytest.raises(ValueError, match="outputs are NaN or infinite"):
+        evaluate(model, PaddedRows({"input_ids": ids, "labels": [0, 1, 0, 1]}, PaddingCollator(0), ("a", "b")))
+
+
 def test_a_dense_model_has_no_sparsity():
     model = llama(sparse=False)
     found = evaluate(model, rows())

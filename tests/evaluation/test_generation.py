@@ -155,11 +155,21 @@ def test_text_stops_at_the_models_end_and_at_the_one_that_training_appends(where
     assert found.predictions == [tokenizer.decode(kept, skip_special_tokens=True).strip()]
 
 
+def test_references_lose_the_tokens_that_decoding_leaves_out():
+    tokenizer = make_tokenizer(additional_special_tokens=["<end>"])
+    model = model_of("dense")
+    model.resize_token_embeddings(len(tokenizer))
+    said = evaluate_generation(model, {"a": ["?"]}, tokenizer, max_new_tokens=NEW, sequence_length=64).predictions[0]
+    found = evaluate_generation(model, {"a": [f"{said}<end>\n"]}, tokenizer, max_new_tokens=NEW, sequence_length=64)
+    assert (found.bleu, found.rougeL) == pytest.approx((100, 100)) or not said.isalnum()
+
+
 def test_greedy_and_beams_whatever_the_model_says():
     model = model_of("llama")
     greedy = evaluate_generation(model, REFERENCES, make_tokenizer(), max_new_tokens=NEW, sequence_length=64)
     beams = [text_of(alone(model, prompt, num_beams=4)) for prompt in REFERENCES]
     model.generation_config.update(do_sample=True, temperature=3.0, top_k=5, num_beams=2)
+    model.generation_config.update(repetition_penalty=5.0, no_repeat_ngram_size=1, forced_eos_token_id=0)
     options = {"max_new_tokens": NEW, "sequence_length": 64}
     assert evaluate_generation(model, REFERENCES, make_tokenizer(), **options) == greedy
     found = evaluate_generation(model, REFERENCES, make_tokenizer(), num_beams=4, **options)

@@ -126,6 +126,20 @@ def test_what_is_padding():
     assert _mark_padding(None, (), {"input_ids": batch})[1] == {"input_ids": batch}
 
 
+@torch.no_grad()
+@pytest.mark.usefixtures("only_local")
+def test_the_model_sees_rows_that_end_in_token_0_whole(folder, monkeypatch):
+    made, seen = model("routers"), []
+    made.register_forward_hook(lambda _model, args, output: seen.append((args[0], output.logits)))
+    monkeypatch.setattr(
+        "lte.evaluation.harness._mark_padding",
+        lambda _model, args, _kwargs: (args, {"attention_mask": args[0].ne(args[0][0, -1]).long()}),
+    )
+    evaluate_tasks(made, byte_tokenizer(), find_tasks(["lte_count"], folder), batch_size=1)
+    ids, logits = seen[0]
+    torch.testing.assert_close(logits, made(ids).logits)
+
+
 @pytest.mark.usefixtures("only_local")
 def test_generating_shots_and_limit(folder):
     tasks = find_tasks(["lte_say", "lte_count*"], folder)

@@ -52,6 +52,13 @@ def test_of_a_run_repeated_with_its_seed_the_last_counts(tasks):
     assert task.repeated == 1
 
 
+def test_a_model_measured_again_is_one_point(tasks):
+    again = row("lte", 12.1, 0.5)
+    again["trained_by"], again["command"] = again["command"], "lte eval out --text wiki/test.txt --json"
+    (task,) = tasks(row("lte", 12, 0.5), again, row("cats", 13, 0.5, 0.15))
+    assert [point.value for point in points(task, "LTE")] == [12.1]
+
+
 def test_tasks_are_told_apart_by_metric_data_and_size(tasks):
     other_size = row("lte", 12, 0.5, options="--ramp 1")
     other_size["evaluation"]["gflops_per_token_dense"] = 0.4
@@ -187,8 +194,9 @@ def test_lte_trained_for_longer_does_not_count(tasks):
         "CATS, 300 steps": (10.7, False),
         "TEAL": (10.5, True),  # set without training: any LTE, and the page says so
     }
-    (task,) = tasks(row("lte", 10.5, 0.5, 0.14, steps=1200), rivals[0])
-    assert [one.lte for one in duels(task)] == [None]
+    for steps in (1200, 0):  # 0: nobody knows
+        (task,) = tasks(row("lte", 10.5, 0.5, 0.14, steps=steps), rivals[0])
+        assert [one.lte for one in duels(task)] == [None]
 
 
 def test_as_it_was_set_and_fine_tuned_are_two_curves(tasks):

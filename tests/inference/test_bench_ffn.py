@@ -56,7 +56,7 @@ def test_compensation_is_run_and_charged():
     for row, more in zip(plain, compensated, strict=True):
         assert (row["rank"], more["rank"]) == (0, 8)
         assert more["bytes"] == pytest.approx(row["bytes"] + 4 * 8 * (2 * 32 + 1), rel=0.02)
-        assert more["dense_bytes"] == row["dense_bytes"]
+        assert more["dense_bytes"] / row["dense_bytes"] in (0.5, 1, 2)  # fp32 or bf16, whichever was faster
     layers = bench_ffn.make_layers(grid(compensation_rank=8), torch.float32)
     assert all(weights.rank == 8 for weights in layers.sparse)
 

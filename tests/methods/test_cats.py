@@ -7,6 +7,7 @@ from tiny_models import tiny_inputs, tiny_model
 
 import lte
 from lte.methods.cats import ActivationRouter
+from lte.methods.cuts import sample
 
 
 def test_the_router_by_hand():
@@ -64,3 +65,13 @@ def test_a_threshold_from_a_sample_of_the_neurons(monkeypatch):
     monkeypatch.setattr("lte.methods.cuts._SAMPLE", 5000)
     model = converted("llama", lte.CATSConfig(tokens=320))  # 320 * 64 values, every 5th
     assert measured(model, batches("llama")).by_layer == pytest.approx([0.5, 0.5], abs=0.03)
+
+
+def test_more_tokens_than_there_are_are_all_of_them():
+    model = converted("llama", lte.CATSConfig(tokens=10**9))
+    assert measured(model, batches("llama")).by_layer == pytest.approx([0.5, 0.5], abs=0.005)
+
+
+def test_a_sample_does_not_keep_what_it_is_of():
+    values = torch.rand(64, 1 << 14)
+    assert sample(values, 64).untyped_storage().nbytes() < values.untyped_storage().nbytes() / 2

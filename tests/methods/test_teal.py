@@ -225,12 +225,27 @@ def test_kept_inputs_get_gradient():
     assert linear.weight.grad.tolist() == [[2.0, 0.0, -3.0]] * 2
 
 
+def relative_deberta():
+    model = tiny_model("deberta-v2")
+    model.config.update({"relative_attention": True, "share_att_key": True})
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: lte.TEALConfig(50), "target_sparsity is 50, but it is the fraction of inputs"),
         (lambda: lte.TEALConfig(tokens=0), "tokens is 0"),
         (lambda: lte.TEALConfig(allocation="best"), "allocation is 'best', but it is one of uniform, greedy"),
+        (
+            lambda: lte.TEALConfig(0.97, allocation="greedy"),
+            "greedy leaves at least 5% of a layer: give allocation='uniform'",
+        ),
+        (lambda: lte.teal_(relative_deberta(), lte.TEALConfig(), data=[{}]), "deberta-v2 puts embeddings of positions"),
+        (
+            lambda: lte.prune_(relative_deberta(), lte.WandaConfig(), data=[{}]),
+            "deberta-v2 puts embeddings of positions",
+        ),
         (
             lambda: lte.TEALConfig.from_dict({"sparsity": 0.5}),
             "unknown option sparsity for TEAL: it has target_sparsity",

@@ -60,6 +60,18 @@ def test_prompt_and_completion(tmp_path, tokenizer, caplog):
     assert "rows with an empty completion: skipped 1 of 2" in caplog.text
 
 
+def test_what_ends_a_completion_is_not_put_into_the_template(tmp_path, tokenizer):
+    config = DataConfig(chat=True, prompt="q", completion="a", completion_end="###")
+    source = write(tmp_path / "a.jsonl", [{"q": "1", "a": "2###"}, {"q": "1", "a": "3<eos>"}])
+    assert load_prompts(source, config, tokenizer)[1] == ["2", "3"]
+
+
+def test_parts_of_text_are_a_text(tmp_path, tokenizer):
+    parts = [{"type": "text", "text": "2"}, {"type": "text", "text": "!"}]
+    source = write(tmp_path / "a.jsonl", [{"messages": [CHAT[1], {"role": "assistant", "content": parts}]}])
+    assert load_prompts(source, DataConfig(messages="messages"), tokenizer)[1] == ["2!"]
+
+
 def test_bos_once(tmp_path):
     """A template that writes BOS, and a tokenizer that adds it: one BOS."""
     from tokenizers.processors import TemplateProcessing
@@ -84,6 +96,11 @@ def test_an_end_of_turn_that_is_no_eos_is_learnt(tmp_path, tokenizer):
         (None, {"messages": CHAT}, "has no chat template"),
         (TEMPLATE, {"messages": "hello"}, "row 1: column 'messages' holds no chat"),
         (TEMPLATE, {"messages": [{"role": "user"}]}, "row 1: column 'messages' holds no chat"),
+        (
+            TEMPLATE,
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "row 1: a message's content is a list",
+        ),
         (TEMPLATE, {"chat": CHAT}, "no column 'messages', the columns are 'chat'"),
         (TEMPLATE, {"messages": CHAT[:2]}, "none of 1 chats has an answer"),
         ("{{ messages | length }}", {"messages": CHAT}, "does not continue what it gave"),

@@ -383,6 +383,12 @@ def test_end_markers_in_completions(tmp_path, tokenizer, caplog):
     assert dataset[1]["input_ids"].tolist() == [*ids_of(tokenizer, "c"), *ids_of(tokenizer, "d"), EOS]
 
 
+def test_a_completion_end_that_ends_nothing_is_said(tmp_path, tokenizer, caplog):
+    source = write(tmp_path / "a.jsonl", jsonl([{"prompt": "a", "completion": "b"}]))
+    assert load_prompts(source, DataConfig(completion_end="###"), tokenizer) == (["a"], ["b"])
+    assert "no completion ends with completion_end, '###'" in logged(caplog)
+
+
 def test_empty_completions_are_counted_and_all_empty_is_an_error(tmp_path, caplog):
     some = [{"prompt": "a", "completion": ""}, {"prompt": "b", "completion": "x"}]
     assert load_prompts(write(tmp_path / "a.jsonl", jsonl(some))) == (["b"], ["x"])
@@ -404,6 +410,18 @@ def test_class_names_are_collected_in_order_and_numbers_as_numbers(tmp_path, tok
     batch = numbered.collator([numbered[i] for i in range(4)])
     assert batch["labels"].tolist() == [2, 0, 0, 1]
     assert batch["labels"].dtype == torch.int64
+
+
+def test_numbers_as_pandas_writes_them(tmp_path, tokenizer):
+    """A gap turns a column of integers to floats, and is NaN."""
+    source = write(
+        tmp_path / "a.jsonl", '{"text": "a", "label": 1.0}\n{"text": NaN, "label": 2.0}\n{"text": "b", "label": 3}\n'
+    )
+    dataset = load_dataset_for("classification", source, tokenizer, DataConfig(class_names=("1", "2", "3")))
+    assert [dataset[i]["labels"].item() for i in range(len(dataset))] == [0, 2]
+    source = write(tmp_path / "b.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": NaN}\n')
+    with pytest.raises(ValueError, match="row 2 has no label"):
+        load_dataset_for("classification", source, tokenizer)
 
 
 def test_given_class_names_are_honoured(tmp_path, tokenizer):

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from lte.cli.console import err, out, print_json, table, track
 from lte.cli.eval_origin import keep_calibration
 from lte.cli.main import parse
-from lte.cli.options import DataOptions, DeviceOptions, Model, check_folder, open_model
+from lte.cli.options import DataOptions, DeviceOptions, Model, check_folder, open_model, pad_alike_
 from lte.evaluation.evaluate import Evaluation, evaluate
 from lte.surgery.loading import load_config, load_tokenizer
 from lte.training.calibration import calibrate_, check_calibration, check_target
@@ -49,6 +49,7 @@ def main(argv: Sequence[str]) -> None:
     config, tokenizer = load_config(options.model), load_tokenizer(options.model)
     calibration, held_out = _split(options.data.load(options.data.text, tokenizer, config), options.rows, options.seed)
     model = open_model(options.model, options.data.head(config), device, dtype)
+    pad_alike_(model, calibration)
     check_calibration(model, options.target_sparsity)  # now, not after the first evaluation
 
     def measure(what: str) -> Evaluation:
@@ -61,8 +62,7 @@ def main(argv: Sequence[str]) -> None:
     after = measure("measuring again")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    if options.in_place:
-        keep_calibration(folder, argv)
+    keep_calibration(Path(options.model), folder, argv)
     _show(before, after, f"{len(held_out)} rows, calibrated on {len(calibration)} others")
     out.print(f"saved to {folder}", soft_wrap=True, markup=False)
     if options.json:

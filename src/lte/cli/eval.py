@@ -13,7 +13,7 @@ from lte.cli.console import print_json, track
 from lte.cli.eval_origin import origin
 from lte.cli.eval_tables import show, show_answered, show_generated, show_tasks
 from lte.cli.main import parse
-from lte.cli.options import DataOptions, DeviceOptions, Model, open_model, optimize_where_possible_
+from lte.cli.options import DataOptions, DeviceOptions, Model, open_model, optimize_where_possible_, pad_alike_
 from lte.cli.train import environment
 from lte.evaluation.evaluate import evaluate
 from lte.evaluation.generation import evaluate_generation
@@ -100,6 +100,7 @@ def main(argv: Sequence[str]) -> None:
         dataset = options.data.load(options.data.text, tokenizer, config)
         dataset = dataset if options.max_rows is None else dataset.head(options.max_rows)
     model = _open(options, options.data.head(config), device, dtype)
+    pad_alike_(model, dataset)
     if not options.generate:
         result = evaluate(model, dataset, options.batch_size, progress=lambda batches: track(batches, "evaluating"))
         show(result)

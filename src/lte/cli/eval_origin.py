@@ -50,18 +50,20 @@ def training_of(name: str, method: str) -> dict[str, Any]:
     }
 
 
-def keep_calibration(folder: Path, argv: Sequence[str]) -> None:
-    """Where a folder says how its model was trained, let it say as well that its thresholds were moved since.
+def keep_calibration(model: Path, folder: Path, argv: Sequence[str]) -> None:
+    """Where a folder says how its model was trained, let that of the calibrated one say so, and what was done since.
 
     Args:
-        folder: the model's.
+        model: whose thresholds were moved.
+        folder: where it is now, the same one or another. In another one nothing was measured by training.
         argv: of ``lte calibrate``.
     """
-    path = folder / SUMMARY
-    if path.is_file():
-        trained = json.loads(path.read_text(encoding="utf-8"))
+    if (model / SUMMARY).is_file():
+        trained = json.loads((model / SUMMARY).read_text(encoding="utf-8"))
         trained[_CALIBRATED] = shlex.join(["lte", "calibrate", *argv])
-        path.write_text(json.dumps(trained, indent=2) + "\n", encoding="utf-8")
+        if not folder.samefile(model):
+            trained.pop("evaluation", None)
+        (folder / SUMMARY).write_text(json.dumps(trained, indent=2) + "\n", encoding="utf-8")
 
 
 def _method(config: PretrainedConfig, spent: Spent) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +15,11 @@ from transformers.generation.streamers import BaseStreamer
 from lte.cli.console import bar, err, print_json
 from lte.cli.main import parse
 from lte.cli.options import DeviceOptions, Model, generating_head, open_model, optimize_where_possible_
-from lte.inference.completions import GREEDY, Completion, complete, completions_sparsity, stop_ids
+from lte.inference.completions import GREEDY, Completion, complete, completions_sparsity, padded, stop_ids
 from lte.ops.sparse_ffn import BackendName
 from lte.surgery.loading import load_config, load_tokenizer
-from lte.training.tokenise import most_tokens
+from lte.training.sources import read_text
+from lte.training.tokenise import encode, most_tokens, wrapping
 
 
 @dataclass
@@ -120,10 +120,7 @@ def _prompts(options: Generate) -> list[str]:
         if not all(prompt.strip() for prompt in prompts):
             raise ValueError("the prompt is empty: give some text to continue")
         return prompts
-    prompts = [line for line in Path(options.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"{options.prompts} holds no prompt: one a line, blank lines are skipped")
-    return prompts
+    return [line for line in read_text(options.prompts).replace("\r\n", "\n").split("\n") if line.strip()]
 
 
 def _encode(tokenizer: Any, prompts: list[str], options: Generate, encoder_decoder: bool) -> Any:
@@ -132,13 +129,14 @@ def _encode(tokenizer: Any, prompts: list[str], options: Generate, encoder_decod
             raise ValueError(f"{options.model} has no chat template: leave --chat away")
         turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
         prompts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    several: dict[str, Any] = {}
-    if len(prompts) > 1:
-        several = {"padding": True, "padding_side": "right" if encoder_decoder else "left"}
-    inputs = tokenizer(prompts, return_tensors="pt", add_special_tokens=not options.chat, **several)
-    if not inputs["attention_mask"].any(dim=1).all():
+    start, end = wrapping(tokenizer)
+    if start and options.chat:
+        prompts = [prompt.removeprefix(tokenizer.bos_token) for prompt in prompts]
+    rows = [start + ids + (end if encoder_decoder else []) for ids in encode(prompts, tokenizer)]
+    if not all(rows):
         raise ValueError("the prompt is empty: give some text to continue")
-    return {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    pad = next((one for one in (tokenizer.pad_token_id, tokenizer.eos_token_id) if one is not None), 0)
+    return padded([torch.tensor(row) for row in rows], "right" if encoder_decoder else "left", pad)
 
 
 def _decode(model: PreTrainedModel, tokenizer: Any, batches: list[dict[str, Tensor]], options: Generate) -> Run:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from lte.cli.console import err
 from lte.evaluation.generation import group_references
+from lte.evaluation.mmlu import check_causal
 from lte.inference.optimize import optimize_
 from lte.ops.sparse_ffn import BackendName
 from lte.surgery.loading import Head, class_names_of, classifies, load_model
@@ -44,7 +45,11 @@ class DataOptions:
             own = "regression" if model_config.num_labels == 1 else "classification"
             if self.task != own:
                 raise ValueError(f"the model's head is for {own}, but the task is {self.task}: give --task {own}")
-        return "classification" if self.task in ("classification", "regression") else generating_head(model_config)
+        if self.task in ("classification", "regression"):
+            return "classification"
+        if not model_config.is_encoder_decoder:
+            check_causal(model_config, f"task {self.task} asks")
+        return generating_head(model_config)
 
     def kept_head(self, model_config: Any) -> Head:
         """The head of a model that is converted: its own, where no data says what it is for."""
@@ -73,7 +78,14 @@ class DataOptions:
             vocab_size=model_config.get_text_config().vocab_size,
             labelled=labelled,
         )
-        classes = len(dataset.class_names or ())
+        names = dataset.class_names or ()
+        unnamed = classifies(model_config) and data.class_names is None and not new_head
+        if self.task == "classification" and unnamed and labelled and not all(name.isdigit() for name in names):
+            raise ValueError(
+                f"the model does not say which of its classes are {', '.join(names)}: name them in its order, with "
+                "--class-names"
+            )
+        classes = len(names)
         fits = new_head or not labelled or classes == model_config.num_labels
         if self.task == "classification" and classifies(model_config) and not fits:
             raise ValueError(
@@ -110,11 +122,12 @@ def _given(sources: tuple[str, ...]) -> tuple[str, ...]:
 
 def _as_written(data: DataConfig) -> DataConfig:
     """With the line ends that a template means: a shell hands over ``"{mr}\\n"`` as a backslash and an n."""
-    return replace(data, prompt=_unescaped(data.prompt), completion=_unescaped(data.completion))
+    templates = {name: _unescaped(text) for name in ("prompt", "completion") if "{" in (text := getattr(data, name))}
+    return replace(data, completion_end=_unescaped(data.completion_end or "") or None, **templates)
 
 
-def _unescaped(template: str) -> str:
-    return template.replace("\\n", "\n").replace("\\t", "\t") if "{" in template else template
+def _unescaped(text: str) -> str:
+    return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 @dataclass
@@ -153,6 +166,12 @@ def open_model(name: str, head: Head, device: torch.device, dtype: torch.dtype |
     """The model on its device, with a word on the terminal while it loads."""
     with err.status("loading the model"):
         return load_model(name, head, dtype, new_head=False).to(device)  # pyright: ignore[reportArgumentType]
+
+
+def pad_alike_(model: PreTrainedModel, dataset: Any) -> None:
+    """Tell a model with one answer a row what its rows are padded with: a decoder's answer is at the token before."""
+    if dataset.class_names is not None:
+        model.config.get_text_config().pad_token_id = dataset.collator.pad_token_id
 
 
 def check_folder(output: str | Path, model: str | None = None, instead: str = "give another one") -> None:

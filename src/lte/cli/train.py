@@ -24,7 +24,7 @@ from lte.cli.console import err, print_json, track
 from lte.cli.eval_tables import show
 from lte.cli.main import parse
 from lte.cli.method_options import chosen, method_in, with_method
-from lte.cli.options import DataOptions, DeviceOptions
+from lte.cli.options import DataOptions, DeviceOptions, pad_alike_
 from lte.cli.progress import train_with_progress
 from lte.evaluation.evaluate import evaluate, label_metrics
 from lte.surgery.convert import densify, sparsify_
@@ -270,10 +270,13 @@ def _load_sparse(
     if class_names is not None:
         labels = {"num_labels": len(class_names), "id2label": dict(enumerate(class_names))}
         labels["label2id"] = {name: index for index, name in enumerate(class_names)}
+        one = options.data.task == "regression"  # a checkpoint may remember what it was trained for before
+        labels["problem_type"] = "regression" if one else "single_label_classification"
     with err.status("loading the model"):
         head = options.data.head(config, new=True)
         model = load_model(options.model, head, torch.float32 if dtype == "auto" else dtype, **labels)
         model.to(device)  # pyright: ignore[reportArgumentType]
+    pad_alike_(model, train_set)
     if not hasattr(model.config, "lte"):
         batches, grouped = None, options.training.dense_fraction == 0  # else the trainer does, after the dense stage
         if method.needs_activations and grouped:

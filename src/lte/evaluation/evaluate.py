@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from lte.evaluation.class_metrics import of_classes, of_numbers
-from lte.evaluation.measuring import Spent, measure, spent
+from lte.evaluation.measuring import Spent, check_finite, measure, spent
 
 
 @dataclass(kw_only=True)
@@ -85,7 +85,9 @@ def evaluate(
     if count == 0:
         raise ValueError("the data holds no label to predict: give more text")
     if labelled:
-        quality = label_metrics(*(torch.cat(parts) for parts in zip(*labelled, strict=True)))
+        logits, labels = (torch.cat(parts) for parts in zip(*labelled, strict=True))
+        check_finite(logits)
+        quality = label_metrics(logits, labels)
     else:
         quality = {"loss": loss / count, "perplexity": math.exp(min(loss / count, 700))}
     return Evaluation(**quality, num_tokens=count, **vars(spent(model, meter)))

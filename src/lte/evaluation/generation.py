@@ -15,6 +15,8 @@ from lte.training.tokenise import encode, most_tokens, wrapping
 
 logger = logging.getLogger(__name__)
 
+_PLAIN: dict[str, Any] = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": None}
+"""What a checkpoint's own settings may ask for, and greedy decoding does not have."""
 _COMPILED_FROM = 4096
 """Steps from which compiling them is worth its minute or more: it saves some 20 ms of each."""
 
@@ -101,8 +103,10 @@ def evaluate_generation(
     model.train(was_training)
     decode: Any = tokenizer.decode  # of one row a text, which a checker does not know
     texts = [decode(one.new, skip_special_tokens=True).strip() for one in completions]
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    wanted = [[_without(special, one) for one in several] for several in references.values()]
     return GenerationEvaluation(
-        **metrics(texts, list(references.values())),
+        **metrics(texts, wanted),
         num_prompts=len(references),
         num_references=sum(map(len, references.values())),
         num_tokens=sum(len(one.new) for one in completions),
@@ -110,6 +114,13 @@ def evaluate_generation(
         predictions=texts,
         **vars(spent(model, meter)),
     )
+
+
+def _without(special: Sequence[str], text: str) -> str:
+    """A reference as decoding would give it: without an end of turn, which is a token of its own."""
+    for token in special:
+        text = text.replace(token, "")
+    return text.strip()
 
 
 def _encode(
@@ -154,5 +165,5 @@ def _complete(
     for first in progress(range(0, len(order), batch_size)):
         batch = order[first : first + batch_size]
         rows = padded([inputs[i] for i in batch], side, pad)
-        made |= zip(batch, complete(model, rows, stops, pad_token_id=pad, **GREEDY, **options), strict=True)
+        made |= zip(batch, complete(model, rows, stops, pad_token_id=pad, **GREEDY, **_PLAIN, **options), strict=True)
     return [made[i] for i in range(len(inputs))]

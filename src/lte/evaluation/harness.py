@@ -101,7 +101,8 @@ def evaluate_tasks(
     was_training = model.training
     lm = harness.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     with measure(model) as meter:
-        hook = model.register_forward_pre_hook(_mark_padding, with_kwargs=True, prepend=True)  # before the meter's
+        marked = model.register_forward_pre_hook(_mark_padding, with_kwargs=True, prepend=True)  # before the meter's
+        unmarked = model.register_forward_pre_hook(_forget_padding, with_kwargs=True)  # after it
         try:
             found: Any = simple_evaluate(
                 lm,
@@ -114,7 +115,8 @@ def evaluate_tasks(
                 bootstrap_iters=_BOOTSTRAP,
             )
         finally:
-            hook.remove()
+            marked.remove()
+            unmarked.remove()
             model.train(was_training)
     return HarnessEvaluation(
         results={name: _numbers(values) for name, values in {**found["results"], **found.get("groups", {})}.items()},
@@ -127,7 +129,8 @@ def evaluate_tasks(
 def _mark_padding(_model: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Say what lm_eval does not: it scores a batch of rows padded on the right with token 0, and gives no mask.
 
-    A shorter row that itself ends in token 0 loses that token in the count, and nothing else by it.
+    A shorter row that itself ends in token 0 loses that token in the count, and nothing else by it: the model is not
+    told (:func:`_forget_padding`), nor need it be, as no token before sees the padding.
     """
     if len(args) == 1 and not kwargs:
         padding_BT = args[0].eq(0).flip(-1).cumprod(-1).flip(-1)
@@ -135,6 +138,10 @@ def _mark_padding(_model: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if padding_BT.any():
             kwargs = {"attention_mask": 1 - padding_BT}
     return args, kwargs
+
+
+def _forget_padding(_model: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    return args, {} if len(args) == 1 and kwargs.keys() == {"attention_mask"} else kwargs
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:

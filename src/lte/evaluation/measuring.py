@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lte.core.accounting import Cost
@@ -30,7 +30,8 @@ class Spent:
         attention_sparsity: fraction of the attention projections' weights left unread; 0 but for TEAL.
         weight_sparsity: fraction of the weights in the blocks' linear layers that are 0, of a model without routers or
             thresholds: :func:`lte.prune_` makes such. Their FLOPs are not counted.
-        gflops_per_token, gflops_per_token_dense: FFN, attention projections and routers, G = 2^30.
+        gflops_per_token, gflops_per_token_dense: FFN, attention projections and routers, G = 2^30. In LTE's mode soft
+            every expert is computed, whatever its score.
         mode: dense, soft or hard.
     """
 
@@ -47,6 +48,16 @@ def is_sparse(model: nn.Module) -> bool:
     """Whether there is sparsity to measure: routers or thresholds, in whatever mode."""
     config = getattr(model, "config", None)
     return hasattr(config, "lte") or hasattr(config, TEAL)
+
+
+def check_finite(logits: Tensor) -> None:
+    """Refuse outputs of which the best would be one like another.
+
+    Raises:
+        ValueError: one is NaN or infinite.
+    """
+    if not logits.isfinite().all():
+        raise ValueError("the model's outputs are NaN or infinite: is it damaged, or does its dtype not hold them?")
 
 
 @contextmanager
@@ -74,10 +85,12 @@ def spent(model: PreTrainedModel, meter: Meter) -> Spent:
     if isinstance(meter, InputMeter):
         return _spent_by_inputs(model, meter.by_linear, dense)
     if is_sparse(model):
+        computes_all = model.config.lte["mode"] == "soft" and model.config.lte["method"] == "lte"
+        cost = cost_per_token(model, 0.0, router=True) if computes_all else cost_per_token(model, meter.by_layer)
         return Spent(
             sparsity=meter.overall,
             layer_sparsity=meter.by_layer,
-            gflops_per_token=cost_per_token(model, meter.by_layer).gflops,
+            gflops_per_token=cost.gflops,
             gflops_per_token_dense=dense.gflops,
             mode=model.config.lte["mode"],
         )

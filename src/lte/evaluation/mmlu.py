@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
-from lte.evaluation.measuring import Spent, measure, spent
+from lte.evaluation.measuring import Spent, check_finite, measure, spent
 from lte.evaluation.mmlu_prompts import PromptEncoder
 from lte.evaluation.mmlu_questions import CATEGORIES, CATEGORY_OF, LETTERS, Subject
 from lte.inference.completions import padded
@@ -98,6 +98,7 @@ def evaluate_mmlu(
                 group, prefix = of, _prefix(model, of.prefix)
                 meter.weight = 1
             logits_BV = _next_token(model, of.rows[first : first + batch_size], prefix)
+            check_finite(logits_BV[:, encoder.answers])
             best = logits_BV[:, encoder.answers].argmax(-1).tolist()
             places = of.places[first : first + batch_size]
             letters |= {(of.subject, place): LETTERS[i] for place, i in zip(places, best, strict=True)}

@@ -52,7 +52,8 @@ def complete(
         stops: as :func:`stop_ids` gives them; none at all is fine.
         options: of :func:`lte.generate`.
     """
-    end = {"eos_token_id": list(stops)} if stops else {}
+    end: dict[str, Any] = {"eos_token_id": list(stops)} if stops else {}
+    end["forced_eos_token_id"] = None  # a text that is cut has not ended
     output = generate(model, inputs, **end, **options).cpu()
     begin = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
     made = []

@@ -39,6 +39,7 @@ class ChoosingRouter(BaseRouter):
 
 def meet_sparsity_(model: PreTrainedModel, batches: list[dict[str, Tensor]], sparsity: float, tokens: int) -> None:
     """Set the cut of every layer so that ``sparsity`` of its experts are idle on ``batches``; leaves mode hard."""
+    tokens = min(tokens, count_tokens(batches))  # of few a sample is not to be thinner
     routers = {name: cast(ChoosingRouter, layer.router) for name, layer in sparse_layers(model).items()}
     set_mode_(model, "hard")
     for router in routers.values():

@@ -16,7 +16,7 @@ _SAMPLE = 1 << 18  # values of a layer that its cut is taken from: a quantile go
 def sample(values_TI: Tensor, tokens: int) -> Tensor:
     """Of every token some values, in turn, where there are ``tokens`` tokens: they differ much."""
     width = values_TI.shape[-1]
-    return values_TI.flatten()[:: stride_for(tokens * width, _SAMPLE, width)]
+    return values_TI.flatten()[:: stride_for(tokens * width, _SAMPLE, width)].clone()  # a view would keep them all
 
 
 @torch.no_grad()

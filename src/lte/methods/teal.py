@@ -8,9 +8,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lte.core.accounting import Cost, G
+from lte.methods.choosing import count_tokens
 from lte.methods.cuts import sample, set_cuts_
 from lte.methods.teal_allocation import greedy_sparsities
-from lte.surgery.activations import Wanted, first_tokens, record_inputs
+from lte.surgery.activations import Wanted, check_inputs_are_tokens, first_tokens, record_inputs
 from lte.surgery.architectures import become_lte_, lte_model_class
 from lte.surgery.cost import cost_per_token
 from lte.surgery.sites import block_linears, find_sites
@@ -42,24 +43,24 @@ def teal_(model: PreTrainedModel, config: TEALConfig, data: Iterable[dict[str, T
         raise ValueError("TEAL here is for models with one stack of blocks, not for an encoder-decoder")
     if hasattr(model.config, "lte") or hasattr(model.config, SECTION):
         raise ValueError("the model is sparse already: load the dense checkpoint to convert it")
+    check_inputs_are_tokens(model.config)
     for site in find_sites(model, model.config.model_type):
         site.check_projections()
     lte_model_class(type(model))  # made now, so that an error leaves the model as it was
     batches = first_tokens(data, config.tokens)
     if not batches:
         raise ValueError("TEAL needs data, but the data is empty")
+    tokens = min(config.tokens, count_tokens(batches))
     config.install_(model)
     become_lte_(model, config.to_dict(), SECTION)
     layers = block_linears(model, model.config.model_type)
-    wanted: list[Wanted] = [
-        (name, linear, lambda x_TI: sample(x_TI.abs(), config.tokens)) for name, linear in layers.items()
-    ]
+    wanted: list[Wanted] = [(name, linear, lambda x_TI: sample(x_TI.abs(), tokens)) for name, linear in layers.items()]
     sparsity = dict.fromkeys(layers, config.target_sparsity)
     if config.allocation == "greedy":
         model.eval()
-        sizes = dict(zip(layers, record_inputs(model, wanted, batches, config.tokens), strict=True))
+        sizes = dict(zip(layers, record_inputs(model, wanted, batches, tokens), strict=True))
         sparsity = greedy_sparsities(model, layers, sizes, batches[0], config.target_sparsity)
-    set_cuts_(model, wanted, [sparsity[name] for name in layers], batches, config.tokens)
+    set_cuts_(model, wanted, [sparsity[name] for name in layers], batches, tokens)
     return model.eval()
 
 

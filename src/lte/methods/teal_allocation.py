@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from lte.modules.input_threshold import CUT
 from lte.surgery.sites import block_of
+from lte.surgery.teal import MOST_GREEDY
 
 Call = tuple[tuple, dict[str, Any]]
 """What a block is called with."""
@@ -17,7 +18,6 @@ Call = tuple[tuple, dict[str, Any]]
 _TOKENS = 512  # of each row that outputs are compared on
 _SHARE = 0.05  # of a block's weights that a step leaves unread
 _LONGEST_STEP = 0.25  # of a layer's inputs: a small one would be gone in a step
-_MOST = 0.95
 
 
 @torch.no_grad()
@@ -63,7 +63,7 @@ def _allocate(
     while (left := target * total - sum(found[name] * weights[name] for name in found)) > 1e-6 * total:
         tried: dict[str, tuple[float, float, float]] = {}  # added error per weight, sparsity, error
         for name, linear in linears.items():
-            step = min(_SHARE * total / weights[name], _LONGEST_STEP, left / weights[name], _MOST - found[name])
+            step = min(_SHARE * total / weights[name], _LONGEST_STEP, left / weights[name], MOST_GREEDY - found[name])
             if step > 1e-6:
                 _set(linear, ranked[name], found[name] + step)
                 after = (run() - expected).square().sum().item()

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lte.core.selection import top_k
-from lte.surgery.activations import first_tokens, record_inputs
+from lte.surgery.activations import check_inputs_are_tokens, first_tokens, record_inputs
 from lte.surgery.sites import block_linears
 from lte.surgery.teal import SECTION as TEAL
 
@@ -103,6 +103,8 @@ def prune_(
     """
     if hasattr(model.config, "lte") or hasattr(model.config, TEAL):
         raise ValueError("the model is sparse already: load the dense checkpoint to prune it")
+    if isinstance(config, WandaConfig):
+        check_inputs_are_tokens(model.config)
     linears = block_linears(model, model.config.model_type)
     for name, linear in linears.items():
         if not linear.weight.is_floating_point() or linear.weight.is_meta:

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lte.modules.recording import TokenMasks
 from lte.surgery.sites import Site
@@ -31,6 +31,19 @@ def record_inputs(
         model, modules, batches, lambda index, rows: recorded[index].append(wanted[index][2](rows).cpu()), max_tokens
     )
     return [torch.cat(parts) for parts in recorded]
+
+
+def check_inputs_are_tokens(config: PretrainedConfig) -> None:
+    """Whether every linear layer of the blocks is called on the tokens of a batch alone.
+
+    Raises:
+        ValueError: it is DeBERTa with relative attention, whose query and key projections also take positions.
+    """
+    if getattr(config, "relative_attention", False) and getattr(config, "share_att_key", False):
+        raise ValueError(
+            f"{config.model_type} puts embeddings of positions through its query and key projections, whose inputs "
+            "are then not those of tokens: this method needs another model"
+        )
 
 
 @torch.no_grad()

@@ -13,6 +13,8 @@ Allocation = Literal["uniform", "greedy"]
 
 SECTION = "teal"
 """What a config calls the options."""
+MOST_GREEDY = 0.95
+"""The sparsity beyond which a greedy search makes no layer."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ class TEALConfig:
             raise ValueError(
                 f"target_sparsity is {self.target_sparsity}, but it is the fraction of inputs taken for 0: "
                 "between 0 and 1, e.g. 0.5"
+            )
+        if self.allocation == "greedy" and self.target_sparsity > MOST_GREEDY:
+            raise ValueError(
+                f"target_sparsity is {self.target_sparsity}, but greedy leaves at least {1 - MOST_GREEDY:.0%} of a "
+                "layer: give allocation='uniform'"
             )
         if self.tokens < 1:
             raise ValueError(f"tokens is {self.tokens}, but at least 1 is needed (usual: 4096)")

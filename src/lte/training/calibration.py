@@ -130,7 +130,7 @@ def _margins(model: nn.Module, batches: list[dict[str, Any]]) -> Tensor:
                 margins_TE = torch.cat(parts, dim=-2)  # in parts where the model runs its FFN in chunks of the sequence
                 mask = recording.mask(name)
                 real_TE = margins_TE.flatten(0, -2) if mask is None else margins_TE[mask.to(margins_TE.device).bool()]
-                kept.append(real_TE.flatten()[::stride].to(device))
+                kept.append(real_TE.flatten()[::stride].clone().to(device))
                 parts.clear()
     if not any(len(values) for values in kept):
         raise ValueError("the batches hold no token to calibrate on: all is padding")

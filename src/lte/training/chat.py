@@ -19,7 +19,7 @@ Chat = list[dict[str, Any]]
 
 
 def chats_of(rows: Sequence[Row], name: str, source: Source) -> list[Chat]:
-    """One column of chats; ValueError for a value that is none."""
+    """One column of chats, their contents as text; ValueError for a value that is none."""
     chats = column(rows, name, source)
     for number, chat in enumerate(chats, 1):
         if not isinstance(chat, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in chat):
@@ -27,7 +27,19 @@ def chats_of(rows: Sequence[Row], name: str, source: Source) -> list[Chat]:
                 f"{source}: row {number}: column {name!r} holds no chat: a list of messages with role and content is "
                 "needed (in .jsonl, .json or .parquet)"
             )
-    return chats
+    return [
+        [{**message, "content": _text_of(message["content"], f"{source}: row {number}")} for message in chat]
+        for number, chat in enumerate(chats, 1)
+    ]
+
+
+def _text_of(content: Any, where: str) -> str | None:
+    """What a message says; parts of text are put together."""
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        content = "".join(str(part.get("text") or "") for part in content)
+    if not isinstance(content, str | None):
+        raise ValueError(f"{where}: a message's content is a {type(content).__name__}, a text is needed")
+    return content
 
 
 def pairs_to_chats(prompts: Sequence[str], completions: Sequence[str]) -> list[Chat]:

@@ -41,8 +41,13 @@ def render(rows: Sequence[Row], template: str, source: Source) -> list[str]:
     return ["".join(piece) for piece in zip(*pieces, strict=True)]
 
 
+def is_missing(value: Any) -> bool:
+    """Null, or the NaN that pandas makes of it."""
+    return value is None or value != value
+
+
 def _as_text(value: Any, name: str, source: Source) -> str:
-    if value is None:
+    if is_missing(value):
         return ""
     if not isinstance(value, str | int | float):
         raise ValueError(f"{source}: column {name!r} holds a {type(value).__name__}, a text is needed")

@@ -108,9 +108,7 @@ def load_prompts(
         of_source = _prompts_of(source, config, tokenizer)
         prompts += of_source[0]
         completions += of_source[1]
-    eos_token = None if tokenizer is None else str(tokenizer.eos_token or "")
-    for marker in filter(None, (config.completion_end, eos_token)):
-        completions = [text.removesuffix(marker) for text in completions]
+    completions = _unmarked(completions, config, tokenizer)
     kept = [i for i, text in enumerate(completions) if text.strip()]
     warn_skipped(len(completions) - len(kept), len(completions), "rows with an empty completion")
     markers = Counter(m.group() for i in kept if (m := re.search(r"(<\|\w+\|>|</s>)$", completions[i])))
@@ -125,9 +123,12 @@ def _prompts_of(
     rows = config.rows(source)
     if config.messages is None:
         texts = render(rows, config.prompt, source), render(rows, config.completion, source)
+        if (end := config.completion_end) and not any(text.endswith(end) for text in texts[1]):
+            logger.warning("%s: no completion ends with completion_end, %r", source, end)
         if not config.chat:
             return texts
-        kept = [i for i, text in enumerate(texts[1]) if text.strip()]  # a template would make something of nothing
+        texts = texts[0], _unmarked(texts[1], config, tokenizer)  # a template puts its own end behind
+        kept = [i for i, text in enumerate(texts[1]) if text.strip()]  # and would make something of nothing
         warn_skipped(len(texts[1]) - len(kept), len(texts[1]), "rows with an empty completion")
         chats = pairs_to_chats(*([side[i] for i in kept] for side in texts))
     else:
@@ -135,6 +136,14 @@ def _prompts_of(
     if tokenizer is None:
         raise ValueError("chats need the tokenizer, for its template: load_prompts(sources, config, tokenizer)")
     return render_chats(chats, tokenizer)
+
+
+def _unmarked(completions: list[str], config: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+    """Without `completion_end` and the tokenizer's EOS at the end."""
+    eos_token = None if tokenizer is None else str(tokenizer.eos_token or "")
+    for marker in filter(None, (config.completion_end, eos_token)):
+        completions = [text.removesuffix(marker) for text in completions]
+    return completions
 
 
 def _packed_blocks(

@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lte.training.batches import PaddedRows
-from lte.training.columns import column, render
+from lte.training.columns import column, is_missing, render
 from lte.training.data_config import DataConfig
 from lte.training.rows import collator_for, warn_cut, warn_skipped
 from lte.training.sources import Source, as_list
@@ -83,9 +83,10 @@ def _texts_and_labels(
 
 
 def _label(value: Any, source: Source, number: int) -> str:
-    if value is None or not str(value).strip():
+    text = "" if is_missing(value) else str(value).strip()
+    if not text:
         raise ValueError(f"{source}: row {number} has no label: label it or remove it")
-    return str(value).strip()
+    return text.split(".")[0] if re.fullmatch(r"-?\d+\.0+", text) else text  # pandas writes 1 as 1.0 beside a gap
 
 
 def _number(label: str, name: str) -> float:

@@ -136,7 +136,8 @@ def _task(title: str, measurements: Sequence[Measurement], metric: Metric) -> Ta
 def average(measurements: Sequence[Measurement], metric: Metric) -> tuple[list[Point], int]:
     """A point a setting; of a command run again with the same seed the last one counts. And how many did not."""
     settings: dict[tuple[str, str], dict[int | None, Measurement]] = {}
-    for index, one in enumerate(measurements):
+    same = {(one.method, one.run, one.seed, round(one.sparsity, 4), one.steps): one for one in measurements}
+    for index, one in enumerate(same.values()):  # by training and once more by lte eval, the last counts
         setting = one.setting or f"run {index + 1}"  # a row that does not say how it was made is its own
         settings.setdefault((one.method, setting), {})[one.seed] = replace(one, setting=setting)
     kept = sum(map(len, settings.values()))

@@ -43,6 +43,9 @@ class Table:
     rows: tuple[tuple[str, tuple[float | None, ...] | None, tuple[Choice | None, ...]], ...]
 
 
+_ROUNDING = 1e-9  # of a loss of just what is allowed
+
+
 def choose(task: Task, method: str) -> Choice | None:
     """The cheapest run of ``method`` within the allowed loss of the best dense run; None where it was not run."""
     metric = task.metric
@@ -52,7 +55,7 @@ def choose(task: Task, method: str) -> Choice | None:
     if method == "dense":
         return Choice(dense, 1, task.gflops_dense)
     points = [point for curve in task.curves for point in curve.points if point.method == method]
-    within = [point for point in points if metric.loss(point.value, dense.value) <= metric.allowed]
+    within = [point for point in points if metric.loss(point.value, dense.value) <= metric.allowed + _ROUNDING]
     cheapest = min(within, key=lambda point: point.gflops, default=None)
     return Choice(cheapest, len(points), task.gflops_dense) if points else None
 

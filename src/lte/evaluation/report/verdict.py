@@ -46,7 +46,7 @@ def duels(task: Task) -> list[Duel]:
         for point in curve.front:
             if point.method.startswith("LTE") or point.sparsity < FROM_SPARSITY:
                 continue
-            fair = [one for one in ours if not point.steps or one.steps <= point.steps]
+            fair = [one for one in ours if not point.steps or 0 < one.steps <= point.steps]
             lte = at_cost(unbeaten(fair, task.metric), point.gflops, task.metric)
             found.append(Duel(curve.title, point, lte, lte is not None and task.metric.loss(lte, point.value) < 0))
     return found
