@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import lte
 from lte.evaluation.evaluate import evaluate
@@ -99,6 +99,11 @@ def test_mode_soft_computes_every_expert():
     found = evaluate(model, rows())
     assert 0.2 < found.sparsity < 0.8
     assert found.gflops_per_token == lte.cost_per_token(model, 0.0, router=True).gflops > found.gflops_per_token_dense
+
+
+def test_a_model_that_sees_what_it_has_to_predict_is_refused():
+    with pytest.raises(ValueError, match=r"perplexity asks for the next token.*, not a bert"):
+        evaluate(BertForMaskedLM(BertConfig(**TINY, pad_token_id=0)), rows())
 
 
 def test_outputs_that_are_not_finite_are_refused():

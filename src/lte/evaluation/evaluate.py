@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from lte.evaluation.class_metrics import of_classes, of_numbers
 from lte.evaluation.measuring import Spent, check_finite, measure, spent
+from lte.evaluation.mmlu import check_causal
 
 
 @dataclass(kw_only=True)
@@ -59,7 +60,7 @@ def evaluate(
         progress: wraps the iteration over batches.
 
     Raises:
-        ValueError: no label to predict.
+        ValueError: no label to predict, a language model that sees what it has to predict, outputs that are not finite.
     """
     was_training = model.training
     model.eval()
@@ -76,6 +77,7 @@ def evaluate(
                 labelled.append((logits[real].float().cpu(), labels[real].cpu()))
                 continue
             if shifted:
+                check_causal(model.config, "perplexity asks")
                 logits, labels = logits[:, :-1], labels[:, 1:]
             for row, row_labels in zip(logits, labels, strict=True):  # one at a time: a vocabulary in fp32 is large
                 loss += F.cross_entropy(row.float(), row_labels, ignore_index=-100, reduction="sum").item()
