@@ -180,6 +180,8 @@ def test_options_of_a_command():
     found = parse_command("lte train r.yaml --text a.txt b.txt --lr=1e-4 --bias -1 --resume && lte eval o --max-rows 3")
     assert found == {"": "lte train r.yaml", "--text": "a.txt b.txt", "--lr": "1e-4", "--bias": "-1", "--resume": ""}
     assert parse_command('an open "quote') == {}
+    behind = parse_command("lte eval --batch-size 4 out/1 --text t --json", "out/1")
+    assert behind == {"": "lte eval out/1", "--batch-size": "4", "--text": "t", "--json": ""}
 
 
 def test_commands_are_split_where_a_shell_splits_them():

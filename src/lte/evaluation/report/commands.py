@@ -10,16 +10,18 @@ Options = Mapping[str, str]
 _NOT_A_SETTING = ("--seed", "-o", "--output", "--output-dir", "--resume", "--json", "--predictions", "")
 
 
-def parse_command(command: str) -> dict[str, str]:
+def parse_command(command: str, folder: str = "") -> dict[str, str]:
     """The options by their names, values of one joined by a space; what has no name, under ``""``.
+
+    So is ``folder``, the model's, which may stand behind a flag or another option's value: ``lte eval --json DIR``.
 
     Of several commands joined by ``&&`` the later ones count, but for ``lte train``: what follows it are further
     evaluations, which have rows of their own.
     """
     first, *others = split_commands(command)
-    options = _options(first)
+    options = _options(first, folder)
     for other in others if not options.get("", "").startswith("lte train") else ():
-        options |= _options(other)
+        options |= _options(other, folder)
     return options
 
 
@@ -32,7 +34,7 @@ def split_commands(command: str) -> list[str]:
     return [one.replace("\0", "&&") for one in hidden.split(" && ")]
 
 
-def _options(command: str) -> dict[str, str]:
+def _options(command: str, folder: str) -> dict[str, str]:
     try:
         words = shlex.split(command)
     except ValueError:
@@ -44,7 +46,8 @@ def _options(command: str) -> dict[str, str]:
             name, equals, value = word.partition("=")
             options[name] = value if equals else ""
         else:
-            options[name] = f"{options.get(name, '')} {word}".strip()
+            of = "" if word == folder and name != "--model" else name
+            options[of] = f"{options.get(of, '')} {word}".strip()
     return options
 
 

@@ -185,7 +185,7 @@ def _measured(row: Row, one: Row, commands: list[str]) -> Iterator[Measurement]:
     if not all(isinstance(one.get(name), int | float) for name in ("sparsity", "gflops_per_token")):
         return
     steps = row.get("steps")
-    parsed = list(map(parse_command, commands))
+    parsed = [parse_command(command, str(row.get("model", ""))) for command in commands]
     settings = list(map(setting_of, parsed))
     named = next((options["--model"] for options in parsed if "--model" in options), "")
     if "trained_by" not in row and "model" in row and not named:  # nothing but its name tells it from other models
