@@ -25,9 +25,10 @@ from transformers import (
 
 import lte
 from byte_tokenizer import byte_tokenizer
-from lte.evaluation.mmlu import Score, _next_token, _prefix, check_causal, evaluate_mmlu
+from lte.evaluation.mmlu import Score, _next_token, _prefix, evaluate_mmlu
 from lte.evaluation.mmlu_prompts import PromptEncoder
 from lte.evaluation.mmlu_questions import CATEGORIES, CATEGORY_OF, Question, Subject, read_mmlu
+from lte.surgery.loading import check_causal
 from mmlu_folder import SUBJECTS, write_mmlu
 
 torch.set_num_threads(1)
@@ -269,9 +270,9 @@ def test_only_models_that_do_not_look_ahead():
     lte.sparsify_(bert, lte.LTEConfig(expert_size=8, grouping="random"))
     for config in (bert.config, BertConfig(), DistilBertConfig(), T5Config()):
         with pytest.raises(ValueError, match="causal language model, not a"):
-            check_causal(config)
+            check_causal(config, "MMLU asks")
     for config in (BertConfig(is_decoder=True), GPTNeoXConfig(), model_of().config):
-        check_causal(config)
+        check_causal(config, "MMLU asks")
 
 
 def test_the_model_is_left_as_it_was(subjects):

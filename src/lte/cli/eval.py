@@ -19,11 +19,11 @@ from lte.evaluation.evaluate import evaluate
 from lte.evaluation.generation import evaluate_generation
 from lte.evaluation.harness import evaluate_tasks, find_tasks
 from lte.evaluation.measuring import Spent
-from lte.evaluation.mmlu import check_causal, evaluate_mmlu
+from lte.evaluation.mmlu import evaluate_mmlu
 from lte.evaluation.mmlu_questions import Split, read_mmlu
 from lte.ops.sparse_ffn import BackendName
 from lte.surgery.convert import set_mode_
-from lte.surgery.loading import Head, load_config, load_tokenizer
+from lte.surgery.loading import Head, check_causal, load_config, load_tokenizer
 
 
 @dataclass
@@ -133,7 +133,7 @@ def _mmlu(
     dtype: torch.dtype | str,
 ) -> None:
     asked = options.questions
-    check_causal(config)
+    check_causal(config, "MMLU asks")
     subjects = read_mmlu(folder, asked.split, asked.subjects, options.max_rows, examples=asked.shots > 0)
     result = evaluate_mmlu(
         _open(options, "causal", device, dtype),

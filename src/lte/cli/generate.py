@@ -135,8 +135,7 @@ def _encode(tokenizer: Any, prompts: list[str], options: Generate, encoder_decod
     rows = [start + ids + (end if encoder_decoder else []) for ids in encode(prompts, tokenizer)]
     if not all(rows):
         raise ValueError("the prompt is empty: give some text to continue")
-    pad = next((one for one in (tokenizer.pad_token_id, tokenizer.eos_token_id) if one is not None), 0)
-    return padded([torch.tensor(row) for row in rows], "right" if encoder_decoder else "left", pad)
+    return padded([torch.tensor(row) for row in rows], "right" if encoder_decoder else "left")
 
 
 def _decode(model: PreTrainedModel, tokenizer: Any, batches: list[dict[str, Tensor]], options: Generate) -> Run:

@@ -11,10 +11,9 @@ from transformers import PreTrainedModel
 
 from lte.cli.console import err
 from lte.evaluation.generation import group_references
-from lte.evaluation.mmlu import check_causal
 from lte.inference.optimize import optimize_
 from lte.ops.sparse_ffn import BackendName
-from lte.surgery.loading import Head, class_names_of, classifies, load_model
+from lte.surgery.loading import Head, check_causal, class_names_of, classifies, load_model
 from lte.training.batches import PaddedRows
 from lte.training.data import DataConfig, Task, generation_rows, load_dataset_for, load_prompts
 from lte.training.tokenise import most_tokens
@@ -78,20 +77,18 @@ class DataOptions:
             vocab_size=model_config.get_text_config().vocab_size,
             labelled=labelled,
         )
-        names = dataset.class_names or ()
-        unnamed = classifies(model_config) and data.class_names is None and not new_head
-        if self.task == "classification" and unnamed and labelled and not all(name.isdigit() for name in names):
-            raise ValueError(
-                f"the model does not say which of its classes are {', '.join(names)}: name them in its order, with "
-                "--class-names"
-            )
-        classes = len(names)
-        fits = new_head or not labelled or classes == model_config.num_labels
-        if self.task == "classification" and classifies(model_config) and not fits:
-            raise ValueError(
-                f"the data has {classes} classes and the model {model_config.num_labels}: name the model's, in their "
-                "order, with --class-names"
-            )
+        if self.task == "classification" and classifies(model_config) and labelled and not new_head:
+            names = dataset.class_names or ()
+            if data.class_names is None and not all(name.isdigit() for name in names):
+                raise ValueError(
+                    f"the model does not say which of its classes are {', '.join(names)}: name them in its order, with "
+                    "--class-names"
+                )
+            if len(names) != model_config.num_labels:
+                raise ValueError(
+                    f"the data has {len(names)} classes and the model {model_config.num_labels}: name the model's, in "
+                    "their order, with --class-names"
+                )
         if data.sequence_length > longest:
             err.print(f"sequence_length {data.sequence_length} is beyond the model's {longest} positions: used those")
         return dataset

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lte.evaluation.class_metrics import of_classes, of_numbers
 from lte.evaluation.measuring import Spent, check_finite, measure, spent
-from lte.evaluation.mmlu import check_causal
+from lte.surgery.loading import check_causal
 
 
 @dataclass(kw_only=True)

@@ -120,7 +120,7 @@ def _without(special: Sequence[str], text: str) -> str:
     """A reference as decoding would give it: without an end of turn, which is a token of its own."""
     for token in special:
         text = text.replace(token, "")
-    return text.strip()
+    return text
 
 
 def _encode(

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lte.evaluation.measuring import Spent, measure, spent
-from lte.evaluation.mmlu import check_causal
+from lte.surgery.loading import check_causal
 
 _BOOTSTRAP = 1000  # resamplings for errors of metrics that are no mean; lm_eval's 100,000 take minutes
 

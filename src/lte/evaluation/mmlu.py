@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lte.evaluation.measuring import Spent, check_finite, measure, spent
 from lte.evaluation.mmlu_prompts import PromptEncoder
 from lte.evaluation.mmlu_questions import CATEGORIES, CATEGORY_OF, LETTERS, Subject
 from lte.inference.completions import padded
+from lte.surgery.loading import check_causal
 from lte.training.tokenise import most_tokens
 
 
@@ -82,7 +82,7 @@ def evaluate_mmlu(
         ValueError: not a causal language model, no question, more shots than examples, a tokenizer that does not tell
             the letters apart.
     """
-    check_causal(model.config)
+    check_causal(model.config, "MMLU asks")
     encoder = PromptEncoder(tokenizer, most_tokens(tokenizer, model.config))
     groups = [group for subject in subjects for group in encoder.groups(subject, shots)]
     if not groups:
@@ -125,17 +125,6 @@ def evaluate_mmlu(
         predictions=predictions,
         **vars(spent(model, meter)),
     )
-
-
-def check_causal(config: PretrainedConfig, who: str = "MMLU asks") -> None:
-    """Refuse a model that reads what comes after a token.
-
-    Raises:
-        ValueError: it is an encoder, or has one.
-    """
-    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    if config.is_encoder_decoder or encoder:
-        raise ValueError(f"{who} for the next token: it takes a causal language model, not a {config.model_type}")
 
 
 def _score(right: Mapping[str, list[bool]]) -> Score:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lte.methods.choosing import ChoosingRouter, count_tokens, meet_sparsity_
+from lte.methods.choosing import ChoosingRouter, meet_sparsity_
 from lte.methods.post_hoc import PostHoc
 from lte.modules.router import Reads
 from lte.surgery.sites import Site
@@ -41,7 +41,7 @@ class CATSConfig(PostHoc):
         meet_sparsity_(model, batches, self.target_sparsity, self.tokens)
 
     def calibrate(self, model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> None:
-        meet_sparsity_(model, batches, self.target_sparsity, count_tokens(batches))
+        meet_sparsity_(model, batches, self.target_sparsity)
 
 
 class ActivationRouter(ChoosingRouter):

@@ -37,9 +37,12 @@ class ChoosingRouter(BaseRouter):
         return values_TE > self.cut if self.k is None else top_k(values_TE, self.k)
 
 
-def meet_sparsity_(model: PreTrainedModel, batches: list[dict[str, Tensor]], sparsity: float, tokens: int) -> None:
+def meet_sparsity_(
+    model: PreTrainedModel, batches: list[dict[str, Tensor]], sparsity: float, most_tokens: int | None = None
+) -> None:
     """Set the cut of every layer so that ``sparsity`` of its experts are idle on ``batches``; leaves mode hard."""
-    tokens = min(tokens, count_tokens(batches))  # of few a sample is not to be thinner
+    tokens = count_tokens(batches)
+    tokens = tokens if most_tokens is None else min(tokens, most_tokens)
     routers = {name: cast(ChoosingRouter, layer.router) for name, layer in sparse_layers(model).items()}
     set_mode_(model, "hard")
     for router in routers.values():

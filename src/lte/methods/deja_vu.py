@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lte.core.grouping import check_divisible
-from lte.methods.choosing import ChoosingRouter, count_tokens, meet_sparsity_
+from lte.methods.choosing import ChoosingRouter, meet_sparsity_
 from lte.methods.experts import Grouped
 from lte.methods.post_hoc import PostHoc, most_active
 from lte.methods.predictors import check_training, train_predictors_
@@ -90,7 +90,7 @@ class DejaVuConfig(Grouped, PostHoc):
 
     def calibrate(self, model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> None:
         if self.selection == "threshold":
-            meet_sparsity_(model, batches, self.target_sparsity, count_tokens(batches))
+            meet_sparsity_(model, batches, self.target_sparsity)
 
 
 class LowRankRouter(ChoosingRouter):

@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
 from lte.surgery.architectures import forget_gguf_
 
@@ -36,6 +37,20 @@ def load_config(name: str) -> PretrainedConfig:
 def classifies(config: PretrainedConfig) -> bool:
     """Whether a checkpoint has a head with one answer a row: classes, or a number."""
     return any("ForSequenceClassification" in name for name in config.architectures or ())
+
+
+def check_causal(config: PretrainedConfig, who: str) -> None:
+    """Refuse a model that reads what comes after a token.
+
+    Args:
+        who: asks for the next token, and the verb.
+
+    Raises:
+        ValueError: it is an encoder, or has one.
+    """
+    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if config.is_encoder_decoder or encoder:
+        raise ValueError(f"{who} for the next token: it takes a causal language model, not a {config.model_type}")
 
 
 def class_names_of(config: PretrainedConfig) -> tuple[str, ...] | None:

@@ -1,8 +1,9 @@
-"""What a training run refuses before it begins, of things that are fine each on its own."""
+"""What a training run refuses: before it begins things that are fine each on its own, later what diverged."""
 
 from collections.abc import Iterable
 from typing import Any
 
+from torch import Tensor
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from lte.surgery.method import Method
@@ -48,6 +49,16 @@ def check_callbacks(callbacks: Iterable[TrainerCallback], args: LTETrainingArgum
             "EarlyStoppingCallback compares evaluations of all stages, and the dense one has the best: only "
             "recipe='dense' takes it"
         )
+
+
+def check_converged(what: str, values: Iterable[Tensor]) -> None:
+    """Whether training before went well.
+
+    Raises:
+        ValueError: a value is NaN or infinite.
+    """
+    if not all(one.isfinite().all() for one in values):
+        raise ValueError(f"{what} has become NaN or infinite, training diverged: give a lower learning rate")
 
 
 def check_sharded(plan: StagePlan, method: Method, args: LTETrainingArguments, grouped: bool) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from lte.core.selection import expert_norms
 from lte.surgery.activations import watch_ffns
 from lte.surgery.sites import Site, find_sites
+from lte.training.checks import check_converged
 
 TOKENS_PER_INPUT = 16
 RIDGE = 1e-3  # of the mean square of an input
@@ -43,16 +44,6 @@ def fit_routers_(model: Any, batches: Iterable[dict[str, Tensor]], bias: float) 
         one.fit_(bias)
 
 
-def check_finite(what: str, values: Iterable[Tensor]) -> None:
-    """Whether training before went well.
-
-    Raises:
-        ValueError: a value is NaN or infinite.
-    """
-    if not all(one.isfinite().all() for one in values):
-        raise ValueError(f"{what} has become NaN or infinite, training diverged: give a lower learning rate")
-
-
 class _Moments:
     """Sums over tokens of products of an FFN's input (and a 1) with itself and with its experts' contributions."""
 
@@ -72,7 +63,7 @@ class _Moments:
             self.cross_IE.addmm_(x_TI.T, added_TE.pow(0.25))
 
     def fit_(self, bias: float) -> None:
-        check_finite("what FFNs are given and give", [self.gram_II, self.cross_IE])
+        check_converged("what FFNs are given and give", [self.gram_II, self.cross_IE])
         gram_II, cross_IE = self.gram_II.double(), self.cross_IE.double()
         count = gram_II[-1, -1]
         ridge_I = torch.full_like(gram_II[0], RIDGE * float(gram_II.diagonal()[:-1].mean()))

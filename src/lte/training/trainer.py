@@ -22,7 +22,7 @@ from lte.training.arguments import LTETrainingArguments
 from lte.training.batches import hold_out_for_calibration
 from lte.training.calibration import evaluating
 from lte.training.checkpoints import last_complete_checkpoint
-from lte.training.checks import check_callbacks, check_head, check_method, check_sharded
+from lte.training.checks import check_callbacks, check_converged, check_head, check_method, check_sharded
 from lte.training.controller import SparsityController
 from lte.training.distillation import (
     DistilledLoss,
@@ -33,7 +33,6 @@ from lte.training.distillation import (
     predicts,
     show_hidden_states_,
 )
-from lte.training.router_start import check_finite
 from lte.training.scores import lte_losses, measure_scores, mixture_loss
 from lte.training.stage_changes import move_thresholds_, regroup_, set_stage_, sharpen_, start_routers_
 from lte.training.stages import Stage, StagePlan
@@ -223,7 +222,7 @@ class LTETrainer(Trainer):
         model = self._unwrapped
         if stage == "soft" or (stage == "hard" and not self.plan.soft):
             if before == "dense":
-                check_finite("a weight", model.parameters())
+                check_converged("a weight", model.parameters())
             if before == "dense" or not model.config.lte.get("grouped", True):
                 regroup_(model, self.method, self._batches(self.train_dataset, self.args.seed))
             if self._distils:
