@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import random
+import shutil
 from pathlib import Path
 
 import gguf
@@ -30,6 +31,11 @@ CHAT = (
 SHAPE = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 SHAPE |= {"num_attention_heads": 4, "max_position_embeddings": 128}
 IDS = {"eos_token_id": 0, "bos_token_id": 1, "pad_token_id": 2}
+COMMON = "train --text text.txt --sequence-length 32 --held-out 4 --per-device-train-batch-size 4 --learning-rate 1e-3"
+COMMON += " --report-to none --logging-steps 2 -o out"
+EXPERTS = "--expert-size 8 --grouping random"
+MIDDLE = "--max-steps 12 --save-steps 2"
+TARGET = "--target-sparsity 0.5"
 RECIPE = """\
 model: model
 text: text.txt
@@ -91,6 +97,7 @@ def build(folder: Path, commands: Commands) -> None:
     teal = ["--method", "teal", "--target-sparsity", "0.4", *_READ]
     _must(commands, ["sparsify", "--model", "dense", *teal, "-o", "teal"], folder)
     _write_results(folder, commands)
+    _write_interrupted(folder, commands)
 
 
 _READ = ["--text", "text.txt", "--sequence-length", "32"]
@@ -135,6 +142,14 @@ def _write_results(folder: Path, commands: Commands) -> None:
         rows.append(_must(commands, ["train", *recipe, "-o", name, "--json"], folder))
     rows += [_must(commands, ["eval", one, *_READ, "--max-rows", "8", "--json"], folder) for one in ("dense", "sparse")]
     (folder / "results.jsonl").write_text("".join(one.splitlines()[-1] + "\n" for one in rows))
+
+
+def _write_interrupted(folder: Path, commands: Commands) -> None:
+    """What a run leaves that is killed after its eighth step."""
+    _must(commands, f"{COMMON} --model dense {TARGET} {EXPERTS} {MIDDLE}".split(), folder)
+    out = folder / "out"
+    for name in (*(path.name for path in (folder / "sparse").iterdir()), "checkpoint-10", "checkpoint-12"):
+        shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
 
 
 def _write_gguf(path: Path, model: LlamaForCausalLM, tokens: PreTrainedTokenizerFast) -> None:

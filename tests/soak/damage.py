@@ -16,6 +16,7 @@ from random import Random
 from typing import Any
 
 import corpus
+from corpus import COMMON, EXPERTS, MIDDLE, TARGET
 from forked import Commands, Ran
 from meaning import unseen
 from mutations import damaged
@@ -79,7 +80,10 @@ def _subjects() -> Iterator[Subject]:
     yield _reads("pairs.jsonl", "--task", "generation")
     yield _reads("chats.jsonl", "--task", "generation", "--messages", "messages")
     train = ("train", "recipe.yaml", "--model", "dense", "--json")
-    yield Subject("recipe", train, ("recipe.yaml",), ("recipe.yaml", "dense", "text.txt"), "out/model.safetensors")
+    yield Subject("recipe", train, ("recipe.yaml",), ("recipe.yaml", "dense", "text.txt"))
+    resume = (*f"{COMMON} --model dense {TARGET} {EXPERTS} {MIDDLE}".split(), "--resume", "--json")
+    for name in ("checkpoint-8/*", "lte_teacher/*", "out/*"):
+        yield Subject("checkpoint", resume, (name,), ("dense", "text.txt", "out"), "out/model.safetensors")
     for _ in range(3):
         report = ("report", "results.jsonl", "-o", "page.md", "--format", "md")
         yield Subject("results", report, ("results.jsonl",), ("results.jsonl",), "page.md")
@@ -107,7 +111,11 @@ class Damage:
         ran = self.commands.run([*subject.argv], folder)
         done = f"{path.relative_to(folder)}: {what}; {subject}"
         if ran.code:
-            return Trial(subject.kind, number, done, *failed(ran))
+            verdict, why = failed(ran)
+            names = {path.name, *path.relative_to(folder).parts, *subject.inputs}
+            if verdict == "refused" and subject.kind != "recipe" and not any(name in why for name in names):
+                verdict = "unnamed"
+            return Trial(subject.kind, number, done, verdict, why)
         with suppress(ValueError, OSError, IndexError):
             if (seen := _observed(subject, ran, folder)) == self.expected(subject):
                 return Trial(subject.kind, number, done, "same")
@@ -140,7 +148,8 @@ class Damage:
 
     @staticmethod
     def _matching(folder: Path, subject: Subject, name: str) -> list[Path]:
-        return [path for one in subject.inputs for path in [folder / one, *folder.glob(f"{one}/*")] if path.match(name)]
+        paths = [path for one in subject.inputs for path in [folder / one, *(folder / one).rglob("*")]]
+        return [path for path in paths if path.is_file() and path.match(name)]
 
 
 def _damaged(path: Path, before: bytes, chance: Random) -> tuple[bytes | None, str]:

@@ -12,14 +12,9 @@ from random import Random
 from typing import Any
 
 import corpus
+from corpus import COMMON, EXPERTS, MIDDLE, TARGET
 from forked import Commands, Death, Ran
 from verdicts import Trial, failed
-
-COMMON = "train --text text.txt --sequence-length 32 --held-out 4 --per-device-train-batch-size 4 --learning-rate 1e-3"
-COMMON += " --report-to none --logging-steps 2 -o out"
-EXPERTS = "--expert-size 8 --grouping random"
-MIDDLE = "--max-steps 12 --save-steps 2"
-TARGET = "--target-sparsity 0.5"
 
 RUNS = tuple(
     f"--model {options}"
@@ -92,7 +87,7 @@ class Kills:
             ran = self.commands.run([*_argv(options), "--resume"], folder)
             if ran.code:
                 return Trial("kill", number, done, *failed(ran))
-            if wrong := _differences(expected, _made(folder / "out", ran)):
+            if wrong := differences(expected, made(folder / "out")):
                 return Trial("kill", number, done, "silent", f"{what}: {wrong}")
         return Trial("kill", number, done, "same")
 
@@ -101,7 +96,7 @@ class Kills:
             folder = self._folder("undisturbed")
             ran = self.commands.run(_argv(options), folder)
             assert ran.code == 0, f"lte {' '.join(_argv(options))}: {ran.err}"
-            self._undisturbed[options] = _made(folder / "out", ran), ran
+            self._undisturbed[options] = made(folder / "out"), ran
         return self._undisturbed[options]
 
     def _folder(self, name: str) -> Path:
@@ -134,7 +129,7 @@ def _in_words(death: Death) -> str:
     return at if death.size is None else f"by a write beyond {death.size} bytes after operation {death.operation}"
 
 
-def _made(folder: Path, ran: Ran) -> dict[str, Any]:
+def made(folder: Path) -> dict[str, Any]:
     """The files of a finished run, checkpoints by name only; of its summary, what it measured."""
     made: dict[str, Any] = {}
     for path in sorted(folder.iterdir()):
@@ -144,7 +139,7 @@ def _made(folder: Path, ran: Ran) -> dict[str, Any]:
     return made
 
 
-def _differences(expected: dict[str, Any], made: dict[str, Any]) -> str:
+def differences(expected: dict[str, Any], made: dict[str, Any]) -> str:
     return ", ".join(sorted(name for name in {**expected, **made} if expected.get(name) != made.get(name)))
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from forked import Ran
 
-VERDICTS = ("refused", "same", "unseen", "silent", "traceback", "hang", "crash")
+VERDICTS = ("refused", "same", "unseen", "unnamed", "silent", "traceback", "hang", "crash")
 GOOD = ("refused", "same", "unseen")
 
 
@@ -21,6 +21,10 @@ class Trial:
     done: str
     verdict: str
     why: str = ""
+
+    @property
+    def good(self) -> bool:
+        return self.verdict in GOOD
 
     def __str__(self) -> str:
         return f"{self.kind} {self.number}: {self.verdict}: {self.done}: {self.why}"
