@@ -1,4 +1,3 @@
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,8 +6,6 @@ import pytest
 from forked import Commands
 from verdicts import Trial, table
 
-SEED = int(os.environ.get("SOAK_SEED", "1"))
-TRIALS: list[Trial] = []
 _KEY = "trial"
 
 
@@ -50,6 +47,6 @@ def pytest_terminal_summary(terminalreporter) -> None:
         if getattr(report, "when", "") == "call"
         for key, (kind, verdict) in [one for one in report.user_properties if one[0] == _KEY]
     ]
-    if found and os.environ.get("SOAK_SEED"):
-        terminalreporter.section(f"soak, seed {SEED}")
+    if found and terminalreporter.config.option.markexpr == "soak":
+        terminalreporter.section("soak")
         terminalreporter.write_line(table(found))

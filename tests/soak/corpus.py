@@ -148,8 +148,11 @@ def _write_interrupted(folder: Path, commands: Commands) -> None:
     """What a run leaves that is killed after its eighth step."""
     _must(commands, f"{COMMON} --model dense {TARGET} {EXPERTS} {MIDDLE}".split(), folder)
     out = folder / "out"
-    for name in (*(path.name for path in (folder / "sparse").iterdir()), "checkpoint-10", "checkpoint-12"):
-        shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
+    for path in (folder / "sparse").iterdir():
+        if path.is_file():
+            (out / path.name).unlink(missing_ok=True)
+    for step in (10, 12):
+        shutil.rmtree(out / f"checkpoint-{step}")
 
 
 def _write_gguf(path: Path, model: LlamaForCausalLM, tokens: PreTrainedTokenizerFast) -> None:

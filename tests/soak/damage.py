@@ -82,8 +82,8 @@ def _subjects() -> Iterator[Subject]:
     train = ("train", "recipe.yaml", "--model", "dense", "--json")
     yield Subject("recipe", train, ("recipe.yaml",), ("recipe.yaml", "dense", "text.txt"))
     resume = (*f"{COMMON} --model dense {TARGET} {EXPERTS} {MIDDLE}".split(), "--resume", "--json")
-    for name in ("checkpoint-8/*", "lte_teacher/*", "out/*"):
-        yield Subject("checkpoint", resume, (name,), ("dense", "text.txt", "out"), "out/model.safetensors")
+    for names in (("checkpoint-8/*",), ("lte_teacher/*", "out/*")):
+        yield Subject("checkpoint", resume, names, ("dense", "text.txt", "out"), "out/model.safetensors")
     for _ in range(3):
         report = ("report", "results.jsonl", "-o", "page.md", "--format", "md")
         yield Subject("results", report, ("results.jsonl",), ("results.jsonl",), "page.md")

@@ -4,19 +4,19 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import SEED
 from damage import Damage
 from disks import Disks, can_mount
 from forked import Commands
 from kills import Kills
 from pairs import Pairs
 
+SEED = int(os.environ.get("SOAK_SEED", "1"))
 DAMAGED, KILLED, FULL, PAIRS = (
     int(os.environ.get(f"SOAK_{name}", usual))
     for name, usual in {"DAMAGED": 10_000, "KILLED": 240, "FULL": 160, "PAIRS": 12}.items()
 )
 PARTS = 10
-pytestmark = [pytest.mark.soak, pytest.mark.timeout(0)]
+pytestmark = [pytest.mark.soak, pytest.mark.slow, pytest.mark.timeout(0)]
 
 
 @pytest.mark.parametrize("part", range(PARTS))
