@@ -36,6 +36,7 @@ COMMON += " --report-to none --logging-steps 2 -o out"
 EXPERTS = "--expert-size 8 --grouping random"
 MIDDLE = "--max-steps 12 --save-steps 2"
 TARGET = "--target-sparsity 0.5"
+INTERRUPTED = f"{COMMON} --model dense {TARGET} {EXPERTS} {MIDDLE} -o run"
 RECIPE = """\
 model: model
 text: text.txt
@@ -146,13 +147,12 @@ def _write_results(folder: Path, commands: Commands) -> None:
 
 def _write_interrupted(folder: Path, commands: Commands) -> None:
     """What a run leaves that is killed after its eighth step."""
-    _must(commands, f"{COMMON} --model dense {TARGET} {EXPERTS} {MIDDLE}".split(), folder)
-    out = folder / "out"
+    _must(commands, INTERRUPTED.split(), folder)
     for path in (folder / "sparse").iterdir():
         if path.is_file():
-            (out / path.name).unlink(missing_ok=True)
+            (folder / "run" / path.name).unlink(missing_ok=True)
     for step in (10, 12):
-        shutil.rmtree(out / f"checkpoint-{step}")
+        shutil.rmtree(folder / "run" / f"checkpoint-{step}")
 
 
 def _write_gguf(path: Path, model: LlamaForCausalLM, tokens: PreTrainedTokenizerFast) -> None:

@@ -16,7 +16,7 @@ from random import Random
 from typing import Any
 
 import corpus
-from corpus import COMMON, EXPERTS, MIDDLE, TARGET
+from corpus import INTERRUPTED
 from forked import Commands, Ran
 from meaning import unseen
 from mutations import damaged
@@ -81,9 +81,9 @@ def _subjects() -> Iterator[Subject]:
     yield _reads("chats.jsonl", "--task", "generation", "--messages", "messages")
     train = ("train", "recipe.yaml", "--model", "dense", "--json")
     yield Subject("recipe", train, ("recipe.yaml",), ("recipe.yaml", "dense", "text.txt"))
-    resume = (*f"{COMMON} --model dense {TARGET} {EXPERTS} {MIDDLE}".split(), "--resume", "--json")
-    for names in (("checkpoint-8/*",), ("lte_teacher/*", "out/*")):
-        yield Subject("checkpoint", resume, names, ("dense", "text.txt", "out"), "out/model.safetensors")
+    resume = (*INTERRUPTED.split(), "--resume", "--json")
+    for names in (("checkpoint-8/*",), ("lte_teacher/*", "run/*")):
+        yield Subject("checkpoint", resume, names, ("dense", "text.txt", "run"), "run/model.safetensors")
     for _ in range(3):
         report = ("report", "results.jsonl", "-o", "page.md", "--format", "md")
         yield Subject("results", report, ("results.jsonl",), ("results.jsonl",), "page.md")
