@@ -76,8 +76,9 @@ def _json(content: bytes) -> Any:
 def _alike(before: Any, after: Any) -> bool:
     """Whether values have the same types; what one of two dicts or lists lacks, and null, may be a default."""
     if isinstance(before, dict) and isinstance(after, dict):
-        ours = all(before.get(key, {}).keys() == after.get(key, {}).keys() for key in OURS)
-        return ours and all(_alike(before[key], after[key]) for key in before.keys() & after.keys())
+        ours = [(before[key], after.get(key)) for key in OURS if isinstance(before.get(key), dict)]
+        whole = all(isinstance(now, dict) and then.keys() == now.keys() for then, now in ours)
+        return whole and all(_alike(before[key], after[key]) for key in before.keys() & after.keys())
     if isinstance(before, list) and isinstance(after, list):
         return all(_alike(*pair) for pair in zip(before, after, strict=False))
     if before is None or after is None:
