@@ -84,6 +84,8 @@ def _subjects() -> Iterator[Subject]:
     resume = (*INTERRUPTED.split(), "--resume", "--json")
     for names in (("checkpoint-8/*",), ("lte_teacher/*", "run/*")):
         yield Subject("checkpoint", resume, names, ("dense", "text.txt", "run"), "run/model.safetensors")
+    pages = ("report", "sparse", "sparser", "-o", "page.md", "--format", "md")
+    yield Subject("results", pages, ("lte_training.json",), ("sparse", "sparser"), "page.md")
     for _ in range(3):
         report = ("report", "results.jsonl", "-o", "page.md", "--format", "md")
         yield Subject("results", report, ("results.jsonl",), ("results.jsonl",), "page.md")

@@ -92,7 +92,8 @@ class Disks:
     ) -> Trial:
         verdict, why = failed(ran) if ran.code else ("same", "")
         if verdict == "refused" and writer.resumes:
-            subprocess.run(["umount", "-l", folder / "disk"], check=False, capture_output=True)
+            if (folder / "disk").is_mount():
+                subprocess.run(["mount", "-o", "remount,size=1g", folder / "disk"], check=True)
             ran = self.commands.run([*writer.command.split(), "--resume"], folder)
             if ran.code:
                 verdict, why = failed(ran)

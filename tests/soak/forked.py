@@ -31,10 +31,14 @@ IMPORTED = (
     "lte.ops.cpu",
     "lte.ops.cpu_kernels",
     "torch._dynamo",
-    "torch.utils.tensorboard",
     "matplotlib.pyplot",
     "pyarrow.parquet",
     "gguf",
+    "rouge_score.rouge_scorer",
+    "sacrebleu",
+    "typeguard._checkers",
+    "rich.status",
+    "rich._emoji_codes",
 )
 MEMORY = 3 * 2**30
 WRITES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate")
@@ -140,7 +144,9 @@ def _forked(job: dict[str, Any], ours: list[int]) -> Ran:
     for _, write in pipes.values():
         os.close(write)
     found, hung = _watch(pid, {read: name for name, (read, _) in pipes.items()}, began, job)
-    _, status, _ = os.wait4(pid, 0)
+    _, status = os.waitpid(pid, 0)
+    with contextlib.suppress(ProcessLookupError):  # what it has left running
+        os.killpg(pid, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(status)
     texts = {name: found[name].decode(errors="replace") for name in ("out", "err")}
     return Ran(code, **texts, seconds=time.monotonic() - began, hung=hung, operations=len(found["operations"]))
@@ -158,7 +164,7 @@ def _watch(pid: int, reads: dict[int, str], began: float, job: dict[str, Any]) -
         over = process in ready
         if not ready:
             hung = dies is None
-            os.killpg(pid, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
             dies, ends = None, float("inf")
         for fd in [one for one in ready if one != process]:
             chunk = os.read(fd, 2**16)
