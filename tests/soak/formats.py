@@ -91,4 +91,4 @@ def _gguf(content: bytes) -> Layout:
     for _, shape, kind, offset in infos:
         if kind == 0:
             floats.append(np.frombuffer(content, np.float32, int(np.prod(shape)), data + offset))
-    return Layout((start, says, infos), data, floats)
+    return Layout((start, says, (infos, len(content))), data, floats)
