@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lte.core.selection import scale_experts, threshold
 from lte.modules.compensation import Compensation
 from lte.modules.router import BaseRouter, Router
+from lte.modules.tensor_parallel import ExpertShard
 
 Mode = Literal["dense", "soft", "hard"]
 """dense: all experts, router not run. soft: each expert scaled by its score. hard: kept or dropped, unscaled
@@ -20,16 +21,20 @@ class Selecting(nn.Module):
 
     Attributes:
         compensation: adds to the FFN's output what stands in for idle experts; None adds nothing.
+        num_neurons: F, of the whole FFN.
+        shard: which experts this process has, under tensor parallelism; None where it has all.
         kept_in: lists to which each pass appends its scores ``[..., E]``; :func:`~lte.modules.recording.record_scores`
             puts them here. Lists, not callables: all layers then look alike to ``torch.compile``.
     """
 
-    def __init__(self, router: BaseRouter, tau: float, compensation: Compensation | None = None):
+    def __init__(self, router: BaseRouter, tau: float, compensation: Compensation | None, down: nn.Module):
         super().__init__()
         self.router = router
         self.compensation = compensation
         self.tau = tau
         self.mode: Mode = "dense"
+        self.num_neurons = _inputs_of(down)
+        self.shard: ExpertShard | None = None
         self.kept_in: list[list[Tensor]] = []
 
     def reset(self, generator: torch.Generator | None = None, bias: float = 0.0) -> None:
@@ -67,6 +72,8 @@ class Selecting(nn.Module):
     def weigh(self, x_TD: Tensor, fired_TF: Tensor, hidden_TF: Tensor) -> Tensor | None:
         """The weight of each expert ``[..., E]`` as the mode says, booleans where it is kept or not; None keeps all.
 
+        Under tensor parallelism it may be only the weights of this process's experts, where no one asks for more.
+
         Args:
             x_TD: the FFN's input.
             fired_TF: what the activation gave; in an FFN without a gate, the neurons.
@@ -76,12 +83,51 @@ class Selecting(nn.Module):
             if self.kept_in:
                 self.keep(torch.ones(*hidden_TF.shape[:-1], self.router.num_experts, device=hidden_TF.device))
             return None
-        reads = self.router.reads
-        scores_TE = self.router(x_TD if reads == "input" else fired_TF if reads == "activation" else hidden_TF)
+        if self.router.reads != "input":
+            read_TF = fired_TF if self.router.reads == "activation" else hidden_TF
+            shard = self._shard_of(read_TF)
+            scores_TE = self.router(read_TF if shard is None else shard.gather(read_TF))
+        elif self._needs_own_scores_only() and (shard := self._shard_of(hidden_TF)) is not None:
+            scores_TE = self.router(x_TD, shard.own)
+        else:
+            scores_TE = self.router(x_TD)
         self.keep(scores_TE)
         if self.mode == "hard" and not self.router.scales:
             return threshold(scores_TE, self.tau)
         return scores_TE
+
+    def _needs_own_scores_only(self) -> bool:
+        """Whether no one asks for scores of experts that other processes have; gradients need them (ExpertShard)."""
+        return (
+            self.shard is not None
+            and self.router.is_linear
+            and self.compensation is None
+            and not self.kept_in
+            and not torch.is_grad_enabled()
+        )
+
+    def _shard_of(self, neurons_TF: Tensor) -> ExpertShard | None:
+        """This process's part in the FFN where it has a part of the neurons only; None where they are all there.
+
+        Raises:
+            ValueError: neurons are missing, and the layer was not told which.
+        """
+        if neurons_TF.shape[-1] == self.num_neurons:
+            return None
+        if self.shard is None:
+            raise ValueError(
+                f"a sparse FFN has {neurons_TF.shape[-1]} of its {self.num_neurons} neurons in this process and does "
+                "not know which experts they are: shard the model as it is loaded, by "
+                "from_pretrained(..., distributed_config=DistributedConfig(tp_size=...))"
+            )
+        return self.shard
+
+    def scale(self, hidden_TF: Tensor, weights_TE: Tensor) -> Tensor:
+        """The neurons, each times its expert's weight, as :meth:`weigh` gave it."""
+        shard = self._shard_of(hidden_TF)
+        if shard is not None and weights_TE.shape[-1] == shard.num_experts:
+            weights_TE = shard.cut(weights_TE)
+        return scale_experts(hidden_TF, weights_TE)
 
     def compensated(self, y_TD: Tensor, x_TD: Tensor, weights_TE: Tensor | None) -> Tensor:
         """The FFN's output with what stands in for idle experts, if anything does."""
@@ -91,6 +137,12 @@ class Selecting(nn.Module):
 
     def extra_repr(self) -> str:
         return f"mode={self.mode!r}, tau={self.tau}"
+
+
+def _inputs_of(linear: nn.Module) -> int:
+    """How many neurons a down projection takes; GPT-2's ``Conv1D`` does not say so itself."""
+    inputs = getattr(linear, "in_features", None)
+    return inputs if inputs is not None else len(cast(Tensor, linear.weight))
 
 
 @dataclass(frozen=True)
@@ -123,7 +175,7 @@ class SparseFFN(Selecting):
         tau: float,
         compensation: Compensation | None = None,
     ):
-        super().__init__(router, tau, compensation)
+        super().__init__(router, tau, compensation, getattr(dense, roles.down))
         self.roles = roles
         for name, child in dense.named_children():
             self.add_module(name, child)
@@ -147,7 +199,7 @@ class SparseFFN(Selecting):
         if roles.hidden_dropout:
             hidden_TF = getattr(self, roles.hidden_dropout)(hidden_TF)
         weights_TE = self.weigh(x_TD, fired_TF, hidden_TF)
-        y_TD = self._down(hidden_TF if weights_TE is None else scale_experts(hidden_TF, weights_TE))
+        y_TD = self._down(hidden_TF if weights_TE is None else self.scale(hidden_TF, weights_TE))
         y_TD = self.compensated(y_TD, x_TD, weights_TE)
         return getattr(self, roles.output_dropout)(y_TD) if roles.output_dropout else y_TD
 
@@ -182,7 +234,7 @@ class SparseActivation(Selecting):
         tau: float,
         compensation: Compensation | None = None,
     ):
-        super().__init__(router, tau, compensation)
+        super().__init__(router, tau, compensation, down)
         self.act = act
         self._x_TD: Tensor | None = None
         self._weighed: tuple[Tensor, Tensor] | None = None
@@ -209,4 +261,4 @@ class SparseActivation(Selecting):
         weights_TE = self.weigh(x_TD, hidden_TF, hidden_TF)
         if self.compensation is not None:
             self._weighed = None if weights_TE is None else (x_TD, weights_TE)
-        return hidden_TF if weights_TE is None else scale_experts(hidden_TF, weights_TE)
+        return hidden_TF if weights_TE is None else self.scale(hidden_TF, weights_TE)

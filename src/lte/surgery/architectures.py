@@ -23,6 +23,7 @@ from lte.surgery.method import Method
 from lte.surgery.sites import find_sites
 from lte.surgery.teal import SECTION as TEAL
 from lte.surgery.teal import TEALConfig
+from lte.surgery.tensor_parallel import shard_experts_
 
 MODEL_TYPE = "lte"
 CODE_FILE = "modeling_lte"
@@ -139,7 +140,8 @@ class LTEModelMixin:
         A head that the checkpoint does not have is initialised, as ever; everything else must be there.
 
         Raises:
-            ValueError: truncated or damaged weight file, missing weights, weights of another shape.
+            ValueError: truncated or damaged weight file, missing weights, weights of another shape; experts that
+                tensor parallelism cannot share out.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         allowed = kwargs.pop("ignore_mismatched_sizes", False)
@@ -170,6 +172,8 @@ class LTEModelMixin:
                 f"{pretrained_model_name_or_path}: {len(mismatched)} weights have the wrong shape, first {name} with "
                 f"{tuple(found)} where the config asks for {tuple(needed)}; they do not belong together"
             )
+        if not hasattr(model.config, TEAL):
+            shard_experts_(model)
         return (model, info) if wants_info else model
 
     @classmethod

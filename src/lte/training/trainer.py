@@ -17,6 +17,7 @@ from transformers.trainer_callback import ExportableState
 
 from lte.modules.mixture import Balance, record_balance
 from lte.modules.recording import Recording, record_scores, sparse_layers, track_sparsity
+from lte.modules.tensor_parallel import check_whole
 from lte.surgery.method import Method
 from lte.training.arguments import LTETrainingArguments
 from lte.training.batches import hold_out_for_calibration
@@ -33,6 +34,7 @@ from lte.training.distillation import (
     predicts,
     show_hidden_states_,
 )
+from lte.training.recomputing import check_recomputing
 from lte.training.scores import lte_losses, measure_scores, mixture_loss
 from lte.training.stage_changes import move_thresholds_, regroup_, set_stage_, sharpen_, start_routers_
 from lte.training.stages import Stage, StagePlan
@@ -66,7 +68,8 @@ class LTETrainer(Trainer):
 
     Raises:
         ValueError: a dense model, one of a method that the recipe or its target does not fit, one without logits that a
-            teacher's could be compared with, arguments of another class, or several GPUs in one process.
+            teacher's could be compared with, one that is shared out by tensor parallelism, arguments of another class,
+            or several GPUs in one process.
     """
 
     args: LTETrainingArguments
@@ -97,6 +100,7 @@ class LTETrainer(Trainer):
             layer.router.requires_grad_(True)
             if layer.compensation is not None:
                 layer.compensation.requires_grad_(True)
+        check_whole(cast(nn.Module, model), "LTETrainer groups and fits")
         check_head(model, args)
         self._linear = all(layer.router.is_linear for layer in layers)
         self._causal = is_causal(cast(nn.Module, model))
@@ -139,6 +143,7 @@ class LTETrainer(Trainer):
 
     def begin(self, resumed: dict[str, Any] | None) -> None:
         """Called when training begins, with what a checkpoint remembers of the run, or None."""
+        check_recomputing(self._unwrapped)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             check_sharded(self.plan, self.method, self.args, self._unwrapped.config.lte.get("grouped", True))
         self._forget()
