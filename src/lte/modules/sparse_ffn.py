@@ -1,5 +1,6 @@
 """The sparse FFN: a dense model's own projections, with a router that decides which experts count."""
 
+import threading
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -23,8 +24,9 @@ class Selecting(nn.Module):
         compensation: adds to the FFN's output what stands in for idle experts; None adds nothing.
         num_neurons: F, of the whole FFN.
         shard: which experts this process has, under tensor parallelism; None where it has all.
-        kept_in: lists to which each pass appends its scores ``[..., E]``; :func:`~lte.modules.recording.record_scores`
-            puts them here. Lists, not callables: all layers then look alike to ``torch.compile``.
+        kept_in: lists to which each pass appends its scores ``[..., E]``, and the thread whose passes each wants;
+            :func:`~lte.modules.recording.record_scores` puts them here. Lists, not callables: all layers then look
+            alike to ``torch.compile``.
     """
 
     def __init__(self, router: BaseRouter, tau: float, compensation: Compensation | None, down: nn.Module):
@@ -35,7 +37,7 @@ class Selecting(nn.Module):
         self.mode: Mode = "dense"
         self.num_neurons = _inputs_of(down)
         self.shard: ExpertShard | None = None
-        self.kept_in: list[list[Tensor]] = []
+        self.kept_in: list[tuple[int, list[Tensor]]] = []
 
     def reset(self, generator: torch.Generator | None = None, bias: float = 0.0) -> None:
         """Initialise what is not the dense model's: the router (``bias``: where it has one) and the compensation."""
@@ -64,10 +66,23 @@ class Selecting(nn.Module):
         assert self.router.is_linear
         return cast(Router, self.router)  # peft can put a wrapper around it
 
+    @property
+    def recorded(self) -> bool:
+        """Whether a list wants this pass's scores."""
+        return bool(self.kept_in) and bool(self._lists())
+
     def keep(self, scores_TE: Tensor) -> None:
         """Append scores to the lists that want them."""
-        for kept in self.kept_in:
-            kept.append(scores_TE)
+        if self.kept_in:
+            for kept in self._lists():
+                kept.append(scores_TE)
+
+    def _lists(self) -> list[list[Tensor]]:
+        """Those of this thread; of all where a compiler looks on, which does not know threads."""
+        if torch.compiler.is_compiling():
+            return [kept for _, kept in self.kept_in]
+        here = threading.get_ident()
+        return [kept for thread, kept in self.kept_in if thread == here]
 
     def weigh(self, x_TD: Tensor, fired_TF: Tensor, hidden_TF: Tensor) -> Tensor | None:
         """The weight of each expert ``[..., E]`` as the mode says, booleans where it is kept or not; None keeps all.
@@ -80,7 +95,7 @@ class Selecting(nn.Module):
             hidden_TF: the neurons: in a gated FFN, the activation times up.
         """
         if self.mode == "dense":
-            if self.kept_in:
+            if self.recorded:
                 self.keep(torch.ones(*hidden_TF.shape[:-1], self.router.num_experts, device=hidden_TF.device))
             return None
         if self.router.reads != "input":
@@ -102,7 +117,7 @@ class Selecting(nn.Module):
             self.shard is not None
             and self.router.is_linear
             and self.compensation is None
-            and not self.kept_in
+            and not self.recorded
             and not torch.is_grad_enabled()
         )
 
@@ -205,15 +220,26 @@ class SparseFFN(Selecting):
 
     def _down(self, hidden_TF: Tensor) -> Tensor:
         down = getattr(self, self.roles.down)
-        dtype = down.weight.dtype
+        weight = down.weight
         # T5 keeps this one projection in fp32 inside a half precision model
         if (
-            dtype != hidden_TF.dtype
-            and dtype.is_floating_point
+            isinstance(weight, Tensor)  # dynamic quantisation puts a method there
+            and weight.dtype != hidden_TF.dtype
+            and weight.dtype.is_floating_point
             and not torch.is_autocast_enabled(hidden_TF.device.type)
         ):
-            hidden_TF = hidden_TF.to(dtype)
+            hidden_TF = hidden_TF.to(weight.dtype)
         return down(hidden_TF)
+
+
+class _UnderWay(threading.local):
+    """What a pass has on its way from one hook to the next, in its thread. A copy begins empty."""
+
+    x_TD: Tensor | None = None
+    weighed: tuple[Tensor, Tensor] | None = None
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return type(self), ()
 
 
 class SparseActivation(Selecting):
@@ -236,29 +262,52 @@ class SparseActivation(Selecting):
     ):
         super().__init__(router, tau, compensation, down)
         self.act = act
-        self._x_TD: Tensor | None = None
-        self._weighed: tuple[Tensor, Tensor] | None = None
+        self.x_TD: Tensor | None = None
+        self.weighed: tuple[Tensor, Tensor] | None = None
+        self._under_way = _UnderWay()
         first.register_forward_pre_hook(self._see)
         if compensation is not None:
             down.register_forward_hook(self._add)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is on its way from one hook to the next: recomputing a block may stop in between."""
-        return {**self.__dict__, "_x_TD": None, "_weighed": None}
+        return {**self.__dict__, "x_TD": None, "weighed": None}
+
+    @property
+    def under_way(self) -> "_UnderWay | SparseActivation":
+        """Where a pass leaves things for its next hook: with its thread, which may share the model with others.
+
+        A compiler follows the module's own attributes instead, and makes variables of the program out of them.
+        """
+        return self if torch.compiler.is_compiling() else self._under_way
 
     def _see(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._x_TD = args[0]
+        self.under_way.x_TD = args[0]
 
     def _add(self, _module: nn.Module, _args: tuple[Tensor, ...], y_TD: Tensor) -> Tensor:
-        weighed, self._weighed = self._weighed, None
+        under_way = self.under_way
+        weighed, under_way.weighed = under_way.weighed, None
         return y_TD if weighed is None else self.compensated(y_TD, *weighed)
 
-    def forward(self, hidden_TF: Tensor) -> Tensor:
-        x_TD, self._x_TD = self._x_TD, None
+    def take_input(self) -> Tensor:
+        """What the first projection was given in this pass; once.
+
+        Raises:
+            RuntimeError: it was given nothing.
+        """
+        under_way = self.under_way
+        x_TD, under_way.x_TD = under_way.x_TD, None
         if x_TD is None:
             raise RuntimeError("the router did not see this FFN's input: call the layer, not its activation alone")
+        return x_TD
+
+    def forward(self, hidden_TF: Tensor) -> Tensor:
+        return self.select(self.take_input(), hidden_TF)
+
+    def select(self, x_TD: Tensor, hidden_TF: Tensor) -> Tensor:
+        """The activated neurons times their experts' weights, from the FFN's input and what the first layer gave."""
         hidden_TF = self.act(hidden_TF)
         weights_TE = self.weigh(x_TD, hidden_TF, hidden_TF)
         if self.compensation is not None:
-            self._weighed = None if weights_TE is None else (x_TD, weights_TE)
+            self.under_way.weighed = None if weights_TE is None else (x_TD, weights_TE)
         return hidden_TF if weights_TE is None else self.scale(hidden_TF, weights_TE)

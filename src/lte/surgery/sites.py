@@ -196,7 +196,8 @@ def _is_nothing(module: nn.Module) -> bool:
 def _sizes(linear: nn.Module) -> tuple[int, int]:
     """Inputs and outputs of a linear layer."""
     weight = linear.weight
-    assert isinstance(weight, Tensor)
+    if not isinstance(weight, Tensor):  # dynamic quantisation puts a method there
+        raise ValueError(f"{type(linear).__name__} holds quantised weights: load the model unquantised")
     if weight.ndim != 2 or not weight.is_floating_point() or weight.dtype.itemsize < 2:
         raise ValueError(
             f"{type(linear).__name__} holds quantised weights ({weight.dtype} of shape {tuple(weight.shape)}): "
