@@ -82,6 +82,7 @@ def test_however_it_is_asked_for_and_what_goes_on_from_there(two):
         ("densify", "densify copies whole weights"),
         ("sparsify_", "sparsify_ groups whole weights"),
         ("teal_", "teal_ wants whole weights"),
+        ("prune_", "prune_ compares whole weights"),
         ("track_inputs", "counting inputs wants whole weights"),
         ("train", "LTETrainer groups and fits whole weights"),
         ("by hand", "32 of its 64 neurons"),

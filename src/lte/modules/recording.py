@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from lte.core.accounting import count_active
 from lte.core.selection import threshold
+from lte.modules.kept import kept
 from lte.modules.sparse_ffn import Selecting
-
-_CHANGING = threading.Lock()  # of layers' lists, which recordings of several threads enter and leave
 
 
 def sparse_layers(model: nn.Module) -> dict[str, Selecting]:
@@ -103,7 +102,7 @@ class Recording:
         """
         if self._with_gradient and torch.is_grad_enabled():
             self._check_gradient()
-        return {n: kept[0] if len(kept) == 1 else torch.cat(kept, dim=-2) for n, kept in self._kept.items() if kept}
+        return {n: one[0] if len(one) == 1 else torch.cat(one, dim=-2) for n, one in self._kept.items() if one}
 
     def mask(self, name: str) -> Tensor | None:
         """The tokens of layer ``name`` that are not padding, shaped like its scores without the last dimension.
@@ -143,8 +142,8 @@ class Recording:
         if self._running is None and not self._elsewhere():
             self._running = module
             self._with_gradient = torch.is_grad_enabled()
-            for kept in self._kept.values():
-                kept.clear()
+            for scores in self._kept.values():
+                scores.clear()
             self.masks.see(module, args, kwargs)
 
     def _end(self, module: nn.Module, _args: tuple, output: Any) -> None:
@@ -174,15 +173,8 @@ def record_scores(model: nn.Module) -> Iterator[Recording]:
             end = module.register_forward_hook(recording._end, always_call=True)
             hooks.callback(begin.remove)
             hooks.callback(end.remove)
-        with _CHANGING:
-            for name, layer in layers.items():
-                layer.kept_in = [*layer.kept_in, (recording.thread, recording._kept[name])]
-        try:
-            yield recording
-        finally:
-            with _CHANGING:
-                for name, layer in layers.items():
-                    layer.kept_in = [one for one in layer.kept_in if one[1] is not recording._kept[name]]
+        hooks.enter_context(kept((layer, recording._kept[name]) for name, layer in layers.items()))
+        yield recording
 
 
 def _entries(model: nn.Module, encoder_decoder: bool) -> list[nn.Module]:

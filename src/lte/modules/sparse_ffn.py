@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lte.core.selection import scale_experts, threshold
 from lte.modules.compensation import Compensation
+from lte.modules.kept import Kept, of_this_thread
 from lte.modules.router import BaseRouter, Router
 from lte.modules.tensor_parallel import ExpertShard
 
@@ -24,9 +25,8 @@ class Selecting(nn.Module):
         compensation: adds to the FFN's output what stands in for idle experts; None adds nothing.
         num_neurons: F, of the whole FFN.
         shard: which experts this process has, under tensor parallelism; None where it has all.
-        kept_in: lists to which each pass appends its scores ``[..., E]``, and the thread whose passes each wants;
-            :func:`~lte.modules.recording.record_scores` puts them here. Lists, not callables: all layers then look
-            alike to ``torch.compile``.
+        kept_in: lists to which each pass appends its scores ``[..., E]``;
+            :func:`~lte.modules.recording.record_scores` puts them here.
     """
 
     def __init__(self, router: BaseRouter, tau: float, compensation: Compensation | None, down: nn.Module):
@@ -37,7 +37,7 @@ class Selecting(nn.Module):
         self.mode: Mode = "dense"
         self.num_neurons = _inputs_of(down)
         self.shard: ExpertShard | None = None
-        self.kept_in: list[tuple[int, list[Tensor]]] = []
+        self.kept_in: Kept = []
 
     def reset(self, generator: torch.Generator | None = None, bias: float = 0.0) -> None:
         """Initialise what is not the dense model's: the router (``bias``: where it has one) and the compensation."""
@@ -68,21 +68,13 @@ class Selecting(nn.Module):
 
     @property
     def recorded(self) -> bool:
-        """Whether a list wants this pass's scores."""
-        return bool(self.kept_in) and bool(self._lists())
+        """Whether someone wants this pass's scores."""
+        return bool(of_this_thread(self.kept_in))
 
     def keep(self, scores_TE: Tensor) -> None:
         """Append scores to the lists that want them."""
-        if self.kept_in:
-            for kept in self._lists():
-                kept.append(scores_TE)
-
-    def _lists(self) -> list[list[Tensor]]:
-        """Those of this thread; of all where a compiler looks on, which does not know threads."""
-        if torch.compiler.is_compiling():
-            return [kept for _, kept in self.kept_in]
-        here = threading.get_ident()
-        return [kept for thread, kept in self.kept_in if thread == here]
+        for kept in of_this_thread(self.kept_in):
+            kept.append(scores_TE)
 
     def weigh(self, x_TD: Tensor, fired_TF: Tensor, hidden_TF: Tensor) -> Tensor | None:
         """The weight of each expert ``[..., E]`` as the mode says, booleans where it is kept or not; None keeps all.

@@ -5,6 +5,7 @@ Routers, thresholds and compensations are whole in every process.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ class ExpertShard:
     mesh: DeviceMesh
     num_experts: int
 
-    @property
+    @cached_property
     def own(self) -> slice:
         """The rows of this process's experts."""
         count = self.num_experts // self.mesh.size()
