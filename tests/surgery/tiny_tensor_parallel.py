@@ -32,13 +32,12 @@ except ImportError:  # transformers before it had one
 warnings.simplefilter("ignore", FutureWarning)  # tp_plan="auto" is the older spelling
 
 EXPERT_SIZE = 8
-SKIP = os.environ.get("SKIP_FAMILIES", "").split(",")
 MODES = ("dense", "soft", "hard")
 
 
 def families() -> list[str]:
     """Those that transformers has a plan for."""
-    return [name for name in known_families() if name not in SKIP and AutoConfig.for_model(name).base_model_tp_plan]
+    return [name for name in known_families() if AutoConfig.for_model(name).base_model_tp_plan]
 
 
 def sparse(model_type: str, method: Any = None, **overrides: Any) -> PreTrainedModel:
@@ -129,8 +128,7 @@ def gradients(folder: Path, model_type: str) -> dict[str, float]:
 def saved_again(folder: Path, model_type: str) -> dict[str, Any]:
     """A model saved under tensor parallelism beside the folder that it was loaded from, as ``equal`` and ``logits``."""
     whole, shared = whole_beside_shared(folder / "first", model_type)
-    shared.save_pretrained(folder / "again")
-    torch.distributed.barrier()
+    shared.save_pretrained(folder / "again")  # whole when it returns, in both processes
     again = load(folder / "again", model_type).to(whole.device)
     shared_again = load(folder / "again", model_type, tp_plan="auto")
     inputs = tiny_models.tiny_inputs(model_type)

@@ -198,13 +198,16 @@ class LTEModelMixin:
         save = partial(super().save_pretrained, is_main_process=is_main_process)  # pyright: ignore
         if kwargs.get("distributed_checkpoint") or not writes:  # each process writes its own part, or nothing
             save(save_directory, push_to_hub=push_to_hub, **kwargs)
-            return
-        upload = _upload_of(save_directory, kwargs) if push_to_hub else None
-        with saving(save_directory) as fresh:
-            save(fresh, **kwargs)
-            names = [path.name for path in fresh.iterdir()]
-        if upload is not None:
-            upload(allow_patterns=names)
+        else:
+            upload = _upload_of(save_directory, kwargs) if push_to_hub else None
+            with saving(save_directory) as fresh:
+                save(fresh, **kwargs)
+                names = [path.name for path in fresh.iterdir()]
+            if upload is not None:
+                upload(allow_patterns=names)
+        wait_for_all = getattr(self, "barrier_after_gathered_checkpoint_save", None)
+        if wait_for_all is not None:  # Hugging Face waits for the files to be written, not for them to be moved
+            wait_for_all(getattr(self.config, "distributed_config", None))  # pyright: ignore
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
