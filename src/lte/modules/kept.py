@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Kept = list[tuple[int, list[Tensor]]]
-"""Of a module: a thread, and the list that wants what its passes show. Lists, not callables: all layers then look alike
-to ``torch.compile``."""
+Kept = list[list[Any]]
+"""Of a module: pairs of a thread, and the list of tensors that wants what its passes show. Lists, not callables: all
+layers then look alike to ``torch.compile``; nor tuples, in which it takes lists for constants."""
 
 _CHANGING = threading.Lock()
 
@@ -29,7 +29,7 @@ def kept(wanted: Iterable[tuple[Any, list[Tensor]]]) -> Iterator[None]:
     here, wanted = threading.get_ident(), list(wanted)
     with _CHANGING:
         for module, one in wanted:
-            module.kept_in = [*module.kept_in, (here, one)]
+            module.kept_in = [*module.kept_in, [here, one]]
     try:
         yield
     finally:
