@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import gguf
-import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -22,6 +20,8 @@ NAMES = {
 
 def write_gguf(model: LlamaForCausalLM, path: Path, **more: int) -> Path:
     """Write ``model`` with a tokenizer of bytes; ``more`` overrides metadata, e.g. ``block_count``."""
+    import gguf
+
     config = model.config
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     writer = gguf.GGUFWriter(path, "llama")

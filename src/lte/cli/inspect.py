@@ -42,7 +42,7 @@ def describe(
     check_family(config)
     with reading(name):
         model = meta_model(config)
-    sites = find_sites(model, config.model_type)
+        sites = find_sites(model, config.model_type)
     lte, teal = getattr(config, "lte", None), getattr(config, TEAL, None)
     size = Method.from_dict(lte).expert_size if lte else expert_size
     ffns = [

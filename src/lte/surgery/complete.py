@@ -1,5 +1,6 @@
 """Whether a model got all its weights: what transformers reports of loading, judged; and whether they are numbers."""
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -42,7 +43,11 @@ def check_complete(name: Any, model: PreTrainedModel, report: dict[str, Any], re
         missing = {key for key in missing if key.partition(".")[0] in inside}
     elif missing and own is not type(model):
         has = weight_names(model.config, own)
-        missing = {key for key in missing if key.removeprefix(prefix) in has}
+        made = [
+            re.compile(one) for one in getattr(own, "_keys_to_ignore_on_load_missing", None) or ()
+        ]  # positions, say
+        bare = {key.removeprefix(prefix) for key in missing} & has
+        missing = {key for key in bare if not any(one.search(f"{prefix}{key}") for one in made)}
     if missing:
         raise ValueError(
             f"{name}: {len(missing)} weights are missing, first {min(missing)}; "
@@ -92,10 +97,7 @@ def check_numbers(name: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
         raise ValueError(f"{name}: {len(wrong)} weights are NaN or infinite, first {wrong[0]}: the model is damaged")
 
 
-def saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers, each once."""
-    seen = set[int]()
-    for key, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor) and id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield key, tensor
+def all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers, those too that are made from the config: an option of it can make them NaN."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()

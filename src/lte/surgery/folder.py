@@ -38,6 +38,9 @@ def check_config(name: str, values: dict[str, Any]) -> None:
             f"{name} is quantised by {method}: lte needs plain weights. Give the checkpoint that it was made from, "
             "or a .gguf file, which is dequantised on loading"
         )
+    named = values.get("architectures")
+    if named is not None and not (isinstance(named, list) and all(isinstance(one, str) for one in named)):
+        raise ValueError(f"{name}: config.json has architectures {named!r}, but a list of class names is needed")
     for key, value in _numbers(values):
         most = MOST_LABELS if key == "num_labels" else MOST if _COUNTS.search(key) else None
         if most is not None and value > most:

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from lte.surgery.architectures import forget_gguf_
-from lte.surgery.complete import check_complete, check_numbers, saved_tensors
+from lte.surgery.complete import all_tensors, check_complete, check_numbers
 from lte.surgery.folder import check_adapter, check_config, check_generation, check_size, count_numbers
 from lte.surgery.gguf_file import check_all_read, check_gguf
 from lte.surgery.heads import is_encoder, own_auto_class
@@ -127,7 +127,7 @@ def load_model(
     if place.gguf:
         check_all_read(place.gguf, model)
         forget_gguf_(model)
-    check_numbers(name, saved_tensors(model))
+    check_numbers(name, all_tensors(model))
     return model
 
 
@@ -138,12 +138,12 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
     place.check_json(_OF_TOKENIZER)
     with reading(name, "its tokenizer "):
         tokenizer = AutoTokenizer.from_pretrained(place.path, trust_remote_code=trust_remote_code, **place.kwargs)
-        tokenizer.decode(tokenizer("Try it.")["input_ids"])  # some damage shows in use only
         files = tokenizer.vocab_files_names.values()
         if place.folder and files and not any((place.folder / one).is_file() for one in files):
             raise ValueError(f"{name} has no tokenizer: it needs {' or '.join(files)}")  # else an empty one is made
         if not isinstance(tokenizer.model_max_length, int | float):
             raise ValueError(f"{name}: tokenizer_config.json has model_max_length {tokenizer.model_max_length!r}")
+        tokenizer.decode(tokenizer("Try it.")["input_ids"])  # some damage shows in use only
     return tokenizer
 
 

@@ -30,7 +30,7 @@ def reading(name: str, part: str = "") -> Iterator[None]:
             if type(error) is ValueError and name not in line:
                 raise ValueError(f"{name}: {error}") from error
             raise
-        if "trust_remote_code" in line:
+        if "trust_remote_code" in str(error):
             raise ValueError(
                 f"{name} brings code of its own, which was not run: read it; if you trust it, give --trust-remote-code"
             ) from error
