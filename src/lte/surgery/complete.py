@@ -39,7 +39,7 @@ def check_complete(name: Any, model: PreTrainedModel, report: dict[str, Any], re
             f"{name}: the names of its weights begin with {wrapper}, e.g. {min(left)}; {_WRAPPERS[wrapper]}"
         )
     inside = {child for child, _ in model.base_model.named_children()} | {model.base_model_prefix}
-    if missing and own is None:
+    if own is None:
         missing = {key for key in missing if key.partition(".")[0] in inside}
     elif missing and own is not type(model):
         has = weight_names(model.config, own)
