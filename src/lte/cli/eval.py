@@ -87,7 +87,8 @@ class Eval:
 def main(argv: Sequence[str]) -> None:
     options = parse_eval(argv)
     device, dtype = options.where.resolve()
-    config, tokenizer = load_config(options.model), load_tokenizer(options.model)
+    config = load_config(options.model, options.where.trust_remote_code)
+    tokenizer = load_tokenizer(options.model, options.where.trust_remote_code)
     if options.questions.mmlu is not None:
         _mmlu(options, argv, options.questions.mmlu, config, tokenizer, device, dtype)
         return
@@ -183,7 +184,7 @@ def _print_row(options: Eval, argv: Sequence[str], config: PretrainedConfig, res
 
 def _open(options: Eval, head: Head, device: torch.device, dtype: torch.dtype | str) -> PreTrainedModel:
     """The model in the mode asked for, skipping idle experts where it can."""
-    model = open_model(options.model, head, device, dtype)
+    model = open_model(options.model, head, device, dtype, options.where.trust_remote_code)
     if options.mode != "saved":
         set_mode_(model, options.mode)
     if options.backend != "auto" or (hasattr(model.config, "lte") and model.config.lte["mode"] == "hard"):

@@ -71,8 +71,8 @@ def main(argv: Sequence[str]) -> None:
     options: Generate = parse(Generate, "generate", argv)
     prompts = _prompts(options)
     device, dtype = options.where.resolve()
-    config = load_config(options.model)
-    tokenizer = load_tokenizer(options.model)
+    config = load_config(options.model, options.where.trust_remote_code)
+    tokenizer = load_tokenizer(options.model, options.where.trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     batches = [
@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> None:
             f"a prompt of {longest} tokens and --max-new-tokens {options.max_new_tokens} are beyond the model's "
             f"{positions} positions: give less of either"
         )
-    model = open_model(options.model, generating_head(config), device, dtype).eval()
+    model = open_model(options.model, generating_head(config), device, dtype, options.where.trust_remote_code).eval()
     mode = config.lte["mode"] if hasattr(config, "lte") else "dense"
     if mode == "hard" or options.backend != "auto":
         optimize_where_possible_(model, options.backend)

@@ -13,6 +13,7 @@ from lte.cli.console import err
 from lte.evaluation.generation import group_references
 from lte.inference.optimize import optimize_
 from lte.ops.sparse_ffn import BackendName
+from lte.surgery.families import check_family
 from lte.surgery.loading import Head, check_causal, class_names_of, classifies, load_model
 from lte.training.batches import PaddedRows
 from lte.training.data import DataConfig, Task, generation_rows, load_dataset_for, load_prompts
@@ -51,8 +52,15 @@ class DataOptions:
         return generating_head(model_config)
 
     def kept_head(self, model_config: Any) -> Head:
-        """The head of a model that is converted: its own, where no data says what it is for."""
-        return self.head(model_config) if self.text else own_head(model_config)
+        """The head of a model that is converted: its own.
+
+        Raises:
+            ValueError: the family cannot be converted, or the data is not for the head.
+        """
+        check_family(model_config)
+        if self.text and classifies(model_config):
+            self.head(model_config)  # refuses data that is not for it
+        return "own"
 
     def load(
         self,
@@ -135,6 +143,8 @@ class DeviceOptions:
     """auto, cpu, cuda, cuda:1, mps."""
     dtype: Dtype = "auto"
     """Of the weights; auto keeps the checkpoint's."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model, if it has any. Read it first."""
 
     def resolve(self) -> tuple[torch.device, torch.dtype | str]:
         if self.device != "auto":
@@ -150,19 +160,17 @@ class DeviceOptions:
         return device, self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
 
 
-def own_head(model_config: Any) -> Head:
-    """The head that a checkpoint has."""
-    return "classification" if classifies(model_config) else generating_head(model_config)
-
-
 def generating_head(model_config: Any) -> Head:
     return "seq2seq" if model_config.is_encoder_decoder else "causal"
 
 
-def open_model(name: str, head: Head, device: torch.device, dtype: torch.dtype | str) -> PreTrainedModel:
+def open_model(
+    name: str, head: Head, device: torch.device, dtype: torch.dtype | str, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The model on its device, with a word on the terminal while it loads."""
     with err.status("loading the model"):
-        return load_model(name, head, dtype, new_head=False).to(device)  # pyright: ignore[reportArgumentType]
+        model = load_model(name, head, dtype, new_head=False, trust_remote_code=trust_remote_code)
+        return model.to(device)  # pyright: ignore[reportArgumentType]
 
 
 def pad_alike_(model: PreTrainedModel, dataset: Any) -> None:
