@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import recursively_apply, reduce
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_callback import ExportableState
 
@@ -33,6 +33,7 @@ from lte.training.distillation import (
     predicts,
     show_hidden_states_,
 )
+from lte.training.saving_trainer import SavingTrainer
 from lte.training.scores import lte_losses, measure_scores, mixture_loss
 from lte.training.stage_changes import move_thresholds_, regroup_, set_stage_, sharpen_, start_routers_
 from lte.training.stages import Stage, StagePlan
@@ -48,7 +49,7 @@ _TEACHER = "lte_teacher"
 _PROGRAMS = 32  # of a block under torch.compile: stages, teacher, evaluation; torch's own limit is 8
 
 
-class LTETrainer(Trainer):
+class LTETrainer(SavingTrainer):
     """Trains a model made sparse by ``lte.sparsify_``: dense (optional), soft and hard stage in one ``train()``.
 
     With a method whose routers are not trained there is no soft stage: after the dense one neurons are grouped anew and
