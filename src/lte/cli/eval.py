@@ -99,8 +99,7 @@ def main(argv: Sequence[str]) -> None:
     if options.generate:
         references, dataset = options.data.load_references(tokenizer, config, options.max_rows)
     else:
-        dataset = options.data.load(options.data.text, tokenizer, config)
-        dataset = dataset if options.max_rows is None else dataset.head(options.max_rows)
+        dataset = options.data.load(options.data.text, tokenizer, config, max_rows=options.max_rows)
     model = _open(options, options.data.head(config), device, dtype)
     pad_alike_(model, dataset)
     if not options.generate:

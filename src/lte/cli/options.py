@@ -16,7 +16,8 @@ from lte.ops.sparse_ffn import BackendName
 from lte.surgery.families import check_family
 from lte.surgery.loading import Head, check_causal, class_names_of, classifies, load_model
 from lte.training.batches import PaddedRows
-from lte.training.data import DataConfig, Task, generation_rows, load_dataset_for, load_prompts
+from lte.training.data import DataConfig, Task, generation_rows, load_dataset_for
+from lte.training.prompts import load_prompts
 from lte.training.tokenise import most_tokens
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -70,12 +71,18 @@ class DataOptions:
         data: DataConfig | None = None,
         labelled: bool = True,
         new_head: bool = False,
+        max_rows: int | None = None,
     ) -> Any:
-        """The rows of ``sources``; of a classifier's classes, in its order, unless it may get a new head."""
+        """The rows of ``sources``; of a classifier's classes, in its order, unless it may get a new head.
+
+        Of more than ``max_rows`` the first ones; what comes after is not read, but where it says which classes there
+        are.
+        """
         data = _as_written(data or self.data)
         if self.task == "classification" and data.class_names is None and not new_head:
             data = replace(data, class_names=class_names_of(model_config))
         longest = most_tokens(tokenizer, model_config)
+        all_classes = self.task == "classification" and data.class_names is None
         dataset = load_dataset_for(
             self.task,
             _given(sources),
@@ -84,6 +91,7 @@ class DataOptions:
             is_encoder_decoder=bool(model_config.is_encoder_decoder),
             vocab_size=model_config.get_text_config().vocab_size,
             labelled=labelled,
+            max_rows=None if all_classes else max_rows,
         )
         if self.task == "classification" and classifies(model_config) and labelled and not new_head:
             names = dataset.class_names or ()
@@ -99,7 +107,7 @@ class DataOptions:
                 )
         if data.sequence_length > longest:
             err.print(f"sequence_length {data.sequence_length} is beyond the model's {longest} positions: used those")
-        return dataset
+        return dataset if max_rows is None else dataset.head(max_rows)
 
     def load_references(
         self, tokenizer: Any, model_config: Any, max_prompts: int | None
