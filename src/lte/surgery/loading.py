@@ -18,6 +18,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
 from lte.surgery.architectures import forget_gguf_
+from lte.surgery.generation_settings import keep_generation_settings_
 
 Head = Literal["causal", "seq2seq", "classification"]
 
@@ -94,6 +95,7 @@ def load_model(
         raise ValueError(f"{name} has no head for {what} ({min(missing)} is missing): lte train gives it one")
     if gguf:
         forget_gguf_(model)
+    keep_generation_settings_(model)
     return model
 
 

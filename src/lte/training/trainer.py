@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import recursively_apply, reduce
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_callback import ExportableState
 
@@ -22,7 +22,7 @@ from lte.training.arguments import LTETrainingArguments
 from lte.training.batches import hold_out_for_calibration
 from lte.training.calibration import evaluating
 from lte.training.checkpoints import last_complete_checkpoint
-from lte.training.checks import check_callbacks, check_converged, check_head, check_method, check_sharded
+from lte.training.checks import check_callbacks, check_dtype, check_head, check_method, check_sharded
 from lte.training.controller import SparsityController
 from lte.training.distillation import (
     DistilledLoss,
@@ -33,6 +33,8 @@ from lte.training.distillation import (
     predicts,
     show_hidden_states_,
 )
+from lte.training.divergence import WatchedTrainer
+from lte.training.preflight import try_out
 from lte.training.scores import lte_losses, measure_scores, mixture_loss
 from lte.training.stage_changes import move_thresholds_, regroup_, set_stage_, sharpen_, start_routers_
 from lte.training.stages import Stage, StagePlan
@@ -48,7 +50,7 @@ _TEACHER = "lte_teacher"
 _PROGRAMS = 32  # of a block under torch.compile: stages, teacher, evaluation; torch's own limit is 8
 
 
-class LTETrainer(Trainer):
+class LTETrainer(WatchedTrainer):
     """Trains a model made sparse by ``lte.sparsify_``: dense (optional), soft and hard stage in one ``train()``.
 
     With a method whose routers are not trained there is no soft stage: after the dense one neurons are grouped anew and
@@ -98,6 +100,9 @@ class LTETrainer(Trainer):
             if layer.compensation is not None:
                 layer.compensation.requires_grad_(True)
         check_head(model, args)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                check_dtype(parameter.dtype)
         self._linear = all(layer.router.is_linear for layer in layers)
         self._causal = is_causal(cast(nn.Module, model))
         self.method = Method.from_dict(cast(Any, model).config.lte)
@@ -169,6 +174,7 @@ class LTETrainer(Trainer):
                         self._compilation,
                         self._teacher_dtype,
                     )
+        try_out(self, teacher=self._distils and not resumed)
 
     def _forget(self) -> None:
         """What a run knows before its first step, though the trainer may have run before."""
@@ -222,7 +228,7 @@ class LTETrainer(Trainer):
         model = self._unwrapped
         if stage == "soft" or (stage == "hard" and not self.plan.soft):
             if before == "dense":
-                check_converged("a weight", model.parameters())
+                self.stop_if_diverged()
             if before == "dense" or not model.config.lte.get("grouped", True):
                 regroup_(model, self.method, self._batches(self.train_dataset, self.args.seed))
             if self._distils:
@@ -250,6 +256,7 @@ class LTETrainer(Trainer):
         """Move the thresholds so that rows which are not trained on have the target's sparsity."""
         if self.calibration_dataset is None or self.args.target_sparsity is None:
             return
+        self.stop_if_diverged()
         batches = self._batches(self.calibration_dataset)
         with self.accelerator.autocast():
             move_thresholds_(self._unwrapped, self.method, batches, self.args.target_sparsity)
