@@ -30,6 +30,7 @@ from lte.cli.prune import parse_prune
 from lte.cli.sparsify import parse_sparsify
 from lte.cli.sweep_table import Row, line_of, name_of, show
 from lte.cli.train import SUMMARY, parse_train
+from lte.files import append_line
 
 ROWS = "rows.jsonl"
 
@@ -117,12 +118,10 @@ def main(argv: Sequence[str]) -> int:
     todo = [run for run in runs if run.command not in done]
     err.print(f"{len(runs)} runs, {len(runs) - len(todo)} of them done already", markup=False)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ROWS).open("a") as file:
-        for row in execute(todo, options.jobs, options.discard_models):
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            err.print(line_of(row), markup=False, soft_wrap=True)
-            done[row["command"]] = row
+    for row in execute(todo, options.jobs, options.discard_models):
+        append_line(folder / ROWS, json.dumps(row))
+        err.print(line_of(row), markup=False, soft_wrap=True)
+        done[row["command"]] = row
     rows = [done[run.command] for run in runs]
     show(rows)
     if options.json:

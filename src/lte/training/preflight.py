@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.trainer_callback import ExportableState
 
+from lte.files import new_path, writing
 from lte.surgery.generation_settings import keep_generation_settings_
 from lte.training.calibration import evaluating
 from lte.training.divergence import weights_not_finite
@@ -33,7 +33,7 @@ def try_out(trainer: Any, teacher: bool) -> None:
     Raises:
         ValueError: weights that are not finite; files that cannot be written; too little space on the disk; data that
             cannot be evaluated or calibrated on; an unknown ``metric_for_best_model``.
-        OSError: the output folder cannot be written to.
+        NotWritten: the output folder cannot be written to.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     if broken := weights_not_finite(model):
@@ -66,25 +66,29 @@ def _gb(size: int) -> str:
 
 
 def _try_saving(trainer: Any) -> None:
-    """Write all but weights to a folder in the output folder, and delete it."""
-    args = trainer.args
-    if not args.should_save:
+    """Write all but weights to a folder in the output folder, by the code that saves, and delete it."""
+    if not trainer.args.should_save:
         trainer._save("", state_dict={})  # a model that was sharded at loading is gathered on all ranks
         return
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".trial-", dir=args.output_dir) as folder:
-        trainer._save(folder, state_dict={})
-        if args.save_strategy == "no":
-            return
-        for one in trainer.callback_handler.callbacks:
-            if isinstance(one, ExportableState):
-                try:
-                    json.dumps(one.state())
-                except TypeError as error:
-                    raise ValueError(f"the state of callback {type(one).__name__} cannot be saved: {error}") from error
-        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-        if not args.save_only_model and not sharded and not trainer.state.global_step:
-            trainer._save_optimizer_and_scheduler(folder)  # empty yet
+    folder = Path(trainer.args.output_dir)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with new_path(folder) as fresh:
+            trainer._save(str(fresh), state_dict={})
+            if trainer.args.save_strategy != "no":
+                _try_checkpoint(trainer, str(fresh))
+
+
+def _try_checkpoint(trainer: Any, folder: str) -> None:
+    for one in trainer.callback_handler.callbacks:
+        if isinstance(one, ExportableState):
+            try:
+                json.dumps(one.state())
+            except TypeError as error:
+                raise ValueError(f"the state of callback {type(one).__name__} cannot be saved: {error}") from error
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if not trainer.args.save_only_model and not sharded and not trainer.state.global_step:
+        trainer._save_optimizer_and_scheduler(folder)  # empty yet
 
 
 def _wanted(trainer: Any, model: nn.Module, teacher: bool) -> dict[str, int]:

@@ -35,6 +35,7 @@ from lte.training.distillation import (
 )
 from lte.training.divergence import WatchedTrainer
 from lte.training.preflight import try_out
+from lte.training.saving_trainer import SavingTrainer
 from lte.training.scores import lte_losses, measure_scores, mixture_loss
 from lte.training.stage_changes import move_thresholds_, regroup_, set_stage_, sharpen_, start_routers_
 from lte.training.stages import Stage, StagePlan
@@ -50,7 +51,7 @@ _TEACHER = "lte_teacher"
 _PROGRAMS = 32  # of a block under torch.compile: stages, teacher, evaluation; torch's own limit is 8
 
 
-class LTETrainer(WatchedTrainer):
+class LTETrainer(WatchedTrainer, SavingTrainer):
     """Trains a model made sparse by ``lte.sparsify_``: dense (optional), soft and hard stage in one ``train()``.
 
     With a method whose routers are not trained there is no soft stage: after the dense one neurons are grouped anew and
