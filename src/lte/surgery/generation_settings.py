@@ -12,8 +12,8 @@ class AsItWas(GenerationConfig):
     changed, which ``Trainer`` does to the special tokens. Of this class they are saved as they were read.
     """
 
-    def validate(self, strict: bool = False, **kwargs: Any) -> None:
-        super().validate(strict=False, **kwargs)
+    def validate(self, strict: bool = False, *args: Any, **kwargs: Any) -> None:
+        super().validate(False, *args, **kwargs)
 
 
 def keep_generation_settings_(model: Any) -> None:

@@ -65,7 +65,7 @@ class WatchedTrainer(Trainer):
         return loss
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
-        norm = super()._get_grad_norm(*args, **kwargs)
+        norm: Any = super()._get_grad_norm(*args, **kwargs)
         if norm is not None and self.accelerator.mixed_precision != "fp16":
             value = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)
             self._seen.append(Seen(self.state.global_step + 1, "gradient norm", value.detach().float()))
