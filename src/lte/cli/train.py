@@ -35,6 +35,7 @@ from lte.surgery.loading import class_names_of, load_config, load_model, load_to
 from lte.surgery.method import Method
 from lte.training.arguments import LTETrainingArguments
 from lte.training.batches import split_held_out
+from lte.training.checks import check_dtype
 from lte.training.trainer import LTETrainer
 
 SUMMARY = "lte_training.json"
@@ -175,6 +176,7 @@ def train(options: Train, argv: Sequence[str]) -> dict[str, Any]:
     target = {} if args.target_sparsity is None else {"target_sparsity": args.target_sparsity}
     method = chosen(options, seed=args.seed, **target)
     device, dtype = options.where.resolve()
+    check_dtype(dtype)
     config = load_config(options.model, options.where.trust_remote_code)
     tokenizer = load_tokenizer(options.model, options.where.trust_remote_code)
     if args.load_best_model_at_end and not options.calibration_text:

@@ -21,6 +21,7 @@ from lte.saving import complete
 from lte.surgery.architectures import forget_gguf_
 from lte.surgery.complete import all_tensors, check_complete, check_numbers
 from lte.surgery.folder import check_adapter, check_config, check_generation, check_size, count_numbers
+from lte.surgery.generation_settings import keep_generation_settings_
 from lte.surgery.gguf_file import check_all_read, check_gguf
 from lte.surgery.heads import is_encoder, own_auto_class
 from lte.surgery.reading import read_json, reading
@@ -129,6 +130,7 @@ def load_model(
         check_all_read(place.gguf, model)
         forget_gguf_(model)
     check_numbers(name, all_tensors(model))
+    keep_generation_settings_(model)
     return model
 
 

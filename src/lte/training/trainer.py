@@ -23,7 +23,7 @@ from lte.training.arguments import LTETrainingArguments
 from lte.training.batches import hold_out_for_calibration
 from lte.training.calibration import evaluating
 from lte.training.checkpoints import last_complete_checkpoint
-from lte.training.checks import check_callbacks, check_converged, check_head, check_method, check_sharded
+from lte.training.checks import check_callbacks, check_dtype, check_head, check_method, check_sharded
 from lte.training.controller import SparsityController
 from lte.training.distillation import (
     DistilledLoss,
@@ -34,6 +34,8 @@ from lte.training.distillation import (
     predicts,
     show_hidden_states_,
 )
+from lte.training.divergence import WatchedTrainer
+from lte.training.preflight import try_out
 from lte.training.recomputing import check_recomputing
 from lte.training.saving_trainer import SavingTrainer
 from lte.training.scores import lte_losses, measure_scores, mixture_loss
@@ -51,7 +53,7 @@ _TEACHER = "lte_teacher"
 _PROGRAMS = 32  # of a block under torch.compile: stages, teacher, evaluation; torch's own limit is 8
 
 
-class LTETrainer(SavingTrainer):
+class LTETrainer(WatchedTrainer, SavingTrainer):
     """Trains a model made sparse by ``lte.sparsify_``: dense (optional), soft and hard stage in one ``train()``.
 
     With a method whose routers are not trained there is no soft stage: after the dense one neurons are grouped anew and
@@ -103,6 +105,9 @@ class LTETrainer(SavingTrainer):
                 layer.compensation.requires_grad_(True)
         check_whole(cast(nn.Module, model), "LTETrainer groups and fits")
         check_head(model, args)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                check_dtype(parameter.dtype)
         self._linear = all(layer.router.is_linear for layer in layers)
         self._causal = is_causal(cast(nn.Module, model))
         self.method = Method.from_dict(cast(Any, model).config.lte)
@@ -175,6 +180,7 @@ class LTETrainer(SavingTrainer):
                         self._compilation,
                         self._teacher_dtype,
                     )
+        try_out(self, teacher=self._distils and not resumed)
 
     def _forget(self) -> None:
         """What a run knows before its first step, though the trainer may have run before."""
@@ -228,7 +234,7 @@ class LTETrainer(SavingTrainer):
         model = self._unwrapped
         if stage == "soft" or (stage == "hard" and not self.plan.soft):
             if before == "dense":
-                check_converged("a weight", model.parameters())
+                self.stop_if_diverged()
             if before == "dense" or not model.config.lte.get("grouped", True):
                 regroup_(model, self.method, self._batches(self.train_dataset, self.args.seed))
             if self._distils:
@@ -256,6 +262,7 @@ class LTETrainer(SavingTrainer):
         """Move the thresholds so that rows which are not trained on have the target's sparsity."""
         if self.calibration_dataset is None or self.args.target_sparsity is None:
             return
+        self.stop_if_diverged()
         batches = self._batches(self.calibration_dataset)
         with self.accelerator.autocast():
             move_thresholds_(self._unwrapped, self.method, batches, self.args.target_sparsity)
