@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_training import trainer_for
 
+from lte.training import saving_trainer
 from lte.training.checkpoints import MANIFEST, RUN, check_whole, flaw_of, newest_whole, rotate
 from lte.training.digest import digest_of_array, digest_of_file
 
@@ -49,6 +50,12 @@ def test_a_damaged_newest_checkpoint_is_passed_over(copied, caplog, name, harm):
     assert newest_whole(copied) == copied / "checkpoint-6"
     assert "checkpoint-12 is passed over: it " in caplog.text
     assert name in caplog.text
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"files": 1}', '{"files": {"optimizer.pt": {"bytes": 1}}}', "\xff"])
+def test_a_damaged_manifest(copied, content):
+    (copied / "checkpoint-12" / MANIFEST).write_bytes(content.encode("latin1"))
+    assert newest_whole(copied) == copied / "checkpoint-6"
 
 
 def test_a_run_goes_on_from_the_older_one(finished, copied):
@@ -145,10 +152,8 @@ def test_the_oldest_are_deleted_once_the_newest_is_whole(tmp_path, monkeypatch):
         seen.append(sorted(path.name for path in tmp_path.glob("checkpoint-*")))
         real(folder, identity)
 
-    from lte.training import trainer
-
-    real = trainer.seal
-    monkeypatch.setattr(trainer, "seal", sealed)
+    real = saving_trainer.seal
+    monkeypatch.setattr(saving_trainer, "seal", sealed)
     trainer_for(tmp_path, save_strategy="steps", save_steps=4, save_total_limit=1).train()
     assert seen == [["checkpoint-4"], ["checkpoint-4", "checkpoint-8"], ["checkpoint-12", "checkpoint-8"]]
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-12"]

@@ -100,3 +100,12 @@ def test_it_ends_with_an_error(tmp_path):
     with pytest.raises(RuntimeError), locked(tmp_path):
         raise RuntimeError
     assert not (tmp_path / LOCK).exists()
+
+
+def test_a_folder_that_it_made_is_not_left_empty(tmp_path):
+    with locked(tmp_path / "a" / "b"):
+        assert (tmp_path / "a" / "b").is_dir()
+    assert not (tmp_path / "a").exists()
+    with locked(tmp_path / "a" / "b"):
+        (tmp_path / "a" / "mine.txt").touch()
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["mine.txt"]

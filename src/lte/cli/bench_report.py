@@ -16,6 +16,7 @@ import tyro
 import lte
 from lte.cli.console import err, print_json, table
 from lte.evaluation.plots import plot_speed
+from lte.files import append_line, write_whole
 from lte.inference.shapes import SHAPES
 from lte.ops.sparse_ffn import COMPILED, BackendName, missing
 
@@ -86,7 +87,7 @@ class Report:
                 f"error: {_where(row)}: {row['error']}" if "error" in row else show(row), markup=False, soft_wrap=True
             )
             if self._output is not None:
-                self._partial.write_text(json.dumps(self.values) + "\n")
+                write_whole(self._partial, json.dumps(self.values) + "\n")
 
     def plot(self, path: str, by: str, title: str) -> None:
         """Write a picture, a line for each value of ``by``."""
@@ -104,8 +105,7 @@ class Report:
             if "error" in row:
                 err.print(f"error: {_where(row)}: {row['error']}", markup=False)
         if self._output is not None:
-            with self._output.open("a") as file:
-                file.write(json.dumps(self.values) + "\n")
+            append_line(self._output, json.dumps(self.values))
             self._partial.unlink(missing_ok=True)
         if as_json:
             print_json(self.values)

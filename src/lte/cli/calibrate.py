@@ -14,6 +14,7 @@ from lte.cli.eval_origin import keep_calibration
 from lte.cli.main import parse
 from lte.cli.options import DataOptions, DeviceOptions, Model, check_folder, open_model, pad_alike_
 from lte.evaluation.evaluate import Evaluation, evaluate
+from lte.saving import saving
 from lte.surgery.loading import load_config, load_tokenizer
 from lte.training.calibration import calibrate_, check_calibration, check_target
 
@@ -60,9 +61,10 @@ def main(argv: Sequence[str]) -> None:
     with err.status("calibrating"):
         shift = calibrate_(model, batches, options.target_sparsity, passes=_PASSES)
     after = measure("measuring again")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    keep_calibration(Path(options.model), folder, argv)
+    with saving(folder) as fresh:
+        model.save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
+        keep_calibration(Path(options.model), fresh, argv, measured=options.in_place)
     _show(before, after, f"{len(held_out)} rows, calibrated on {len(calibration)} others")
     out.print(f"saved to {folder}", soft_wrap=True, markup=False)
     if options.json:

@@ -21,9 +21,11 @@ from lte.cli.options import Output
 from lte.cli.progress import train_with_progress
 from lte.evaluation.evaluate import Evaluation, evaluate
 from lte.evaluation.plots import plot_training
+from lte.files import write_whole
 from lte.inference.generate import generate
 from lte.inference.optimize import optimize_
 from lte.methods.lte import LTEConfig
+from lte.saving import saving
 from lte.surgery.convert import sparsify_
 from lte.surgery.loading import load_model, load_tokenizer
 from lte.training.arguments import LTETrainingArguments
@@ -104,8 +106,9 @@ def main(argv: Sequence[str]) -> None:
         )
         logs[name] = _train(run, args, train_set)
         if name == "lte":
-            run.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            with saving(folder) as fresh:
+                run.save_pretrained(fresh)
+                tokenizer.save_pretrained(fresh)
             optimize_(run)  # before evaluating: what is timed below is what is evaluated
         results[name] = evaluate(run, held_out, BATCH, progress=lambda batches: track(batches, "evaluating"))
 
@@ -141,7 +144,7 @@ def _data(folder: Path, tokenizer: Any, budget: Budget, seed: int) -> tuple[Pack
     names = sorted(topics)
     random.Random(seed).shuffle(names)
     source = folder / "topics.jsonl"
-    source.write_text("".join(json.dumps({"text": topics[name]}) + "\n" for name in names))
+    write_whole(source, "".join(json.dumps({"text": topics[name]}) + "\n" for name in names))
     config = DataConfig(sequence_length=budget.sequence_length)
     data = load_dataset_for("language_modelling", str(source), tokenizer, config)
     assert isinstance(data, PackedBlocks)

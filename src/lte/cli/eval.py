@@ -21,6 +21,7 @@ from lte.evaluation.harness import evaluate_tasks, find_tasks
 from lte.evaluation.measuring import Spent
 from lte.evaluation.mmlu import evaluate_mmlu
 from lte.evaluation.mmlu_questions import Split, read_mmlu
+from lte.files import write_whole
 from lte.ops.sparse_ffn import BackendName
 from lte.surgery.convert import set_mode_
 from lte.surgery.loading import Head, check_causal, load_config, load_tokenizer
@@ -232,7 +233,8 @@ def _has_data(options: Eval) -> bool:
 
 
 def _write_predictions(path: Path, references: dict[str, list[str]], predictions: list[str]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for (prompt, several), prediction in zip(references.items(), predictions, strict=True):
-            row = {"prompt": prompt, "prediction": prediction, "references": several}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    rows = (
+        {"prompt": prompt, "prediction": prediction, "references": several}
+        for (prompt, several), prediction in zip(references.items(), predictions, strict=True)
+    )
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

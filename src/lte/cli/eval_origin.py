@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from lte.cli.train import SUMMARY
 from lte.evaluation.measuring import Spent
+from lte.files import write_whole
 from lte.methods.weight_pruning import SECTION as PRUNING
 from lte.surgery.method import STATE
 from lte.surgery.teal import SECTION as TEAL
@@ -50,20 +51,21 @@ def training_of(name: str, method: str) -> dict[str, Any]:
     }
 
 
-def keep_calibration(model: Path, folder: Path, argv: Sequence[str]) -> None:
+def keep_calibration(model: Path, folder: Path, argv: Sequence[str], measured: bool) -> None:
     """Where a folder says how its model was trained, let that of the calibrated one say so, and what was done since.
 
     Args:
         model: whose thresholds were moved.
-        folder: where it is now, the same one or another. In another one nothing was measured by training.
+        folder: where it is saved.
         argv: of ``lte calibrate``.
+        measured: whether to keep what training measured, as where the model is saved in its own place.
     """
     if (model / SUMMARY).is_file():
         trained = json.loads((model / SUMMARY).read_text(encoding="utf-8"))
         trained[_CALIBRATED] = shlex.join(["lte", "calibrate", *argv])
-        if not folder.samefile(model):
+        if not measured:
             trained.pop("evaluation", None)
-        (folder / SUMMARY).write_text(json.dumps(trained, indent=2) + "\n", encoding="utf-8")
+        write_whole(folder / SUMMARY, json.dumps(trained, indent=2) + "\n")
 
 
 def _method(config: PretrainedConfig, spent: Spent) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from lte.cli.console import err, out, print_json
 from lte.cli.main import parse
 from lte.cli.options import DataOptions, DeviceOptions, Output, check_folder, open_model
 from lte.methods.weight_pruning import MagnitudeConfig, WandaConfig, prune_, weight_sparsity
+from lte.saving import saving
 from lte.surgery.cost import cost_per_token
 from lte.surgery.loading import load_config, load_tokenizer
 
@@ -50,8 +51,9 @@ def main(argv: Sequence[str]) -> None:
     model = open_model(options.model, head, device, dtype)
     with err.status("pruning"):
         prune_(model, options.config(), batches)
-    model.save_pretrained(options.output)
-    tokenizer.save_pretrained(options.output)
+    with saving(options.output) as fresh:
+        model.save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
     share, dense = weight_sparsity(model), cost_per_token(model).gflops
     out.print(f"{options.output}: {share:.1%} of the blocks' weights are 0", soft_wrap=True, markup=False)
     if options.json:

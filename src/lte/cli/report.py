@@ -19,6 +19,7 @@ from lte.evaluation.report.page import Head, html, markdown, pngs
 from lte.evaluation.report.results import Results, read_results
 from lte.evaluation.report.routing import Routing, route
 from lte.evaluation.report.sections import sections
+from lte.files import write_whole
 from lte.surgery.loading import load_config, load_tokenizer
 
 FORMATS = ("html", "md", "png")
@@ -73,10 +74,10 @@ def main(argv: Sequence[str]) -> None:
     pictures = pngs(parts, stem) if "png" in formats else {}
     written = list(pictures.values())
     if "html" in formats:
-        stem.with_name(f"{stem.name}.html").write_text(html(head, parts, routing), encoding="utf-8")
+        write_whole(stem.with_name(f"{stem.name}.html"), html(head, parts, routing))
         written.insert(0, f"{stem.name}.html")
     if "md" in formats:
-        stem.with_name(f"{stem.name}.md").write_text(markdown(head, parts, pictures), encoding="utf-8")
+        write_whole(stem.with_name(f"{stem.name}.md"), markdown(head, parts, pictures))
         written.append(f"{stem.name}.md")
     for run, reason in results.failures:
         err.print(f"failed run: {run}: {reason}", markup=False, soft_wrap=True)

@@ -15,6 +15,7 @@ from lte.cli.method_options import method_in, method_name, with_method
 from lte.cli.options import DataOptions, DeviceOptions, Output, check_folder, open_model
 from lte.methods.teal import teal_
 from lte.modules.recording import sparse_layers
+from lte.saving import saving
 from lte.surgery.convert import sparsify_
 from lte.surgery.loading import load_config, load_tokenizer
 from lte.surgery.method import Method
@@ -54,8 +55,9 @@ def main(argv: Sequence[str]) -> None:
         batches = DataLoader(dataset, batch_size=1, collate_fn=dataset.collator)
     model = open_model(options.model, head, device, dtype)
     made = _teal_(model, method, batches) if isinstance(method, TEALConfig) else _sparsify_(model, method, batches)
-    model.save_pretrained(options.output)
-    tokenizer.save_pretrained(options.output)
+    with saving(options.output) as fresh:
+        model.save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
     out.print(f"{options.output}: {made}", soft_wrap=True, markup=False)
 
 

@@ -32,6 +32,7 @@ from lte.cli.sparsify import parse_sparsify
 from lte.cli.sweep_identity import row_identity, what_differs
 from lte.cli.sweep_table import Row, line_of, name_of, show
 from lte.cli.train import SUMMARY, parse_train
+from lte.files import append_line
 from lte.training.lock import locked
 
 ROWS = "rows.jsonl"
@@ -134,12 +135,10 @@ def _run(runs: Sequence[Run], folder: Path, options: Sweep) -> list[Row]:
     _check_same_options(runs, before, folder)
     todo = [run for run in runs if run.command not in done]
     err.print(f"{len(runs)} runs, {len(runs) - len(todo)} of them done already", markup=False)
-    with (folder / ROWS).open("a") as file:
-        for row in execute(todo, options.jobs, options.discard_models):
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            err.print(line_of(row), markup=False, soft_wrap=True)
-            done[row["command"]] = row
+    for row in execute(todo, options.jobs, options.discard_models):
+        append_line(folder / ROWS, json.dumps(row))
+        err.print(line_of(row), markup=False, soft_wrap=True)
+        done[row["command"]] = row
     return [done[run.command] for run in runs]
 
 

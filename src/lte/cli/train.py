@@ -28,6 +28,8 @@ from lte.cli.method_options import chosen, method_in, with_method
 from lte.cli.options import DataOptions, DeviceOptions, check_folder, pad_alike_
 from lte.cli.progress import train_with_progress
 from lte.evaluation.evaluate import evaluate, label_metrics
+from lte.files import write_whole
+from lte.saving import saving
 from lte.surgery.convert import densify, sparsify_
 from lte.surgery.loading import class_names_of, load_config, load_model, load_tokenizer
 from lte.surgery.method import Method
@@ -206,11 +208,14 @@ def _train(options: Train, argv: Sequence[str]) -> dict[str, Any]:
     )
     train_with_progress(trainer, options.resume or args.resume_from_checkpoint)
     folder = Path(cast(str, args.output_dir))
+    if args.should_save:
+        (folder / SUMMARY).unlink(missing_ok=True)  # of another model, until this one is evaluated
     if args.recipe != "dense":
         trainer.save_model(str(folder))
     elif args.should_save:  # a plain checkpoint, that any method can convert
-        densify(model).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        with saving(folder) as fresh:
+            densify(model).save_pretrained(fresh)
+            tokenizer.save_pretrained(fresh)
     batch_size = args.per_device_eval_batch_size
     result = evaluate(model, held_out, batch_size, progress=lambda batches: track(batches, "evaluating"))
     summary = {
@@ -225,9 +230,7 @@ def _train(options: Train, argv: Sequence[str]) -> dict[str, Any]:
         "evaluation": result,
     }
     if args.should_save:
-        text = json.dumps({**summary, "evaluation": asdict(result)}, indent=2)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / SUMMARY).write_text(text + "\n")
+        write_whole(folder / SUMMARY, json.dumps({**summary, "evaluation": asdict(result)}, indent=2) + "\n")
     return summary
 
 

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lte.files import whole_file
+
 
 def plot_training(
     logs: Sequence[dict[str, Any]],
@@ -45,7 +47,8 @@ def plot_training(
     layers.bar(range(len(layer_sparsity)), layer_sparsity)
     layers.axhline(target, color="tab:gray", linestyle="--")
     layers.set(title="sparsity by layer (held-out text)", xlabel="layer", ylim=(0, 1))
-    figure.savefig(path, dpi=120)
+    with whole_file(path) as fresh:
+        figure.savefig(fresh, dpi=120)
 
 
 def plot_speed(rows: Sequence[dict[str, Any]], by: str, path: Path, title: str) -> None:
@@ -77,4 +80,5 @@ def plot_speed(rows: Sequence[dict[str, Any]], by: str, path: Path, title: str) 
         axes.yaxis.set_major_formatter("{x:g}x")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    with whole_file(path) as fresh:
+        figure.savefig(fresh, dpi=120)

@@ -10,15 +10,20 @@ is an attribute of this module, under its own name, which makes it picklable and
 
 import copy
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from lte.files import write_whole
+from lte.saving import complete, saving
 from lte.surgery.method import Method
 from lte.surgery.sites import find_sites
 from lte.surgery.teal import SECTION as TEAL
@@ -57,7 +62,7 @@ class LTEConfigMixin:
             "auto_map": _auto_map(type(self)),
             "transformers_weights": REFUSAL,
         }
-        Path(json_file_path).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_whole(json_file_path, json.dumps(values, indent=2, sort_keys=True) + "\n")
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> Any:
@@ -71,9 +76,10 @@ class LTEConfigMixin:
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
         result = super().save_pretrained(save_directory, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         names = sorted({ref.partition(".")[2] for ref in _auto_map(type(self)).values()})
-        (Path(save_directory) / f"{CODE_FILE}.py").write_text(
+        write_whole(
+            Path(save_directory) / f"{CODE_FILE}.py",
             '"""This model runs where the package `lte` is installed: pip install lte."""\n\n'
-            f"from {__name__} import (\n" + "".join(f"    {name},  # noqa: F401\n" for name in names) + ")\n"
+            f"from {__name__} import (\n" + "".join(f"    {name},  # noqa: F401\n" for name in names) + ")\n",
         )
         return result
 
@@ -141,6 +147,8 @@ class LTEModelMixin:
         Raises:
             ValueError: truncated or damaged weight file, missing weights, weights of another shape.
         """
+        if pretrained_model_name_or_path is not None:
+            complete(pretrained_model_name_or_path)
         wants_info = kwargs.pop("output_loading_info", False)
         allowed = kwargs.pop("ignore_mismatched_sizes", False)
         try:
@@ -172,9 +180,40 @@ class LTEModelMixin:
             )
         return (model, info) if wants_info else model
 
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """As Hugging Face's, but the folder holds the old model or the new one whatever ends this process.
+
+        With ``push_to_hub`` the model is uploaded once it is saved.
+
+        Raises:
+            NotWritten: a full disk, missing permissions and the like.
+        """
+        writes = getattr(self, "should_save_on_this_rank", bool)(is_main_process)
+        save = partial(super().save_pretrained, is_main_process=is_main_process)  # pyright: ignore
+        if kwargs.get("distributed_checkpoint") or not writes:  # each process writes its own part, or nothing
+            save(save_directory, push_to_hub=push_to_hub, **kwargs)
+            return
+        upload = _upload_of(save_directory, kwargs) if push_to_hub else None
+        with saving(save_directory) as fresh:
+            save(fresh, **kwargs)
+            names = [path.name for path in fresh.iterdir()]
+        if upload is not None:
+            upload(allow_patterns=names)
+
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
         """Nothing to do: ``auto_map`` is written by the config."""
+
+
+def _upload_of(folder: Any, options: dict[str, Any]) -> Callable[..., Any]:
+    """The upload that options of ``save_pretrained`` describe, which are taken out; its repository is made now."""
+    api = HfApi(token=options.get("token"))
+    name, private = options.pop("repo_id", Path(folder).name), options.pop("private", None)
+    repo = api.create_repo(name, private=private, exist_ok=True).repo_id
+    message, create_pr = options.pop("commit_message", "Upload model"), options.pop("create_pr", False)
+    return partial(api.upload_folder, repo_id=repo, folder_path=folder, commit_message=message, create_pr=create_pr)
 
 
 def _layers_of(model: nn.Module) -> list[str]:

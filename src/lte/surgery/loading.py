@@ -17,6 +17,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
+from lte.saving import complete
 from lte.surgery.architectures import forget_gguf_
 
 Head = Literal["causal", "seq2seq", "classification"]
@@ -117,6 +118,7 @@ def _locate(name: str) -> tuple[str, dict[str, str]]:
     if path.is_file():
         raise ValueError(f"{name} is a file: give the folder that holds config.json, a .gguf file or a hub id")
     if path.is_dir():
+        complete(path)
         if not (path / "config.json").is_file():
             raise ValueError(f"{name} has no config.json: it is not a model saved by save_pretrained")
         return str(path), {}

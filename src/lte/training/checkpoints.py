@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from lte.files import write_whole
 from lte.training.digest import digest_of_file
 
 logger = logging.getLogger(__name__)
@@ -88,20 +88,20 @@ def flaw_of(checkpoint: Path) -> Flaw | None:
     memory = memory_of(state)
     if memory is None:
         return Flaw("was not written by LTETrainer", damaged=False)
-    listed: dict[str, Any] = {}
     if memory.get("manifest"):
         try:
             listed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
-        except (OSError, ValueError, KeyError, TypeError):
+            written = {checkpoint / name: (one["bytes"], one["digest"]) for name, one in listed.items()}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return Flaw(f"has no readable {MANIFEST}: it was cut off or damaged")
-        for name, written in listed.items():
-            if not (checkpoint / name).is_file():
-                return Flaw(f"has no {name}, which was there when it was written")
-            if (size := (checkpoint / name).stat().st_size) != written["bytes"]:
-                return Flaw(f"is damaged: {name} has {size} bytes of {written['bytes']}")
-        for name, written in listed.items():
-            if digest_of_file(checkpoint / name) != written["digest"]:
-                return Flaw(f"is damaged: {name} is not as it was written")
+        for path, (size, _) in written.items():
+            if not path.is_file():
+                return Flaw(f"has no {path.name}, which was there when it was written")
+            if (found := path.stat().st_size) != size:
+                return Flaw(f"is damaged: {path.name} has {found} bytes of {size}")
+        for path, (_, content) in written.items():
+            if digest_of_file(path) != content:
+                return Flaw(f"is damaged: {path.name} is not as it was written")
     if not any((checkpoint / name).exists() for name in (SCHEDULER_NAME, "latest")):  # DeepSpeed's own
         return Flaw(f"has no optimizer and no {SCHEDULER_NAME}: it was saved with save_only_model", damaged=False)
     return None
@@ -151,10 +151,5 @@ def rotate(newest: Path, limit: int | None, best: str | None) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file beside, flush it and rename it: what is there is whole at any moment."""
-    beside = path.with_name(f".{path.name}.new")
-    with beside.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    """Write a file that is whole at any moment."""
+    write_whole(path, json.dumps(content, indent=1))

@@ -1,6 +1,7 @@
 """One run at a time in a folder. The kernel holds the lock: it ends with its process, however that ends."""
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -11,21 +12,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows: no lock
-    fcntl = None
-
 logger = logging.getLogger(__name__)
 
 LOCK = ".lte-lock"
-_HELD: dict[tuple[int, Path], int] = {}
-"""How often this process holds a lock. A process that closes a file of it loses the lock, so it is opened once."""
+_HELD: set[tuple[int, Path]] = set()
+"""Folders that a process holds. One that closes any file of a lock loses the lock, so it is opened once."""
 
 
 @contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
-    """Hold a folder, which is made where it is missing. The same process may hold it several times.
+    """Hold a folder. Where it is missing it is made, and deleted again if nothing is put into it.
+
+    The same process may hold it several times.
 
     A lock of ``lockf``, not of ``flock``: children made by fork, as a loader's workers, do not inherit it, and it
     holds over NFS too. Where the file system has no locks, a warning says so.
@@ -34,34 +32,31 @@ def locked(folder: str | Path) -> Iterator[None]:
         ValueError: another process holds it.
     """
     folder = Path(folder)
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     key = os.getpid(), folder.resolve()
-    if fcntl is None or key in _HELD:
-        _HELD[key] = _HELD.get(key, 0) + 1
-        try:
-            yield
-        finally:
-            _HELD[key] -= 1
-            if not _HELD[key]:
-                del _HELD[key]
+    if key in _HELD:
+        yield
         return
     path = key[1] / LOCK
     file = _opened(path)
     try:
         if file is not None:
-            _HELD[key] = 1
+            _HELD.add(key)
             _sign(file)
         yield
     finally:
         if file is not None:
-            del _HELD[key]
+            _HELD.discard(key)
             path.unlink(missing_ok=True)
             os.close(file)
+        with contextlib.suppress(OSError):  # not empty
+            for one in made:
+                one.rmdir()
 
 
 def _opened(path: Path) -> int | None:
     """The lock's file, held; None where the file system has no locks."""
-    assert fcntl is not None
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:

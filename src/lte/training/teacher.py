@@ -1,7 +1,6 @@
 """The dense model that a run distils from: as the dense stage left it, and kept on disk for resuming."""
 
 import copy
-import shutil
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -27,11 +26,7 @@ def make_teacher(
     """
     set_mode_(model, "dense")
     if folder is not None:
-        partial = folder.with_name(f"{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        model.save_pretrained(folder)
     return _frozen(copy.deepcopy(model), compilation, dtype)
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import astuple
@@ -13,10 +12,9 @@ import torch
 from accelerate.utils import recursively_apply, reduce
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lte.modules.mixture import Balance, record_balance
 from lte.modules.recording import Recording, record_scores, sparse_layers, track_sparsity
@@ -24,7 +22,6 @@ from lte.surgery.method import Method
 from lte.training.arguments import LTETrainingArguments
 from lte.training.batches import hold_out_for_calibration
 from lte.training.calibration import evaluating
-from lte.training.checkpoints import rotate, seal
 from lte.training.checks import check_callbacks, check_converged, check_head, check_method, check_sharded
 from lte.training.controller import SparsityController
 from lte.training.distillation import (
@@ -39,6 +36,7 @@ from lte.training.distillation import (
 from lte.training.identity import model_identity, run_identity
 from lte.training.lock import locked
 from lte.training.resuming import TEACHER, agreed, begin_run
+from lte.training.saving_trainer import SavingTrainer
 from lte.training.scores import lte_losses, measure_scores, mixture_loss
 from lte.training.stage_changes import move_thresholds_, regroup_, set_stage_, sharpen_, start_routers_
 from lte.training.stages import Stage, StagePlan
@@ -53,7 +51,7 @@ _APART = 20  # steps between two of them at least: a short stage has fewer
 _PROGRAMS = 32  # of a block under torch.compile: stages, teacher, evaluation; torch's own limit is 8
 
 
-class LTETrainer(Trainer):
+class LTETrainer(SavingTrainer):
     """Trains a model made sparse by ``lte.sparsify_``: dense (optional), soft and hard stage in one ``train()``.
 
     With a method whose routers are not trained there is no soft stage: after the dense one neurons are grouped anew and
@@ -134,7 +132,6 @@ class LTETrainer(Trainer):
         self._forget()
         self._resumed_in: Path | None = None
         self._model_identity: dict[str, Any] | None = None
-        self.identity: dict[str, Any] = {}
         self._found: tuple[Any, Any, dict[str, Any]] = (None, None, {})
         self._flops_per_token: int | None = None
         self._measure_scores = self._compiled(measure_scores)
@@ -336,22 +333,6 @@ class LTETrainer(Trainer):
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """As ``Trainer``'s; once all is written the checkpoint says what it holds, and only then are others deleted."""
-        folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if self.args.should_save:
-            shutil.rmtree(folder, ignore_errors=True)  # damaged, and passed over
-        self.accelerator.wait_for_everyone()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            seal(folder, self.identity)
-            rotate(folder, limit, self.state.best_model_checkpoint)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         if self.optimizer is None:

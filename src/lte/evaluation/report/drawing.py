@@ -10,6 +10,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from lte.files import whole_file
+
 INK = "#102030"
 """Text and axes. In a page it becomes the page's own colour, dark or light."""
 
@@ -81,8 +83,8 @@ class Chart:
 
     def png(self, path: Path) -> None:
         """Write it on white."""
-        with self.drawn() as (figure, _):
-            figure.savefig(path, dpi=160, facecolor="white")
+        with self.drawn() as (figure, _), whole_file(path) as fresh:
+            figure.savefig(fresh, dpi=160, facecolor="white")
 
     @contextmanager
     def drawn(self) -> Iterator[tuple[Any, Notes]]:

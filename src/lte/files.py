@@ -1,0 +1,196 @@
+"""Files that are whole at any moment: written beside, flushed to the disk, then renamed.
+
+A process that is killed leaves what was there before, or what it wrote, and never a mixture. What it leaves half
+written has a name that begins with ``.lte-new``; the next write into that folder removes it.
+"""
+
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_NEW = ".lte-new-"
+_FULL = "free some space there, or write to another place"
+_FORBIDDEN = "write to another place, or change its permissions"
+_CURES = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EFBIG: f"{_FULL} (ulimit -f says how large a file may be)",
+    errno.EIO: "the disk may be damaged, write to another place",
+    errno.EACCES: _FORBIDDEN,
+    errno.EPERM: _FORBIDDEN,
+    errno.EROFS: _FORBIDDEN,
+    errno.ENOENT: "make its folder first",
+    errno.ENOTDIR: "a part of its path is a file, give another path",
+    errno.EEXIST: "there is a file of that name, give another one",
+    errno.EISDIR: "there is a folder of that name, give another one",
+    errno.ENAMETOOLONG: "give a shorter name",
+}
+
+
+class NotWritten(OSError):
+    """A file or folder that could not be written: in one line which, why and what to do."""
+
+    def __init__(self, path: str | Path, number: int) -> None:
+        super().__init__(f"{path} could not be written ({os.strerror(number)}): {_CURES.get(number, _FULL)}")
+        self.errno = number
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Let what fails in here because a file cannot be written say so, by any library that writes it.
+
+    Raises:
+        NotWritten: a full disk, a limit on the size of files, missing permissions and the like.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = _errno_of(error)
+        if number is None:
+            raise
+        raise NotWritten(path, number) from error
+
+
+def write_whole(path: str | Path, content: str | bytes) -> None:
+    """Write a file, text as UTF-8. Until it is whole on the disk, what was there before stays.
+
+    Raises:
+        NotWritten: as :func:`writing`.
+    """
+    with whole_file(path) as fresh:
+        fresh.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Give a path with the same ending to write to; what is there afterwards takes the place of ``path``.
+
+    A pipe or a device is written to as it is. Mode: that of the file before, else as the umask says.
+
+    Raises:
+        NotWritten: as :func:`writing`.
+    """
+    real = Path(os.path.realpath(path))
+    with writing(path):
+        if real.exists() and not real.is_file():
+            yield real
+            return
+        with new_path(real.parent, real.suffix) as fresh:
+            mode = (real if real.exists() else fresh).stat().st_mode
+            yield fresh
+            fresh.chmod(mode & 0o777)
+            sync(fresh)
+            fresh.replace(real)
+            sync(real.parent)
+
+
+def append_line(path: str | Path, line: str) -> None:
+    """Add a line to a file, whole or not at all. Several processes may do so at once.
+
+    Raises:
+        NotWritten: as :func:`writing`.
+    """
+    real = Path(os.path.realpath(path))
+    with writing(path):
+        if real.exists() and not real.is_file():
+            with real.open("a", encoding="utf-8") as file:
+                file.write(f"{line}\n")
+            return
+        while True:
+            real.touch()
+            with locked(real) as held:
+                if held is False:
+                    continue  # another process has replaced it
+                try:
+                    before = real.read_bytes()
+                    end = b"" if before.endswith(b"\n") or not before else b"\n"
+                    write_whole(real, before + end + line.encode() + b"\n")
+                except BaseException:
+                    if not real.stat().st_size:
+                        real.unlink()
+                    raise
+                return
+
+
+@contextmanager
+def new_path(folder: Path, suffix: str | None = None) -> Iterator[Path]:
+    """A new file, or without a suffix a new folder, that is locked while it is used, and gone afterwards."""
+    for path in folder.glob(f"{_NEW}*"):
+        with locked(path, wait=False) as held:
+            if held:
+                _remove(path)
+    while True:
+        path = folder / f"{_NEW}{secrets.token_hex(4)}{suffix or ''}"
+        if suffix is None:
+            path.mkdir()
+        else:
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        with locked(path) as held:
+            if held is False:
+                continue  # taken for abandoned before it was locked
+            try:
+                yield path
+            finally:
+                _remove(path)
+            return
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[bool | None]:
+    """Hold a file or folder against other processes, until this one ends at the latest.
+
+    Gives whether it is held: False where it has gone meanwhile, or where another process holds it and ``wait`` is
+    false; None where the disk has no locks.
+    """
+    try:
+        opened = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = path.exists() and os.path.samestat(os.fstat(opened), path.stat())
+        except BlockingIOError:
+            held = False
+        except OSError:
+            held = None
+        yield held
+    finally:
+        os.close(opened)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's names, are on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def _errno_of(error: Exception) -> int | None:
+    """Why a file could not be written, where that is what an error is about.
+
+    safetensors and tokenizers say it as Rust does, ``torch.save`` only that less was written than it thought.
+    """
+    if isinstance(error, OSError):
+        return error.errno if error.errno in _CURES else None
+    if told := re.search(r"\(os error (\d+)\)", str(error)):
+        return int(told[1])
+    if isinstance(error, RuntimeError) and re.search("inline_container|PytorchStreamWriter", str(error)):
+        return errno.ENOSPC
+    return None

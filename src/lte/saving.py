@@ -1,0 +1,137 @@
+"""Saving a model into a folder so that a process may be killed at any moment.
+
+A folder holds the old model, the new one, or neither: then it has no ``config.json``, which nobody loads, and
+:func:`complete` makes the new model of it.
+"""
+
+import errno
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lte.files import locked, new_path, sync, writing
+
+_SAVED = ".lte-saved"
+_WHOLE = ".whole"
+"""In that folder while all of the new model is there, and the old one is yet to be taken away."""
+_HEADS = ("config.json", "adapter_config.json")
+"""Without this file nobody loads the model, so it goes first and comes last."""
+_WEIGHTS = re.compile(
+    r"(?:pytorch_)?model(?P<index>\.(?:safetensors|bin)\.index)?(?P<variant>\.[^.-]+)??(?:-\d{5}-of-\d{5})?"
+    r"\.(?(index)json|(?:safetensors|bin))"
+)
+_TOKENIZER = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model"),
+    *("sentencepiece.bpe.model", "added_tokens.json", "special_tokens_map.json"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+
+
+@contextmanager
+def saving(folder: str | Path) -> Iterator[Path]:
+    """Give an empty folder to save a model to, with all that belongs to it; afterwards it is moved into ``folder``.
+
+    Files of the same name are replaced; weights and tokenizer files of the model before go; all others stay. A process
+    that is killed meanwhile leaves the old model, the new one, or a folder without ``config.json`` that
+    :func:`complete` makes the new one of. Where saving fails, ``folder`` is as it was before.
+
+    Needs room for both models. Modes follow the umask.
+
+    Raises:
+        NotWritten: as :func:`writing`.
+    """
+    folder = Path(folder)
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with new_path(folder) as fresh:
+                yield fresh
+                mode = fresh.stat().st_mode & 0o666  # some libraries make files that only their owner can read
+                for file in _files(fresh):
+                    (fresh / file).chmod(mode)
+                _move(fresh, folder)
+        except BaseException:
+            for one in made:
+                if one.is_dir() and not any(one.iterdir()):
+                    one.rmdir()
+            raise
+
+
+def complete(folder: str | Path) -> None:
+    """Finish moving a model into its folder where the process that saved it was killed meanwhile.
+
+    Raises:
+        ValueError: the folder cannot be written to.
+    """
+    saved = Path(folder) / _SAVED
+    try:
+        while saved.is_dir():
+            with locked(saved) as held:  # by the process that moves it, if that is still at work
+                if held is not False:
+                    _replace(saved)
+    except OSError as error:
+        raise ValueError(
+            f"{folder}: saving this model was cut short, and the rest cannot be done from here ({error.strerror}): "
+            "load it once where the folder can be written to, or save it again"
+        ) from error
+
+
+def _move(fresh: Path, folder: Path) -> None:
+    """The folder's model becomes the one in ``fresh``, which this process holds, from the renaming on."""
+    (fresh / _WHOLE).touch()
+    for path in (fresh, *fresh.rglob("*")):
+        sync(path)
+    while True:
+        complete(folder)
+        try:
+            fresh.rename(folder / _SAVED)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        else:
+            break
+    sync(folder)
+    _replace(folder / _SAVED)
+
+
+def _replace(saved: Path) -> None:
+    """Take the old model away, and move the new one in. Each step may be the last one of a process."""
+    folder, whole = saved.parent, saved / _WHOLE
+    if whole.exists():
+        new = {*_files(saved)}
+        for name in new.intersection(_HEADS):
+            (folder / name).unlink(missing_ok=True)
+        sync(folder)
+        for name in _outdated((path.name for path in folder.iterdir() if path.is_file()), new):
+            (folder / name).unlink()
+        sync(folder)
+        whole.unlink()
+        sync(saved)
+    for name in sorted(_files(saved), key=_HEADS.__contains__):
+        if name in _HEADS:
+            sync(folder)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (saved / name).replace(folder / name)
+    sync(folder)
+    shutil.rmtree(saved)
+
+
+def _outdated(names: Iterable[str], new: set[str]) -> list[str]:
+    """Those files of the model before that a loader would read beside the new ones."""
+    weights = {match["variant"] for match in map(_WEIGHTS.fullmatch, new) if match}
+    return [
+        name
+        for name in names
+        if name not in new
+        and (
+            ((match := _WEIGHTS.fullmatch(name)) is not None and match["variant"] in weights)
+            or (name in _TOKENIZER and "tokenizer_config.json" in new)
+        )
+    ]
+
+
+def _files(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
