@@ -4,7 +4,6 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -12,7 +11,7 @@ from accelerate.utils import gather
 from torch import Tensor, nn
 from transformers import Trainer
 
-from lte.training.checkpoints import last_complete_checkpoint
+from lte.training.checkpoints import checkpoints_in, flaw_of
 from lte.training.stages import Stage
 
 _MOST = 10_000  # numbers that are kept until they are looked at
@@ -155,7 +154,8 @@ class WatchedTrainer(Trainer):
         return " or ".join(f"{name} than {getattr(self.args, name):g}" for name in names if hasattr(self.args, name))
 
     def _kept(self) -> str:
-        checkpoint = last_complete_checkpoint(Path(cast(str, self.args.output_dir)))
+        folder = cast(str, self.args.output_dir)
+        checkpoint = next((one for one in checkpoints_in(folder) if flaw_of(one) is None), None)
         if checkpoint is None:
             return ""
         return f". {checkpoint} is from before and finite: it is kept, and can be the model of a new run"
