@@ -5,7 +5,7 @@ from typing import Any
 
 from lte.evaluation.report.drawing import INK, MARKERS, PALETTE, Chart, Notes, legend_below
 from lte.evaluation.report.layout import Section, Table
-from lte.evaluation.report.results import Row
+from lte.evaluation.report.rows import Row
 
 
 def latency(benches: Sequence[Row]) -> Section:
