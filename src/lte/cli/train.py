@@ -31,10 +31,12 @@ from lte.evaluation.evaluate import evaluate, label_metrics
 from lte.files import write_whole
 from lte.saving import saving
 from lte.surgery.convert import densify, sparsify_
+from lte.surgery.families import check_family
 from lte.surgery.loading import class_names_of, load_config, load_model, load_tokenizer
 from lte.surgery.method import Method
 from lte.training.arguments import LTETrainingArguments
 from lte.training.batches import split_held_out
+from lte.training.checks import check_dtype
 from lte.training.lock import locked
 from lte.training.trainer import LTETrainer
 
@@ -189,7 +191,9 @@ def _train(options: Train, argv: Sequence[str]) -> dict[str, Any]:
     target = {} if args.target_sparsity is None else {"target_sparsity": args.target_sparsity}
     method = chosen(options, seed=args.seed, **target)
     device, dtype = options.where.resolve()
-    config, tokenizer = load_config(options.model), load_tokenizer(options.model)
+    check_dtype(dtype)
+    config = load_config(options.model, options.where.trust_remote_code)
+    tokenizer = load_tokenizer(options.model, options.where.trust_remote_code)
     if args.load_best_model_at_end and not options.calibration_text:
         raise ValueError(
             "load_best_model_at_end would choose by the data of the final evaluation: give --calibration-text FILE"
@@ -284,6 +288,7 @@ def _metrics(task: str) -> dict[str, Any]:
 def _load_sparse(
     options: Train, method: Method, config: Any, device: torch.device, dtype: Any, train_set: Any
 ) -> PreTrainedModel:
+    check_family(config)
     class_names, labels = train_set.class_names, {}
     if class_names is not None:
         labels = {"num_labels": len(class_names), "id2label": dict(enumerate(class_names))}
@@ -292,7 +297,8 @@ def _load_sparse(
         labels["problem_type"] = "regression" if one else "single_label_classification"
     with err.status("loading the model"):
         head = options.data.head(config, new=True)
-        model = load_model(options.model, head, torch.float32 if dtype == "auto" else dtype, **labels)
+        trusted = {"trust_remote_code": options.where.trust_remote_code}
+        model = load_model(options.model, head, torch.float32 if dtype == "auto" else dtype, **trusted, **labels)
         model.to(device)  # pyright: ignore[reportArgumentType]
     pad_alike_(model, train_set)
     if not hasattr(model.config, "lte"):

@@ -7,6 +7,8 @@ from typing import Any, cast
 
 from transformers import TrainingArguments
 
+from lte.training.loggers import check_loggers
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -207,6 +209,7 @@ class LTETrainingArguments(TrainingArguments):
         os.environ.setdefault("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
         unset = self.accelerator_config is None
         super().__post_init__()
+        check_loggers(self.report_to or ())
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
         elif self.device.type == "cuda" and unset and self.dataloader_pin_memory:

@@ -18,11 +18,12 @@ from transformers.trainer_callback import ExportableState
 
 from lte.modules.mixture import Balance, record_balance
 from lte.modules.recording import Recording, record_scores, sparse_layers, track_sparsity
+from lte.modules.tensor_parallel import check_whole
 from lte.surgery.method import Method
 from lte.training.arguments import LTETrainingArguments
 from lte.training.batches import hold_out_for_calibration
 from lte.training.calibration import evaluating
-from lte.training.checks import check_callbacks, check_converged, check_head, check_method, check_sharded
+from lte.training.checks import check_callbacks, check_dtype, check_head, check_method, check_sharded
 from lte.training.controller import SparsityController
 from lte.training.distillation import (
     DistilledLoss,
@@ -33,8 +34,11 @@ from lte.training.distillation import (
     predicts,
     show_hidden_states_,
 )
+from lte.training.divergence import WatchedTrainer
 from lte.training.identity import model_identity, run_identity
 from lte.training.lock import locked
+from lte.training.preflight import try_out
+from lte.training.recomputing import check_recomputing
 from lte.training.resuming import TEACHER, agreed, begin_run
 from lte.training.saving_trainer import SavingTrainer
 from lte.training.scores import lte_losses, measure_scores, mixture_loss
@@ -51,7 +55,7 @@ _APART = 20  # steps between two of them at least: a short stage has fewer
 _PROGRAMS = 32  # of a block under torch.compile: stages, teacher, evaluation; torch's own limit is 8
 
 
-class LTETrainer(SavingTrainer):
+class LTETrainer(WatchedTrainer, SavingTrainer):
     """Trains a model made sparse by ``lte.sparsify_``: dense (optional), soft and hard stage in one ``train()``.
 
     With a method whose routers are not trained there is no soft stage: after the dense one neurons are grouped anew and
@@ -69,7 +73,8 @@ class LTETrainer(SavingTrainer):
 
     Raises:
         ValueError: a dense model, one of a method that the recipe or its target does not fit, one without logits that a
-            teacher's could be compared with, arguments of another class, or several GPUs in one process.
+            teacher's could be compared with, one that is shared out by tensor parallelism, arguments of another class,
+            or several GPUs in one process.
     """
 
     args: LTETrainingArguments
@@ -100,7 +105,11 @@ class LTETrainer(SavingTrainer):
             layer.router.requires_grad_(True)
             if layer.compensation is not None:
                 layer.compensation.requires_grad_(True)
+        check_whole(cast(nn.Module, model), "LTETrainer groups and fits")
         check_head(model, args)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                check_dtype(parameter.dtype)
         self._linear = all(layer.router.is_linear for layer in layers)
         self._causal = is_causal(cast(nn.Module, model))
         self.method = Method.from_dict(cast(Any, model).config.lte)
@@ -142,6 +151,7 @@ class LTETrainer(SavingTrainer):
 
     def begin(self, resumed: dict[str, Any] | None) -> None:
         """Called when training begins, with what a checkpoint remembers of the run, or None."""
+        check_recomputing(self._unwrapped)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             check_sharded(self.plan, self.method, self.args, self._unwrapped.config.lte.get("grouped", True))
         self._forget()
@@ -162,6 +172,7 @@ class LTETrainer(SavingTrainer):
                     self.teacher = load_teacher(
                         self._folder / TEACHER, self._unwrapped, self._compilation, self._teacher_dtype
                     )
+        try_out(self, teacher=self._distils and not resumed)
 
     def _forget(self) -> None:
         """What a run knows before its first step, though the trainer may have run before."""
@@ -215,7 +226,7 @@ class LTETrainer(SavingTrainer):
         model = self._unwrapped
         if stage == "soft" or (stage == "hard" and not self.plan.soft):
             if before == "dense":
-                check_converged("a weight", model.parameters())
+                self.stop_if_diverged()
             if before == "dense" or not model.config.lte.get("grouped", True):
                 regroup_(model, self.method, self._batches(self.train_dataset, self.args.seed))
             if self._distils:
@@ -243,6 +254,7 @@ class LTETrainer(SavingTrainer):
         """Move the thresholds so that rows which are not trained on have the target's sparsity."""
         if self.calibration_dataset is None or self.args.target_sparsity is None:
             return
+        self.stop_if_diverged()
         batches = self._batches(self.calibration_dataset)
         with self.accelerator.autocast():
             move_thresholds_(self._unwrapped, self.method, batches, self.args.target_sparsity)
