@@ -339,6 +339,21 @@ def test_a_grid_of_methods_set_on_data(files, tmp_path, in_process, capsys):
     assert "/ids, llama" in report
 
 
+def test_a_run_that_was_cut_off_does_not_go_on_with_another_text(files, tmp_path, in_process):
+    text, folder = shutil.copy(files / "text.txt", tmp_path / "t.txt"), tmp_path / "out"
+    given = [*base(files, text=text), "--save-strategy", "steps", "--save-steps", "2", "--device", "cpu"]
+    arguments = ["sweep", *given, "--target-sparsity", "0.5", "--vary", "seed=1", "-o", str(folder)]
+    assert main(arguments) == 0
+    whole = rows(folder)[0]["evaluation"]
+    (folder / sweep.ROWS).unlink()
+    assert main(arguments) == 0
+    assert rows(folder)[0]["evaluation"] == whole
+    (folder / sweep.ROWS).unlink()
+    Path(text).write_text(Path(text).read_text().replace("7", "8"))
+    assert main(arguments) == 1
+    assert rows(folder)[0]["error"].startswith("the checkpoint's run has train_dataset.content ")
+
+
 def test_seeds_of_a_method_set_on_data(files, tmp_path, in_process, capsys):
     given = ["--model", str(files / "llama"), "--text", str(files / "text.txt"), "--method", "deja-vu"]
     given += ["--fit-epochs", "1", "--tokens", "200"]

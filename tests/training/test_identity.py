@@ -215,6 +215,14 @@ def test_an_entry_that_is_taken_out_is_not_compared(begun, tmp_path):
     trainer_for(folder, changed_weight(), **SAVING).train(resume_from_checkpoint=True)
 
 
+def test_another_number_of_ranks_is_refused(begun, tmp_path):
+    folder = shutil.copytree(begun, tmp_path / "run")
+    path = folder / "checkpoint-6" / RUN
+    path.write_text(json.dumps({**json.loads(path.read_text()), "ranks": 2}))
+    with pytest.raises(ValueError, match="ranks 2, and this one 1"):
+        trainer_for(folder, **SAVING).train(resume_from_checkpoint=True)
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"seed": 1', '"text"'])
 def test_a_damaged_identity_is_refused(begun, tmp_path, content):
     folder = shutil.copytree(begun, tmp_path / "run")

@@ -1,5 +1,6 @@
 """One run at a time in a folder."""
 
+import fcntl
 import json
 import os
 import signal
@@ -84,6 +85,21 @@ def test_one_of_many_gets_it(tmp_path):
         told, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
         assert int(told) > 0
+
+
+def test_a_file_that_its_holder_deleted_meanwhile_is_no_lock(tmp_path, monkeypatch):
+    taken = []
+
+    def after_the_holder_has_ended(file, how, real=fcntl.lockf):
+        if not taken:
+            (tmp_path / LOCK).unlink()
+        taken.append(file)
+        real(file, how)
+
+    monkeypatch.setattr("lte.training.lock.fcntl.lockf", after_the_holder_has_ended)
+    with locked(tmp_path):
+        assert len(taken) == 2
+        assert (tmp_path / LOCK).exists()
 
 
 def test_where_there_are_no_locks_a_warning_says_so(tmp_path, monkeypatch, caplog):

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from accelerate.utils import broadcast_object_list
 
+from lte.files import new_path
 from lte.training.checkpoints import (
     RUN,
     check_whole,
@@ -55,6 +56,8 @@ def begin_run(
     if resume is not True and (found is None or found.resolve().parent != folder.resolve()):
         _clear(folder, overwrite, model)
     folder.mkdir(parents=True, exist_ok=True)
+    if found is not None:
+        _bring_teacher(found.parent / TEACHER, folder)
     write_json(folder / RUN, dict(identity))
     return found
 
@@ -100,6 +103,15 @@ def _clear(folder: Path, overwrite: bool, model: str) -> None:
     (folder / RUN).unlink(missing_ok=True)
     for one in [*left, folder / TEACHER]:
         shutil.rmtree(one, ignore_errors=True)
+
+
+def _bring_teacher(teacher: Path, folder: Path) -> None:
+    """Copy what a run distils from to where it goes on, so that it can go on from there once more."""
+    if teacher.is_dir() and teacher.parent.resolve() != folder.resolve():
+        with new_path(folder) as fresh:
+            shutil.copytree(teacher, fresh, dirs_exist_ok=True)
+            shutil.rmtree(folder / TEACHER, ignore_errors=True)
+            fresh.rename(folder / TEACHER)
 
 
 def agreed(first: bool, work: Callable[[], Told]) -> Told:

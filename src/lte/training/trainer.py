@@ -18,7 +18,7 @@ from transformers.trainer_callback import ExportableState
 
 from lte.modules.mixture import Balance, record_balance
 from lte.modules.recording import Recording, record_scores, sparse_layers, track_sparsity
-from lte.modules.tensor_parallel import check_whole
+from lte.modules.tensor_parallel import check_not_shared
 from lte.surgery.method import Method
 from lte.training.arguments import LTETrainingArguments
 from lte.training.batches import hold_out_for_calibration
@@ -105,7 +105,7 @@ class LTETrainer(WatchedTrainer, SavingTrainer):
             layer.router.requires_grad_(True)
             if layer.compensation is not None:
                 layer.compensation.requires_grad_(True)
-        check_whole(cast(nn.Module, model), "LTETrainer groups and fits")
+        check_not_shared(cast(nn.Module, model), "LTETrainer groups and fits")
         check_head(model, args)
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -139,7 +139,6 @@ class LTETrainer(WatchedTrainer, SavingTrainer):
         self.plan = StagePlan(0, 0, 0)
         self.progress = 0.0
         self._forget()
-        self._resumed_in: Path | None = None
         self._model_identity: dict[str, Any] | None = None
         self._found: tuple[Any, Any, dict[str, Any]] = (None, None, {})
         self._flops_per_token: int | None = None
@@ -171,10 +170,7 @@ class LTETrainer(WatchedTrainer, SavingTrainer):
                 self._unwrapped.config.lte.pop("grouped", None)  # the checkpoint's neurons are
                 if self._distils and self.state.global_step < self.plan.total:
                     self.teacher = load_teacher(
-                        (self._resumed_in or self._folder) / TEACHER,
-                        self._unwrapped,
-                        self._compilation,
-                        self._teacher_dtype,
+                        self._folder / TEACHER, self._unwrapped, self._compilation, self._teacher_dtype
                     )
         try_out(self, teacher=self._distils and not resumed)
 
@@ -315,7 +311,6 @@ class LTETrainer(WatchedTrainer, SavingTrainer):
             return self._train(checkpoint, *args, **kwargs)
 
     def _train(self, checkpoint: Path | None, *args: Any, **kwargs: Any) -> Any:
-        self._resumed_in = checkpoint.parent if checkpoint else None
         mode = self._unwrapped.config.lte.get("mode", "dense")
         if mode != "dense" and not checkpoint and self.args.recipe != "dense":
             logger.warning(
