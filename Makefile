@@ -21,7 +21,7 @@ test: $(VENV)/test.done
 	$(BIN)/pyright src
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8
 
-# An hour on two cores: damaged inputs, kills, full disks, and a table of them at the end. SOAK_SEED=2 makes others.
+# Most of an hour on two cores: damaged inputs, kills, full disks, and a table of them at the end. SOAK_SEED=2 makes others.
 soak: $(VENV)/test.done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/soak -m soak --numprocesses logical --maxprocesses 8
 

@@ -52,7 +52,7 @@ WRITERS = (
 class Disks:
     def __init__(self, whole: Path, scratch: Path, commands: Commands, seed: int = 0) -> None:
         self.whole, self.scratch, self.commands, self.seed = whole, scratch, commands, seed
-        self._done: dict[Writer, dict[str, str]] = {}
+        self._done: dict[Writer, tuple[dict[str, str], list[int]]] = {}
 
     def trial(self, number: int) -> Trial:
         """One command on a disk that is full at a place which the seed and the number choose."""
@@ -108,11 +108,13 @@ class Disks:
 
     def _whole_run(self, writer: Writer) -> tuple[dict[str, str], list[int]]:
         """What the command makes where there is room, and the sizes of its files."""
-        with self._disk(writer) as folder:
-            ran = self.commands.run(writer.command.split(), folder)
-            assert ran.code == 0, f"{writer.command}: {ran.err}"
-            sizes = sorted({path.stat().st_size for path in (folder / "disk").rglob("*") if path.is_file()})
-            return _files(folder / "disk"), sizes
+        if writer not in self._done:
+            with self._disk(writer) as folder:
+                ran = self.commands.run(writer.command.split(), folder)
+                assert ran.code == 0, f"{writer.command}: {ran.err}"
+                sizes = sorted({path.stat().st_size for path in (folder / "disk").rglob("*") if path.is_file()})
+                self._done[writer] = _files(folder / "disk"), sizes
+        return self._done[writer]
 
     @contextmanager
     def _disk(self, writer: Writer, room: float | None = None) -> Iterator[Path]:

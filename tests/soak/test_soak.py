@@ -1,4 +1,4 @@
-"""The whole of it, for ``make soak``: hours of it find what the samples of ``make test`` do not."""
+"""The whole of it, for ``make soak``. SOAK_DAMAGED and the like say how many trials of a kind, SOAK_SEED which."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 from damage import Damage
 from disks import Disks, can_mount
 from forked import Commands
-from kills import Kills
+from kills import RUNS, Kills
 from pairs import Pairs
 
 SEED = int(os.environ.get("SOAK_SEED", "1"))
@@ -28,7 +28,7 @@ def test_damaged_inputs(part: int, whole: Path, tmp_path: Path, commands: Comman
 @pytest.mark.parametrize("part", range(PARTS))
 def test_killed_and_resumed(part: int, whole: Path, tmp_path: Path, commands: Commands, judge) -> None:
     kills = Kills(whole, tmp_path, commands, SEED)
-    judge(kills.trial(number) for number in range(KILLED) if number * PARTS // KILLED == part)
+    judge(kills.trial(number) for number in range(KILLED) if number % len(RUNS) % PARTS == part)
 
 
 def test_full_disks(whole: Path, tmp_path: Path, commands: Commands, judge) -> None:
