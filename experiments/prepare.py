@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from lte.surgery.loading import load_model, load_tokenizer
-from lte.training.data import load_texts
+from lte.training.text_files import read_pieces
 from lte.training.tokenise import tokenise_documents
 
 T0_HELD_OUT, T0_VALIDATION = 24, 10  # templates
@@ -76,8 +76,8 @@ def gpt2(into: Path, tokenizer: Any) -> None:
 def wikitext2(source: Path, into: Path, tokenizer: Any) -> None:
     into.mkdir(exist_ok=True)
     for split, name in (("train", "train.txt.gz"), ("valid", "valid.txt"), ("test", "test.txt")):
-        (ids,) = tokenise_documents(load_texts(str(source / name)), tokenizer)
-        np.save(into / f"{split}.npy", ids.astype(np.uint16))
+        pieces = tokenise_documents([read_pieces(source / name)], tokenizer)
+        np.save(into / f"{split}.npy", np.concatenate([ids for _, ids in pieces]).astype(np.uint16))
 
 
 def python_code(into: Path) -> None:

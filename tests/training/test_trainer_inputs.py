@@ -185,7 +185,7 @@ def test_a_folder_called_dense_is_left_alone(tmp_path):
 
 def test_resuming_with_other_steps_is_refused(tmp_path):
     trainer_for(tmp_path, save_strategy="steps", save_steps=6).train()
-    with pytest.raises(ValueError, match="resume with the same number of steps"):
+    with pytest.raises(ValueError, match="the checkpoint's run has max_steps 12, and this one 24"):
         trainer_for(tmp_path, max_steps=24).train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
 
 

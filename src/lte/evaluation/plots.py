@@ -67,7 +67,7 @@ def plot_speed(rows: Sequence[dict[str, Any]], by: str, path: Path, title: str) 
     dtypes = sorted({row["dtype"] for row in good})
     figure = Figure(figsize=(7 * max(1, len(dtypes)), 4.8), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     for axes, dtype in zip(figure.subplots(1, max(1, len(dtypes)), squeeze=False)[0], dtypes, strict=False):
         for index, value in enumerate(sorted({row[by] for row in good if row["dtype"] == dtype})):
             line = sorted((r for r in good if r["dtype"] == dtype and r[by] == value), key=lambda r: r["sparsity"])

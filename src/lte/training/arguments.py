@@ -149,6 +149,10 @@ class LTETrainingArguments(TrainingArguments):
         metadata={"help": "Weight of the relative squared error of hidden states to the dense model's; 0 for none."},
     )
 
+    overwrite: bool = field(
+        default=False, metadata={"help": "Delete the checkpoints that a run before left in the output folder."}
+    )
+
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES:
             raise ValueError(f"recipe is {self.recipe!r}, but it is one of {', '.join(sorted(RECIPES))}")

@@ -4,17 +4,15 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate.utils import gather
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lte.training.calibration import evaluating
+from lte.training.checkpoints import checkpoints_in, flaw_of, rotate
 from lte.training.stages import Stage
 
 _MOST = 10_000  # numbers that are kept until they are looked at
@@ -60,6 +58,8 @@ class WatchedTrainer(Trainer):
         self._seen.clear()
         result = super().train(*args, **kwargs)
         self.stop_if_diverged()
+        if self.args.should_save and (found := checkpoints_in(cast(str, self.args.output_dir))):
+            rotate(found[0], self.args.save_total_limit, self.state.best_model_checkpoint)
         return result
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -163,12 +163,11 @@ class WatchedTrainer(Trainer):
 
     def _kept(self, sign: Sign) -> str:
         """The newest checkpoint from which a step more went well."""
-        steps: dict[int, Path] = {}
-        for state in Path(cast(str, self.args.output_dir)).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}"):
-            number = state.parent.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-            if number.isdigit() and int(number) < sign.step - (not sign.after):
-                steps[int(number)] = state.parent
-        return f". {steps[max(steps)]} is good: it is kept, and can be the model of a new run" if steps else ""
+        before = sign.step - (not sign.after)
+        for one in checkpoints_in(cast(str, self.args.output_dir)):
+            if int(one.name.rpartition("-")[2]) < before and flaw_of(one) is None:
+                return f". {one} is good: it is kept, and can be the model of a new run"
+        return ""
 
     def _weights_not_finite(self) -> list[str]:
         """Names of parameters and buffers that hold NaN or infinities, in the model's order."""

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 
-from lte.evaluation.report.results import Measurement, Metric
+from lte.evaluation.report.metrics import Metric
+from lte.evaluation.report.results import Measurement
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import io
 import re
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ MARKERS = "osD^vPX*<>ph"
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a name may hold any character, also $
     "svg.hashsalt": "lte",
     "font.family": "sans-serif",
     "font.size": 10,
@@ -93,7 +95,8 @@ class Chart:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        with matplotlib.rc_context(_STYLE):
+        with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")  # a character that the font does not have is drawn as a box
             figure, notes = Figure(figsize=self.size, layout="constrained"), Notes()
             FigureCanvasAgg(figure)
             self.draw(figure.subplots(), notes)

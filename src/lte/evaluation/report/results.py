@@ -1,57 +1,18 @@
 """Reading rows of results: what ``lte train``, ``lte eval``, ``lte sweep`` and ``lte bench`` write."""
 
-import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from lte.evaluation.report.commands import parse_command, setting_of, split_commands, task_of
-
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A measure of quality, and what counts as a small loss of it.
-
-    Attributes:
-        name: the field of an evaluation that holds it.
-        title: how the page calls it.
-        allowed: how much may be lost where methods are compared by their cost; None: no such comparison.
-        lower: whether less is better.
-        scale: from the field to what is shown (100: a share in percent).
-    """
-
-    name: str
-    title: str
-    allowed: float | None = None
-    lower: bool = False
-    scale: float = 1.0
-
-    def loss(self, value: float, dense: float) -> float:
-        """How much worse ``value`` is than ``dense``; below 0 where it is better."""
-        return value - dense if self.lower else dense - value
-
+from lte.evaluation.report.fields import QUALITY
+from lte.evaluation.report.metrics import ACCURACY, METRICS, Metric
+from lte.evaluation.report.rows import Row, read_rows
 
 _DIVERGED = 1e9
 """A quality from here on, or NaN, is that of a run that diverged: nothing can be drawn beside it."""
-
-ACCURACY = Metric("accuracy", "accuracy, %", 1.0, scale=100)
-METRICS = (
-    Metric("rougeL", "ROUGE-L, points of 100", 5.0),
-    Metric("bleu", "BLEU, points of 100"),
-    Metric("perplexity", "perplexity", 0.5, lower=True),
-    ACCURACY,
-    Metric("f1", "F1, %", 1.0, scale=100),
-    Metric("matthews", "Matthews correlation, %", 1.0, scale=100),
-    Metric("pearson", "Pearson correlation, %", 1.0, scale=100),
-    Metric("spearman", "Spearman correlation, %", 1.0, scale=100),
-)
-"""An evaluation that has several is shown by the first of them, where none is asked for.
-
-The paper allows 0.05 ROUGE-L (5 points of 100) and 0.5 perplexity; one point of the others is ours.
-"""
 
 TITLES = {
     "lte": "LTE",
@@ -117,14 +78,11 @@ def read_results(files: Iterable[Path]) -> Results:
     """Everything in some results files: ``.jsonl``, a row a line, or one JSON object.
 
     Raises:
-        ValueError: a file that holds something else, or nothing.
+        ValueError: as :func:`lte.evaluation.report.rows.read_rows`.
     """
     found, failed, done = Results(), {}, set()
     for path in files:
-        rows = list(_rows(path))
-        if not rows:
-            raise ValueError(f"{path} is empty: give a file that lte sweep, train, eval or bench has written")
-        for row in rows:
+        for row in read_rows(path):
             if "error" in row:
                 failed[str(row.get("command", ""))] = _run(row), str(row["error"])
             elif isinstance(row.get("rows"), list) and str(row.get("command", "")).startswith("lte bench"):
@@ -132,6 +90,9 @@ def read_results(files: Iterable[Path]) -> Results:
                 found.failures += [(row["command"], str(one["error"])) for one in row["rows"] if "error" in one]
             elif measured := list(_measurements(row)):
                 for one in measured:
+                    if not math.isfinite(one.sparsity):
+                        found.failures.append((_run(row), f"sparsity is {one.sparsity}"))
+                        continue
                     good = {metric: value for metric, value in one.qualities.items() if abs(value) < _DIVERGED}
                     bad = {metric.name: value for metric, value in one.qualities.items() if metric not in good}
                     found.failures += [(_run(row), f"{name} is {value:g}") for name, value in bad.items()]
@@ -143,23 +104,6 @@ def read_results(files: Iterable[Path]) -> Results:
     return found
 
 
-def _rows(path: Path) -> Iterator[Row]:
-    text = path.read_text(encoding="utf-8")
-    lines = [(1, text)] if path.suffix == ".json" else list(enumerate(text.splitlines(), 1))
-    for number, line in lines:
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path} line {number} is not JSON ({error.msg}): a results file is a row a line"
-            ) from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path} line {number} is no JSON object: a results file is an object a line")
-        yield row
-
-
 def _run(row: Row) -> str:
     varied = row.get("run")
     if isinstance(varied, dict):
@@ -168,7 +112,7 @@ def _run(row: Row) -> str:
 
 
 def _measurements(row: Row) -> Iterator[Measurement]:
-    evaluations = [row["evaluation"], *row.get("evals", [])] if isinstance(row.get("evaluation"), dict) else [row]
+    evaluations = [row["evaluation"], *(row.get("evals") or [])] if isinstance(row.get("evaluation"), dict) else [row]
     for one in evaluations:
         yield from _measured(row, one, _commands(row, one))
 
@@ -192,7 +136,7 @@ def _measured(row: Row, one: Row, commands: list[str]) -> Iterator[Measurement]:
         settings.insert(0, f"--model {row['model']}")
     single = [one for command in commands for one in split_commands(command)]
     made = [one for one in single if not one.startswith("lte eval")]
-    method, zeros = _method(row, one), float(one.get("weight_sparsity", 0.0))
+    method, zeros = _method(row, one), float(one.get("weight_sparsity") or 0.0)
     pruned = method != "dense" and zeros > 0
     name = named or (row.get("model", "") if method == "dense" else "")
     for qualities, task, count, unit in _qualities(one, task_of(parsed[-1])):
@@ -222,9 +166,9 @@ def _qualities(one: Row, task: str) -> Iterator[tuple[dict[Metric, float], str, 
     if found:
         yield found, task, int(one.get(f"num_{unit}") or 0), "labels" if unit == "tokens" else unit
     for name, values in (one.get("results") or {}).items():
-        if "acc,none" in values:
+        if QUALITY[1](values.get("acc,none")):
             accuracy = {ACCURACY: ACCURACY.scale * values["acc,none"]}
-            yield accuracy, name, int(one["num_samples"].get(name, 0)), "questions"
+            yield accuracy, name, int((one.get("num_samples") or {}).get(name) or 0), "questions"
 
 
 def _method(row: Row, one: Row) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 from lte.evaluation.report.drawing import INK, MARKERS, PALETTE, Chart, Notes, legend_below
 from lte.evaluation.report.layout import Section, Table
-from lte.evaluation.report.results import Row
+from lte.evaluation.report.rows import Row
 
 
 def latency(benches: Sequence[Row]) -> Section:
@@ -61,14 +61,14 @@ def speed_chart(bench: Row, number: int) -> Chart | None:
     rows = [row for row in bench["rows"] if {"speedup", "tokens", "sparsity_asked"} <= row.keys()]
     if len({row["sparsity_asked"] for row in rows}) < 2:
         return None
-    lines = sorted({(row["tokens"], row.get("dtype", "")) for row in rows})
+    lines = sorted({(row["tokens"], row.get("dtype") or "") for row in rows})
     dtypes = {dtype for _, dtype in lines}
 
     def draw(axes: Any, notes: Notes) -> None:
         from matplotlib.ticker import FuncFormatter, NullLocator
 
         for index, (count, dtype) in enumerate(lines):
-            line = [row for row in rows if (row["tokens"], row.get("dtype", "")) == (count, dtype)]
+            line = [row for row in rows if (row["tokens"], row.get("dtype") or "") == (count, dtype)]
             line.sort(key=lambda row: row["sparsity"])
             color, name = PALETTE[index % len(PALETTE)], f"{count}, {dtype}" if len(dtypes) > 1 else str(count)
             share = [100 * row["sparsity"] for row in line]

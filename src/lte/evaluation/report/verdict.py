@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from lte.evaluation.report.curves import Point, Task, unbeaten
-from lte.evaluation.report.results import Metric
+from lte.evaluation.report.metrics import Metric
 
 FROM_SPARSITY = 0.45
 """Rivals are compared from 50 % asked for; what is measured of it can be a little less."""

@@ -1,0 +1,60 @@
+"""What the fields of a row of results have to be, so that a damaged one is named and not drawn."""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+Row = dict[str, Any]
+Kind = tuple[str, Callable[[Any], bool]]
+"""In words, and whether a value is one."""
+
+
+def _number(value: Any) -> bool:
+    """Also NaN and infinity: a run that diverged has them."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < 10**300)
+
+
+def _finite(value: Any) -> bool:
+    return _number(value) and math.isfinite(value)
+
+
+TEXT: Kind = ("a text", lambda value: isinstance(value, str))
+WHOLE: Kind = ("a whole number", lambda value: _finite(value) and value == int(value))
+QUALITY: Kind = ("a number", _number)
+AMOUNT: Kind = ("a number of 0 or more", lambda value: _finite(value) and value >= 0)
+POSITIVE: Kind = ("a number above 0", lambda value: _finite(value) and value > 0)
+SHARE: Kind = ("a number from 0 to 1", lambda value: _number(value) and not (value < 0 or value > 1))  # or NaN
+METHOD: Kind = ("a text, or an object with a field method", lambda value: isinstance(value, str | dict))
+
+
+def many(kind: Kind) -> Kind:
+    return f"a list, each {kind[0]}", lambda value: isinstance(value, list) and all(map(kind[1], value))
+
+
+def named(kind: Kind) -> Kind:
+    """An object with names that are not known before."""
+    return f"an object, each value {kind[0]}", lambda one: isinstance(one, dict) and all(map(kind[1], one.values()))
+
+
+OBJECT: Kind = ("an object", lambda value: isinstance(value, dict))
+
+
+def check_fields(row: Row, kinds: Mapping[str, Kind], where: str, needed: Iterable[str] = ()) -> None:
+    """Refuse a row in which a field is not what it has to be. One that is null counts as missing.
+
+    Raises:
+        ValueError: naming where it is, the field and what is expected.
+    """
+    for name in needed:
+        if row.get(name) is None:
+            raise ValueError(f"{where}: the field {name} is missing; it has to be {kinds[name][0]}")
+    for name, (words, fits) in kinds.items():
+        value = row.get(name)
+        if value is not None and not fits(value):
+            raise ValueError(f"{where}: the field {name} is {_short(value)}, but it has to be {words}")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
