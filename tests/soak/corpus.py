@@ -141,6 +141,7 @@ def _write_results(folder: Path, commands: Commands) -> None:
     for name, sparsity in {"sparser": "0.7", "sparse": "0.5"}.items():
         recipe = ["recipe.yaml", "--model", "dense", "--target-sparsity", sparsity, "--compensation-rank", "2"]
         rows.append(_must(commands, ["train", *recipe, "-o", name, "--json"], folder))
+        shutil.rmtree(folder / name / "lte_teacher")  # no part of the model
     rows += [_must(commands, ["eval", one, *_READ, "--max-rows", "8", "--json"], folder) for one in ("dense", "sparse")]
     (folder / "results.jsonl").write_text("".join(one.splitlines()[-1] + "\n" for one in rows))
 

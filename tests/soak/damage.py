@@ -181,7 +181,8 @@ def _observed(subject: Subject, ran: Ran, folder: Path) -> Any:
         seen |= {name: value for name, value in printed.items() if name not in VOLATILE}
     if subject.output:
         path = folder / subject.output
-        for one in sorted(path.iterdir()) if path.is_dir() else [path]:
+        made = sorted(path.iterdir()) if path.is_dir() else [path]
+        for one in [file for file in made if file.name != "generation_config.json"]:  # handed on as it is
             seen[one.name] = hashlib.sha256(one.read_bytes()).hexdigest()
     return json.loads(json.dumps(seen).replace("NaN", '"NaN"'))  # NaN is not itself
 
