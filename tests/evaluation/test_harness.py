@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lte
-from byte_tokenizer import byte_tokenizer
+from byte_tokenizer import byte_tokenizer, with_bos
 from lte.cli.main import main
 from lte.evaluation.measuring import measure
 
@@ -194,3 +194,18 @@ def test_refused(options, message, tmp_path, capsys):
     byte_tokenizer().save_pretrained(tmp_path)
     assert main(["eval", str(tmp_path), *options]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("only_local")
+@pytest.mark.parametrize("task", ["lte_count", "lte_say"])
+def test_questions_begin_with_the_bos_of_the_tokenizer(folder, task):
+    for tokenizer, bos in ((with_bos(), 1), (byte_tokenizer(), None)):
+        made, read = model("dense"), []
+
+        def look(_module, args, kwargs, read=read):
+            read.append(args[0] if args else kwargs["input_ids"])
+
+        made.register_forward_pre_hook(look, with_kwargs=True)
+        evaluate_tasks(made, tokenizer, find_tasks([task], folder), batch_size=1)
+        firsts = {ids[0, 0].item() for ids in read if ids.shape[1] > 1}
+        assert firsts == {byte_tokenizer()("a")["input_ids"][0] if bos is None else bos}

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lte
-from byte_tokenizer import byte_tokenizer
+from byte_tokenizer import byte_tokenizer, with_bos
 from lte.evaluation.report.routing import BINS, histogram, route, union_by_batch, union_sparsity
 from lte.evaluation.report.routing_view import token_data
 
@@ -88,3 +88,16 @@ def test_what_the_page_gets_of_tokens(model):
             digits = data["bits"][layer][token]
             assert [bool(int(digits[e // 4], 16) >> (3 - e % 4) & 1) for e in range(6)] == row
             assert data["counts"][layer][token] == sum(row)
+
+
+def test_a_text_is_routed_behind_the_bos_of_its_tokenizer(model):
+    """The model reads BOS, and the report shows the text alone."""
+    tokenizer, text = with_bos(), "one\ntwo"
+    read = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: read.append(kwargs["input_ids"]), with_kwargs=True)
+    found = route(model, tokenizer, text, 512)
+    assert read[0].tolist() == [[1, *byte_tokenizer()(text)["input_ids"]]]
+    assert "".join(found.pieces) == text
+    assert all(len(active) == len(text) for active in found.active)
+    assert len(route(model, tokenizer, text, 4).pieces) == 3  # as many tokens as were asked for, BOS counted
+    assert read[1].shape == (1, 4)

@@ -123,7 +123,7 @@ def test_activation_needs_its_layer():
     up = nn.Linear(D, F_)
     router = Router(D, E)
     router.reset()
-    place = SparseActivation(nn.ReLU(), up, nn.Identity(), router, TAU)
+    place = SparseActivation(nn.ReLU(), up, nn.Linear(F_, D), router, TAU)
     x = torch.randn(3, D)
     torch.testing.assert_close(place(up(x)), F.relu(up.forward(x)))
     with pytest.raises(RuntimeError, match="did not see"):

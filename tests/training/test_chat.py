@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from byte_tokenizer import byte_tokenizer
+from byte_tokenizer import byte_tokenizer, with_bos
 from lte.training.batches import IGNORED
 from lte.training.data import DataConfig, load_dataset_for, load_prompts
 
@@ -74,10 +74,7 @@ def test_parts_of_text_are_a_text(tmp_path, tokenizer):
 
 def test_bos_once(tmp_path):
     """A template that writes BOS, and a tokenizer that adds it: one BOS."""
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = byte_tokenizer(bos_token="<pad>")
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 1)])
+    tokenizer = with_bos()
     tokenizer.chat_template = "<pad>" + TEMPLATE
     source = write(tmp_path / "a.jsonl", [{"messages": CHAT}])
     row = load_dataset_for("generation", source, tokenizer, DataConfig(messages="messages"))[0]
@@ -114,3 +111,109 @@ def test_refused(tmp_path, template, row, message):
     with pytest.raises(ValueError, match=message) as error:
         load_prompts(source, DataConfig(messages="messages"), tokenizer)
     assert "\n" not in str(error.value)
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}
+CALLS = [CHAT[1], CALL, {"role": "tool", "content": "2"}, CHAT[2]]
+BESIDE = (  # as most templates with tools: the content, then the calls
+    "{% if tools %}[tools]{{ tools | tojson }}{% endif %}"
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] + '' }}"
+    "{% for c in m['tool_calls'] %}<call>{{ c['function']['name'] }}</call>{% endfor %}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+IN_PLACE = (  # as others: a call is a message without content
+    "{% for m in messages %}[{{ m['role'] }}]"
+    "{% if m.get('content') is none %}<call>{{ m['tool_calls'][0]['function']['name'] }}</call>"
+    "{% else %}{{ m['content'] }}{% endif %}<eos>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def asked(answer, **more):
+    return {"messages": [CHAT[1], {"role": "assistant", "content": answer, **more}]}
+
+
+def test_the_end_of_turn_of_the_template_is_nothing_to_warn_of(tmp_path, tokenizer, caplog):
+    tokenizer.chat_template = CHATML
+    source = write(tmp_path / "a.jsonl", [asked("2")])
+    for end in (None, "<|im_end|>"):  # which is in no answer, and not to be taken from what the template writes
+        config = DataConfig(messages="messages", completion_end=end)
+        assert load_prompts(source, config, tokenizer)[1] == ["2<|im_end|>"]
+        assert "im_end" not in caplog.text
+
+
+def test_a_marker_of_another_model_is_warned_of_and_removed(tmp_path, tokenizer, caplog):
+    tokenizer.chat_template = CHATML
+    source = write(tmp_path / "a.jsonl", [asked("2</s>"), asked("3<eos>")])
+    assert load_prompts(source, DataConfig(messages="messages"), tokenizer)[1] == ["2</s><|im_end|>", "3<|im_end|>"]
+    assert "1 completions end with the text '</s>'" in caplog.text
+    caplog.clear()
+    config = DataConfig(messages="messages", completion_end="</s>")
+    assert load_prompts(source, config, tokenizer)[1] == ["2<|im_end|>", "3<|im_end|>"]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("template", [CHATML, TEMPLATE, BESIDE, IN_PLACE])
+@pytest.mark.parametrize("nothing", ["", " \n", None, []])
+def test_answers_of_nothing_are_not_learnt(tmp_path, tokenizer, caplog, template, nothing):
+    tokenizer.chat_template = template
+    source = write(tmp_path / "a.jsonl", [asked("2"), asked(nothing), asked("3", tool_calls=None)])
+    assert [one[0] for one in load_prompts(source, DataConfig(messages="messages"), tokenizer)[1]] == ["2", "3"]
+    assert "rows with an empty completion: skipped 1 of 3" in caplog.text
+    with pytest.raises(ValueError, match="empty completion: all 1, nothing is left"):
+        load_prompts(write(tmp_path / "b.jsonl", [asked(nothing)]), DataConfig(messages="messages"), tokenizer)
+
+
+@pytest.mark.parametrize("template", [BESIDE, IN_PLACE])
+def test_tool_calls_are_answers(tmp_path, tokenizer, template):
+    tokenizer.chat_template = template
+    call = {key: value for key, value in CALL.items() if key != "content"}
+    for first in (CALL, {**CALL, "content": ""}, call):
+        source = write(tmp_path / "a.jsonl", [{"messages": [CHAT[1], first, *CALLS[2:]]}])
+        prompts, answers = load_prompts(source, DataConfig(messages="messages"), tokenizer)
+        assert answers == ["<call>add</call>", "2"]
+        assert prompts[1] == "[user]1+1?<eos>[assistant]<call>add</call><eos>[tool]2<eos>[assistant]"
+
+
+def test_what_is_said_first_is_context(tmp_path, tokenizer):
+    source = write(tmp_path / "a.jsonl", [{"messages": [{"role": "assistant", "content": "Hello!"}, *CHAT[1:3]]}])
+    prompts = ["[assistant]Hello!<eos>\n[user]1+1?<eos>\n[assistant]"]
+    assert load_prompts(source, DataConfig(messages="messages"), tokenizer) == (prompts, ["2"])
+
+
+@pytest.mark.parametrize("written", [lambda tools: tools, json.dumps])
+def test_tools_go_to_the_template(tmp_path, tokenizer, written):
+    tokenizer.chat_template = BESIDE
+    tools = [{"name": "add"}]
+    source = write(tmp_path / "a.jsonl", [{"messages": CALLS, "tools": written(tools)}])
+    prompts, _ = load_prompts(source, DataConfig(messages="messages"), tokenizer)
+    assert prompts[0] == '[tools][{"name": "add"}][user]1+1?<eos>[assistant]'
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "message"),
+    [
+        (CHATML, {"messages": CALLS}, "does not write an answer's tool calls"),
+        (TEMPLATE, {"messages": CALLS}, "does not write an answer's tool calls"),
+        (BESIDE, asked("", tool_calls="add()"), "tool_calls are no list of functions with names"),
+        (BESIDE, {**asked("2"), "tools": "add"}, "column 'tools' holds a text that is not JSON"),
+        (BESIDE, {**asked("2"), "tools": 3}, "column 'tools' holds a int, a list of tools is needed"),
+        (CHATML, {"messages": [{"role": 3, "content": "?"}, CHAT[2]]}, "refuses a chat: can only concatenate"),
+        (CHATML, {"messages": [{"from": "human", "value": "?"}]}, "column 'messages' holds no chat"),
+        (CHATML, {"messages": [{"role": "user", "content": {"a": 1}}]}, "a message's content is a dict"),
+    ],
+)
+def test_bad_chats_are_named_by_their_row_or_skipped(tmp_path, tokenizer, caplog, template, row, message):
+    tokenizer.chat_template = template
+    source = write(tmp_path / "a.jsonl", [asked("2"), row])
+    with pytest.raises(ValueError, match=f"a.jsonl: row 2: .*{message}") as error:
+        load_prompts(source, DataConfig(messages="messages"), tokenizer)
+    assert "\n" not in str(error.value)
+    skipping = DataConfig(messages="messages", skip_bad_rows=True)
+    assert len(load_prompts(source, skipping, tokenizer)[1]) == 1
+    assert "skipped 1 of 2 chats, the first for this" in caplog.text
+    with pytest.raises(ValueError, match=message):
+        load_prompts(write(tmp_path / "b.jsonl", [row]), skipping, tokenizer)

@@ -85,3 +85,34 @@ def test_it_trains_in_the_soft_and_hard_stage(tmp_path, start):
     assert bool(seen["soft"][1].any()) == (start == "fitted")
     assert not torch.equal(seen["soft"][1], seen["hard"][1])
     assert not torch.equal(seen["hard"][1], layer.compensation.expand)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["zero", "constant", "few", "one large", "dead"])
+def test_inputs_that_depend_on_each_other(kind):
+    model, data = model_of(4), batches(rows=50)
+    layer = model.model.layers[0]
+    if kind == "zero":
+        layer.post_attention_layernorm.weight.zero_()
+    if kind == "constant":
+        data[0]["input_ids"].fill_(7)
+    if kind == "few":
+        data[0]["input_ids"] = data[0]["input_ids"][:1, :3]
+    if kind == "one large":
+        layer.post_attention_layernorm.weight[0] = 1e8
+    if kind == "dead":
+        layer.mlp.down_proj.weight.zero_()
+    fit_routers_(model, data, bias=2.0)
+    fit_compensations_(model, data, 0.5)
+    assert all(one.isfinite().all() for one in model.parameters())
+
+
+@torch.no_grad()
+def test_finite_weights_may_leave_out_infinities():
+    model, data = model_of(4), batches(rows=50)
+    fit_routers_(model, data, bias=2.0)
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj.weight.mul_(1e25)
+    mlp.down_proj.weight.mul_(1e25)
+    with pytest.raises(ValueError, match="what FFNs are given and leave out has become NaN or infinite"):
+        fit_compensations_(model, data, 0.5)

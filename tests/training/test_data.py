@@ -16,10 +16,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from lte.training import sources, tokenise
 from lte.training.batches import PackedBlocks, PaddedRows, split_held_out
 from lte.training.data import DataConfig, load_dataset_for, load_prompts, load_texts
-from lte.training.sources import read_rows, read_text, read_token_ids
-from lte.training.tokenise import _pieces, encode, tokenise_documents
+from lte.training.sources import read_token_ids
+from lte.training.text_files import read_text
+from lte.training.tokenise import _pieces, tokenise_documents
 
 TEXT = "The cat sat.\n\n The dog ran away,\r\nfar away.\n\tCafé \u2028 end\n"
 ROWS = [
@@ -54,6 +56,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 EOS, PAD, BOS = 0, 1, 2
+
+
+def read_rows(source, *options) -> list[dict]:
+    return list(sources.read_rows(source, *options))
 
 
 def ids_of(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
@@ -234,20 +240,29 @@ def test_eos_in_the_text_is_not_doubled(tmp_path, tokenizer):
     assert dataset[0]["input_ids"].tolist() == stream
 
 
-def test_long_text_in_pieces_has_the_tokens_of_the_whole(tokenizer):
+def test_pieces_are_of_the_text(tokenizer):
     text = TEXT * 200
-    pieces = list(_pieces(text, tokenizer, size=500))
+    pieces = list(_pieces([text[:700], text[700:]], tokenizer, size=500))
     assert len(pieces) > 10
     assert "".join(pieces) == text
-    assert [i for ids in encode(pieces, tokenizer) for i in ids] == ids_of(tokenizer, text)
 
 
-def test_text_stays_whole_where_a_cut_would_change_tokens():
-    marks_start = make_tokenizer()
-    marks_start.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    text = "cat\n" * 1000
-    assert list(_pieces(text, marks_start, size=500)) == [text]
-    assert tokenise_documents([text], marks_start)[0].tolist() == ids_of(marks_start, text)
+@pytest.mark.parametrize("text", [TEXT * 200, "the cat and the dog " * 500, "cat" * 4000, "é\u2028" * 3000])
+@pytest.mark.parametrize("marks_start", [False, True])
+def test_long_text_in_pieces_has_the_tokens_of_the_whole(monkeypatch, text, marks_start):
+    """Of lines, of words, of neither; also by a tokenizer that marks the start of a text."""
+    monkeypatch.setattr(_pieces, "__defaults__", (500,))
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=marks_start)
+    found = list(tokenise_documents([[text]], tokenizer))
+    assert len(found) > 10
+    assert [starts for starts, _ in found] == [True] + [False] * (len(found) - 1)
+    assert np.concatenate([ids for _, ids in found]).tolist() == ids_of(tokenizer, text)
+
+
+def test_text_stays_whole_where_every_cut_would_change_tokens(monkeypatch, tokenizer):
+    monkeypatch.setattr(tokenise, "_CUTS", ())
+    assert list(_pieces([TEXT * 50], tokenizer, size=500)) == [TEXT * 50]
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
@@ -553,7 +568,7 @@ def bad(name: str, content: str | bytes, message: str, **config):
         ),
         bad(
             "a.jsonl",
-            '{"prompt": "a"}\n\n{"prompt": \n',
+            '{"prompt": "a", "completion": "b"}\n\n{"prompt": \n',
             r"a.jsonl, line 3: not JSON \(Expecting value, column 12\)",
         ),
         bad("a.jsonl", "[1]\n", "a.jsonl, line 1: a list, a JSON object is needed"),
@@ -561,7 +576,7 @@ def bad(name: str, content: str | bytes, message: str, **config):
         bad("a.json", '{"a": 1}\n{"a": 2}\n', "or is it JSON lines, named .jsonl"),
         bad("a.json", '{"a": [1]}', "a list of JSON objects is needed"),
         bad("a.csv", "a,a\n1,2\n", "the header names a column twice: 'a', 'a'"),
-        bad("a.csv", "a,b\n1,2\n1,2,3\n", "a.csv, line 3: 3 fields, but the header has 2"),
+        bad("a.csv", "prompt,completion\n1,2\n1,2,3\n", "a.csv, line 3: 3 fields, but the header has 2"),
         bad("a.tsv", "a\tb\n1\n", "a.tsv, line 2: 1 fields, but the header has 2"),
         bad("a.csv", 'a,b\n1,"2\n', "a.csv, line 2: unexpected end of data"),
         bad(

@@ -14,7 +14,7 @@ from tiny_training import dense_llama, trainer_for
 from transformers import TrainerCallback
 
 import lte
-from lte.training.checkpoints import last_complete_checkpoint
+from lte.training.checkpoints import newest_whole
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 
@@ -62,7 +62,7 @@ def interrupted(folder: Path, step: int) -> None:
 
 def damage(folder: Path, step: int) -> None:
     """What a kill during the writing of a checkpoint leaves: it is the newest, and has no state."""
-    found = last_complete_checkpoint(folder)
+    found = newest_whole(folder)
     assert found is not None
     newest = folder / f"checkpoint-{step}"
     shutil.copytree(found, newest)
@@ -159,26 +159,6 @@ def test_only_a_damaged_checkpoint_starts_afresh(tmp_path, whole):
     trainer = trainer_for(tmp_path)
     trainer.train(resume_from_checkpoint=True)
     assert_same(trainer, whole)
-
-
-def test_the_last_complete_checkpoint(tmp_path):
-    assert last_complete_checkpoint(tmp_path / "none") is None
-    states = {
-        "checkpoint-9": '{"global_step": 9}',
-        "checkpoint-10": '{"global_step": 10}',
-        "checkpoint-11": '{"global_step": 11',
-        "checkpoint-12": "",
-        "checkpoint-13": "[]",
-        "checkpoint-14": "{}",
-        "checkpoint-15": None,
-        "checkpoint-16": '{"global_step": null}',
-        "other-99": '{"global_step": 99}',
-    }
-    for name, state in states.items():
-        (tmp_path / name).mkdir()
-        if state is not None:
-            (tmp_path / name / "trainer_state.json").write_text(state)
-    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 
 def test_resuming_without_the_teacher_says_so(tmp_path):

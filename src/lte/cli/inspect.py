@@ -13,8 +13,10 @@ from lte.core.grouping import check_divisible
 from lte.methods.teal import teal_cost
 from lte.methods.weight_pruning import SECTION as PRUNING
 from lte.surgery.cost import cost_per_token, meta_model
+from lte.surgery.families import check_family
 from lte.surgery.loading import load_config
 from lte.surgery.method import Method
+from lte.surgery.reading import reading
 from lte.surgery.sites import find_sites
 from lte.surgery.teal import SECTION as TEAL
 
@@ -26,15 +28,21 @@ class Inspect:
     expert_size: int = 32
     """Neurons an expert."""
     sparsity: Annotated[tuple[float, ...], tyro.conf.arg(help="Sparsities to give the cost at.")] = (0.5, 0.7, 0.9)
+    trust_remote_code: bool = False
+    """Run code that comes with the model, if it has any. Read it first."""
     json: bool = False
     """Print one JSON object on the last line."""
 
 
-def describe(name: str, expert_size: int, sparsities: Sequence[float]) -> dict[str, Any]:
+def describe(
+    name: str, expert_size: int, sparsities: Sequence[float], trust_remote_code: bool = False
+) -> dict[str, Any]:
     """Everything the command prints, as one dictionary."""
-    config = load_config(name)
-    model = meta_model(config)
-    sites = find_sites(model, config.model_type)
+    config = load_config(name, trust_remote_code)
+    check_family(config)
+    with reading(name):
+        model = meta_model(config)
+        sites = find_sites(model, config.model_type)
     lte, teal = getattr(config, "lte", None), getattr(config, TEAL, None)
     size = Method.from_dict(lte).expert_size if lte else expert_size
     ffns = [
@@ -69,7 +77,7 @@ def describe(name: str, expert_size: int, sparsities: Sequence[float]) -> dict[s
 
 def main(argv: Sequence[str]) -> None:
     options: Inspect = parse(Inspect, "inspect", argv)
-    found = describe(options.model, options.expert_size, options.sparsity)
+    found = describe(options.model, options.expert_size, options.sparsity, options.trust_remote_code)
     first = found["ffns"][0]
     state = "dense"
     if found["lte"]:

@@ -13,9 +13,11 @@ from lte.cli.console import err
 from lte.evaluation.generation import group_references
 from lte.inference.optimize import optimize_
 from lte.ops.sparse_ffn import BackendName
+from lte.surgery.families import check_family
 from lte.surgery.loading import Head, check_causal, class_names_of, classifies, load_model
 from lte.training.batches import PaddedRows
-from lte.training.data import DataConfig, Task, generation_rows, load_dataset_for, load_prompts
+from lte.training.data import DataConfig, Task, generation_rows, load_dataset_for
+from lte.training.prompts import load_prompts
 from lte.training.tokenise import most_tokens
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -51,8 +53,15 @@ class DataOptions:
         return generating_head(model_config)
 
     def kept_head(self, model_config: Any) -> Head:
-        """The head of a model that is converted: its own, where no data says what it is for."""
-        return self.head(model_config) if self.text else own_head(model_config)
+        """The head of a model that is converted: its own.
+
+        Raises:
+            ValueError: the family cannot be converted, or the data is not for the head.
+        """
+        check_family(model_config)
+        if self.text and classifies(model_config):
+            self.head(model_config)  # refuses data that is not for it
+        return "own"
 
     def load(
         self,
@@ -62,12 +71,18 @@ class DataOptions:
         data: DataConfig | None = None,
         labelled: bool = True,
         new_head: bool = False,
+        max_rows: int | None = None,
     ) -> Any:
-        """The rows of ``sources``; of a classifier's classes, in its order, unless it may get a new head."""
+        """The rows of ``sources``; of a classifier's classes, in its order, unless it may get a new head.
+
+        Of more than ``max_rows`` the first ones; what comes after is not read, but where it says which classes there
+        are.
+        """
         data = _as_written(data or self.data)
         if self.task == "classification" and data.class_names is None and not new_head:
             data = replace(data, class_names=class_names_of(model_config))
         longest = most_tokens(tokenizer, model_config)
+        all_classes = self.task == "classification" and data.class_names is None
         dataset = load_dataset_for(
             self.task,
             _given(sources),
@@ -76,6 +91,7 @@ class DataOptions:
             is_encoder_decoder=bool(model_config.is_encoder_decoder),
             vocab_size=model_config.get_text_config().vocab_size,
             labelled=labelled,
+            max_rows=None if all_classes else max_rows,
         )
         if self.task == "classification" and classifies(model_config) and labelled and not new_head:
             names = dataset.class_names or ()
@@ -91,7 +107,7 @@ class DataOptions:
                 )
         if data.sequence_length > longest:
             err.print(f"sequence_length {data.sequence_length} is beyond the model's {longest} positions: used those")
-        return dataset
+        return dataset if max_rows is None else dataset.head(max_rows)
 
     def load_references(
         self, tokenizer: Any, model_config: Any, max_prompts: int | None
@@ -135,6 +151,8 @@ class DeviceOptions:
     """auto, cpu, cuda, cuda:1, mps."""
     dtype: Dtype = "auto"
     """Of the weights; auto keeps the checkpoint's."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model, if it has any. Read it first."""
 
     def resolve(self) -> tuple[torch.device, torch.dtype | str]:
         if self.device != "auto":
@@ -150,19 +168,17 @@ class DeviceOptions:
         return device, self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
 
 
-def own_head(model_config: Any) -> Head:
-    """The head that a checkpoint has."""
-    return "classification" if classifies(model_config) else generating_head(model_config)
-
-
 def generating_head(model_config: Any) -> Head:
     return "seq2seq" if model_config.is_encoder_decoder else "causal"
 
 
-def open_model(name: str, head: Head, device: torch.device, dtype: torch.dtype | str) -> PreTrainedModel:
+def open_model(
+    name: str, head: Head, device: torch.device, dtype: torch.dtype | str, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The model on its device, with a word on the terminal while it loads."""
     with err.status("loading the model"):
-        return load_model(name, head, dtype, new_head=False).to(device)  # pyright: ignore[reportArgumentType]
+        model = load_model(name, head, dtype, new_head=False, trust_remote_code=trust_remote_code)
+        return model.to(device)  # pyright: ignore[reportArgumentType]
 
 
 def pad_alike_(model: PreTrainedModel, dataset: Any) -> None:

@@ -9,7 +9,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from lte.cli.console import err
 
 
-def train_with_progress(trainer: Trainer, resume: bool = False) -> None:
+def train_with_progress(trainer: Trainer, resume: str | bool | None = None) -> None:
     """``trainer.train()`` with this progress in place of the trainer's own.
 
     Raises:

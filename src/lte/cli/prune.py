@@ -43,12 +43,13 @@ class Prune:
 def main(argv: Sequence[str]) -> None:
     options = parse_prune(argv)
     device, dtype = options.where.resolve()
-    config, tokenizer = load_config(options.model), load_tokenizer(options.model)
+    config = load_config(options.model, options.where.trust_remote_code)
+    tokenizer = load_tokenizer(options.model, options.where.trust_remote_code)
     head, batches = options.data.kept_head(config), None
     if options.method == "wanda":
         dataset = options.data.load(options.data.text, tokenizer, config, labelled=False)
         batches = DataLoader(dataset, batch_size=1, collate_fn=dataset.collator)
-    model = open_model(options.model, head, device, dtype)
+    model = open_model(options.model, head, device, dtype, options.where.trust_remote_code)
     with err.status("pruning"):
         prune_(model, options.config(), batches)
     with saving(options.output) as fresh:

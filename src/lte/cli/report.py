@@ -11,7 +11,7 @@ import tyro
 from lte import __version__
 from lte.cli.console import err, out
 from lte.cli.main import parse
-from lte.cli.options import DeviceOptions, open_model, own_head
+from lte.cli.options import DeviceOptions, open_model
 from lte.cli.sweep import ROWS
 from lte.cli.train import SUMMARY
 from lte.evaluation.report.curves import gather
@@ -112,7 +112,7 @@ def _check(options: Report) -> None:
     if options.text is not None and not Path(options.text).is_file():
         raise FileNotFoundError(f"{options.text}: no such file for --text")
     for name in filter(None, (options.model, options.before)):
-        if not hasattr(load_config(name), "lte"):
+        if not hasattr(load_config(name, options.where.trust_remote_code), "lte"):
             raise ValueError(f"{name} has no routers: give a model that lte train or sparsify has made")
 
 
@@ -135,10 +135,9 @@ def _files(sources: Sequence[str]) -> list[Path]:
 
 def _route(options: Report, name: str, text: str) -> Routing:
     device, dtype = options.where.resolve()
-    config = load_config(name)
-    model = open_model(name, own_head(config), device, dtype)
+    model = open_model(name, "own", device, dtype, options.where.trust_remote_code)
     with err.status("reading the text"):
-        return route(model, load_tokenizer(name), text, options.max_tokens)
+        return route(model, load_tokenizer(name, options.where.trust_remote_code), text, options.max_tokens)
 
 
 def _head(options: Report, results: Results) -> Head:

@@ -47,13 +47,13 @@ def main(argv: Sequence[str]) -> None:
     options = parse_sparsify(argv)
     method: Method | TEALConfig = options.chosen_method
     device, dtype = options.where.resolve()
-    config = load_config(options.model)
-    tokenizer = load_tokenizer(options.model)
+    config = load_config(options.model, options.where.trust_remote_code)
+    tokenizer = load_tokenizer(options.model, options.where.trust_remote_code)
     head, batches = options.data.kept_head(config), []
     if isinstance(method, TEALConfig) or method.needs_activations or method.fit_tokens:
         dataset = options.data.load(options.data.text, tokenizer, config, labelled=False)
         batches = DataLoader(dataset, batch_size=1, collate_fn=dataset.collator)
-    model = open_model(options.model, head, device, dtype)
+    model = open_model(options.model, head, device, dtype, options.where.trust_remote_code)
     made = _teal_(model, method, batches) if isinstance(method, TEALConfig) else _sparsify_(model, method, batches)
     with saving(options.output) as fresh:
         model.save_pretrained(fresh)

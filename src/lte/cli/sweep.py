@@ -21,6 +21,7 @@ import torch
 import tyro
 
 from lte.cli.calibrate import parse_calibrate
+from lte.cli.child import PARENT
 from lte.cli.console import err, print_json
 from lte.cli.eval import parse_eval
 from lte.cli.eval_origin import training_of
@@ -28,9 +29,11 @@ from lte.cli.main import parse_known
 from lte.cli.options import Output
 from lte.cli.prune import parse_prune
 from lte.cli.sparsify import parse_sparsify
+from lte.cli.sweep_identity import row_identity, what_differs
 from lte.cli.sweep_table import Row, line_of, name_of, show
 from lte.cli.train import SUMMARY, parse_train
 from lte.files import append_line
+from lte.training.lock import locked
 
 ROWS = "rows.jsonl"
 
@@ -101,6 +104,11 @@ class Run:
         return [[self.name, *self.arguments], *evals]
 
     @property
+    def identity(self) -> dict[str, str]:
+        """Of what it is made from, as it is now."""
+        return row_identity(self.options, *(_parse_eval(one) for one in self.evals))
+
+    @property
     def command(self) -> str:
         return " && ".join(shlex.join(["lte", *one]) for one in self.commands)
 
@@ -112,21 +120,26 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"jobs is {options.jobs}, but at least one run goes on at a time")
     folder = Path(options.output)
     runs = plan(name, options.vary, base, folder, options.then)
+    with locked(folder):
+        rows = _run(runs, folder, options)
+    show(rows)
+    if options.json:
+        print_json({"rows": rows})
+    return int(any("error" in row for row in rows))
+
+
+def _run(runs: Sequence[Run], folder: Path, options: Sweep) -> list[Row]:
+    """Execute what is not done yet; give the rows of all."""
     before = _read(folder / ROWS)
     done = {row["command"]: row for row in before if "error" not in row}
     _check_same_options(runs, before, folder)
     todo = [run for run in runs if run.command not in done]
     err.print(f"{len(runs)} runs, {len(runs) - len(todo)} of them done already", markup=False)
-    folder.mkdir(parents=True, exist_ok=True)
     for row in execute(todo, options.jobs, options.discard_models):
         append_line(folder / ROWS, json.dumps(row))
         err.print(line_of(row), markup=False, soft_wrap=True)
         done[row["command"]] = row
-    rows = [done[run.command] for run in runs]
-    show(rows)
-    if options.json:
-        print_json({"rows": rows})
-    return int(any("error" in row for row in rows))
+    return [done[run.command] for run in runs]
 
 
 def plan(name: str, vary: Sequence[str], base: Sequence[str], folder: Path, evals: Sequence[str] = ()) -> list[Run]:
@@ -162,13 +175,17 @@ def plan(name: str, vary: Sequence[str], base: Sequence[str], folder: Path, eval
     for one in evals:
         if shlex.split(one)[:1] != ["eval"]:
             raise ValueError(f"{one!r} is no eval: write it as for a shell without the model, 'eval --text FILE'")
-        checked = parse_eval(["MODEL", *shlex.split(one)[1:]])
+        checked = _parse_eval(one)
         if not (checked.data.text or checked.questions.mmlu or checked.harness.tasks):
             raise ValueError(f"{one!r} does not say on what: add --text FILE, --mmlu FOLDER or --tasks NAMES")
     folders = [run.folder for run in runs]
     if twice := next((one for one in folders if folders.count(one) > 1), None):
         raise ValueError(f"two runs would share the folder {twice.name}: give each value once, and other names")
     return runs
+
+
+def _parse_eval(one: str) -> Any:
+    return parse_eval(["MODEL", *shlex.split(one)[1:]])
 
 
 def _folder_name(varied: dict[str, str]) -> str:
@@ -203,14 +220,14 @@ def execute(runs: Sequence[Run], jobs: int, discard_models: bool) -> Iterable[Ro
 
 
 def _execute(run: Run, environment: dict[str, str], discard_models: bool) -> Row:
-    began = time.perf_counter()
+    began, environment = time.perf_counter(), {**environment, PARENT: str(os.getpid())}
     run.folder.mkdir(parents=True, exist_ok=True)
     log = run.folder.with_suffix(run.folder.suffix + ".log")
-    row: Row = {"run": run.varied, "command": run.command}
+    row: Row = {"run": run.varied, "command": run.command, "identity": run.identity}
     found: list[Row] = []
     with log.open("w") as file:
         for arguments in run.commands:
-            command = [sys.executable, "-m", "lte.cli.main", *arguments]
+            command = [sys.executable, "-m", "lte.cli.child", *arguments]
             done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=file, text=True, check=False)
             if done.returncode:
                 file.flush()
@@ -224,7 +241,9 @@ def _execute(run: Run, environment: dict[str, str], discard_models: bool) -> Row
     row |= {"seconds": round(time.perf_counter() - began, 1), **_summary(run, found)}
     loss = row["evaluation"].get("loss")
     if loss is not None and not math.isfinite(loss):
-        return {name: row[name] for name in ("run", "command")} | {"error": f"the run diverged: its loss is {loss}"}
+        return {name: row[name] for name in ("run", "command", "identity")} | {
+            "error": f"the run diverged: its loss is {loss}"
+        }
     if discard_models:
         for path in run.folder.iterdir():
             if path.is_dir():
@@ -263,10 +282,16 @@ def _environment(slot: int, jobs: int) -> dict[str, str]:
 
 
 def _check_same_options(runs: Sequence[Run], before: Sequence[Row], folder: Path) -> None:
-    commands = {json.dumps(run.varied): run.command for run in runs}
+    """Raise ValueError unless the rows there are made from the same options and files, as far as they say so."""
+    planned = {json.dumps(run.varied): run for run in runs}
     for row in before:
-        if "error" not in row and commands.get(json.dumps(row["run"]), row["command"]) != row["command"]:
+        run = planned.get(json.dumps(row["run"]))
+        if run is None or "error" in row:
+            continue
+        if run.command != row["command"]:
             raise ValueError(f"{folder} holds {name_of(row)} made with other options: take another folder with -o")
+        if "identity" in row and (changed := what_differs(row["identity"], run.identity)):
+            raise ValueError(f"{folder} holds {name_of(row)}, but then {changed}: take another folder with -o")
 
 
 def _read(path: Path) -> list[Row]:

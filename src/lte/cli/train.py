@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -25,16 +26,19 @@ from lte.cli.console import err, print_json, track
 from lte.cli.eval_tables import show
 from lte.cli.main import parse
 from lte.cli.method_options import chosen, method_in, with_method
-from lte.cli.options import DataOptions, DeviceOptions, pad_alike_
+from lte.cli.options import DataOptions, DeviceOptions, check_folder, pad_alike_
 from lte.cli.progress import train_with_progress
 from lte.evaluation.evaluate import evaluate, label_metrics
 from lte.files import write_whole
 from lte.saving import saving
 from lte.surgery.convert import densify, sparsify_
+from lte.surgery.families import check_family
 from lte.surgery.loading import class_names_of, load_config, load_model, load_tokenizer
 from lte.surgery.method import Method
 from lte.training.arguments import LTETrainingArguments
 from lte.training.batches import split_held_out
+from lte.training.checks import check_dtype
+from lte.training.lock import locked
 from lte.training.trainer import LTETrainer
 
 SUMMARY = "lte_training.json"
@@ -113,8 +117,11 @@ def parse_train(argv: Sequence[str]) -> Train:
     given += [one.removeprefix("--device=") for one in arguments if one.startswith("--device=")]
     if given == ["cpu"] or (given in ([], ["auto"]) and not torch.cuda.is_available()):
         arguments.append("--use-cpu")  # must be known while parsing: bf16 without a GPU is refused otherwise
-    options = with_method(Train, method_in(arguments), ELSEWHERE)
-    return parse(options, "train", ["--output-dir" if one in ("-o", "--output") else one for one in arguments])
+    with_methods = with_method(Train, method_in(arguments), ELSEWHERE)
+    arguments = ["--output-dir" if one in ("-o", "--output") else one for one in arguments]
+    options = parse(with_methods, "train", arguments)
+    check_folder(options.training.output_dir, options.model, "give another one with -o")
+    return options
 
 
 def recipe_arguments(path: Path, given: Sequence[str] = ()) -> list[str]:
@@ -179,13 +186,25 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def train(options: Train, argv: Sequence[str]) -> dict[str, Any]:
-    """Convert, train, save and evaluate; give what the summary file holds."""
+    """Convert, train, save and evaluate; give what the summary file holds.
+
+    Raises:
+        ValueError: another run uses the output folder, and all that ``LTETrainer`` refuses.
+    """
+    args = options.training
+    with locked(cast(str, args.output_dir)) if args.process_index == 0 else nullcontext():
+        return _train(options, argv)
+
+
+def _train(options: Train, argv: Sequence[str]) -> dict[str, Any]:
     args = options.training
     set_seed(args.seed)
     target = {} if args.target_sparsity is None else {"target_sparsity": args.target_sparsity}
     method = chosen(options, seed=args.seed, **target)
     device, dtype = options.where.resolve()
-    config, tokenizer = load_config(options.model), load_tokenizer(options.model)
+    check_dtype(dtype)
+    config = load_config(options.model, options.where.trust_remote_code)
+    tokenizer = load_tokenizer(options.model, options.where.trust_remote_code)
     if args.load_best_model_at_end and not options.calibration_text:
         raise ValueError(
             "load_best_model_at_end would choose by the data of the final evaluation: give --calibration-text FILE"
@@ -202,7 +221,7 @@ def train(options: Train, argv: Sequence[str]) -> dict[str, Any]:
         processing_class=tokenizer,
         **_metrics(options.data.task),
     )
-    train_with_progress(trainer, options.resume)
+    train_with_progress(trainer, options.resume or args.resume_from_checkpoint)
     folder = Path(cast(str, args.output_dir))
     if args.should_save:
         (folder / SUMMARY).unlink(missing_ok=True)  # of another model, until this one is evaluated
@@ -280,6 +299,7 @@ def _metrics(task: str) -> dict[str, Any]:
 def _load_sparse(
     options: Train, method: Method, config: Any, device: torch.device, dtype: Any, train_set: Any
 ) -> PreTrainedModel:
+    check_family(config)
     class_names, labels = train_set.class_names, {}
     if class_names is not None:
         labels = {"num_labels": len(class_names), "id2label": dict(enumerate(class_names))}
@@ -288,7 +308,8 @@ def _load_sparse(
         labels["problem_type"] = "regression" if one else "single_label_classification"
     with err.status("loading the model"):
         head = options.data.head(config, new=True)
-        model = load_model(options.model, head, torch.float32 if dtype == "auto" else dtype, **labels)
+        trusted = {"trust_remote_code": options.where.trust_remote_code}
+        model = load_model(options.model, head, torch.float32 if dtype == "auto" else dtype, **trusted, **labels)
         model.to(device)  # pyright: ignore[reportArgumentType]
     pad_alike_(model, train_set)
     if not hasattr(model.config, "lte"):

@@ -86,6 +86,7 @@ def evaluate(
     count += sum(len(labels) for _, labels in labelled)
     if count == 0:
         raise ValueError("the data holds no label to predict: give more text")
+    check_finite(torch.tensor(loss))
     if labelled:
         logits, labels = (torch.cat(parts) for parts in zip(*labelled, strict=True))
         check_finite(logits)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lte.evaluation.measuring import Spent, is_sparse, measure, spent
 from lte.evaluation.text_metrics import TextMetrics
 from lte.inference.completions import GREEDY, Completion, complete, padded, replay, stop_ids
-from lte.training.tokenise import encode, most_tokens, wrapping
+from lte.training.tokenise import encode, most_tokens, without_start, wrapping
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,8 @@ def _encode(
             "give a smaller max_new_tokens, or a larger sequence_length where the model has the positions"
         )
     encoded, cut = [], 0
-    for prompt in encode(prompts, tokenizer):
+    for written in encode(prompts, tokenizer):
+        prompt = without_start(written, start)
         cut += len(prompt) > free
         kept = prompt[:free] if encoder_decoder else prompt[-free:]
         if not (start or kept or end):

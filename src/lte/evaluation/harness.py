@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lte.evaluation.measuring import Spent, measure, spent
 from lte.surgery.loading import check_causal
+from lte.training.tokenise import wrapping
 
 _BOOTSTRAP = 1000  # resamplings for errors of metrics that are no mean; lm_eval's 100,000 take minutes
 
@@ -99,7 +100,12 @@ def evaluate_tasks(
 
     harness: Any = huggingface  # its decorators hide the class from a checker
     was_training = model.training
-    lm = harness.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    lm = harness.HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        add_bos_token=bool(wrapping(tokenizer)[0]),  # versions differ in what they take where nothing is said
+    )
     with measure(model) as meter:
         marked = model.register_forward_pre_hook(_mark_padding, with_kwargs=True, prepend=True)  # before the meter's
         unmarked = model.register_forward_pre_hook(_forget_padding, with_kwargs=True)  # after it

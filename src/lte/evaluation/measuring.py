@@ -6,12 +6,15 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lte.core.accounting import Cost
 from lte.methods.teal import teal_cost
 from lte.methods.weight_pruning import weight_sparsity
-from lte.modules.input_threshold import InputMeter, track_inputs
+from lte.modules.input_threshold import CUT, InputMeter, track_inputs
 from lte.modules.recording import SparsityMeter, track_sparsity
+from lte.modules.sparse_ffn import Selecting
+from lte.surgery.complete import check_numbers
 from lte.surgery.cost import cost_per_token
 from lte.surgery.sites import block_linears, find_sites
 from lte.surgery.teal import SECTION as TEAL
@@ -68,8 +71,12 @@ def measure(model: PreTrainedModel, entry: nn.Module | None = None) -> Iterator[
 
     Args:
         entry: the part of ``model`` that is called, e.g. its backbone; None for the model.
+
+    Raises:
+        ValueError: a weight of a router, or a threshold, is NaN or infinite: it would count as idle.
     """
     entry = model if entry is None else entry
+    check_numbers("the model", _choosing(entry))
     passes: AbstractContextManager[Meter] = nullcontext(SparsityMeter())
     if hasattr(model.config, TEAL):
         passes = track_inputs(entry, block_linears(model, model.config.model_type))
@@ -77,6 +84,17 @@ def measure(model: PreTrainedModel, entry: nn.Module | None = None) -> Iterator[
         passes = track_sparsity(entry)
     with passes as meter:
         yield meter
+
+
+def _choosing(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that decide what is idle: of routers and compensations, and thresholds on inputs."""
+    for name, module in model.named_modules():
+        if isinstance(module, Selecting):
+            parts = {"router": module.router, "compensation": module.compensation}
+            for part, one in parts.items():
+                yield from ((f"{name}.{part}.{key}", value) for key, value in (one or nn.Module()).state_dict().items())
+        elif isinstance(cut := getattr(module, CUT, None), Tensor) and isinstance(module, nn.Linear | Conv1D):
+            yield f"{name}.{CUT}", cut
 
 
 def spent(model: PreTrainedModel, meter: Meter) -> Spent:

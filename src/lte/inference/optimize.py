@@ -14,6 +14,7 @@ from lte.inference.packed import (
 )
 from lte.modules.recording import check_linear, sparse_layers
 from lte.modules.sparse_ffn import Selecting, SparseFFN
+from lte.modules.tensor_parallel import check_not_shared
 from lte.ops.sparse_ffn import BACKENDS, BackendName
 from lte.surgery.sites import Site, find_sites
 
@@ -35,11 +36,12 @@ def optimize_(model: PreTrainedModel, backend: BackendName = "auto") -> PreTrain
 
     Raises:
         ValueError: unknown backend, a dense model, one in mode dense or soft, one of another method than LTE;
-            quantised, adapted or mixed precision projections, an activation that ``sparse_ffn`` does not know. The
-            model is then as it was.
+            quantised, adapted or mixed precision projections, an activation that ``sparse_ffn`` does not know, weights
+            that are shared out by tensor parallelism. The model is then as it was.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, but it is one of {', '.join(BACKENDS)}")
+    check_not_shared(model, "optimize_ packs")
     layers = sparse_layers(model).values()
     check_linear(layers, "its kernels cannot run it, use the model as it is, it computes the same")
     modes = sorted({layer.mode for layer in layers} - {"hard"})

@@ -127,7 +127,7 @@ class PackedLayer(Selecting):
     def run(self, x_TD: Tensor) -> Tensor:
         """The FFN's output by ``sparse_ffn``."""
         active_TE = None
-        if self.kept_in:
+        if self.recorded:
             scores_TE = self.router(x_TD)
             self.keep(scores_TE)
             active_TE = threshold(scores_TE, self.tau)
@@ -149,10 +149,8 @@ class PackedActivation(PackedLayer, SparseActivation):
     """A ``SparseActivation`` that computes the whole FFN while its projections, ``BypassedLinear``, pass on."""
 
     def forward(self, hidden_TF: Tensor) -> Tensor:
-        if self._x_TD is None or not self.skips(self._x_TD):
-            return super().forward(hidden_TF)
-        x_TD, self._x_TD = self._x_TD, None
-        return self.run(x_TD)
+        x_TD = self.take_input()
+        return self.run(x_TD) if self.skips(x_TD) else self.select(x_TD, hidden_TF)
 
 
 class BypassedLinear(nn.Linear):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lte.modules.recording import TokenMasks
+from lte.modules.tensor_parallel import check_not_shared
 
 CUT = "cut"
 
@@ -58,7 +59,11 @@ def track_inputs(model: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator
     """Measure how many inputs of ``linears`` are 0 over all forward passes of ``model`` made within.
 
     Padding (by the attention mask given to the model) is not counted.
+
+    Raises:
+        ValueError: a model that is shared out by tensor parallelism: a process sees some of a layer's inputs.
     """
+    check_not_shared(model, "counting inputs wants")
     meter, masks = InputMeter(), TokenMasks(model)
     with ExitStack() as hooks:
         hooks.callback(model.register_forward_pre_hook(masks.see, with_kwargs=True, prepend=True).remove)

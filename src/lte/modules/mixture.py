@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lte.core.selection import top_k
+from lte.modules.kept import Kept, kept, of_this_thread
 from lte.modules.recording import Recording
 from lte.modules.router import BaseRouter, draw_, linear_fp32
 from lte.modules.sparse_ffn import Selecting
@@ -28,7 +29,7 @@ class MixtureRouter(BaseRouter):
         self.k = k
         self.weight = nn.Parameter(torch.empty(num_experts, d_model, device=device))
         self.bias = nn.Parameter(torch.empty(num_experts, device=device))
-        self.kept_in: list[list[Tensor]] = []
+        self.kept_in: Kept = []
 
     @property
     def num_weights(self) -> int:
@@ -45,10 +46,11 @@ class MixtureRouter(BaseRouter):
         learning = self.training and self.weight.requires_grad
         tried_TE = self.explore(x_TD, logits_TE) if learning else logits_TE
         chosen_TE = top_k(tried_TE, self.k)
-        if learning or self.kept_in:  # also where nobody keeps it: gradient checkpointing runs this twice, alike
+        lists = of_this_thread(self.kept_in)
+        if learning or lists:  # also where nobody keeps it: gradient checkpointing runs this twice, alike
             balance_STE = self.balance(x_TD, logits_TE, tried_TE, chosen_TE)
-            for kept in self.kept_in:
-                kept.append(balance_STE)
+            for one in lists:
+                one.append(balance_STE)
         return self.weigh(tried_TE, chosen_TE)
 
     def explore(self, x_TD: Tensor, logits_TE: Tensor) -> Tensor:
@@ -78,13 +80,8 @@ Balance = dict[str, tuple[MixtureRouter, list[Tensor]]]
 def record_balance(layers: dict[str, Selecting]) -> Iterator[Balance]:
     """Within it, the mixtures among ``layers`` keep what their balance losses need of one forward pass."""
     balance: Balance = {name: (one.router, []) for name, one in layers.items() if isinstance(one.router, MixtureRouter)}
-    for router, kept in balance.values():
-        router.kept_in = [*router.kept_in, kept]
-    try:
+    with kept(balance.values()):
         yield balance
-    finally:
-        for router, kept in balance.values():
-            router.kept_in = [one for one in router.kept_in if one is not kept]
 
 
 def balance_loss(balance: Balance, recording: Recording) -> Tensor:
@@ -95,10 +92,10 @@ def balance_loss(balance: Balance, recording: Recording) -> Tensor:
         recording: says which tokens are real.
     """
     losses = []
-    for name, (router, kept) in balance.items():
-        if not kept:  # not run in this pass
+    for name, (router, parts) in balance.items():
+        if not parts:  # not run in this pass
             continue
-        seen_STE = torch.cat(kept, dim=-2)  # in parts where the model runs its FFN in chunks of the sequence
+        seen_STE = torch.cat(parts, dim=-2)  # in parts where the model runs its FFN in chunks of the sequence
         mask = recording.masks.of(name, seen_STE.shape[1:-1])
         real_STE = seen_STE.flatten(1, -2)
         if mask is None:

@@ -1,6 +1,7 @@
 """Recording router scores during forward passes, and the sparsity they amount to. Padding is left out."""
 
 import inspect
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from lte.core.accounting import count_active
 from lte.core.selection import threshold
+from lte.modules.kept import kept
 from lte.modules.sparse_ffn import Selecting
 
 
@@ -82,16 +84,25 @@ class TokenMasks:
 class Recording:
     """What one forward pass showed: scores by layer (with gradient), and which tokens are real."""
 
-    def __init__(self, model: nn.Module, layers: Iterable[str]) -> None:
+    def __init__(self, model: nn.Module, layers: dict[str, Selecting]) -> None:
+        self._layers = layers
         self._kept: dict[str, list[Tensor]] = {name: [] for name in layers}
         self.masks = TokenMasks(model)
+        self.thread = threading.get_ident()
         self._running: nn.Module | None = None
+        self._with_gradient = False
         self._after: list[Callable[[], None]] = []
 
     @property
     def scores(self) -> dict[str, Tensor]:
-        """The scores of each layer that ran; in pieces where the model runs its FFN in chunks of the sequence."""
-        return {n: kept[0] if len(kept) == 1 else torch.cat(kept, dim=-2) for n, kept in self._kept.items() if kept}
+        """The scores of each layer that ran; in pieces where the model runs its FFN in chunks of the sequence.
+
+        Raises:
+            ValueError: gradients are wanted of them, and reentrant checkpointing has left none.
+        """
+        if self._with_gradient and torch.is_grad_enabled():
+            self._check_gradient()
+        return {n: one[0] if len(one) == 1 else torch.cat(one, dim=-2) for n, one in self._kept.items() if one}
 
     def mask(self, name: str) -> Tensor | None:
         """The tokens of layer ``name`` that are not padding, shaped like its scores without the last dimension.
@@ -114,15 +125,29 @@ class Recording:
             for (_, shape), names in alike.items()
         ]
 
+    def _check_gradient(self) -> None:
+        for name, layer in self._layers.items():
+            learning = layer.mode != "dense" and any(weight.requires_grad for weight in layer.router.parameters())
+            if learning and any(one.is_floating_point() and not one.requires_grad for one in self._kept[name]):
+                raise ValueError(
+                    f"the scores of {name} have no gradient in a pass with gradients: reentrant checkpointing takes "
+                    'it away, so call model.gradient_checkpointing_enable({"use_reentrant": False}), or read scores '
+                    "under torch.no_grad()"
+                )
+
+    def _elsewhere(self) -> bool:
+        return not torch.compiler.is_compiling() and threading.get_ident() != self.thread
+
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self._running is None:
+        if self._running is None and not self._elsewhere():
             self._running = module
-            for kept in self._kept.values():
-                kept.clear()
+            self._with_gradient = torch.is_grad_enabled()
+            for scores in self._kept.values():
+                scores.clear()
             self.masks.see(module, args, kwargs)
 
     def _end(self, module: nn.Module, _args: tuple, output: Any) -> None:
-        if self._running is module:
+        if self._running is module and not self._elsewhere():
             self._running = None
             if output is not None:  # None: the forward pass raised
                 for call in self._after:
@@ -136,23 +161,20 @@ def record_scores(model: nn.Module) -> Iterator[Recording]:
     Scores are ``[..., E]`` a layer, of the last forward pass, and carry gradient. Layers in mode
     dense record scores of 1. Safe with non-reentrant gradient checkpointing when the recording is
     read before ``backward`` and left by then. May be nested.
+
+    Other threads may run the model meanwhile, and record it: a recording has the passes of the thread that opened it,
+    and no others. A compiled model does not know threads: while one records it, no other may run it.
     """
     layers = sparse_layers(model)
     recording = Recording(model, layers)
-    before = {name: layer.kept_in for name, layer in layers.items()}
     with ExitStack() as hooks:
         for module in _entries(model, recording.masks.encoder_decoder):
             begin = module.register_forward_pre_hook(recording._begin, with_kwargs=True, prepend=True)
             end = module.register_forward_hook(recording._end, always_call=True)
             hooks.callback(begin.remove)
             hooks.callback(end.remove)
-        for name, layer in layers.items():
-            layer.kept_in = [*layer.kept_in, recording._kept[name]]
-        try:
-            yield recording
-        finally:
-            for name, layer in layers.items():
-                layer.kept_in = before[name]
+        hooks.enter_context(kept((layer, recording._kept[name]) for name, layer in layers.items()))
+        yield recording
 
 
 def _entries(model: nn.Module, encoder_decoder: bool) -> list[nn.Module]:
@@ -215,5 +237,10 @@ def track_sparsity(model: nn.Module) -> Iterator[SparsityMeter]:
     layers = sparse_layers(model)
     meter = SparsityMeter()
     with record_scores(model) as recording:
-        recording._after.append(lambda: meter.add(layers, recording.stacked()))
+
+        @torch.no_grad()
+        def count() -> None:
+            meter.add(layers, recording.stacked())
+
+        recording._after.append(count)
         yield meter

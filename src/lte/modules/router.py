@@ -88,11 +88,13 @@ class Router(BaseRouter):
         self.bias.mul_(self.temperature)
         self.temperature.fill_(1.0)
 
-    def logits(self, x_TD: Tensor) -> Tensor:
-        return linear_fp32(x_TD, self.weight, self.bias) * self.temperature.float()
+    def logits(self, x_TD: Tensor, experts: slice | None = None) -> Tensor:
+        """What the sigmoid is taken of, for all experts or for some."""
+        weight, bias = (self.weight, self.bias) if experts is None else (self.weight[experts], self.bias[experts])
+        return linear_fp32(x_TD, weight, bias) * self.temperature.float()
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return self.logits(x_TD).sigmoid()
+    def forward(self, x_TD: Tensor, experts: slice | None = None) -> Tensor:
+        return self.logits(x_TD, experts).sigmoid()
 
     def extra_repr(self) -> str:
         return f"d_model={self.weight.shape[1]}, num_experts={self.num_experts}"

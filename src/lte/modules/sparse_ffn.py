@@ -1,5 +1,6 @@
 """The sparse FFN: a dense model's own projections, with a router that decides which experts count."""
 
+import threading
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -8,7 +9,9 @@ from torch import Tensor, nn
 
 from lte.core.selection import scale_experts, threshold
 from lte.modules.compensation import Compensation
+from lte.modules.kept import Kept, of_this_thread
 from lte.modules.router import BaseRouter, Router
+from lte.modules.tensor_parallel import ExpertShard
 
 Mode = Literal["dense", "soft", "hard"]
 """dense: all experts, router not run. soft: each expert scaled by its score. hard: kept or dropped, unscaled
@@ -20,17 +23,21 @@ class Selecting(nn.Module):
 
     Attributes:
         compensation: adds to the FFN's output what stands in for idle experts; None adds nothing.
-        kept_in: lists to which each pass appends its scores ``[..., E]``; :func:`~lte.modules.recording.record_scores`
-            puts them here. Lists, not callables: all layers then look alike to ``torch.compile``.
+        num_neurons: F, of the whole FFN.
+        shard: which experts this process has, under tensor parallelism; None where it has all.
+        kept_in: lists to which each pass appends its scores ``[..., E]``;
+            :func:`~lte.modules.recording.record_scores` puts them here.
     """
 
-    def __init__(self, router: BaseRouter, tau: float, compensation: Compensation | None = None):
+    def __init__(self, router: BaseRouter, tau: float, compensation: Compensation | None, down: nn.Module):
         super().__init__()
         self.router = router
         self.compensation = compensation
         self.tau = tau
         self.mode: Mode = "dense"
-        self.kept_in: list[list[Tensor]] = []
+        self.num_neurons = _inputs_of(down)
+        self.shard: ExpertShard | None = None
+        self.kept_in: Kept = []
 
     def reset(self, generator: torch.Generator | None = None, bias: float = 0.0) -> None:
         """Initialise what is not the dense model's: the router (``bias``: where it has one) and the compensation."""
@@ -59,13 +66,20 @@ class Selecting(nn.Module):
         assert self.router.is_linear
         return cast(Router, self.router)  # peft can put a wrapper around it
 
+    @property
+    def recorded(self) -> bool:
+        """Whether someone wants this pass's scores."""
+        return bool(of_this_thread(self.kept_in))
+
     def keep(self, scores_TE: Tensor) -> None:
         """Append scores to the lists that want them."""
-        for kept in self.kept_in:
+        for kept in of_this_thread(self.kept_in):
             kept.append(scores_TE)
 
     def weigh(self, x_TD: Tensor, fired_TF: Tensor, hidden_TF: Tensor) -> Tensor | None:
         """The weight of each expert ``[..., E]`` as the mode says, booleans where it is kept or not; None keeps all.
+
+        Under tensor parallelism it may be only the weights of this process's experts, where no one asks for more.
 
         Args:
             x_TD: the FFN's input.
@@ -73,15 +87,54 @@ class Selecting(nn.Module):
             hidden_TF: the neurons: in a gated FFN, the activation times up.
         """
         if self.mode == "dense":
-            if self.kept_in:
+            if self.recorded:
                 self.keep(torch.ones(*hidden_TF.shape[:-1], self.router.num_experts, device=hidden_TF.device))
             return None
-        reads = self.router.reads
-        scores_TE = self.router(x_TD if reads == "input" else fired_TF if reads == "activation" else hidden_TF)
+        if self.router.reads != "input":
+            read_TF = fired_TF if self.router.reads == "activation" else hidden_TF
+            shard = self._shard_of(read_TF)
+            scores_TE = self.router(read_TF if shard is None else shard.gather(read_TF))
+        elif self._needs_own_scores_only() and (shard := self._shard_of(hidden_TF)) is not None:
+            scores_TE = self.router(x_TD, shard.own)
+        else:
+            scores_TE = self.router(x_TD)
         self.keep(scores_TE)
         if self.mode == "hard" and not self.router.scales:
             return threshold(scores_TE, self.tau)
         return scores_TE
+
+    def _needs_own_scores_only(self) -> bool:
+        """Whether no one asks for scores of experts that other processes have; gradients need them (ExpertShard)."""
+        return (
+            self.shard is not None
+            and self.router.is_linear
+            and self.compensation is None
+            and not self.recorded
+            and not torch.is_grad_enabled()
+        )
+
+    def _shard_of(self, neurons_TF: Tensor) -> ExpertShard | None:
+        """This process's part in the FFN where it has a part of the neurons only; None where they are all there.
+
+        Raises:
+            ValueError: neurons are missing, and the layer was not told which.
+        """
+        if neurons_TF.shape[-1] == self.num_neurons:
+            return None
+        if self.shard is None:
+            raise ValueError(
+                f"a sparse FFN has {neurons_TF.shape[-1]} of its {self.num_neurons} neurons in this process and does "
+                "not know which experts they are: shard the model as it is loaded, by "
+                "from_pretrained(..., distributed_config=DistributedConfig(tp_size=...))"
+            )
+        return self.shard
+
+    def scale(self, hidden_TF: Tensor, weights_TE: Tensor) -> Tensor:
+        """The neurons, each times its expert's weight, as :meth:`weigh` gave it."""
+        shard = self._shard_of(hidden_TF)
+        if shard is not None and weights_TE.shape[-1] == shard.num_experts:
+            weights_TE = shard.cut(weights_TE)
+        return scale_experts(hidden_TF, weights_TE)
 
     def compensated(self, y_TD: Tensor, x_TD: Tensor, weights_TE: Tensor | None) -> Tensor:
         """The FFN's output with what stands in for idle experts, if anything does."""
@@ -91,6 +144,12 @@ class Selecting(nn.Module):
 
     def extra_repr(self) -> str:
         return f"mode={self.mode!r}, tau={self.tau}"
+
+
+def _inputs_of(linear: nn.Module) -> int:
+    """How many neurons a down projection takes; GPT-2's ``Conv1D`` does not say so itself."""
+    inputs = getattr(linear, "in_features", None)
+    return inputs if inputs is not None else len(cast(Tensor, linear.weight))
 
 
 @dataclass(frozen=True)
@@ -123,7 +182,7 @@ class SparseFFN(Selecting):
         tau: float,
         compensation: Compensation | None = None,
     ):
-        super().__init__(router, tau, compensation)
+        super().__init__(router, tau, compensation, getattr(dense, roles.down))
         self.roles = roles
         for name, child in dense.named_children():
             self.add_module(name, child)
@@ -147,21 +206,32 @@ class SparseFFN(Selecting):
         if roles.hidden_dropout:
             hidden_TF = getattr(self, roles.hidden_dropout)(hidden_TF)
         weights_TE = self.weigh(x_TD, fired_TF, hidden_TF)
-        y_TD = self._down(hidden_TF if weights_TE is None else scale_experts(hidden_TF, weights_TE))
+        y_TD = self._down(hidden_TF if weights_TE is None else self.scale(hidden_TF, weights_TE))
         y_TD = self.compensated(y_TD, x_TD, weights_TE)
         return getattr(self, roles.output_dropout)(y_TD) if roles.output_dropout else y_TD
 
     def _down(self, hidden_TF: Tensor) -> Tensor:
         down = getattr(self, self.roles.down)
-        dtype = down.weight.dtype
+        weight = down.weight
         # T5 keeps this one projection in fp32 inside a half precision model
         if (
-            dtype != hidden_TF.dtype
-            and dtype.is_floating_point
+            isinstance(weight, Tensor)  # dynamic quantisation puts a method there
+            and weight.dtype != hidden_TF.dtype
+            and weight.dtype.is_floating_point
             and not torch.is_autocast_enabled(hidden_TF.device.type)
         ):
-            hidden_TF = hidden_TF.to(dtype)
+            hidden_TF = hidden_TF.to(weight.dtype)
         return down(hidden_TF)
+
+
+class _UnderWay(threading.local):
+    """What a pass has on its way from one hook to the next, in its thread. A copy begins empty."""
+
+    x_TD: Tensor | None = None
+    weighed: tuple[Tensor, Tensor] | None = None
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return type(self), ()
 
 
 class SparseActivation(Selecting):
@@ -182,31 +252,54 @@ class SparseActivation(Selecting):
         tau: float,
         compensation: Compensation | None = None,
     ):
-        super().__init__(router, tau, compensation)
+        super().__init__(router, tau, compensation, down)
         self.act = act
-        self._x_TD: Tensor | None = None
-        self._weighed: tuple[Tensor, Tensor] | None = None
+        self.x_TD: Tensor | None = None
+        self.weighed: tuple[Tensor, Tensor] | None = None
+        self._under_way = _UnderWay()
         first.register_forward_pre_hook(self._see)
         if compensation is not None:
             down.register_forward_hook(self._add)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is on its way from one hook to the next: recomputing a block may stop in between."""
-        return {**self.__dict__, "_x_TD": None, "_weighed": None}
+        return {**self.__dict__, "x_TD": None, "weighed": None}
+
+    @property
+    def under_way(self) -> "_UnderWay | SparseActivation":
+        """Where a pass leaves things for its next hook: with its thread, which may share the model with others.
+
+        A compiler follows the module's own attributes instead, and makes variables of the program out of them.
+        """
+        return self if torch.compiler.is_compiling() else self._under_way
 
     def _see(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._x_TD = args[0]
+        self.under_way.x_TD = args[0]
 
     def _add(self, _module: nn.Module, _args: tuple[Tensor, ...], y_TD: Tensor) -> Tensor:
-        weighed, self._weighed = self._weighed, None
+        under_way = self.under_way
+        weighed, under_way.weighed = under_way.weighed, None
         return y_TD if weighed is None else self.compensated(y_TD, *weighed)
 
-    def forward(self, hidden_TF: Tensor) -> Tensor:
-        x_TD, self._x_TD = self._x_TD, None
+    def take_input(self) -> Tensor:
+        """What the first projection was given in this pass; once.
+
+        Raises:
+            RuntimeError: it was given nothing.
+        """
+        under_way = self.under_way
+        x_TD, under_way.x_TD = under_way.x_TD, None
         if x_TD is None:
             raise RuntimeError("the router did not see this FFN's input: call the layer, not its activation alone")
+        return x_TD
+
+    def forward(self, hidden_TF: Tensor) -> Tensor:
+        return self.select(self.take_input(), hidden_TF)
+
+    def select(self, x_TD: Tensor, hidden_TF: Tensor) -> Tensor:
+        """The activated neurons times their experts' weights, from the FFN's input and what the first layer gave."""
         hidden_TF = self.act(hidden_TF)
         weights_TE = self.weigh(x_TD, hidden_TF, hidden_TF)
         if self.compensation is not None:
-            self._weighed = None if weights_TE is None else (x_TD, weights_TE)
-        return hidden_TF if weights_TE is None else scale_experts(hidden_TF, weights_TE)
+            self.under_way.weighed = None if weights_TE is None else (x_TD, weights_TE)
+        return hidden_TF if weights_TE is None else self.scale(hidden_TF, weights_TE)

@@ -18,34 +18,24 @@ from typing import Any
 import transformers
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
-from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lte.files import write_whole
 from lte.saving import complete, saving
-from lte.surgery.method import Method
+from lte.surgery.complete import check_complete
+from lte.surgery.heads import models_of
+from lte.surgery.method import ADDED_LATER, Method
 from lte.surgery.sites import find_sites
 from lte.surgery.teal import SECTION as TEAL
 from lte.surgery.teal import TEALConfig
+from lte.surgery.tensor_parallel import shard_experts_
 
 MODEL_TYPE = "lte"
 CODE_FILE = "modeling_lte"
 REFUSAL = "this model is sparse and stock classes would run it densely: pip install lte, import lte, use AutoModel..."
 _ON_DISK = ("base_model_type", "auto_map", "transformers_weights")
 _CLASSES: dict[type, type] = {}
-
-AUTO_CLASSES = (
-    "AutoModel",
-    "AutoModelForCausalLM",
-    "AutoModelForSeq2SeqLM",
-    "AutoModelForMaskedLM",
-    "AutoModelForSequenceClassification",
-    "AutoModelForTokenClassification",
-    "AutoModelForQuestionAnswering",
-    "AutoModelForMultipleChoice",
-)
-"""The heads that are made known for a sparse model."""
 
 
 class LTEConfigMixin:
@@ -114,7 +104,12 @@ def _in_memory(values: dict[str, Any]) -> dict[str, Any]:
             f"config.json has base_model_type {base_type!r}, which transformers does not know: update transformers, "
             f"or make your own architecture known with AutoConfig.register({base_type!r}, ...) before loading"
         )
-    (Method if teal is None else TEALConfig).from_dict(method)  # so that errors come early
+    made = (Method if teal is None else TEALConfig).from_dict(method)  # so that errors come early
+    if lacking := sorted({*made.to_dict(), *(("mode",) if teal is None else ())} - method.keys() - {*ADDED_LATER}):
+        raise ValueError(
+            f"config.json lacks {', '.join(lacking)} in its section {'lte' if teal is None else TEAL}: it was written "
+            "by hand or is damaged, save the model again with save_pretrained"
+        )
     return {**{name: value for name, value in values.items() if name not in _ON_DISK}, "model_type": base_type}
 
 
@@ -140,17 +135,18 @@ class LTEModelMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As Hugging Face's, but a weight file that is damaged or does not fit the model is an error.
+        """As Hugging Face's, but weights that do not fit the model are an error.
 
         A head that the checkpoint does not have is initialised, as ever; everything else must be there.
 
         Raises:
-            ValueError: truncated or damaged weight file, missing weights, weights of another shape.
+            ValueError: a weight file is cut short or damaged; weights are missing, left over or of another shape;
+                experts that tensor parallelism cannot share out.
         """
         if pretrained_model_name_or_path is not None:
             complete(pretrained_model_name_or_path)
         wants_info = kwargs.pop("output_loading_info", False)
-        allowed = kwargs.pop("ignore_mismatched_sizes", False)
+        resized = kwargs.pop("ignore_mismatched_sizes", False)
         try:
             model, info = super().from_pretrained(  # pyright: ignore[reportAttributeAccessIssue]
                 pretrained_model_name_or_path,
@@ -163,21 +159,9 @@ class LTEModelMixin:
             raise ValueError(
                 f"{pretrained_model_name_or_path}: a .safetensors file is cut short or damaged ({error}); copy it again"
             ) from error
-        new_head = cls.__name__ not in (model.config.architectures or [])
-        layers = tuple(f"{name}." for name in _layers_of(model))
-        missing = sorted(name for name in info["missing_keys"] if not new_head or name.startswith(layers))
-        if missing:
-            raise ValueError(
-                f"{pretrained_model_name_or_path}: {len(missing)} weights are missing, first {missing[0]}; "
-                "the checkpoint is incomplete, save or copy it again"
-            )
-        mismatched = sorted(entry for entry in info["mismatched_keys"] if not allowed or entry[0].startswith(layers))
-        if mismatched:
-            name, found, needed = mismatched[0]
-            raise ValueError(
-                f"{pretrained_model_name_or_path}: {len(mismatched)} weights have the wrong shape, first {name} with "
-                f"{tuple(found)} where the config asks for {tuple(needed)}; they do not belong together"
-            )
+        check_complete(pretrained_model_name_or_path, model, info, resized)
+        if not hasattr(model.config, TEAL):
+            shard_experts_(model)
         return (model, info) if wants_info else model
 
     def save_pretrained(
@@ -194,13 +178,16 @@ class LTEModelMixin:
         save = partial(super().save_pretrained, is_main_process=is_main_process)  # pyright: ignore
         if kwargs.get("distributed_checkpoint") or not writes:  # each process writes its own part, or nothing
             save(save_directory, push_to_hub=push_to_hub, **kwargs)
-            return
-        upload = _upload_of(save_directory, kwargs) if push_to_hub else None
-        with saving(save_directory) as fresh:
-            save(fresh, **kwargs)
-            names = [path.name for path in fresh.iterdir()]
-        if upload is not None:
-            upload(allow_patterns=names)
+        else:
+            upload = _upload_of(save_directory, kwargs) if push_to_hub else None
+            with saving(save_directory) as fresh:
+                save(fresh, **kwargs)
+                names = [path.name for path in fresh.iterdir()]
+            if upload is not None:
+                upload(allow_patterns=names)
+        wait_for_all = getattr(self, "barrier_after_gathered_checkpoint_save", None)
+        if wait_for_all is not None:  # Hugging Face waits for the files to be written, not for them to be moved
+            wait_for_all(getattr(self.config, "distributed_config", None))  # pyright: ignore
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
@@ -216,22 +203,26 @@ def _upload_of(folder: Any, options: dict[str, Any]) -> Callable[..., Any]:
     return partial(api.upload_folder, repo_id=repo, folder_path=folder, commit_message=message, create_pr=create_pr)
 
 
-def _layers_of(model: nn.Module) -> list[str]:
-    """Names of the layers that hold an FFN."""
-    return [site.name for site in find_sites(model, model.config.model_type)]  # pyright: ignore
-
-
 def lte_config_class(base: type) -> type[PretrainedConfig]:
     """``LTE<base>``, registered with every Auto class that has a model for ``base``."""
     if base not in _CLASSES:
         _CLASSES[base] = _subclass(LTEConfigMixin, base)
-        for auto_name, model_class in _models_of(base).items():
+        for auto_name, model_class in models_of(base).items():
             getattr(transformers, auto_name).register(_CLASSES[base], lte_model_class(model_class))
     return _CLASSES[base]
 
 
 def lte_model_class(base: type) -> type[PreTrainedModel]:
-    """``LTE<base>``: the same head on a model with sparse FFNs."""
+    """``LTE<base>``: the same head on a model with sparse FFNs.
+
+    Raises:
+        ValueError: the class comes from the code of a checkpoint, which a saved sparse model would not find.
+    """
+    if base.__module__.split(".")[0] == "transformers_modules":
+        raise ValueError(
+            f"{base.__name__} is code of its checkpoint: a sparse model saved from it could not be loaded. Make the "
+            "class known in a program of your own, with AutoConfig.register and AutoModel...register"
+        )
     config_class = lte_config_class(base.config_class)  # pyright: ignore[reportAttributeAccessIssue]
     if base not in _CLASSES:
         _CLASSES[base] = _subclass(LTEModelMixin, base)
@@ -282,20 +273,9 @@ def forget_gguf_(model: PreTrainedModel) -> None:
         del loaded.config.quantization_config
 
 
-def _models_of(config_class: type) -> dict[str, type]:
-    """Auto class name -> model class, for a Hugging Face config class."""
-    found = {}
-    for auto_name in AUTO_CLASSES:
-        mapping = getattr(transformers, auto_name)._model_mapping
-        if config_class in mapping:
-            models = mapping[config_class]
-            found[auto_name] = models[0] if isinstance(models, tuple) else models
-    return found
-
-
 def _auto_map(config_class: type) -> dict[str, str]:
     _mixin, base = config_class.__bases__
-    models = {name: f"{CODE_FILE}.LTE{model.__name__}" for name, model in _models_of(base).items()}
+    models = {name: f"{CODE_FILE}.LTE{model.__name__}" for name, model in models_of(base).items()}
     return {"AutoConfig": f"{CODE_FILE}.{LTEAutoConfig.__name__}", **models}
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from lte.core.grouping import grouping_permutation
 from lte.modules.recording import sparse_layers
 from lte.modules.sparse_ffn import Mode, Roles, Selecting, SparseActivation, SparseFFN
+from lte.modules.tensor_parallel import check_not_shared
 from lte.surgery.activations import first_tokens, record_inputs
 from lte.surgery.architectures import become_lte_, dense_class, dense_config, lte_model_class
 from lte.surgery.method import Method
@@ -54,10 +55,12 @@ def sparsify_(
         The same model.
 
     Raises:
-        ValueError: unknown family, expert size that does not divide d_ff, already sparse, data missing.
+        ValueError: unknown family, expert size that does not divide d_ff, already sparse, shared out by tensor
+            parallelism, data missing.
     """
     if any(isinstance(module, Selecting) for module in model.modules()) or hasattr(model.config, TEAL):
         raise ValueError("the model is sparse already: load the dense checkpoint to convert it again")
+    check_not_shared(model, "sparsify_ groups")
     sites = find_sites(model, model.config.model_type)
     for site in sites:
         site.check()
@@ -152,8 +155,9 @@ def densify(model: PreTrainedModel) -> PreTrainedModel:
         A new model on the same device; the two share no weights.
 
     Raises:
-        ValueError: a model without sparse FFNs.
+        ValueError: a model without sparse FFNs, or one that is shared out by tensor parallelism.
     """
+    check_not_shared(model, "densify copies")
     ours = tuple(f"{name}.{child}." for name in sparse_layers(model) for child in ("router", "compensation"))
     weights = {name: value for name, value in model.state_dict().items() if not name.startswith(ours)}
     plain = dense_class(type(model)).from_pretrained(

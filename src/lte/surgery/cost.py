@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from lte.core.accounting import Cost, Shape, cost
 from lte.core.grouping import check_divisible
 from lte.modules.sparse_ffn import Selecting
+from lte.surgery.heads import own_class
 from lte.surgery.sites import block_of, find_sites
 
 
@@ -103,7 +104,10 @@ def cost_per_token(
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """A model of this config without weights, on the meta device."""
+    """A model of this config without weights, on the meta device: of the class it was saved from, if it names one."""
+    if (own := own_class(config)) is not None:
+        with torch.device("meta"):
+            return own(config)
     if config.is_encoder_decoder:
         auto = AutoModelForSeq2SeqLM
     elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:

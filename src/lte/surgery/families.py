@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,37 @@ def family_rows(model_type: str) -> tuple[Family, ...]:
             'gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj", act="mlp.act_fn"))'
         )
     return rows
+
+
+def check_family(config: PretrainedConfig) -> None:
+    """Refuse a config whose model cannot be converted.
+
+    Raises:
+        ValueError: its family has no row; the message says what to do.
+    """
+    if config.model_type not in _FAMILIES and (reason := _never(config)):
+        raise ValueError(reason)
+    family_rows(config.model_type)
+
+
+def _never(config: PretrainedConfig) -> str | None:
+    """Why no row can make a config's model convertible, and what would help."""
+    kind, text = config.model_type, config.get_text_config()
+    if text is not config and text.model_type != kind:
+        known = f" (of type {text.model_type}, say)" if text.model_type in _FAMILIES else ""
+        return f"{kind} reads more than text: give a checkpoint of its language model alone{known}"
+    experts = next((name for name in _OF_EXPERTS if (getattr(config, name, None) or 0) > 1), None)
+    if experts or "moe" in kind:
+        return (
+            f"{kind} is a mixture of experts already: only a dense model can be converted. Give one, or run this "
+            "model as it is"
+        )
+    if kind == "albert":
+        return "albert shares one FFN between all layers: give a model whose layers have FFNs of their own, e.g. bert"
+    return None
+
+
+_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def register_family(model_type: str, *rows: Family, replace: bool = False) -> None:

@@ -1,6 +1,7 @@
 """Loading a model and its tokenizer from a folder, a hub id or a GGUF file."""
 
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,24 +16,42 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
 from lte.saving import complete
 from lte.surgery.architectures import forget_gguf_
+from lte.surgery.complete import all_tensors, check_complete, check_numbers
+from lte.surgery.folder import check_adapter, check_config, check_generation, check_size, count_numbers
+from lte.surgery.generation_settings import keep_generation_settings_
+from lte.surgery.gguf_file import check_all_read, check_gguf
+from lte.surgery.heads import is_encoder, own_auto_class
+from lte.surgery.reading import read_json, reading
 
-Head = Literal["causal", "seq2seq", "classification"]
+Head = Literal["causal", "seq2seq", "classification", "own"]
+"""``own`` is the head that the checkpoint was saved with, whichever that is; none, where it was saved without."""
 
 _AUTO: dict[Head, Any] = {
     "causal": AutoModelForCausalLM,
     "seq2seq": AutoModelForSeq2SeqLM,
     "classification": AutoModelForSequenceClassification,
 }
+_OF_TOKENIZER = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+)
 
 
-def load_config(name: str) -> PretrainedConfig:
+def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
     """The config of a model, without its weights. Arguments and errors as :func:`load_model`."""
-    path, kwargs = _locate(name)
-    return _explained(name, lambda: AutoConfig.from_pretrained(path, **kwargs))
+    place = _locate(name)
+    place.check_config()
+    with reading(name):
+        config = AutoConfig.from_pretrained(place.path, trust_remote_code=trust_remote_code, **place.kwargs)
+    if place.folder is None and place.gguf is None:  # of the hub: not looked at before
+        check_config(name, config.to_dict())
+    return config
 
 
 def classifies(config: PretrainedConfig) -> bool:
@@ -49,8 +68,7 @@ def check_causal(config: PretrainedConfig, who: str) -> None:
     Raises:
         ValueError: it is an encoder, or has one.
     """
-    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    if config.is_encoder_decoder or encoder:
+    if config.is_encoder_decoder or is_encoder(config):
         raise ValueError(f"{who} for the next token: it takes a causal language model, not a {config.model_type}")
 
 
@@ -67,76 +85,129 @@ def load_model(
     dtype: torch.dtype | str = "auto",
     *,
     new_head: bool = True,
+    trust_remote_code: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """A model, dense or sparse.
+    """A model, dense or sparse, with all weights from its checkpoint.
 
     Args:
         name: a local folder, a ``.gguf`` file (dequantised on loading), or a hub id.
         head: which head it gets.
         dtype: of its weights; ``"auto"`` keeps the checkpoint's.
         new_head: whether a checkpoint without this head gets one, untrained; else it is refused.
+        trust_remote_code: whether code that comes with the checkpoint may run.
         kwargs: passed to ``from_pretrained``, e.g. ``num_labels``; a head with other labels is replaced by a new one.
 
     Raises:
         FileNotFoundError: no such folder or file, and the hub has no such id or cannot be reached.
-        ValueError: the folder holds no model, or a damaged one, or one without the head.
+        ValueError: the folder holds no model, or a damaged one, or one without the head; weights are missing, left
+            over, of another shape or not finite.
     """
-    path, gguf = _locate(name)
-    if gguf and dtype == "auto":
+    place = _locate(name)
+    config = load_config(name, trust_remote_code)
+    auto = own_auto_class(config) if head == "own" else _AUTO[head]
+    if place.gguf and dtype == "auto":
         dtype = torch.float32
-    if "num_labels" in kwargs:
-        kwargs.setdefault("ignore_mismatched_sizes", True)  # e.g. a checkpoint trained on another task
-    kwargs = {"dtype": dtype, **gguf, **kwargs}
-    model, report = _explained(name, lambda: _AUTO[head].from_pretrained(path, output_loading_info=True, **kwargs))
-    missing = [key for key in report["missing_keys"] if not key.startswith(f"{model.base_model_prefix}.")]
-    if missing and not new_head:
+    held = place.count_numbers()
+    if place.gguf and not kwargs:
+        kwargs["config"] = config  # reading it takes seconds
+    kwargs["trust_remote_code"] = trust_remote_code
+    with reading(name):
+        if held is not None:
+            check_size(name, auto, config, held, trust_remote_code=trust_remote_code)
+        model, report = auto.from_pretrained(
+            place.path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **place.kwargs, **kwargs
+        )
+    if getattr(model, "generation_config", None) is not None:
+        check_generation(name, model.generation_config.to_dict())
+    check_complete(name, model, report, resized="num_labels" in kwargs)
+    if report["missing_keys"] and not new_head:
         what = "classification" if head == "classification" else "language modelling"
-        raise ValueError(f"{name} has no head for {what} ({min(missing)} is missing): lte train gives it one")
-    if gguf:
+        raise ValueError(
+            f"{name} has no head for {what} ({min(report['missing_keys'])} is missing): lte train gives it one"
+        )
+    if place.gguf:
+        check_all_read(place.gguf, model)
         forget_gguf_(model)
+    check_numbers(name, all_tensors(model))
+    keep_generation_settings_(model)
     return model
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a model. Arguments and errors as :func:`load_model`."""
-    path, kwargs = _locate(name)
-    return _explained(name, lambda: AutoTokenizer.from_pretrained(path, **kwargs))
+    place = _locate(name)
+    place.check_config()
+    place.check_json(_OF_TOKENIZER)
+    with reading(name, "its tokenizer "):
+        tokenizer = AutoTokenizer.from_pretrained(place.path, trust_remote_code=trust_remote_code, **place.kwargs)
+        files = tokenizer.vocab_files_names.values()
+        if place.folder and files and not any((place.folder / one).is_file() for one in files):
+            raise ValueError(f"{name} has no tokenizer: it needs {' or '.join(files)}")  # else an empty one is made
+        if not isinstance(tokenizer.model_max_length, int | float):
+            raise ValueError(f"{name}: tokenizer_config.json has model_max_length {tokenizer.model_max_length!r}")
+        tokenizer.decode(tokenizer("Try it.")["input_ids"])  # some damage shows in use only
+    return tokenizer
 
 
-def _locate(name: str) -> tuple[str, dict[str, str]]:
-    """Path or hub id, and the GGUF file's name if it is one."""
+@dataclass(frozen=True)
+class _Place:
+    """Where a model lies.
+
+    Attributes:
+        path: a folder, or a hub id.
+        folder, gguf: the folder or the GGUF file, where it is on this machine.
+        kwargs: what ``from_pretrained`` needs to find it.
+    """
+
+    path: str
+    folder: Path | None = None
+    gguf: Path | None = None
+    kwargs: dict[str, str] = field(default_factory=dict)
+
+    def check_config(self) -> None:
+        """Refuse a folder that is no model's, or whose ``config.json`` cannot be right; a damaged GGUF file."""
+        if self.gguf is not None:
+            check_gguf(self.gguf)
+        if self.folder is not None:
+            check_adapter(self.folder)
+            if not (self.folder / "config.json").is_file():
+                raise ValueError(f"{self.folder} has no config.json: it is not a model saved by save_pretrained")
+            check_config(self.path, read_json(self.folder / "config.json"))
+
+    def check_json(self, names: tuple[str, ...]) -> None:
+        for path in () if self.folder is None else (self.folder / one for one in names):
+            if path.is_file():
+                read_json(path)
+
+    def count_numbers(self) -> int | None:
+        """The numbers in its weight files, which are whole; None where it is not on this machine."""
+        if self.gguf is not None:
+            return check_gguf(self.gguf)
+        if self.folder is None:
+            return None
+        self.check_json(("generation_config.json",))
+        held = count_numbers(self.folder)
+        if held is None:
+            raise ValueError(f"{self.folder} has no weights: it needs a model.safetensors, or shards with their index")
+        return held
+
+
+def _locate(name: str) -> _Place:
     path = Path(name).expanduser()
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise FileNotFoundError(f"{name}: no such file")
         try:
             import gguf  # noqa: F401
         except ImportError as error:
             raise ImportError('reading a GGUF file needs the package gguf: pip install "lte[gguf]"') from error
-        return str(path.parent), {"gguf_file": path.name}
+        return _Place(str(path.parent), gguf=path, kwargs={"gguf_file": path.name})
     if path.is_file():
         raise ValueError(f"{name} is a file: give the folder that holds config.json, a .gguf file or a hub id")
     if path.is_dir():
         complete(path)
-        if not (path / "config.json").is_file():
-            raise ValueError(f"{name} has no config.json: it is not a model saved by save_pretrained")
-        return str(path), {}
+        return _Place(str(path), folder=path)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"{name}: no such folder")
-    return name, {}
-
-
-def _explained(name: str, load: Any) -> Any:
-    try:
-        return load()
-    except OSError as error:
-        if Path(name).expanduser().exists():
-            raise ValueError(f"{name}: {_first_line(error)}") from error
-        raise FileNotFoundError(
-            f"{name}: no such folder, and the hub has no such model or cannot be reached ({_first_line(error)})"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return _Place(name)

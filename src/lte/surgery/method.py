@@ -18,6 +18,10 @@ Made = TypeVar("Made")
 STATE = ("mode", "grouped")
 """What a config's section ``lte`` holds beside the method: the mode, and ``grouped: False`` until neurons are."""
 
+ADDED_LATER = ("compensation_rank", "activation", "allocation")
+"""Options that early saved models lack. Without them a model is as it was then: their defaults. All others are written
+with every model, and without one of them a model would be another."""
+
 
 @dataclass(frozen=True)
 class Method:

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from lte.modules.router import Reads
 from lte.modules.sparse_ffn import Selecting
-from lte.surgery.families import Family, family_rows
+from lte.surgery.families import Family, check_family, family_rows
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,9 @@ def find_sites(model: nn.Module, model_type: str) -> list[Site]:
     Raises:
         ValueError: unknown family, or a known one whose FFNs are not where its row says.
     """
+    config = getattr(model, "config", None)
+    if isinstance(config, PretrainedConfig) and config.model_type == model_type:
+        check_family(config)
     rows = family_rows(model_type)
     sites = list(_matching(model, rows))
     if not sites:
@@ -196,7 +200,8 @@ def _is_nothing(module: nn.Module) -> bool:
 def _sizes(linear: nn.Module) -> tuple[int, int]:
     """Inputs and outputs of a linear layer."""
     weight = linear.weight
-    assert isinstance(weight, Tensor)
+    if not isinstance(weight, Tensor):  # dynamic quantisation puts a method there
+        raise ValueError(f"{type(linear).__name__} holds quantised weights: load the model unquantised")
     if weight.ndim != 2 or not weight.is_floating_point() or weight.dtype.itemsize < 2:
         raise ValueError(
             f"{type(linear).__name__} holds quantised weights ({weight.dtype} of shape {tuple(weight.shape)}): "

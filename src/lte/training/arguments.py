@@ -7,6 +7,8 @@ from typing import Any, cast
 
 from transformers import TrainingArguments
 
+from lte.training.loggers import check_loggers
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -147,6 +149,10 @@ class LTETrainingArguments(TrainingArguments):
         metadata={"help": "Weight of the relative squared error of hidden states to the dense model's; 0 for none."},
     )
 
+    overwrite: bool = field(
+        default=False, metadata={"help": "Delete the checkpoints that a run before left in the output folder."}
+    )
+
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES:
             raise ValueError(f"recipe is {self.recipe!r}, but it is one of {', '.join(sorted(RECIPES))}")
@@ -203,6 +209,7 @@ class LTETrainingArguments(TrainingArguments):
         os.environ.setdefault("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
         unset = self.accelerator_config is None
         super().__post_init__()
+        check_loggers(self.report_to or ())
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
         elif self.device.type == "cuda" and unset and self.dataloader_pin_memory:

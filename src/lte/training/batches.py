@@ -5,6 +5,8 @@ Shapes: B rows a batch, S tokens a block, L tokens of a row, or of the longest r
 
 from __future__ import annotations
 
+import copy
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -20,46 +22,87 @@ IGNORED = -100  # a label the loss leaves out
 
 
 class PackedBlocks(Dataset[dict[str, Tensor]]):
-    """Token ids cut into blocks of S; the last incomplete block is left out.
+    """A stream of token ids cut into blocks of S; the last incomplete block is left out.
 
-    Row: {"input_ids": (S,) int64, "labels": (S,) int64}, equal; the model shifts the labels. No
-    attention_mask, as every token is real. `ids` is one array (tokens,) of uint16 or uint32, maybe a file.
+    Row: {"input_ids": (S,) int64, "labels": (S,) int64}; the model shifts the labels. No attention_mask, as every
+    token is real. `ids` are the tokens of these blocks, one array of uint16 or uint32, maybe a file.
+
+    Each block begins with `bos`, as each text that the tokenizer makes does: before the next S - 1 tokens of the
+    stream, or where the stream has a document's BOS there, with that one. A BOS is context and no label, unless it is
+    `eos` too and ends a document. So every other token of the stream is predicted once, whatever S. Without `bos`,
+    labels are the ids, and a block's first token is only context.
     """
 
     class_names = None
 
-    def __init__(self, ids: np.ndarray, sequence_length: int):
-        if len(ids) < sequence_length:
+    def __init__(self, ids: np.ndarray, sequence_length: int, bos: Sequence[int] = (), eos: int | None = None):
+        self.sequence_length = sequence_length
+        self.bos = tuple(bos)
+        if sequence_length <= len(self.bos):
+            raise ValueError(f"sequence_length is {sequence_length}, all of it BOS: give at least {len(self.bos) + 1}")
+        self._context = torch.tensor([token for token in self.bos if token != eos], dtype=torch.long)
+        self._starts, stop = _block_starts(ids, sequence_length, self.bos)
+        if not len(self._starts):
             raise ValueError(
                 f"the sources hold {len(ids)} tokens, fewer than one block of sequence_length="
                 f"{sequence_length}: give more text or a sequence_length of at most {len(ids)}"
             )
-        self.sequence_length = sequence_length
-        self.ids = ids[: len(ids) // sequence_length * sequence_length]
+        self.ids = ids[:stop]
 
     def __len__(self) -> int:
-        return len(self.ids) // self.sequence_length
+        return len(self._starts)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"block {index} of {len(self)}")
-        start = index % len(self) * self.sequence_length
-        block = torch.from_numpy(self.ids[start : start + self.sequence_length].astype(np.int64))
-        return {"input_ids": block, "labels": block.clone()}
+        start = int(self._starts[index])
+        own = () if _begins(self.ids, start, self.bos) else self.bos
+        text = self.ids[start : start + self.sequence_length - len(own)].astype(np.int64)
+        block = torch.from_numpy(np.concatenate([np.array(own, dtype=np.int64), text]))
+        labels = block.masked_fill(torch.isin(block, self._context), IGNORED)
+        labels[: len(self.bos)] = IGNORED
+        return {"input_ids": block, "labels": labels}
 
     def head(self, count: int) -> PackedBlocks:
         """A dataset of the first `count` blocks."""
-        return PackedBlocks(self.ids[: count * self.sequence_length], self.sequence_length)
+        return self.select(range(min(count, len(self))))
 
     def select(self, indices: Iterable[int]) -> PackedBlocks:
-        """A dataset of the blocks at `indices`, in that order; a copy."""
-        blocks = self.ids.reshape(-1, self.sequence_length)[list(indices)]
-        return PackedBlocks(blocks.reshape(-1), self.sequence_length)
+        """A dataset of the blocks at `indices`, in that order; a copy, unless they follow one another."""
+        order = np.array(list(indices), dtype=np.int64)
+        bounds = np.append(self._starts, len(self.ids))
+        chosen = copy.copy(self)
+        if np.array_equal(order, np.arange(order[0], order[0] + len(order))):
+            first, last = order[0], order[-1]
+            chosen.ids = self.ids[bounds[first] : bounds[last + 1]]
+            chosen._starts = self._starts[first : last + 1] - bounds[first]
+        else:
+            chosen.ids = np.concatenate([self.ids[bounds[i] : bounds[i + 1]] for i in order])
+            chosen._starts = np.append(0, (bounds[order + 1] - bounds[order]).cumsum()[:-1])
+        return chosen
 
     @staticmethod
     def collator(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Stack rows of (S,) to (B, S)."""
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _block_starts(ids: np.ndarray, sequence_length: int, bos: tuple[int, ...]) -> tuple[np.ndarray, int]:
+    """Where blocks start in the stream, int64, and where the last one stops."""
+    if not bos:
+        count = len(ids) // sequence_length
+        return np.arange(count) * sequence_length, count * sequence_length
+    starts, start = array("q"), 0
+    while True:
+        stop = start + sequence_length - (0 if _begins(ids, start, bos) else len(bos))
+        if stop > len(ids):
+            return np.array(starts, dtype=np.int64), start
+        starts.append(start)
+        start = stop
+
+
+def _begins(ids: np.ndarray, start: int, bos: tuple[int, ...]) -> bool:
+    return tuple(ids[start : start + len(bos)].tolist()) == bos
 
 
 class PaddedRows(Dataset[dict[str, Tensor]]):
@@ -145,9 +188,7 @@ def split_held_out(dataset: AnyTaskDataset, held_out: float, seed: int = 0) -> t
     if not 0 < count < total or (held_out >= 1 and count != held_out):
         raise ValueError(f"cannot hold out {held_out} of {total} rows: give a fraction or 1 to {total - 1}")
     if isinstance(dataset, PackedBlocks):
-        size = dataset.sequence_length
-        edge = (total - count) * size
-        return PackedBlocks(dataset.ids[:edge], size), PackedBlocks(dataset.ids[edge:], size)
+        return dataset.select(range(total - count)), dataset.select(range(total - count, total))
     order = np.random.default_rng(seed).permutation(total).tolist()
     return dataset.select(sorted(order[count:])), dataset.select(sorted(order[:count]))
 

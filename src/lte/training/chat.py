@@ -2,90 +2,130 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lte.training.columns import column
-from lte.training.sources import Row, Source
-from lte.training.tokenise import wrapping
-
-logger = logging.getLogger(__name__)
-
 Chat = list[dict[str, Any]]
-"""Messages in order, each with its `role` and `content`."""
+"""Messages in order, each with its `role`, its `content` (a text or None), and what else it says."""
 
 
-def chats_of(rows: Sequence[Row], name: str, source: Source) -> list[Chat]:
-    """One column of chats, their contents as text; ValueError for a value that is none."""
-    chats = column(rows, name, source)
-    for number, chat in enumerate(chats, 1):
-        if not isinstance(chat, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in chat):
-            raise ValueError(
-                f"{source}: row {number}: column {name!r} holds no chat: a list of messages with role and content is "
-                "needed (in .jsonl, .json or .parquet)"
-            )
-    return [
-        [{**message, "content": _text_of(message["content"], f"{source}: row {number}")} for message in chat]
-        for number, chat in enumerate(chats, 1)
-    ]
+def chat_in(value: Any, name: str, answer: Callable[[str], str] = str) -> Chat:
+    """A chat as column `name` has it, with what is null left out; ValueError for what is none.
+
+    Args:
+        answer: made of the text of each answer.
+    """
+    chat: list[Any] = value if isinstance(value, list) else [None]
+    if not all(isinstance(message, dict) and "role" in message and len(message) > 1 for message in chat):
+        raise ValueError(
+            f"column {name!r} holds no chat: a list of messages with role and content is needed (in .jsonl, .json or "
+            ".parquet)"
+        )
+    found = Chat()
+    for message in chat:
+        content = _text_of(message.get("content"))
+        if content is not None and message["role"] == "assistant":
+            content = answer(content)
+        found.append({**{key: one for key, one in message.items() if one is not None}, "content": content})
+    return found
 
 
-def _text_of(content: Any, where: str) -> str | None:
+def tools_in(value: Any) -> list[Any] | None:
+    """The tools that a chat may call, a list or its JSON; ValueError for what is none."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise ValueError("column 'tools' holds a text that is not JSON") from error
+    if value and not isinstance(value, list):
+        raise ValueError(f"column 'tools' holds a {type(value).__name__}, a list of tools is needed")
+    return value or None
+
+
+def _text_of(content: Any) -> str | None:
     """What a message says; parts of text are put together."""
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(str(part.get("text") or "") for part in content)
     if not isinstance(content, str | None):
-        raise ValueError(f"{where}: a message's content is a {type(content).__name__}, a text is needed")
+        raise ValueError(f"a message's content is a {type(content).__name__}, a text is needed")
     return content
 
 
-def pairs_to_chats(prompts: Sequence[str], completions: Sequence[str]) -> list[Chat]:
-    """A user's message and the assistant's answer each."""
-    return [
-        [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-        for prompt, completion in zip(prompts, completions, strict=True)
-    ]
+def pair_to_chat(prompt: str, completion: str) -> Chat:
+    """A user's message and the assistant's answer."""
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
 
 
-def render_chats(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
-    """(prompts, completions): of each answer in a chat what comes before it, up to where the assistant speaks, and it.
+class ChatTemplate:
+    """A tokenizer's chat template; ValueError for a tokenizer without one."""
 
-    An end of turn that is no EOS stays part of the answer. Chats without an answer are left out, counted and warned of.
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None):
+        if tokenizer is None:
+            raise ValueError("chats need the tokenizer, for its template: load_prompts(sources, config, tokenizer)")
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError(
+                "the tokenizer has no chat template: give prompt and completion, without --chat or --messages"
+            )
+        self._tokenizer: Any = tokenizer
 
-    Raises: ValueError for a tokenizer without a template, one that does not go from left to right (it rewrites earlier
-    turns), a chat that the template refuses, chats without any answer.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("the tokenizer has no chat template: give prompt and completion, without --chat or --messages")
-    adds_bos, bos = bool(wrapping(tokenizer)[0]), str(tokenizer.bos_token or "")
-    prompts, completions, silent = [], [], 0
-    for chat in chats:
-        answers = [i for i, message in enumerate(chat) if message["role"] == "assistant"]
-        silent += not answers
-        for i in answers:
-            before = _rendered(tokenizer, chat[:i], add_generation_prompt=True)
-            whole = _rendered(tokenizer, chat[: i + 1])
-            if not whole.startswith(before):
-                raise ValueError(
-                    "this chat template does not continue what it gave for the turns before, so answers cannot be told "
-                    "from prompts: give prompt and completion as templates of your own"
-                )
-            prompts.append(before.removeprefix(bos) if adds_bos else before)
-            completions.append(whole[len(before) :].rstrip())
-    if silent == len(chats):
-        raise ValueError(f"none of {len(chats)} chats has an answer of the assistant: there is nothing to learn")
-    if silent:
-        logger.warning("%d of %d chats have no answer of the assistant: skipped", silent, len(chats))
-    return prompts, completions
+    def render(self, chat: Chat, **options: Any) -> str:
+        """The text of a chat; ValueError where the template refuses it."""
+        try:
+            return self._tokenizer.apply_chat_template(chat, tokenize=False, **options)
+        except Exception as error:  # a template is a program of its own
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"the chat template refuses a chat: {reason}") from error
+
+    def answers(self, chat: Chat, tools: list[Any] | None = None) -> list[tuple[str, str]]:
+        """(prompt, completion) of each answer: what comes before it, up to where the assistant speaks, and it.
+
+        An end of turn stays part of the answer. An answer of nothing is "", without the template's end of turn. What
+        the assistant says before anybody else answers nothing, and is context.
+
+        Raises: ValueError for a template that does not go from left to right (it rewrites earlier turns), a chat that
+        it refuses, or one whose tool calls it does not write.
+        """
+        places = [i for i, message in enumerate(chat) if i and message["role"] == "assistant"]
+        names = [_called(chat[i]) for i in places]
+        problems = list[ValueError]()
+        for blank in ("", None) if any(names) else ("",):  # templates write a call beside the content, or in its place
+            turns = [{**one, "content": one["content"] or (blank if _called(one) else "")} for one in chat]
+            try:
+                found = [self._answer(turns, i, tools) for i in places]
+            except ValueError as error:
+                problems.append(error)
+                continue
+            if all(name in answer for (_, answer), called in zip(found, names, strict=True) for name in called):
+                return found
+            problems.append(ValueError("the chat template does not write an answer's tool calls"))
+        raise problems[0]
+
+    def _answer(self, chat: Chat, place: int, tools: list[Any] | None) -> tuple[str, str]:
+        before, message = chat[:place], chat[place]
+        prompt, completion = self._split(before, message, tools)
+        if not (message["content"] or "").strip() and not _called(message):
+            nothing = {"role": message["role"], "content": message["content"]}
+            if completion == self._split(before, nothing, tools)[1]:
+                return prompt, ""
+        return prompt, completion
+
+    def _split(self, before: Chat, message: dict[str, Any], tools: list[Any] | None) -> tuple[str, str]:
+        prompt = self.render(before, add_generation_prompt=True, tools=tools)
+        whole = self.render([*before, message], tools=tools)
+        if not whole.startswith(prompt):
+            raise ValueError(
+                "this chat template does not continue what it gave for the turns before, so answers cannot be told "
+                "from prompts: give prompt and completion as templates of your own"
+            )
+        return prompt, whole[len(prompt) :].rstrip()
 
 
-def _rendered(tokenizer: Any, chat: Chat, **options: Any) -> str:
-    from jinja2 import TemplateError  # transformers has it wherever it renders templates
-
+def _called(message: dict[str, Any]) -> Sequence[str]:
+    """The names of the tools that a message calls."""
     try:
-        return tokenizer.apply_chat_template(chat, tokenize=False, **options)
-    except TemplateError as error:
-        raise ValueError(f"the chat template refuses a chat: {error}") from error
+        return [str((call.get("function") or call)["name"]) for call in message.get("tool_calls") or ()]
+    except (TypeError, AttributeError, KeyError) as error:
+        raise ValueError("a message's tool_calls are no list of functions with names") from error

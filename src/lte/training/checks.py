@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import EarlyStoppingCallback, TrainerCallback
 
@@ -24,6 +25,15 @@ def check_method(method: Method, args: LTETrainingArguments) -> None:
         raise ValueError(
             f"the model was made for target_sparsity {made_for}, but the arguments ask for {args.target_sparsity}: "
             "make them one, or convert the dense model again"
+        )
+
+
+def check_dtype(dtype: torch.dtype | str) -> None:
+    """Raise ValueError unless weights of this dtype can be trained: small steps are lost in float16, large ones inf."""
+    if dtype == torch.float16:
+        raise ValueError(
+            "weights in float16 cannot be trained, they soon are NaN: load the model in float32 (or bfloat16); fp16 "
+            "and bf16 of the training arguments make it fast"
         )
 
 

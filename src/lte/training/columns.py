@@ -1,44 +1,49 @@
-"""From rows to texts: one column as it is, or a template with several."""
+"""From a row to a text: one column as it is, or a template with several."""
 
 from __future__ import annotations
 
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 from lte.training.sources import Row, Source
 
 
-def column(rows: Sequence[Row], name: str, source: Source) -> list[Any]:
-    """One column of `rows`; ValueError with the columns there are when a row lacks it."""
-    for number, row in enumerate(rows, 1):
-        if name not in row:
-            where = source if number == 1 else f"{source}: row {number}"
-            header = " (the first line)" if re.search(r"\.[ct]sv(\.gz)?$", str(source), re.IGNORECASE) else ""
-            raise ValueError(f"{where}: no column {name!r}, the columns{header} are {', '.join(map(repr, row))}")
-    return [row[name] for row in rows]
+def cell(row: Row, name: str, source: Source, number: int) -> Any:
+    """One column of row `number`, from 1; ValueError with the columns there are when the row lacks it."""
+    if name not in row:
+        where = source if number == 1 else f"{source}: row {number}"
+        header = " (the first line)" if re.search(r"\.[ct]sv(\.gz)?$", str(source), re.IGNORECASE) else ""
+        raise ValueError(f"{where}: no column {name!r}, the columns{header} are {', '.join(map(repr, row))}")
+    return row[name]
 
 
-def render(rows: Sequence[Row], template: str, source: Source) -> list[str]:
-    """A text a row: the column named `template`, or, if it has braces, its {column} places filled in.
+def text_of(template: str, source: Source) -> Callable[[Row, int], str]:
+    """A function from a row and its number to the column named `template`, or, if it has braces, its {column} places.
 
-    A missing value (null) is an empty text. ValueError for an unknown column, a value that is no text or
-    number, and a text with half a surrogate pair.
+    A missing value (null) is an empty text. ValueError for a template that is none; from the function for an unknown
+    column, a value that is no text or number, and a text with half a surrogate pair.
     """
     if "{" not in template and "}" not in template:
-        return [_as_text(value, template, source) for value in column(rows, template, source)]
+        return lambda row, number: _as_text(row, template, source, number)
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
         raise ValueError(f"template {template!r}: {error} (a brace meant as text is doubled)") from error
-    pieces: list[list[str]] = []
-    for literal, field, spec, conversion in parts:
-        pieces.append([literal] * len(rows))
-        if field is not None:  # format's own !r and :>8 have no use here, so they are part of the name
+    pieces: list[tuple[str, str | None]] = []
+    for literal, field, spec, conversion in parts:  # format's own !r and :>8 have no use here: part of the name
+        name = None
+        if field is not None:
             name = field + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
-            pieces.append([_as_text(value, name, source) for value in column(rows, name, source)])
-    return ["".join(piece) for piece in zip(*pieces, strict=True)]
+        pieces.append((literal, name))
+
+    def filled(row: Row, number: int) -> str:
+        return "".join(
+            literal if name is None else literal + _as_text(row, name, source, number) for literal, name in pieces
+        )
+
+    return filled
 
 
 def is_missing(value: Any) -> bool:
@@ -46,14 +51,17 @@ def is_missing(value: Any) -> bool:
     return value is None or value != value
 
 
-def _as_text(value: Any, name: str, source: Source) -> str:
+def _as_text(row: Row, name: str, source: Source, number: int) -> str:
+    value = cell(row, name, source, number)
     if is_missing(value):
         return ""
     if not isinstance(value, str | int | float):
-        raise ValueError(f"{source}: column {name!r} holds a {type(value).__name__}, a text is needed")
+        raise ValueError(f"{source}: row {number}: column {name!r} holds a {type(value).__name__}, a text is needed")
     text = str(value)
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{source}: column {name!r} holds text that is not valid Unicode: {error}") from error
+        raise ValueError(
+            f"{source}: row {number}: column {name!r} holds text that is not valid Unicode: {error}"
+        ) from error
     return text

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from lte.surgery.activations import watch_ffns
 from lte.surgery.sites import Site, find_sites
-from lte.training.router_start import RIDGE, tokens_to_fit
+from lte.training.checks import check_converged
+from lte.training.ridge import ridge_regression
+from lte.training.router_start import tokens_to_fit
 
 
 @torch.no_grad()
@@ -26,7 +28,7 @@ def fit_compensations_(model: Any, batches: Iterable[dict[str, Tensor]], sparsit
         sparsity: between 0 and 1.
 
     Raises:
-        ValueError: no batch.
+        ValueError: no batch, or one that the model makes NaN or infinities of.
     """
     sites = find_sites(model, model.config.model_type)
     fits = [_Fit(site, sparsity) for site in sites]
@@ -64,14 +66,12 @@ class _Fit:
             self.count += len(x_TI)
 
     def fit_(self) -> None:
-        gram_II, cross_ID = self.gram_II.double(), self.cross_ID.double()
-        ridge = max(RIDGE * float(gram_II.diagonal()[:-1].mean()), torch.finfo(torch.float32).tiny)
-        gram_II = gram_II + ridge * torch.eye(len(gram_II), dtype=gram_II.dtype, device=gram_II.device)
-        map_ID = torch.linalg.solve(gram_II, cross_ID)
-        given_DR = torch.linalg.svd(torch.linalg.cholesky(gram_II).T @ map_ID, full_matrices=False)[2].T
+        check_converged("what FFNs are given and leave out", [self.gram_II, self.cross_ID])
+        map_ID, lower_II = ridge_regression(self.gram_II, self.cross_ID)
+        given_DR = torch.linalg.svd(lower_II.T @ map_ID, full_matrices=False)[2].T
         given_DR = given_DR[:, : len(self.layer.compensation.compress)]
         map_IR = map_ID @ given_DR
-        size_R = ((map_IR * (gram_II @ map_IR)).sum(0) / self.count).sqrt().clamp_min(1e-12)  # each then gives 1
+        size_R = ((lower_II.T @ map_IR).square().sum(0) / self.count).sqrt().clamp_min(1e-12)  # each then gives 1
         into, rank = self.layer.compensation, len(size_R)  # a rank above the width leaves the rest at its start
         into.compress[:rank].copy_((map_IR[:-1] / size_R).T)
         into.bias[:rank].copy_(map_IR[-1] / size_R)

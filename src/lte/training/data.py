@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections import Counter
-from collections.abc import Callable, Sequence
-from itertools import pairwise
-from typing import Literal, get_args
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, get_args
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lte.training.batches import IGNORED, PackedBlocks, PaddedRows
-from lte.training.chat import chats_of, pairs_to_chats, render_chats
-from lte.training.columns import render
+from lte.training.columns import text_of
 from lte.training.data_config import DataConfig
 from lte.training.labelled import classification_rows, regression_rows
+from lte.training.prompts import load_prompts
 from lte.training.rows import check_token_ids, collator_for, warn_cut, warn_skipped
-from lte.training.sources import Row, Source, as_list, extension, read_rows, read_text, read_token_ids
-from lte.training.tokenise import encode, eos_id, tokenise_documents, wrapping
+from lte.training.sources import Row, Source, as_list, extension, read_rows, read_token_ids
+from lte.training.text_files import read_pieces
+from lte.training.tokenise import encode, eos_id, tokenise_documents, without_start, wrapping
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +34,12 @@ def load_dataset_for(
     is_encoder_decoder: bool = False,
     vocab_size: int | None = None,
     labelled: bool = True,
+    max_rows: int | None = None,
 ) -> PackedBlocks | PaddedRows:
     """Read `sources` (files or hub data sets) and tokenise them for `task`.
 
-    language_modelling: documents, each with the tokenizer's BOS if it has one, joined with EOS and packed.
+    language_modelling: documents, each with the tokenizer's BOS if it has one, joined with EOS and packed into blocks,
+    each of which begins with BOS too.
     generation: prompt, completion, EOS, the loss on the last two; a row too long loses the start of its
     prompt, then the end of its completion. With `is_encoder_decoder` the prompt goes to the encoder, the
     labels are the completion alone, and each loses its end. classification: one text or a pair, a class.
@@ -48,6 +49,7 @@ def load_dataset_for(
         vocab_size: that of the model, to refuse token ids beyond it; the tokenizer's where not given.
         labelled: False for classification and regression rows that need no label, and then have none: those that
             thresholds are set on.
+        max_rows: only the first rows or blocks; what follows is not read. Classes are then those of these rows.
     Returns: a dataset with `.collator`, and for classification `.class_names`: the model's head needs
         `num_labels=len(dataset.class_names)`.
     Raises: ValueError, FileNotFoundError or ImportError, in one line that says what is wrong and the fix.
@@ -57,13 +59,13 @@ def load_dataset_for(
     if task == "language_modelling":
         if is_encoder_decoder:
             raise ValueError("an encoder-decoder model learns generation: give prompt and completion")
-        return _packed_blocks(sources, tokenizer, config, vocab_size)
+        return _packed_blocks(sources, tokenizer, config, vocab_size, max_rows)
     if task == "generation":
-        texts = load_prompts(sources, config, tokenizer)
+        texts = load_prompts(sources, config, tokenizer, max_rows)
         return generation_rows(*texts, tokenizer, config, is_encoder_decoder, vocab_size)
     if task in ("classification", "regression"):
         rows = classification_rows if task == "classification" else regression_rows
-        dataset = rows(sources, tokenizer, config, labelled)
+        dataset = rows(sources, tokenizer, config, labelled, max_rows)
         check_token_ids(dataset.columns["input_ids"], vocab_size, "the tokenizer")
         return dataset
     raise ValueError(f"unknown task {task!r}: use one of {', '.join(get_args(Task))}")
@@ -72,78 +74,27 @@ def load_dataset_for(
 def load_texts(
     sources: Source | Sequence[Source],
     text_column: str = "text",
-    rows: Callable[[Source], list[Row]] = read_rows,
+    rows: Callable[[Source], Iterable[Row]] = read_rows,
 ) -> list[str]:
     """The documents of all sources, in order: a `.txt` file is one, each of the `rows` of another source is one.
 
     Rows whose text is empty are skipped, counted and warned of; ValueError when none is left.
     """
-    texts: list[str] = []
-    for source in as_list(sources):
-        if extension(source) == ".txt":
-            texts.append(read_text(source))
-            continue
-        found = render(rows(source), text_column, source)
-        kept = [text for text in found if text.strip()]
-        warn_skipped(len(found) - len(kept), len(found), f"{source}: rows with an empty {text_column!r}")
-        texts += kept
-    return texts
+    return ["".join(document) for source in as_list(sources) for document in _documents(source, text_column, rows)]
 
 
-def load_prompts(
-    sources: Source | Sequence[Source],
-    config: DataConfig | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-) -> tuple[list[str], list[str]]:
-    """(prompts, completions) as texts, without `completion_end` or the tokenizer's EOS at the end.
-
-    Chats need the tokenizer, for its template.
-
-    Rows with an empty completion are skipped, counted and warned of; ValueError when none is left.
-    """
-    config = config or DataConfig()
-    prompts: list[str] = []
-    completions: list[str] = []
-    for source in as_list(sources):
-        of_source = _prompts_of(source, config, tokenizer)
-        prompts += of_source[0]
-        completions += of_source[1]
-    completions = _unmarked(completions, config, tokenizer)
-    kept = [i for i, text in enumerate(completions) if text.strip()]
-    warn_skipped(len(completions) - len(kept), len(completions), "rows with an empty completion")
-    markers = Counter(m.group() for i in kept if (m := re.search(r"(<\|\w+\|>|</s>)$", completions[i])))
-    for marker, count in markers.items():
-        logger.warning("%d completions end with the text %r: completion_end removes it", count, marker)
-    return [prompts[i] for i in kept], [completions[i] for i in kept]
-
-
-def _prompts_of(
-    source: Source, config: DataConfig, tokenizer: PreTrainedTokenizerBase | None
-) -> tuple[list[str], list[str]]:
-    rows = config.rows(source)
-    if config.messages is None:
-        texts = render(rows, config.prompt, source), render(rows, config.completion, source)
-        if (end := config.completion_end) and not any(text.endswith(end) for text in texts[1]):
-            logger.warning("%s: no completion ends with completion_end, %r", source, end)
-        if not config.chat:
-            return texts
-        texts = texts[0], _unmarked(texts[1], config, tokenizer)  # a template puts its own end behind
-        kept = [i for i, text in enumerate(texts[1]) if text.strip()]  # and would make something of nothing
-        warn_skipped(len(texts[1]) - len(kept), len(texts[1]), "rows with an empty completion")
-        chats = pairs_to_chats(*([side[i] for i in kept] for side in texts))
-    else:
-        chats = chats_of(rows, config.messages, source)
-    if tokenizer is None:
-        raise ValueError("chats need the tokenizer, for its template: load_prompts(sources, config, tokenizer)")
-    return render_chats(chats, tokenizer)
-
-
-def _unmarked(completions: list[str], config: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
-    """Without `completion_end` and the tokenizer's EOS at the end."""
-    eos_token = None if tokenizer is None else str(tokenizer.eos_token or "")
-    for marker in filter(None, (config.completion_end, eos_token)):
-        completions = [text.removesuffix(marker) for text in completions]
-    return completions
+def _documents(source: Source, text_column: str, rows: Callable[[Source], Iterable[Row]]) -> Iterator[Iterable[str]]:
+    """Each document of a source as texts to put together, read when it is asked for."""
+    if extension(source) == ".txt":
+        yield read_pieces(source)
+        return
+    text, total, kept = text_of(text_column, source), 0, 0
+    for total, row in enumerate(rows(source), 1):
+        document = text(row, total)
+        if document.strip():
+            kept += 1
+            yield (document,)
+    warn_skipped(total - kept, total, f"{source}: rows with an empty {text_column!r}")
 
 
 def _packed_blocks(
@@ -151,28 +102,59 @@ def _packed_blocks(
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
     vocab_size: int,
+    max_rows: int | None,
 ) -> PackedBlocks:
-    documents: list[np.ndarray] = []
-    for source in as_list(sources):
-        if extension(source) == ".npy":
-            found = [read_token_ids(source)]
-        else:
-            found = tokenise_documents(load_texts(source, config.text_column, config.rows), tokenizer)
-        check_token_ids(found, vocab_size, source)
-        documents += found
-    ids = documents[0]  # one .npy stays memory-mapped
-    if len(documents) > 1:
-        eos = np.array([eos_id(tokenizer)], dtype=np.uint32)
-        joined = [ids]
-        for before, after in pairwise(documents):
-            joined += [after] if before[-1] == eos or after[0] == eos else [eos, after]
-        ids = np.concatenate(joined, dtype=np.uint32)
-    if ids.dtype == np.uint32 and ids.max() < 2**16:
-        ids = ids.astype(np.uint16)
-    dataset = PackedBlocks(ids, config.sequence_length)
+    listed = as_list(sources)
+    if len(listed) == 1 and extension(listed[0]) == ".npy":
+        ids = read_token_ids(listed[0])  # stays memory-mapped
+        check_token_ids(_sliced(ids), vocab_size, listed[0])
+    else:
+        pieces = (piece for source in listed for piece in _pieces_of(source, tokenizer, config, vocab_size))
+        most = None if max_rows is None else max_rows * config.sequence_length
+        ids = _joined(pieces, tokenizer, vocab_size, most)
+    eos: Any = tokenizer.eos_token_id
+    dataset = PackedBlocks(ids, config.sequence_length, wrapping(tokenizer)[0], eos)
     left_out = len(ids) - len(dataset.ids)
     logger.info("%d blocks of %d tokens, the last %d tokens left out", len(dataset), config.sequence_length, left_out)
-    return dataset
+    return dataset if max_rows is None else dataset.head(max_rows)
+
+
+def _pieces_of(
+    source: Source, tokenizer: PreTrainedTokenizerBase, config: DataConfig, vocab_size: int
+) -> Iterator[tuple[bool, np.ndarray]]:
+    """The token ids of a source, piece by piece, each with whether a document starts there."""
+    if extension(source) == ".npy":
+        pieces = ((i == 0, ids) for i, ids in enumerate(_sliced(read_token_ids(source))))
+    else:
+        pieces = tokenise_documents(_documents(source, config.text_column, config.rows), tokenizer)
+    for starts, ids in pieces:
+        check_token_ids([ids], vocab_size, source)
+        yield starts, ids
+
+
+def _sliced(ids: np.ndarray, size: int = 1 << 20) -> Iterator[np.ndarray]:
+    return (ids[start : start + size] for start in range(0, len(ids), size))
+
+
+def _joined(
+    pieces: Iterable[tuple[bool, np.ndarray]], tokenizer: PreTrainedTokenizerBase, vocab_size: int, most: int | None
+) -> np.ndarray:
+    """One stream (tokens,) of documents with EOS between two, unless it is there: uint16 where ids fit, or uint32.
+
+    No piece is asked for once there are `most` tokens.
+    """
+    code, dtype = ("H", np.uint16) if vocab_size <= 2**16 else ("I", np.uint32)
+    joined = array(code)
+    for starts, ids in pieces:
+        if starts and joined:
+            eos = eos_id(tokenizer)
+            check_token_ids([np.array([eos])], vocab_size, "the tokenizer's EOS")
+            if joined[-1] != eos and ids[0] != eos:
+                joined.append(eos)
+        joined.frombytes(ids.astype(dtype).tobytes())
+        if most is not None and len(joined) >= most:
+            break
+    return np.frombuffer(joined, dtype)
 
 
 def generation_rows(
@@ -193,7 +175,8 @@ def generation_rows(
     cut_prompts = cut_completions = 0
     # Prompt and completion are tokenised apart: in generation, too, the prompt is tokenised alone.
     encoded = zip(encode(prompts, tokenizer), encode(completions, tokenizer, target=True), strict=True)
-    for prompt, completion in encoded:
+    for written, completion in encoded:
+        prompt = without_start(written, start)
         if is_encoder_decoder:
             prompt_room = size - len(start) - len(end)
             target_room = size - len(target_start) - len(target_end)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lte.training.sources import Row, Source, read_rows
@@ -28,7 +29,8 @@ class DataConfig:
     """Generation: put prompt and completion through the tokenizer's chat template, as user and assistant."""
     messages: str | None = None
     """Generation: in place of prompt and completion a column of chats, lists of messages with role and content, for the
-    tokenizer's chat template. Each answer is a row, what comes before it is its prompt."""
+    tokenizer's chat template. Each answer is a row, what comes before it is its prompt. A column `tools` beside it goes
+    to the template too."""
     label_column: str = "label"
     """Classification: the column of labels, numbers or names. Regression: of numbers."""
     class_names: tuple[str, ...] | None = None
@@ -36,7 +38,8 @@ class DataConfig:
     header: tuple[str, ...] = ()
     """Names of the columns, in order, for .csv and .tsv files without a header line."""
     skip_bad_rows: bool = False
-    """Leave out, and count, rows of .csv and .tsv files with a wrong number of fields."""
+    """Leave out, and count, rows of .csv and .tsv files with a wrong number of fields, and chats that the template
+    refuses."""
 
     def __post_init__(self) -> None:
         if self.sequence_length < 2:
@@ -51,6 +54,6 @@ class DataConfig:
             if given is not None and len(set(given)) < len(given):
                 raise ValueError(f"{name} has a name twice: {', '.join(given)}")
 
-    def rows(self, source: Source) -> list[Row]:
+    def rows(self, source: Source) -> Iterator[Row]:
         """The rows of a source, read as these options say."""
         return read_rows(source, self.header, self.skip_bad_rows)

@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lte.training.batches import PaddedRows
-from lte.training.columns import column, is_missing, render
+from lte.training.columns import cell, is_missing, text_of
 from lte.training.data_config import DataConfig
 from lte.training.rows import collator_for, warn_cut, warn_skipped
 from lte.training.sources import Source, as_list
@@ -19,10 +19,14 @@ from lte.training.tokenise import BATCH_ROWS
 
 
 def classification_rows(
-    sources: Source | Sequence[Source], tokenizer: PreTrainedTokenizerBase, config: DataConfig, labelled: bool
+    sources: Source | Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    labelled: bool,
+    max_rows: int | None = None,
 ) -> PaddedRows:
     """Labels are the places of their names in `class_names`; in the rows they may be written as these places."""
-    columns, labels = _texts_and_labels(sources, tokenizer, config, labelled)
+    columns, labels = _texts_and_labels(sources, tokenizer, config, labelled, max_rows)
     class_names = config.class_names
     if labelled:
         class_names = class_names or _sorted_labels(labels)
@@ -38,17 +42,25 @@ def classification_rows(
 
 
 def regression_rows(
-    sources: Source | Sequence[Source], tokenizer: PreTrainedTokenizerBase, config: DataConfig, labelled: bool
+    sources: Source | Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    labelled: bool,
+    max_rows: int | None = None,
 ) -> PaddedRows:
     """Labels are numbers. `class_names` is the label's column alone: the model's head needs one output."""
-    columns, labels = _texts_and_labels(sources, tokenizer, config, labelled)
+    columns, labels = _texts_and_labels(sources, tokenizer, config, labelled, max_rows)
     if labelled:
         columns["labels"] = [_number(label, config.label_column) for label in labels]
     return PaddedRows(columns, collator_for(tokenizer, config.pad_to_multiple_of), (config.label_column,))
 
 
 def _texts_and_labels(
-    sources: Source | Sequence[Source], tokenizer: PreTrainedTokenizerBase, config: DataConfig, labelled: bool
+    sources: Source | Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    labelled: bool,
+    max_rows: int | None = None,
 ) -> tuple[dict[str, list[Any]], list[str]]:
     """What the tokenizer makes of the texts, by column, and the labels as they are written, if they are wanted."""
     names = [name.strip() for name in config.text_column.split(",")]
@@ -57,14 +69,19 @@ def _texts_and_labels(
     texts: list[tuple[str, ...]] = []  # (text,) or (text, second text) a row
     labels: list[str] = []
     for source in as_list(sources):
-        rows = config.rows(source)
-        found = list(zip(*(render(rows, name, source) for name in names), strict=True))
-        values = column(rows, config.label_column, source) if labelled else []
-        values = [_label(value, source, i) for i, value in enumerate(values, 1)]
-        kept = [i for i, row in enumerate(found) if any(text.strip() for text in row)]
-        warn_skipped(len(found) - len(kept), len(found), f"{source}: rows with no text")
-        texts += [found[i] for i in kept]
-        labels += [values[i] for i in kept if labelled]
+        cells, total, kept = [text_of(name, source) for name in names], 0, 0
+        for total, row in enumerate(config.rows(source), 1):
+            found = tuple(text(row, total) for text in cells)
+            label = _label(cell(row, config.label_column, source, total), source, total) if labelled else ""
+            if any(text.strip() for text in found):
+                kept += 1
+                texts.append(found)
+                labels += [label] if labelled else []
+            if len(texts) == max_rows:
+                break
+        warn_skipped(total - kept, total, f"{source}: rows with no text")
+        if len(texts) == max_rows:
+            break
     columns: dict[str, list[Any]] = {}
     cut = 0
     tokenise: Any = tokenizer  # its signature is wider than a checker can follow

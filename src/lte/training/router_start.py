@@ -10,9 +10,9 @@ from lte.core.selection import expert_norms
 from lte.surgery.activations import watch_ffns
 from lte.surgery.sites import Site, find_sites
 from lte.training.checks import check_converged
+from lte.training.ridge import ridge_regression
 
 TOKENS_PER_INPUT = 16
-RIDGE = 1e-3  # of the mean square of an input
 
 
 def tokens_to_fit(model: Any) -> int:
@@ -64,11 +64,9 @@ class _Moments:
 
     def fit_(self, bias: float) -> None:
         check_converged("what FFNs are given and give", [self.gram_II, self.cross_IE])
-        gram_II, cross_IE = self.gram_II.double(), self.cross_IE.double()
+        gram_II = self.gram_II.double()
         count = gram_II[-1, -1]
-        ridge_I = torch.full_like(gram_II[0], RIDGE * float(gram_II.diagonal()[:-1].mean()))
-        ridge_I[-1] = 0  # the constant is free
-        weight_IE = torch.linalg.solve(gram_II + ridge_I.diag(), cross_IE)
+        weight_IE, _ = ridge_regression(gram_II, self.cross_IE, free=1)  # the constant
         mean_E = gram_II[-1] @ weight_IE / count
         square_E = (weight_IE * (gram_II @ weight_IE)).sum(0) / count
         mean = mean_E.mean()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ def collator_for(tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int) ->
     return PaddingCollator(eos_id(tokenizer) if pad is None else pad, pad_to_multiple_of)
 
 
-def check_token_ids(arrays: Sequence[np.ndarray], vocab_size: int, source: Source) -> None:
+def check_token_ids(arrays: Iterable[np.ndarray], vocab_size: int, source: Source) -> None:
     """ValueError for a token that the model does not have."""
     highest = max((int(ids.max(initial=0)) for ids in arrays), default=0)
     if highest >= vocab_size:

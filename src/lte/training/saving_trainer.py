@@ -9,14 +9,23 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lte.files import writing
 from lte.saving import saving
+from lte.training.checkpoints import rotate, seal
+
+PROVEN = 2
+"""So many checkpoints stay while training: the newest may have diverged, from the one before steps went well."""
 
 
 class SavingTrainer(Trainer):
     """Saves the model, its tokenizer and the arguments at once, and takes back a checkpoint that fails.
 
+    Attributes:
+        identity: of the run, kept in each checkpoint.
+
     Raises:
         NotWritten: a full disk, missing permissions and the like, on saving.
     """
+
+    identity: dict[str, Any]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = output_dir or cast(str, self.args.output_dir)
@@ -27,11 +36,23 @@ class SavingTrainer(Trainer):
             super()._save(str(fresh), state_dict)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Once all ranks have written, the checkpoint says what it holds; only then are older ones deleted."""
         folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)  # damaged, and passed over
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             with writing(folder):
                 super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    seal(folder, self.identity)
         except OSError:
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate(folder, limit and max(limit, PROVEN), self.state.best_model_checkpoint)

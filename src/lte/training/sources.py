@@ -1,28 +1,23 @@
 """Reading what a user points at: local files and hub data sets, as texts, rows or token ids.
 
-Everything is read whole, which makes each error exact (a byte, a line, a row); text too large for memory
-is better tokenised once into a `.npy`, which is memory-mapped. Only parquet and the hub need more than
-the standard library and numpy, and import it when they are used.
+Rows and texts are read as they are asked for, and no more of them is kept here; only a `.json` is read whole. What
+is tokenised once into a `.npy` is memory-mapped. Only parquet and the hub need more than the standard library and
+numpy, and import it when they are used.
 """
 
 from __future__ import annotations
 
-import codecs
-import csv
-import gzip
-import io
 import json
-import logging
 import os
 import re
-import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-logger = logging.getLogger(__name__)
+from lte.training.tables import table_rows
+from lte.training.text_files import check_expansion, lines_of, open_text, read_text
 
 Source = str | os.PathLike[str]
 Row = dict[str, Any]
@@ -31,6 +26,7 @@ TEXT_EXTENSIONS = (".txt", ".jsonl", ".json", ".csv", ".tsv")  # each also as .g
 BINARY_EXTENSIONS = (".parquet", ".npy")
 _KNOWN = f"{', '.join(TEXT_EXTENSIONS)} (each also .gz), {', '.join(BINARY_EXTENSIONS)}"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[^:/\\]*){0,2}")  # owner/name[:configuration[:split]]
+_PARQUET_ROWS = 64  # at once: a dictionary holds long texts once, and rows each
 _MISSING = 'needs the {} package: pip install "lte[data]"'
 
 
@@ -64,30 +60,6 @@ def extension(source: Source) -> str | None:
     return None
 
 
-def read_text(path: Source) -> str:
-    """The whole of a UTF-8 file, gunzipped when named `.gz`, every newline as it is, without a BOM.
-
-    Raises ValueError for a broken gzip file, bytes that are not UTF-8 (with their place) and a file with
-    nothing but white space.
-    """
-    data = Path(path).read_bytes()
-    if os.fspath(path).lower().endswith(".gz"):
-        try:
-            data = gzip.decompress(data)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{path}: truncated or not a gzip file ({error}): copy it again") from error
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start} (line {line}): save the file as UTF-8") from error
-    if data.startswith(codecs.BOM_UTF8):
-        text = text[1:]
-    if not text or text.isspace():
-        raise ValueError(f"{path}: the file is empty")
-    return text
-
-
 def read_token_ids(path: Source) -> np.ndarray:
     """The memory-mapped ids (tokens,) of a 1-D uint16 or uint32 `.npy` file; ValueError for any other."""
     try:
@@ -103,54 +75,57 @@ def read_token_ids(path: Source) -> np.ndarray:
     return ids
 
 
-def read_rows(source: Source, header: Sequence[str] = (), skip_bad_rows: bool = False) -> list[Row]:
+def read_rows(source: Source, header: Sequence[str] = (), skip_bad_rows: bool = False) -> Iterator[Row]:
     """The rows of one source, each a dict from column to value; a `.txt` is one row with the column `text`.
 
     Of a `.csv` or `.tsv` that has no header line, `header` names the columns. Rows of these with a wrong number of
     fields are an error, or with `skip_bad_rows` left out, counted and warned of.
 
-    Raises ValueError (or FileNotFoundError, ImportError) in one line when the source cannot be read.
+    Raises ValueError (or FileNotFoundError, ImportError) in one line when the source cannot be read: the first lines
+    of a file are given before the last ones are looked at.
     """
     kind = extension(source)
+    path = Path(source)
     if kind is None:
         rows = _hub_rows(os.fspath(source))
     elif kind == ".npy":
         raise ValueError(f"{source}: token ids have no columns, they serve language modelling only")
     elif kind == ".parquet":
-        rows = _parquet_rows(source)
+        rows = _parquet_rows(path)
+    elif kind == ".txt":
+        rows = iter([{"text": read_text(path)}])
+    elif kind == ".jsonl":
+        rows = _jsonl_rows(path)
+    elif kind == ".json":
+        rows = iter(_json_rows(path))
     else:
-        text = read_text(source)
-        if kind == ".txt":
-            return [{"text": text}]
-        json_rows = {".jsonl": _jsonl_rows, ".json": _json_rows}.get(kind)
-        rows = json_rows(text, source) if json_rows else _table_rows(text, source, header, skip_bad_rows)
-    if not rows:
+        rows = table_rows(path, header, skip_bad_rows)
+    empty = True
+    for row in rows:
+        empty = False
+        yield row
+    if empty:
         raise ValueError(f"{source}: no rows")
-    return rows
 
 
-def _jsonl_rows(text: str, path: Source) -> list[Row]:
-    rows = []
-    # Not splitlines(): it also breaks at U+2028, which JSON leaves unescaped in strings.
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error.msg}, column {error.colno})") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: a {type(row).__name__}, a JSON object is needed")
-        rows.append(row)
-    return rows
+def _jsonl_rows(path: Path) -> Iterator[Row]:
+    blank = True
+    with open_text(path, newline="\n") as file:  # U+2028, which ends lines elsewhere, JSON leaves in strings
+        for number, line in enumerate(lines_of(file, path), 1):
+            if not line.strip():
+                continue
+            blank = False
+            row = _parsed(line.rstrip("\n"), path, number)
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: a {type(row).__name__}, a JSON object is needed")
+            yield row
+    if blank:
+        raise ValueError(f"{path}: the file is empty")
 
 
-def _json_rows(text: str, path: Source) -> list[Row]:
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        hint = ", or is it JSON lines, named .jsonl?" if error.msg == "Extra data" else ""
-        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg}, column {error.colno}){hint}") from error
+def _json_rows(path: Path) -> list[Row]:
+    """Read whole, as JSON is one value: many rows are better in a `.jsonl`."""
+    rows = _parsed(read_text(path), path)
     if isinstance(rows, dict):  # {"0": {...}, "1": {...}}
         rows = list(rows.values())
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -158,56 +133,44 @@ def _json_rows(text: str, path: Source) -> list[Row]:
     return rows
 
 
-def _table_rows(text: str, path: Source, names: Sequence[str], skip_bad_rows: bool) -> list[Row]:
-    tabs = Path(path).name.lower().removesuffix(".gz").endswith(".tsv")
-    # A tab-separated file has no quoting: its quotes are text and need not balance.
-    dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
-    limit = csv.field_size_limit(2**31 - 1)  # whole articles are longer than the default of 128 KiB
-    reader = csv.reader(io.StringIO(text, newline=""), **dialect)
+def _parsed(text: str, path: Path, line: int | None = None) -> Any:
+    """One JSON value, the line `line` of a file or all of it."""
     try:
-        header = list(names) or next(reader)
-        if len(set(header)) < len(header):
-            raise ValueError(f"{path}: the header names a column twice: {', '.join(map(repr, header))}")
-        rows, bad = [], 0
-        for fields in reader:
-            if fields and len(fields) != len(header):
-                bad += 1
-                if skip_bad_rows:
-                    continue
-                raise ValueError(
-                    f"{path}, line {reader.line_num}: {len(fields)} fields, but the header has {len(header)}"
-                )
-            if fields:
-                rows.append(dict(zip(header, fields, strict=True)))
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
-    finally:
-        csv.field_size_limit(limit)
-    if bad:
-        logger.warning("%s: skipped %d of %d rows with a wrong number of fields", path, bad, bad + len(rows))
-    return rows
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        hint = ", or is it JSON lines, named .jsonl?" if line is None and error.msg == "Extra data" else ""
+        where = f"{path}, line {line or error.lineno}"
+        raise ValueError(f"{where}: not JSON ({error.msg}, column {error.colno}){hint}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in brackets
+        where = path if line is None else f"{path}, line {line}"
+        raise ValueError(f"{where}: JSON that cannot be read: {_first_line(error)}") from error
 
 
-def _parquet_rows(path: Source) -> list[Row]:
+def _parquet_rows(path: Path) -> Iterator[Row]:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise ImportError(f"{path} {_MISSING.format('pyarrow')}") from error
+    unpacked = 0
     try:
-        return pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(_PARQUET_ROWS):
+            unpacked += batch.nbytes
+            check_expansion(path, unpacked)
+            yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: not a readable parquet file: {_first_line(error)}") from error
 
 
-def _hub_rows(source: str) -> list[Row]:
+def _hub_rows(source: str) -> Iterator[Row]:
     try:
         import datasets
     except ImportError as error:
         raise ImportError(f"{source}: no such file, and a hub data set {_MISSING.format('datasets')}") from error
     name, configuration, split = [*source.split(":"), "", ""][:3]
     try:
-        return datasets.load_dataset(name, configuration or None, split=split or "train").to_list()
+        rows: Any = datasets.load_dataset(name, configuration or None, split=split or "train")
+        yield from rows
     except Exception as error:  # the hub's errors share no class, and the user needs their line only
         raise ValueError(f"{source}: no such file, and the hub has not given it: {_first_line(error)}") from error
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -11,60 +12,98 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 BATCH_ROWS = 1000
-_PIECE = 1 << 20  # characters
+_PIECE = 1 << 18  # characters
+_LEAD = "a\n"
+"""Stands before a piece while it is tokenised, as some tokenizers mark the start of a text."""
+_CUTS = tuple(map(re.compile, (r"\n(?=[^\r\n])", r"(?= )", r"")))  # from the best place to any
 
 
-def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, target: bool = False) -> Iterator[list[int]]:
+def encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, target: bool = False) -> Iterator[list[int]]:
     """The ids of each text without special tokens, in batches bounded by rows and by characters."""
     tokenise: Any = tokenizer  # its signature is wider than a checker can follow
-    start = stop = 0
-    while start < len(texts):
-        characters = 0
-        while stop < len(texts) and stop - start < BATCH_ROWS and characters < 4 * _PIECE:
-            characters += len(texts[stop])
-            stop += 1
-        side = {"text_target" if target else "text": list(texts[start:stop])}
+    for batch in _batches(texts):
         yield from tokenise(
-            **side,
+            **{"text_target" if target else "text": batch},
             add_special_tokens=False,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,  # no warning of texts beyond the model's length: they are cut after
         )["input_ids"]
-        start = stop
 
 
-def tokenise_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
-    """The ids (tokens,) uint32 of each text, after the tokenizer's BOS if it has one."""
-    bos = np.array(wrapping(tokenizer)[0], dtype=np.uint32)
-    pieces = [list(_pieces(text, tokenizer)) for text in texts]
-    encoded = encode([piece for of_text in pieces for piece in of_text], tokenizer)
-    documents = (
-        np.concatenate([bos, *(np.array(ids, dtype=np.uint32) for ids in islice(encoded, len(of_text)))])
-        for of_text in pieces
-    )
-    return [ids for ids in documents if len(ids)]
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch, characters = list[str](), 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if len(batch) == BATCH_ROWS or characters >= 4 * _PIECE:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
-def _pieces(text: str, tokenizer: PreTrainedTokenizerBase, size: int = _PIECE) -> Iterator[str]:
-    """`text` cut at line ends into pieces of about `size` characters whose tokens are those of the whole.
+def tokenise_documents(
+    documents: Iterable[Iterable[str]], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[bool, np.ndarray]]:
+    """The ids (tokens,) uint32 of documents, piece by piece, each with whether a document starts there.
 
-    A tokenizer takes hundreds of bytes a token while it works, so a large file must not be one text. Each
-    cut is tried on the characters about it; where none of them keeps the tokens (a tokenizer that marks
-    the start of a text) the rest stays whole.
+    A document is texts to put together. It starts with the tokenizer's BOS if it has one, and once where the text
+    writes it too; one without tokens is left out.
     """
-    start = 0
-    while len(text) - start > 2 * size:
-        for match in islice(re.compile(r"\n(?=[^\r\n])").finditer(text, start + size), 64):
-            left, right = text[match.end() - 256 : match.end()], text[match.end() : match.end() + 256]
-            whole, *halves = encode([left + right, left, right], tokenizer)
-            if whole == halves[0] + halves[1]:
-                break
-        else:
-            break
-        yield text[start : match.end()]
-        start = match.end()
-    yield text[start:]
+    start = wrapping(tokenizer)[0]
+    (lead,) = encode([_LEAD], tokenizer)
+    begins: deque[bool] = deque()
+
+    def pieces() -> Iterator[str]:
+        for document in documents:
+            first = True
+            for piece in _pieces(document, tokenizer):
+                begins.append(first)
+                yield piece if first else _LEAD + piece
+                first = False
+
+    new = True
+    for ids in encode(pieces(), tokenizer):
+        first = begins.popleft()
+        new = new or first
+        kept = without_start(ids, start) if first else ids[len(lead) :]
+        if kept:
+            yield new, np.array([*start, *kept] if new else kept, dtype=np.uint32)
+            new = False
+
+
+def _pieces(document: Iterable[str], tokenizer: PreTrainedTokenizerBase, size: int = _PIECE) -> Iterator[str]:
+    """The text of a document in pieces of `size` characters or somewhat more, whose tokens are those of the whole.
+
+    All but the first are to be tokenised after `_LEAD`. A tokenizer takes hundreds of bytes a token while it works, so
+    a large text must not be one. Each cut is tried on the characters about it; where none keeps the tokens the text
+    stays whole.
+    """
+    held, tried = "", size
+    for part in document:
+        for begin in range(0, len(part), size):
+            held += part[begin : begin + size]
+            while len(held) - tried > size:
+                cut = _cut(held, tried, tokenizer)
+                if cut is None:
+                    tried = len(held) - size
+                    break
+                yield held[:cut]
+                held, tried = held[cut:], size
+    yield held
+
+
+def _cut(text: str, start: int, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The first good place from `start` on where tokens before and after are those of the whole."""
+    (lead,) = encode([_LEAD], tokenizer)
+    for cuts in _CUTS:
+        for place in (match.end() for match in islice(cuts.finditer(text, start, len(text) - 256), 64)):
+            left, right = text[max(0, place - 256) : place], text[place : place + 256]
+            whole, before, led = encode([left + right, left, _LEAD + right], tokenizer)
+            if led[: len(lead)] == lead and whole == before + led[len(lead) :]:
+                return place
+    return None
 
 
 def wrapping(tokenizer: PreTrainedTokenizerBase, target: bool = False) -> tuple[list[int], list[int]]:
@@ -77,6 +116,11 @@ def wrapping(tokenizer: PreTrainedTokenizerBase, target: bool = False) -> tuple[
         raise ValueError(f"cannot tell the tokenizer's special tokens: 'a' is {full} with them, {bare} without")
     before = places[0]
     return full[:before], full[before + len(bare) :]
+
+
+def without_start(ids: list[int], start: list[int]) -> list[int]:
+    """Ids without the BOS, `start`, that a text or a chat template writes itself: it is put before them once."""
+    return ids[len(start) :] if start and ids[: len(start)] == start else ids
 
 
 def most_tokens(tokenizer: PreTrainedTokenizerBase, model_config: Any) -> int:

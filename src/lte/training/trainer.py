@@ -3,7 +3,8 @@
 import functools
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, fields
+from contextlib import ExitStack
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,12 +18,12 @@ from transformers.trainer_callback import ExportableState
 
 from lte.modules.mixture import Balance, record_balance
 from lte.modules.recording import Recording, record_scores, sparse_layers, track_sparsity
+from lte.modules.tensor_parallel import check_not_shared
 from lte.surgery.method import Method
 from lte.training.arguments import LTETrainingArguments
 from lte.training.batches import hold_out_for_calibration
 from lte.training.calibration import evaluating
-from lte.training.checkpoints import last_complete_checkpoint
-from lte.training.checks import check_callbacks, check_converged, check_head, check_method, check_sharded
+from lte.training.checks import check_callbacks, check_dtype, check_head, check_method, check_sharded
 from lte.training.controller import SparsityController
 from lte.training.distillation import (
     DistilledLoss,
@@ -33,6 +34,12 @@ from lte.training.distillation import (
     predicts,
     show_hidden_states_,
 )
+from lte.training.divergence import WatchedTrainer
+from lte.training.identity import model_identity, run_identity
+from lte.training.lock import locked
+from lte.training.preflight import try_out
+from lte.training.recomputing import check_recomputing
+from lte.training.resuming import TEACHER, agreed, begin_run
 from lte.training.saving_trainer import SavingTrainer
 from lte.training.scores import lte_losses, measure_scores, mixture_loss
 from lte.training.stage_changes import move_thresholds_, regroup_, set_stage_, sharpen_, start_routers_
@@ -45,11 +52,10 @@ logger = logging.getLogger(__name__)
 _CALIBRATIONS = 4  # in the hard stage, evenly spaced; frozen routers' inputs move while the rest trains
 _COMPARISONS = 10  # in the soft stage, of training rows' sparsity with that of others
 _APART = 20  # steps between two of them at least: a short stage has fewer
-_TEACHER = "lte_teacher"
 _PROGRAMS = 32  # of a block under torch.compile: stages, teacher, evaluation; torch's own limit is 8
 
 
-class LTETrainer(SavingTrainer):
+class LTETrainer(WatchedTrainer, SavingTrainer):
     """Trains a model made sparse by ``lte.sparsify_``: dense (optional), soft and hard stage in one ``train()``.
 
     With a method whose routers are not trained there is no soft stage: after the dense one neurons are grouped anew and
@@ -67,7 +73,8 @@ class LTETrainer(SavingTrainer):
 
     Raises:
         ValueError: a dense model, one of a method that the recipe or its target does not fit, one without logits that a
-            teacher's could be compared with, arguments of another class, or several GPUs in one process.
+            teacher's could be compared with, one that is shared out by tensor parallelism, arguments of another class,
+            or several GPUs in one process.
     """
 
     args: LTETrainingArguments
@@ -98,7 +105,11 @@ class LTETrainer(SavingTrainer):
             layer.router.requires_grad_(True)
             if layer.compensation is not None:
                 layer.compensation.requires_grad_(True)
+        check_not_shared(cast(nn.Module, model), "LTETrainer groups and fits")
         check_head(model, args)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                check_dtype(parameter.dtype)
         self._linear = all(layer.router.is_linear for layer in layers)
         self._causal = is_causal(cast(nn.Module, model))
         self.method = Method.from_dict(cast(Any, model).config.lte)
@@ -128,7 +139,7 @@ class LTETrainer(SavingTrainer):
         self.plan = StagePlan(0, 0, 0)
         self.progress = 0.0
         self._forget()
-        self._resumed_in: Path | None = None
+        self._model_identity: dict[str, Any] | None = None
         self._found: tuple[Any, Any, dict[str, Any]] = (None, None, {})
         self._flops_per_token: int | None = None
         self._measure_scores = self._compiled(measure_scores)
@@ -140,6 +151,7 @@ class LTETrainer(SavingTrainer):
 
     def begin(self, resumed: dict[str, Any] | None) -> None:
         """Called when training begins, with what a checkpoint remembers of the run, or None."""
+        check_recomputing(self._unwrapped)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             check_sharded(self.plan, self.method, self.args, self._unwrapped.config.lte.get("grouped", True))
         self._forget()
@@ -151,25 +163,16 @@ class LTETrainer(SavingTrainer):
                     f"the checkpoint's run has {resumed['plan']} steps dense, soft and hard, and this one {plan}: "
                     "resume with the same number of steps and fractions"
                 )
-            options = _options_of(self.args)
-            for name, value in resumed.get("options", options).items():
-                if name in options and options[name] != value:
-                    raise ValueError(
-                        f"the checkpoint's run has {name} {value}, and this one {options[name]}: resume with the same "
-                        "options, or train anew in another folder"
-                    )
             self.eta = resumed["eta"]
             self.controller.integral, self.controller.gap = resumed["integral"], resumed.get("gap", 0.0)
             self._switch(resumed["stage"])
             if self.stage != "dense":
                 self._unwrapped.config.lte.pop("grouped", None)  # the checkpoint's neurons are
-                if self._distils:
+                if self._distils and self.state.global_step < self.plan.total:
                     self.teacher = load_teacher(
-                        (self._resumed_in or self._folder) / _TEACHER,
-                        self._unwrapped,
-                        self._compilation,
-                        self._teacher_dtype,
+                        self._folder / TEACHER, self._unwrapped, self._compilation, self._teacher_dtype
                     )
+        try_out(self, teacher=self._distils and not resumed)
 
     def _forget(self) -> None:
         """What a run knows before its first step, though the trainer may have run before."""
@@ -208,8 +211,8 @@ class LTETrainer(SavingTrainer):
         """What a checkpoint has to remember to go on."""
         controller = self.controller
         return {
+            "manifest": True,
             "stage": self.stage,
-            "options": _options_of(self.args),
             "plan": [*astuple(self.plan)],
             "eta": float(self.eta),
             "integral": float(controller.integral),
@@ -223,12 +226,12 @@ class LTETrainer(SavingTrainer):
         model = self._unwrapped
         if stage == "soft" or (stage == "hard" and not self.plan.soft):
             if before == "dense":
-                check_converged("a weight", model.parameters())
+                self.stop_if_diverged()
             if before == "dense" or not model.config.lte.get("grouped", True):
                 regroup_(model, self.method, self._batches(self.train_dataset, self.args.seed))
             if self._distils:
                 plain = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-                kept_in = self._folder / _TEACHER if self.args.should_save else None  # for resuming
+                kept_in = self._folder / TEACHER if self.args.should_save else None  # for resuming
                 self.teacher = make_teacher(plain, kept_in, self._compilation, self._teacher_dtype)
             start_routers_(model, self.method, self._batches(self.train_dataset, self.args.seed), self.args)
         if stage == "hard" and self._linear:
@@ -251,6 +254,7 @@ class LTETrainer(SavingTrainer):
         """Move the thresholds so that rows which are not trained on have the target's sparsity."""
         if self.calibration_dataset is None or self.args.target_sparsity is None:
             return
+        self.stop_if_diverged()
         batches = self._batches(self.calibration_dataset)
         with self.accelerator.autocast():
             move_thresholds_(self._unwrapped, self.method, batches, self.args.target_sparsity)
@@ -287,28 +291,55 @@ class LTETrainer(SavingTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As ``Trainer.train``; ``resume_from_checkpoint=True`` takes the last checkpoint that is whole.
 
-        With no such checkpoint the run starts from its beginning.
+        With no such checkpoint the run starts from its beginning. A run that is finished is loaded, and not trained.
+
+        Raises:
+            ValueError: the checkpoint is of a run with another model, other data or other options, or damaged; the
+                output folder holds checkpoints and is neither resumed nor to be overwritten, or another run uses it.
         """
         check_callbacks(self.callback_handler.callbacks, self.args)
-        if resume_from_checkpoint is True:
-            found = last_complete_checkpoint(self._folder)
-            if found is None:
-                logger.warning("no whole checkpoint in %s: training starts from the beginning", self._folder)
-            resume_from_checkpoint = str(found) if found else None
-        self._resumed_in = Path(resume_from_checkpoint).parent if resume_from_checkpoint else None
+        first = self.args.process_index == 0
+        with ExitStack() as held:
+
+            def begin() -> tuple[Path | None, dict[str, Any]]:
+                held.enter_context(locked(self._folder))
+                identity = self._identity()
+                model = getattr(self._unwrapped.config, "_name_or_path", "")
+                return begin_run(self._folder, identity, resume_from_checkpoint, self.args.overwrite, model), identity
+
+            checkpoint, self.identity = agreed(first, begin)
+            return self._train(checkpoint, *args, **kwargs)
+
+    def _train(self, checkpoint: Path | None, *args: Any, **kwargs: Any) -> Any:
         mode = self._unwrapped.config.lte.get("mode", "dense")
-        if mode != "dense" and not resume_from_checkpoint and self.args.recipe != "dense":
+        if mode != "dense" and not checkpoint and self.args.recipe != "dense":
             logger.warning(
                 "the model is in mode %s, trained already: its weights are kept, but its routers and thresholds start "
                 "anew; to train it as it is, take transformers.Trainer",
                 mode,
             )
-        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        result = super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
         # mixed precision wrapped forward in autocast; the trained model is to run as it is, and optimised at full speed
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         if self._use_cache is not None:  # Trainer turns the KV cache off; the trained model is to generate with it
             self._unwrapped.config.use_cache = self._use_cache
         return result
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint's run must have in common with this one. The model is looked at before it is trained."""
+        if self._model_identity is None:
+            self._model_identity = model_identity(self._unwrapped)
+        datasets = {"train_dataset": self.train_dataset, "calibration_dataset": self.calibration_dataset}
+        if self.args.load_best_model_at_end:
+            datasets["eval_dataset"] = self.eval_dataset
+        return run_identity(self.args, self._model_identity, datasets, self.data_collator)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As ``Trainer``'s, which trains at least one step: of a run that is finished none."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -520,12 +551,6 @@ class LTETrainer(SavingTrainer):
     def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Where blocks are compiled, so is what lies between them."""
         return function if self._compilation is None else torch.compile(function, **self._compilation)
-
-
-def _options_of(args: LTETrainingArguments) -> dict[str, Any]:
-    """What makes another run of it: LTE's own options, the learning rate and the seed."""
-    own = [one.name for one in fields(args) if one.name not in TrainingArguments.__dataclass_fields__]
-    return {name: getattr(args, name) for name in (*own, "learning_rate", "seed")}
 
 
 class _Stages(TrainerCallback, ExportableState):

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from lte.modules.recording import record_scores, sparse_layers
 from lte.modules.sparse_ffn import Mode
 from lte.surgery.convert import set_mode_
-from lte.training.tokenise import most_tokens
+from lte.training.tokenise import most_tokens, wrapping
 
 BINS = 20
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -59,8 +59,9 @@ def route(model: PreTrainedModel, tokenizer: Any, text: str, max_tokens: int) ->
     """
     layers = sparse_layers(model)
     max_tokens = min(max_tokens, most_tokens(tokenizer, model.config))
-    encoded = tokenizer(text, truncation=True, max_length=max_tokens, add_special_tokens=False)
-    ids = encoded["input_ids"]
+    start = [] if model.config.is_encoder_decoder else wrapping(tokenizer)[0]  # context, and not shown
+    max_tokens -= len(start)
+    ids = tokenizer(text, truncation=True, max_length=max_tokens, add_special_tokens=False)["input_ids"]
     if not ids:
         raise ValueError("the text is empty: give a file with some words in it")
     before: dict[str, Mode] = {name: layer.mode for name, layer in layers.items()}
@@ -68,12 +69,12 @@ def route(model: PreTrainedModel, tokenizer: Any, text: str, max_tokens: int) ->
         set_mode_(model, "soft")
     mode = next(iter(layers.values())).mode
     model.eval()
-    inputs = {"input_ids": torch.tensor([ids], device=model.device)}
+    inputs = {"input_ids": torch.tensor([start + ids], device=model.device)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = inputs["input_ids"]
     with record_scores(model) as recording:
         model(**inputs)
-    scores = {name: one.float().flatten(0, -2).cpu() for name, one in recording.scores.items()}
+    scores = {name: one.float().flatten(0, -2)[len(start) :].cpu() for name, one in recording.scores.items()}
     for name, layer in layers.items():
         layer.set_mode(before[name])
     return Routing(

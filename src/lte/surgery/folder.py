@@ -1,0 +1,156 @@
+"""A model's folder, looked at before anything is built from it: what it says it is, and whether its files are whole."""
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PretrainedConfig
+
+from lte.surgery.reading import check_whole, read_json
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""The names that transformers looks for, in this order; each also with an index of shards."""
+MOST = 2000
+"""Of layers and experts: no model has more."""
+MOST_LABELS = 10**6
+NEW_HEAD = 2**26
+"""Numbers that a new head may have beyond a checkpoint's."""
+MOST_BUFFERS = 2**32
+"""Bytes that a model may keep beside its weights."""
+
+_COUNTS = re.compile(r"(^n_|_)(layers?|experts|blocks)$|^layers$")
+
+
+def check_config(name: str, values: dict[str, Any]) -> None:
+    """Refuse a ``config.json`` of which no model can be made here, before transformers reads it.
+
+    Raises:
+        ValueError: it is quantised, or asks for more layers, experts or labels than there are.
+    """
+    quantised = values.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method", "an unknown method") if isinstance(quantised, dict) else quantised
+        raise ValueError(
+            f"{name} is quantised by {method}: lte needs plain weights. Give the checkpoint that it was made from, "
+            "or a .gguf file, which is dequantised on loading"
+        )
+    named = values.get("architectures")
+    if named is not None and not (isinstance(named, list) and all(isinstance(one, str) for one in named)):
+        raise ValueError(f"{name}: config.json has architectures {named!r}, but a list of class names is needed")
+    for key, value in _numbers(values):
+        most = MOST_LABELS if key == "num_labels" else MOST if _COUNTS.search(key) else None
+        if most is not None and value > most:
+            raise ValueError(f"{name}: config.json has {key} {value}, but more than {most} cannot be right")
+        if value != value:
+            raise ValueError(f"{name}: config.json has {key} NaN, but a number is needed")
+
+
+def check_generation(name: str, values: dict[str, Any]) -> None:
+    """Refuse options of generation of the wrong type: transformers takes them, and stumbles or never stops later.
+
+    Raises:
+        ValueError: a token's id is no whole number, or another option no number.
+    """
+    for key, value in values.items():
+        several = value if isinstance(value, list) and key == "eos_token_id" else [value]
+        kind = int if key.endswith("token_id") else int | float if key in _NUMBERS else object
+        if value is not None and not all(
+            isinstance(one, kind) and not (kind is int and one is True) for one in several
+        ):
+            raise ValueError(f"{name}: its generation_config.json has {key} {value!r}, which is of the wrong type")
+
+
+_NUMBERS = ("temperature", "top_k", "top_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size")
+_NUMBERS += ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams", "num_return_sequences")
+
+
+def _numbers(values: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    if isinstance(values, dict):
+        for name, value in values.items():
+            yield from _numbers(value, str(name))
+    elif isinstance(values, list) and key == "attention_types":  # GPT-Neo's: kinds of layers, and how often each
+        for value in values:
+            yield from _numbers(value, "num_layers" if isinstance(value, int) else key)
+    elif isinstance(values, int | float):
+        yield key, values
+
+
+def check_adapter(folder: Path) -> None:
+    """Refuse a folder that holds an adapter.
+
+    Raises:
+        ValueError: it does; the message says how to merge it.
+    """
+    path = folder / "adapter_config.json"
+    if path.is_file():
+        base = read_json(path).get("base_model_name_or_path", "its base model")
+        raise ValueError(
+            f"{folder} holds an adapter of {base}: merge the two first, with peft.AutoPeftModelForCausalLM"
+            f".from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained(FOLDER), and give FOLDER"
+        )
+
+
+def count_numbers(folder: Path) -> int | None:
+    """The numbers that a folder's weight files hold, read off their headers; at most, where they have none.
+
+    None where there are no weight files.
+
+    Raises:
+        ValueError: a file is missing, cut short or damaged.
+    """
+    files = _weight_files(folder)
+    for path in files:
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: copy it again")
+        check_whole(path)
+    counts = (_count_in(path) if path.suffix == ".safetensors" else path.stat().st_size for path in files)
+    return sum(counts) if files else None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for name in WEIGHTS:
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [folder / name]
+        if index.is_file():
+            shards = read_json(index).get("weight_map")
+            if not isinstance(shards, dict) or not shards or not all(isinstance(one, str) for one in shards.values()):
+                raise ValueError(f"{index} has no weight_map from names of weights to files: copy it again")
+            outside = next((one for one in shards.values() if Path(one).name != one), None)
+            if outside is not None:
+                raise ValueError(f"{index} names {outside}, which is no file of the folder: copy it again")
+            return [folder / one for one in sorted(set(shards.values()))]
+    return []
+
+
+def _count_in(path: Path) -> int:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is cut short or damaged ({error}): copy it again") from error
+
+
+def check_size(name: str, auto: Any, config: PretrainedConfig, held: int, **kwargs: Any) -> None:
+    """Refuse a config whose model is larger than the weights that are there, before memory is taken for it.
+
+    Args:
+        auto: the Auto class that would load it.
+        held: numbers in the weight files.
+
+    Raises:
+        ValueError: it is.
+    """
+    with torch.device("meta"):
+        model = auto.from_config(config, **kwargs)
+    needed = sum(parameter.numel() for parameter in model.parameters())
+    kept = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    if needed > 2 * held + NEW_HEAD or kept > MOST_BUFFERS:
+        raise ValueError(
+            f"{name}: config.json describes a model of {needed:,} weights, but the files hold {held:,}: "
+            "they do not belong together"
+        )

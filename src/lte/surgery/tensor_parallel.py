@@ -1,0 +1,27 @@
+"""What a sparse model has to know of tensor parallelism, and when: as it has been loaded."""
+
+from typing import Any
+
+from lte.modules.recording import sparse_layers
+from lte.modules.tensor_parallel import ExpertShard, processes_of
+
+
+def shard_experts_(model: Any) -> None:
+    """Tell each sparse FFN of a model just loaded which experts this process has. Nothing to do for a whole model.
+
+    Raises:
+        ValueError: a number of experts that cannot be shared out evenly.
+    """
+    size = processes_of(model)
+    if size == 1:
+        return
+    mesh = model._device_mesh
+    mesh = mesh if mesh.ndim == 1 else mesh["tp"]
+    for name, layer in sparse_layers(model).items():
+        experts = layer.router.num_experts
+        if experts % size:
+            raise ValueError(
+                f"{name} has {experts} experts, which {size} processes cannot share evenly: load the model with a "
+                f"tp_size that divides {experts}, or convert the dense one with another expert_size"
+            )
+        layer.shard = ExpertShard(mesh, experts)

@@ -1,0 +1,94 @@
+"""One run at a time in a folder. The kernel holds the lock: it ends with its process, however that ends."""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".lte-lock"
+_HELD: set[tuple[int, Path]] = set()
+"""Folders that a process holds. One that closes any file of a lock loses the lock, so it is opened once."""
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Hold a folder. Where it is missing it is made, and deleted again if nothing is put into it.
+
+    The same process may hold it several times.
+
+    A lock of ``lockf``, not of ``flock``: children made by fork, as a loader's workers, do not inherit it, and it
+    holds over NFS too. Where the file system has no locks, a warning says so.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    folder = Path(folder)
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    key = os.getpid(), folder.resolve()
+    if key in _HELD:
+        yield
+        return
+    path = key[1] / LOCK
+    file = _opened(path)
+    try:
+        if file is not None:
+            _HELD.add(key)
+            _sign(file)
+        yield
+    finally:
+        if file is not None:
+            _HELD.discard(key)
+            path.unlink(missing_ok=True)
+            os.close(file)
+        with contextlib.suppress(OSError):  # not empty
+            for one in made:
+                one.rmdir()
+
+
+def _opened(path: Path) -> int | None:
+    """The lock's file, held; None where the file system has no locks."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            holder = _holder(file)
+            os.close(file)
+            raise ValueError(
+                f"{path.parent} is in use by {holder}: wait until it ends, or take another folder"
+            ) from None
+        except OSError as error:
+            os.close(file)
+            logger.warning("%s cannot be locked (%s): let no second run use it", path.parent, error.strerror)
+            return None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), path.stat()):
+                return file
+        os.close(file)  # the holder before deleted it meanwhile
+
+
+def _sign(file: int) -> None:
+    """Write into the lock's file whose it is."""
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since, "command": command[:200]})
+    os.ftruncate(file, 0)
+    os.pwrite(file, text.encode(), 0)
+
+
+def _holder(file: int) -> str:
+    try:
+        found = json.loads(os.pread(file, 4096, 0))
+        return "process {pid} on {host} since {since} ({command})".format(**found)
+    except (ValueError, KeyError, TypeError):
+        return "another process"

@@ -1,0 +1,131 @@
+"""How a run begins in its folder: from nothing, or from a checkpoint of the same run."""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from accelerate.utils import broadcast_object_list
+
+from lte.files import new_path
+from lte.training.checkpoints import (
+    RUN,
+    check_whole,
+    checkpoints_in,
+    memory_of,
+    newest_whole,
+    state_of,
+    write_json,
+)
+from lte.training.identity import check_same
+
+logger = logging.getLogger(__name__)
+
+TEACHER = "lte_teacher"
+Told = TypeVar("Told")
+
+
+def begin_run(
+    folder: Path, identity: Mapping[str, Any], resume: str | Path | bool | None, overwrite: bool, model: str
+) -> Path | None:
+    """The checkpoint that a run goes on from; None: it starts from nothing. Writes the run's identity into the folder.
+
+    Args:
+        folder: of the run's output.
+        resume: a checkpoint, or True for the newest whole one in ``folder``; where there is none, a warning says so.
+        overwrite: whether the checkpoints of a run before are deleted.
+        model: where the model was loaded from; empty where it was not.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or of another run; without ``resume``, the folder holds checkpoints.
+    """
+    if resume and overwrite:
+        raise ValueError("resume goes on from a run's checkpoints, overwrite deletes them: give one of the two")
+    if resume is True:
+        found = newest_whole(folder)
+        if found is None:
+            logger.warning("no whole checkpoint in %s: training starts from the beginning", folder)
+    elif resume:
+        check_whole(found := Path(resume))
+    else:
+        found = None
+    if found is not None:
+        _check_same_run(found, identity)
+    if resume is not True and (found is None or found.resolve().parent != folder.resolve()):
+        _clear(folder, overwrite, model)
+    folder.mkdir(parents=True, exist_ok=True)
+    if found is not None:
+        _bring_teacher(found.parent / TEACHER, folder)
+    write_json(folder / RUN, dict(identity))
+    return found
+
+
+def _check_same_run(checkpoint: Path, identity: Mapping[str, Any]) -> None:
+    state = state_of(checkpoint)
+    assert state is not None  # whole
+    try:
+        then = json.loads((checkpoint / RUN).read_text(encoding="utf-8"))
+    except FileNotFoundError:  # of an earlier version, which kept a few options
+        then = (memory_of(state) or {}).get("options", {})
+        logger.warning(
+            "%s has no %s: whether its run had the same model, data and options is checked only in part",
+            checkpoint,
+            RUN,
+        )
+    except ValueError as error:
+        raise ValueError(f"{checkpoint / RUN} is no JSON ({error}): resume from another checkpoint") from None
+    if not isinstance(then, dict):
+        raise ValueError(f"{checkpoint / RUN} is not a run's identity: resume from another checkpoint")
+    check_same(then, identity, str(checkpoint / RUN))
+    if is_finished(state):
+        logger.warning("the run is finished: none of its %d steps is left", state["max_steps"])
+
+
+def is_finished(state: Mapping[str, Any]) -> bool:
+    """Whether a trainer's state is that of a run's end."""
+    return 0 < state.get("max_steps", 0) <= state["global_step"]
+
+
+def _clear(folder: Path, overwrite: bool, model: str) -> None:
+    """Delete what a run before left, if that is wanted, so that this one is never resumed from it."""
+    left = checkpoints_in(folder)
+    if not left:
+        return
+    if not overwrite:
+        raise ValueError(
+            f"{folder} holds checkpoints of a run ({left[0].name}): resume it, take another folder, or give overwrite "
+            "to delete them"
+        )
+    if model and any(Path(model).resolve() == one.resolve() for one in left):
+        raise ValueError(f"the model is {model}, which overwrite would delete: take another folder")
+    (folder / RUN).unlink(missing_ok=True)
+    for one in [*left, folder / TEACHER]:
+        shutil.rmtree(one, ignore_errors=True)
+
+
+def _bring_teacher(teacher: Path, folder: Path) -> None:
+    """Copy what a run distils from to where it goes on, so that it can go on from there once more."""
+    if teacher.is_dir() and teacher.parent.resolve() != folder.resolve():
+        with new_path(folder) as fresh:
+            shutil.copytree(teacher, fresh, dirs_exist_ok=True)
+            shutil.rmtree(folder / TEACHER, ignore_errors=True)
+            fresh.rename(folder / TEACHER)
+
+
+def agreed(first: bool, work: Callable[[], Told]) -> Told:
+    """What ``work`` gives to the first rank alone, on all of them; raises on all of them what it raises."""
+    told: list[Any] = [None, None]
+    failure: Exception | None = None
+    if first:
+        try:
+            told[0] = work()
+        except Exception as error:
+            failure, told[1] = error, str(error)
+    broadcast_object_list(told)
+    if failure is not None:
+        raise failure
+    if told[1] is not None:
+        raise ValueError(told[1])
+    return told[0]
