@@ -24,9 +24,7 @@ def content_of(dataset: Any) -> Any:
     if isinstance(dataset, Mapping):
         return {name: content_of(one) for name, one in dataset.items()}
     if isinstance(dataset, PackedBlocks):
-        content = digest(
-            [digest_of_array(dataset.ids).encode(), _sampled(dataset).encode()]
-        )  # as it makes rows of them
+        content = digest([digest_of_array(dataset.ids).encode(), _sampled(dataset).encode()])  # ids, and rows of them
         shape = {"sequence_length": dataset.sequence_length, "bos": [*dataset.bos]}
         return {"rows": len(dataset), **shape, "content": content}
     if isinstance(dataset, PaddedRows):
