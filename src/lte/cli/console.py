@@ -1,6 +1,7 @@
 """How commands talk: tables and progress on stderr or a terminal, results and JSON on stdout."""
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Sized
 from typing import Any, TypeVar
@@ -11,8 +12,16 @@ from rich.table import Table
 
 T = TypeVar("T")
 
-out = Console(highlight=False, width=None if sys.stdout.isatty() else 132)
-err = Console(stderr=True, highlight=False)
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to :mod:`lte.cli.failures`."""
+        raise BrokenPipeError
+
+
+_FIRST = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun or accelerate have started
+out = _Console(highlight=False, width=None if sys.stdout.isatty() else 132, quiet=not _FIRST)
+err = _Console(stderr=True, highlight=False)
 
 
 def bar() -> Progress:
@@ -40,5 +49,6 @@ def table(title: str, header: list[str], rows: Iterable[Iterable[Any]]) -> None:
 
 
 def print_json(values: dict[str, Any]) -> None:
-    """One JSON object on one line, the last of stdout."""
-    print(json.dumps(values), flush=True)
+    """One JSON object on one line, the last of stdout; of several processes the first one's."""
+    if _FIRST:
+        print(json.dumps(values), flush=True)

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from lte.cli.failures import UsageError, explain, one_line
+
 COMMANDS = {
     "sparsify": "give a dense model experts and routers, and save it",
     "prune": "set single weights of a dense model to 0, by Wanda or by size",
@@ -26,8 +28,21 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``lte`` with ``argv`` (default: the process's) and give its exit code."""
+    """Run ``lte`` with ``argv`` (default: the process's) and give its exit code.
+
+    Bad input gives a line and code 2, whatever finds it: it raises ValueError, OSError, ImportError or UsageError where
+    it is found. Any other exception is a mistake of ours: its traceback and a request to report it, code 1.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
+    except (Exception, KeyboardInterrupt) as error:
+        return explain(error, arguments[0] if arguments else "")
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: lte COMMAND [OPTIONS]\n\nTrain a language model to use few of its FFN neurons.\n\ncommands:")
         print("\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items()))
@@ -40,16 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     if name not in COMMANDS:
-        return _fail(f"unknown command {name!r}: use one of {', '.join(COMMANDS)}")
-    try:
-        with _quiet():
-            return importlib.import_module(f"lte.cli.{name}").main(rest) or 0
-    except (ValueError, OSError, ImportError) as error:
-        return _fail(str(error) or type(error).__name__)
-    except UsageError as error:
-        return _fail(error.args[0])
-    except KeyboardInterrupt:
-        return _fail("interrupted", code=130)
+        raise UsageError(f"unknown command {name!r}: use one of {', '.join(COMMANDS)}")
+    with _quiet():
+        return importlib.import_module(f"lte.cli.{name}").main(rest) or 0
 
 
 @contextlib.contextmanager
@@ -74,11 +82,7 @@ def _quiet() -> Iterator[None]:
 
 class _Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"lte: {record.levelname.lower()}: {' '.join(record.getMessage().split())}", file=sys.stderr)
-
-
-class UsageError(Exception):
-    """Options that do not parse."""
+        print(f"lte: {record.levelname.lower()}: {one_line(record.getMessage())}", file=sys.stderr)
 
 
 def parse(options: Callable[..., Any], command: str, argv: Sequence[str]) -> Any:
@@ -112,16 +116,38 @@ def _parse(options: Callable[..., Any], command: str, argv: Sequence[str], **mor
             )
     except SystemExit as stop:
         if not stop.code:
+            sys.stdout.flush()  # the help, where its reader has gone
             raise
         plain = re.sub(r"\x1b\[[0-9;]*m|[─│╭╮╰╯]", " ", stderr.getvalue()).split("For full helptext")[0]
         message = " ".join(plain.replace("Required options", "", 1).split())
-        raise UsageError(f"{message} (see lte {command} --help)") from None
+        raise UsageError(f"{message}{_instead(message)} (see lte {command} --help)") from None
 
 
-def _fail(message: str, code: int = 2) -> int:
-    print(f"lte: error: {' '.join(message.split())}", file=sys.stderr)
-    return code
+_REMOVED = {
+    "--warmup-ratio": "--warmup-steps, where a number below 1 is a share of all steps",
+    "--evaluation-strategy": "--eval-strategy",
+    "--no-cuda": "--device cpu",
+    "--per-gpu-train-batch-size": "--per-device-train-batch-size",
+    "--per-gpu-eval-batch-size": "--per-device-eval-batch-size",
+    "--group-by-length": "--train-sampling-strategy group_by_length",
+    "--adafactor": "--optim adafactor",
+    "--torchdynamo": "--torch-compile-backend",
+    "--split-batches": "--accelerator-config",
+    "--dispatch-batches": "--accelerator-config",
+    "--include-inputs-for-metrics": "--include-for-metrics inputs",
+    "--include-tokens-per-second": "--include-num-input-tokens-seen",
+    "--push-to-hub-model-id": "--hub-model-id",
+    "--push-to-hub-token": "--hub-token",
+    "--logging-dir": "the environment variable TENSORBOARD_LOGGING_DIR",
+    "--save-safetensors": "nothing: weights are always saved so",
+}
+"""Options that transformers had before, and what to use."""
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _instead(message: str) -> str:
+    unknown = re.findall(r"--[\w-]+", message.partition("nrecognized options: ")[2].replace("_", "-"))
+    return "".join(f"; in place of {old} use {new}" for old, new in _REMOVED.items() if old in unknown)
+
+
+if __name__ == "__main__":  # python -m, which knows this module by another name than those that import it
+    sys.exit(importlib.import_module("lte.cli.main").main())

@@ -18,7 +18,7 @@ _OTHER_COMMANDS = {
 def method_name(argv: Sequence[str], default: str = "lte") -> str:
     """The name that arguments give with ``--method``, the last time where they do so several times."""
     name = default
-    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
+    for flag, value in zip(argv, [*argv[1:], ""], strict=False):
         flag, equals, joined = flag.partition("=")
         if flag == "--method":
             name = joined if equals else value

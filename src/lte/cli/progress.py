@@ -10,13 +10,23 @@ from lte.cli.console import err
 
 
 def train_with_progress(trainer: Trainer, resume: str | bool | None = None) -> None:
-    """``trainer.train()`` with this progress in place of the trainer's own."""
+    """``trainer.train()`` with this progress in place of the trainer's own.
+
+    Raises:
+        KeyboardInterrupt: saying what there is to go on from.
+    """
     progress = TrainingProgress()
     trainer.add_callback(progress)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    with progress:
-        trainer.train(resume_from_checkpoint=resume)
+    try:
+        with progress:
+            trainer.train(resume_from_checkpoint=resume)
+    except KeyboardInterrupt:
+        at = f"interrupted at step {trainer.state.global_step} of {trainer.state.max_steps}"
+        if progress.saved:
+            raise KeyboardInterrupt(f"{at}: with --resume it goes on from step {progress.saved}") from None
+        raise KeyboardInterrupt(f"{at}, before its first checkpoint: it has to begin anew") from None
 
 
 class TrainingProgress(TrainerCallback):
@@ -26,6 +36,7 @@ class TrainingProgress(TrainerCallback):
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, console=err, disable=not err.is_terminal)
         self._task = self._bar.add_task("training", total=None)
+        self.saved = 0  # the last step that there is a checkpoint of
 
     def __enter__(self) -> "TrainingProgress":
         self._bar.start()
@@ -33,6 +44,14 @@ class TrainingProgress(TrainerCallback):
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.saved = state.global_step
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.saved = state.global_step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._bar.update(self._task, completed=state.global_step, total=state.max_steps)

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dat
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args, get_type_hints
 
 import torch
 import transformers
@@ -130,26 +131,36 @@ def recipe_arguments(path: Path, given: Sequence[str] = ()) -> list[str]:
         ValueError: not a YAML mapping from option names to values.
     """
     try:
-        recipe = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        text = path.read_text(encoding="utf-8")
+        recipe, written = yaml.safe_load(text), yaml.load(text, yaml.BaseLoader)  # as YAML takes it, and as it is there
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} must map option names to values, e.g. max_steps: 600")
-    its_method = Method.named(recipe.get("method", Train.method))
+    its_method = Method.named(written.get("method", Train.method))
     replaced = method_in(given, its_method.name) is not its_method
     left_out = {"method", *its_method.options()} - {*ELSEWHERE} if replaced else set()
-    arguments = []
+    arguments, hints = [], _hints(Train)
     for name, value in recipe.items():
         if str(name).replace("-", "_") in left_out:
             continue
         flag = f"--{str(name).replace('_', '-')}"
         if value is None:
             continue
-        if isinstance(value, list):
-            arguments += [flag, *map(str, value)]
+        if isinstance(value, dict):
+            arguments += [flag, json.dumps(value)]
         else:
-            arguments += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
+            hint, plain = hints.get(str(name).replace("-", "_")), written.get(str(name), value)
+            pairs = zip(value, plain, strict=True) if isinstance(value, list) else [(value, plain)]
+            arguments += [flag, *(_as_argument(one, text, hint) for one, text in pairs)]
     return arguments
+
+
+def _as_argument(value: Any, text: Any, hint: Any) -> str:
+    """A value of a recipe for an option of this type: a name that YAML takes for something else, as it is written."""
+    types = set(get_args(hint)) or {hint}
+    numbers = types <= {bool, int, float, NoneType}
+    return str(value) if numbers or not isinstance(text, str) or (isinstance(value, bool) and bool in types) else text
 
 
 def _switches(arguments: list[str]) -> list[str]:

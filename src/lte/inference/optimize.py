@@ -14,7 +14,7 @@ from lte.inference.packed import (
 )
 from lte.modules.recording import check_linear, sparse_layers
 from lte.modules.sparse_ffn import Selecting, SparseFFN
-from lte.modules.tensor_parallel import check_whole
+from lte.modules.tensor_parallel import check_not_shared
 from lte.ops.sparse_ffn import BACKENDS, BackendName
 from lte.surgery.sites import Site, find_sites
 
@@ -41,7 +41,7 @@ def optimize_(model: PreTrainedModel, backend: BackendName = "auto") -> PreTrain
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, but it is one of {', '.join(BACKENDS)}")
-    check_whole(model, "optimize_ packs")
+    check_not_shared(model, "optimize_ packs")
     layers = sparse_layers(model).values()
     check_linear(layers, "its kernels cannot run it, use the model as it is, it computes the same")
     modes = sorted({layer.mode for layer in layers} - {"hard"})

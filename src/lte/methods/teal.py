@@ -11,7 +11,7 @@ from lte.core.accounting import Cost, G
 from lte.methods.choosing import count_tokens
 from lte.methods.cuts import sample, set_cuts_
 from lte.methods.teal_allocation import greedy_sparsities
-from lte.modules.tensor_parallel import check_whole
+from lte.modules.tensor_parallel import check_not_shared
 from lte.surgery.activations import Wanted, check_inputs_are_tokens, first_tokens, record_inputs
 from lte.surgery.architectures import become_lte_, lte_model_class
 from lte.surgery.cost import cost_per_token
@@ -44,7 +44,7 @@ def teal_(model: PreTrainedModel, config: TEALConfig, data: Iterable[dict[str, T
         raise ValueError("TEAL here is for models with one stack of blocks, not for an encoder-decoder")
     if hasattr(model.config, "lte") or hasattr(model.config, SECTION):
         raise ValueError("the model is sparse already: load the dense checkpoint to convert it")
-    check_whole(model, "teal_ wants")
+    check_not_shared(model, "teal_ wants")
     check_inputs_are_tokens(model.config)
     for site in find_sites(model, model.config.model_type):
         site.check_projections()

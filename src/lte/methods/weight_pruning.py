@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lte.core.selection import top_k
-from lte.modules.tensor_parallel import check_whole
+from lte.modules.tensor_parallel import check_not_shared
 from lte.surgery.activations import check_inputs_are_tokens, first_tokens, record_inputs
 from lte.surgery.sites import block_linears
 from lte.surgery.teal import SECTION as TEAL
@@ -104,7 +104,7 @@ def prune_(
     """
     if hasattr(model.config, "lte") or hasattr(model.config, TEAL):
         raise ValueError("the model is sparse already: load the dense checkpoint to prune it")
-    check_whole(model, "prune_ compares")
+    check_not_shared(model, "prune_ compares")
     if isinstance(config, WandaConfig):
         check_inputs_are_tokens(model.config)
     linears = block_linears(model, model.config.model_type)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lte.modules.recording import TokenMasks
-from lte.modules.tensor_parallel import check_whole
+from lte.modules.tensor_parallel import check_not_shared
 
 CUT = "cut"
 
@@ -63,7 +63,7 @@ def track_inputs(model: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator
     Raises:
         ValueError: a model that is shared out by tensor parallelism: a process sees some of a layer's inputs.
     """
-    check_whole(model, "counting inputs wants")
+    check_not_shared(model, "counting inputs wants")
     meter, masks = InputMeter(), TokenMasks(model)
     with ExitStack() as hooks:
         hooks.callback(model.register_forward_pre_hook(masks.see, with_kwargs=True, prepend=True).remove)

@@ -55,7 +55,7 @@ def processes_of(model: nn.Module) -> int:
     return getattr(model, "_tp_size", None) or 1
 
 
-def check_whole(model: nn.Module, who: str) -> None:
+def check_not_shared(model: nn.Module, who: str) -> None:
     """Refuse a model whose weights are shared out.
 
     Args:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from lte.core.grouping import grouping_permutation
 from lte.modules.recording import sparse_layers
 from lte.modules.sparse_ffn import Mode, Roles, Selecting, SparseActivation, SparseFFN
-from lte.modules.tensor_parallel import check_whole
+from lte.modules.tensor_parallel import check_not_shared
 from lte.surgery.activations import first_tokens, record_inputs
 from lte.surgery.architectures import become_lte_, dense_class, dense_config, lte_model_class
 from lte.surgery.method import Method
@@ -60,7 +60,7 @@ def sparsify_(
     """
     if any(isinstance(module, Selecting) for module in model.modules()) or hasattr(model.config, TEAL):
         raise ValueError("the model is sparse already: load the dense checkpoint to convert it again")
-    check_whole(model, "sparsify_ groups")
+    check_not_shared(model, "sparsify_ groups")
     sites = find_sites(model, model.config.model_type)
     for site in sites:
         site.check()
@@ -157,7 +157,7 @@ def densify(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: a model without sparse FFNs, or one that is shared out by tensor parallelism.
     """
-    check_whole(model, "densify copies")
+    check_not_shared(model, "densify copies")
     ours = tuple(f"{name}.{child}." for name in sparse_layers(model) for child in ("router", "compensation"))
     weights = {name: value for name, value in model.state_dict().items() if not name.startswith(ours)}
     plain = dense_class(type(model)).from_pretrained(

@@ -11,7 +11,8 @@ from accelerate.utils import gather
 from torch import Tensor, nn
 from transformers import Trainer
 
-from lte.training.checkpoints import checkpoints_in, flaw_of
+from lte.training.calibration import evaluating
+from lte.training.checkpoints import checkpoints_in, flaw_of, rotate
 from lte.training.stages import Stage
 
 _MOST = 10_000  # numbers that are kept until they are looked at
@@ -33,15 +34,17 @@ class Sign(NamedTuple):
     step: int
     what: str
     cure: str = ""
+    after: bool = False  # of the step's update, which was still made from good numbers
 
 
 class WatchedTrainer(Trainer):
     """Looks at losses, gradient norms and weights, and raises ValueError where they show that training has diverged.
 
     Signs are a loss or gradient norm that is NaN or infinite, a gradient of exactly 0 while there is a loss (values
-    overflowed on the way), and weights that are not finite. Steps are looked at where the log is written, before each
-    save and at the end, weights before each save and at the end; no step waits for it. In fp16 the gradient scaler
-    leaves steps out whose gradients overflow, which is no sign, unless it has to leave out all of them.
+    overflowed on the way), weights that are not finite, and outputs of the last batch that are not. Steps are looked at
+    where the log is written, before each save and at the end, weights and outputs before each save and at the end; no
+    step waits for it. In fp16 the gradient scaler leaves steps out whose gradients overflow, which is no sign, unless
+    it has to leave out all of them.
     """
 
     stage: Stage | None = None
@@ -55,6 +58,8 @@ class WatchedTrainer(Trainer):
         self._seen.clear()
         result = super().train(*args, **kwargs)
         self.stop_if_diverged()
+        if self.args.should_save and (found := checkpoints_in(cast(str, self.args.output_dir))):
+            rotate(found[0], self.args.save_total_limit, self.state.best_model_checkpoint)
         return result
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -94,8 +99,11 @@ class WatchedTrainer(Trainer):
             ValueError: training has diverged. The message names step, stage, and the first weight or module.
         """
         sign = self._sign_of_steps() or self._sign_of_scale()
-        if sign is None and weights and self._weights_not_finite():
-            sign = Sign(self.state.global_step, "not all weights are finite after it")
+        if sign is None and weights:
+            if self._weights_not_finite():
+                sign = Sign(self.state.global_step, "not all weights are finite after it", after=True)
+            elif self._overflows():
+                sign = Sign(self.state.global_step, "not all outputs are finite after it", after=True)
         if self._anywhere(sign is not None):
             self._stop(sign or Sign(self.state.global_step, "another process found it"))
 
@@ -134,7 +142,7 @@ class WatchedTrainer(Trainer):
         raise ValueError(
             f"training diverged{stage}, at step {sign.step} of {self.state.max_steps}: {sign.what}; {self._where()}. "
             f"Train anew with a lower {self._rates()} {sign.cure}".rstrip()
-            + self._kept()
+            + self._kept(sign)
         )
 
     def _where(self) -> str:
@@ -153,35 +161,49 @@ class WatchedTrainer(Trainer):
             names.append("router_learning_rate")
         return " or ".join(f"{name} than {getattr(self.args, name):g}" for name in names if hasattr(self.args, name))
 
-    def _kept(self) -> str:
-        folder = cast(str, self.args.output_dir)
-        checkpoint = next((one for one in checkpoints_in(folder) if flaw_of(one) is None), None)
-        if checkpoint is None:
-            return ""
-        return f". {checkpoint} is from before and finite: it is kept, and can be the model of a new run"
+    def _kept(self, sign: Sign) -> str:
+        """The newest checkpoint from which a step more went well."""
+        before = sign.step - (not sign.after)
+        for one in checkpoints_in(cast(str, self.args.output_dir)):
+            if int(one.name.rpartition("-")[2]) < before and flaw_of(one) is None:
+                return f". {one} is good: it is kept, and can be the model of a new run"
+        return ""
 
     def _weights_not_finite(self) -> list[str]:
         """Names of parameters and buffers that hold NaN or infinities, in the model's order."""
         return weights_not_finite(self.accelerator.unwrap_model(cast(nn.Module, self.model)))
 
-    @torch.no_grad()
+    def _overflows(self) -> bool:
+        """Whether the last batch has outputs that are not finite. Not asked of a model that is compiled or sharded."""
+        if self._last_batch is None or self.args.torch_compile:
+            return False
+        outputs = {name: one for name, one in (self._forward() or {}).items() if name != "loss"}  # a mean of no label
+        return not all(bool((one < math.inf).all()) for one in _floats(outputs))  # -inf may be a mask
+
     def _first_overflow(self) -> str | None:
-        """The first module of the last batch's forward pass whose output is not finite; None where all are."""
-        if self._last_batch is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        """The first module whose outputs of the last batch are not finite; None where all are."""
+        if self._last_batch is None:
             return None
         found: list[str] = []
-        model = self.accelerator.unwrap_model(cast(nn.Module, self.model))
         with ExitStack() as hooks:
-            for name, module in model.named_modules():
+            for name, module in self.accelerator.unwrap_model(cast(nn.Module, self.model)).named_modules():
 
                 def look(_module: nn.Module, _args: Any, output: Any, name: str = name) -> None:
                     if not found and not all(bool(one.isfinite().all()) for one in _floats(output)):
                         found.append(name or "the loss")
 
                 hooks.callback(module.register_forward_hook(look).remove)
-            with self.accelerator.autocast():
-                model(**self._prepare_inputs(self._last_batch))
+            self._forward()
         return found[0] if found else None
+
+    @torch.no_grad()
+    def _forward(self) -> Any:
+        """What the model makes of the last batch, as it would be evaluated."""
+        model = self.accelerator.unwrap_model(cast(nn.Module, self.model))
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return None
+        with evaluating(model), self.accelerator.autocast():
+            return model(**self._prepare_inputs(cast(dict[str, Any], self._last_batch)))
 
 
 @torch.no_grad()

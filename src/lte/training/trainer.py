@@ -18,7 +18,7 @@ from transformers.trainer_callback import ExportableState
 
 from lte.modules.mixture import Balance, record_balance
 from lte.modules.recording import Recording, record_scores, sparse_layers, track_sparsity
-from lte.modules.tensor_parallel import check_whole
+from lte.modules.tensor_parallel import check_not_shared
 from lte.surgery.method import Method
 from lte.training.arguments import LTETrainingArguments
 from lte.training.batches import hold_out_for_calibration
@@ -105,7 +105,7 @@ class LTETrainer(WatchedTrainer, SavingTrainer):
             layer.router.requires_grad_(True)
             if layer.compensation is not None:
                 layer.compensation.requires_grad_(True)
-        check_whole(cast(nn.Module, model), "LTETrainer groups and fits")
+        check_not_shared(cast(nn.Module, model), "LTETrainer groups and fits")
         check_head(model, args)
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -1,0 +1,81 @@
+"""What a command says when it fails: one line, and after a traceback where to go with it."""
+
+import importlib.metadata
+import os
+import platform
+import select
+import sys
+import traceback
+
+BAD_INPUT, BUG, INTERRUPTED, CLOSED = 2, 1, 130, 141
+"""Exit codes; the last two as a shell gives them for a process ended by SIGINT and SIGPIPE."""
+
+_LOWER = {
+    "train": "--per-device-train-batch-size (and raise --gradient-accumulation-steps), --sequence-length, or give "
+    "--gradient-checkpointing",
+    "bench": "--batch, --tokens or --sequence-length, or take a smaller --shape",
+    "generate": "--batch-size or --max-new-tokens, or give --dtype bfloat16",
+    "eval": "--batch-size or --sequence-length, or give --dtype bfloat16",
+    "calibrate": "--batch-size or --sequence-length",
+}
+
+
+class UsageError(Exception):
+    """Options that do not parse."""
+
+
+def one_line(text: str) -> str:
+    """On one line, without characters that steer a terminal."""
+    return "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in " ".join(text.split()))
+
+
+def explain(error: BaseException, command: str) -> int:
+    """Say on stderr what ended a command, and give its exit code. A mistake of ours shows its traceback."""
+    if isinstance(error, BrokenPipeError) and _stdout_is_closed():
+        return CLOSED
+    if isinstance(error, KeyboardInterrupt):
+        return _say(str(error) or "interrupted", INTERRUPTED)
+    if os.environ.get("LTE_DEBUG"):
+        traceback.print_exception(error)
+    if _is_out_of_memory(error):
+        lower = _LOWER.get(command, "--sequence-length, or take a smaller model or a machine with more")
+        return _say(f"out of memory ({_first_line(error)}): lower {lower}", BAD_INPUT)
+    if isinstance(error, ValueError | OSError | ImportError | UsageError):
+        return _say(str(error) or type(error).__name__, BAD_INPUT)
+    if not os.environ.get("LTE_DEBUG"):
+        traceback.print_exception(error)
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("lte", "torch", "transformers"))
+    return _say(
+        f"{type(error).__name__}: {_first_line(error)}: this is a mistake in lte, please report it with the traceback "
+        f"above ({versions}, Python {platform.python_version()}, {platform.system()})",
+        BUG,
+    )
+
+
+def _say(message: str, code: int) -> int:
+    print(f"lte: error: {one_line(message)}", file=sys.stderr)
+    return code
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Of this machine or of a GPU; torch has no type for the first."""
+    names = {one.__name__ for one in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "DefaultCPUAllocator" in str(error)
+
+
+def _stdout_is_closed() -> bool:
+    """Whether nobody reads stdout any more, as behind ``| head -1``; then it is replaced, for what Python flushes."""
+    try:
+        stdout = sys.stdout.fileno()
+    except (OSError, ValueError):
+        return False  # it is no file
+    poll = select.poll()
+    poll.register(stdout, select.POLLOUT)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return True
