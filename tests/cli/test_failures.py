@@ -158,7 +158,8 @@ def test_a_recipe_says_no(tmp_path):
 def test_a_recipe_with_no_is_parsed(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(
-        "model: m\noutput_dir: o\ntarget_sparsity: 0.5\ntext: [yes]\nsave_strategy: no\nbf16: no\ngradient_checkpointing: yes\n"
+        "model: m\noutput_dir: o\ntarget_sparsity: 0.5\ntext: [yes]\n"
+        "save_strategy: no\nbf16: no\ngradient_checkpointing: yes\n"
     )
     options = parse_train([str(path)])
     assert options.training.save_strategy == "no"

@@ -78,12 +78,22 @@ def test_the_last_checkpoint_that_is_finite_is_kept_and_serves(tmp_path):
     )
     with pytest.raises(ValueError, match="of 12: not all weights are finite after it") as error:
         trainer.train()
-    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert sorted(folder.name for folder in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
     said = re.search(r"(\S+checkpoint-3) is good", str(error.value))
     assert said
     model = AutoModelForCausalLM.from_pretrained(said[1])
     assert all(one.isfinite().all() for one in model.parameters())
     trainer_for(tmp_path / "again", model).train()
+
+
+def test_a_checkpoint_goes_once_a_step_from_the_next_went_well(tmp_path):
+    """With a limit of one, too: weights of 1e30 are finite, and may be saved before anybody knows."""
+    saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    with pytest.raises(ValueError, match="checkpoint-1 is good"):
+        trainer_for(tmp_path, recipe="dense", learning_rate=ABSURD, warmup_steps=2, **saving).train()
+    assert (tmp_path / "checkpoint-1").is_dir()
+    trainer_for(tmp_path / "whole", recipe="dense", max_steps=3, **saving).train()
+    assert [folder.name for folder in (tmp_path / "whole").glob("checkpoint-*")] == ["checkpoint-3"]
 
 
 def test_step_stage_and_weight_are_named_though_nobody_looks_at_each_step(tmp_path):

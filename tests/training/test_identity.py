@@ -82,6 +82,7 @@ DATASETS = {
     "content ": lambda: markov_blocks(200, seed=5),
     "rows": lambda: markov_blocks(240),
     "sequence_length": lambda: markov_blocks(400, length=8),
+    "bos": lambda: PackedBlocks(markov_blocks(200).ids, 16, bos=(1,)),
 }
 
 
@@ -335,3 +336,10 @@ def test_a_mapped_file_is_as_its_content(tmp_path):
     np.save(tmp_path / "ids.npy", blocks.ids)
     mapped = PackedBlocks(np.load(tmp_path / "ids.npy", mmap_mode="r"), blocks.sequence_length)
     assert content_of(mapped) == content_of(blocks)
+
+
+def test_what_is_a_label_counts():
+    ids = np.tile(np.arange(3, 10, dtype=np.uint16), 20)
+    ids[::7] = 1
+    one, other = (content_of(PackedBlocks(ids, 8, bos=(1,), eos=eos)) for eos in (None, 1))
+    assert one["content"] != other["content"]

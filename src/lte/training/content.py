@@ -24,8 +24,9 @@ def content_of(dataset: Any) -> Any:
     if isinstance(dataset, Mapping):
         return {name: content_of(one) for name, one in dataset.items()}
     if isinstance(dataset, PackedBlocks):
-        content = digest_of_array(dataset.ids)
-        return {"rows": len(dataset), "sequence_length": dataset.sequence_length, "content": content}
+        content = digest([digest_of_array(dataset.ids).encode(), _sampled(dataset).encode()])  # ids, and rows of them
+        shape = {"sequence_length": dataset.sequence_length, "bos": [*dataset.bos]}
+        return {"rows": len(dataset), **shape, "content": content}
     if isinstance(dataset, PaddedRows):
         names = [*(dataset.class_names or ())]
         return {"rows": len(dataset), "class_names": names, "content": digest(_parts_of(dataset))}

@@ -17,6 +17,7 @@ from lte.files import new_path, writing
 from lte.surgery.generation_settings import keep_generation_settings_
 from lte.training.calibration import evaluating
 from lte.training.divergence import weights_not_finite
+from lte.training.saving_trainer import PROVEN
 
 _ALWAYS = ("runtime", "samples_per_second", "steps_per_second", "epoch")  # metrics that evaluate adds
 _ADAMS = ("adamw_torch", "adamw_torch_fused", "adamw_apex_fused", "adamw_anyprecision")
@@ -106,7 +107,8 @@ def _wanted(trainer: Any, model: nn.Module, teacher: bool) -> dict[str, int]:
     else:
         saves = int(args.save_strategy == "best")
     if args.save_total_limit:
-        saves = min(saves, max(0, args.save_total_limit + 1 - there))  # the oldest goes once the newest is there
+        most = max(args.save_total_limit, PROVEN) + 1  # the oldest goes once the newest is there
+        saves = min(saves, max(0, most - there))
     return {
         "the model": weights,
         f"{saves} checkpoints": saves * (weights + states),

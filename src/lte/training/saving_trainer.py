@@ -11,6 +11,9 @@ from lte.files import writing
 from lte.saving import saving
 from lte.training.checkpoints import rotate, seal
 
+PROVEN = 2
+"""So many checkpoints stay while training: the newest may have diverged, from the one before steps went well."""
+
 
 class SavingTrainer(Trainer):
     """Saves the model, its tokenizer and the arguments at once, and takes back a checkpoint that fails.
@@ -52,4 +55,4 @@ class SavingTrainer(Trainer):
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
-            rotate(folder, limit, self.state.best_model_checkpoint)
+            rotate(folder, limit and max(limit, PROVEN), self.state.best_model_checkpoint)
