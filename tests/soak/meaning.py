@@ -57,8 +57,6 @@ def _unseen(name: str, before: bytes, after: bytes) -> bool:
         return len({len(row) for row in rows if row}) == 1
     if name.endswith((".txt", ".jinja")):
         return bool(after.decode().strip())
-    if name.endswith((".pt", ".pth", ".bin")):
-        return len(before) == len(after)
     found, was = layout(name, after), layout(name, before)
     assert found is not None
     assert was is not None
