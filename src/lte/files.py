@@ -191,6 +191,6 @@ def _errno_of(error: Exception) -> int | None:
         return error.errno if error.errno in _CURES else None
     if told := re.search(r"\(os error (\d+)\)", str(error)):
         return int(told[1])
-    if isinstance(error, RuntimeError) and re.search("inline_container|PytorchStreamWriter", str(error)):
+    if isinstance(error, RuntimeError) and re.search("inline_container|PytorchStreamWriter|iostream error", str(error)):
         return errno.ENOSPC
     return None

@@ -24,6 +24,7 @@ from transformers import (
 import lte
 from byte_tokenizer import byte_tokenizer
 from lte.surgery.families import check_family
+from lte.surgery.folder import check_generation
 from lte.surgery.loading import load_config, load_model, load_tokenizer
 
 
@@ -327,3 +328,14 @@ def test_options_of_generation_that_are_in_order(saved, tmp_path):
     model.generation_config = GenerationConfig(eos_token_id=[1, 2], temperature=1, top_p=0.9, do_sample=True)
     model.save_pretrained(tmp_path)
     assert load_model(str(tmp_path)).generation_config.eos_token_id == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"output_hidden_states": 0.5}, {"do_sample": "no"}, {"pad_token_id": [2, 2]}, {"temperature": "hot"}],
+    ids=lambda option: next(iter(option)),
+)
+def test_options_of_generation_have_their_types(option):
+    check_generation("m", {"do_sample": True, "pad_token_id": 2, "eos_token_id": [1, 2], "temperature": 0.7})
+    with pytest.raises(ValueError, match=f"m: its generation_config.json has {next(iter(option))} .* wrong type"):
+        check_generation("m", option)

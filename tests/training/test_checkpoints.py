@@ -52,7 +52,17 @@ def test_a_damaged_newest_checkpoint_is_passed_over(copied, caplog, name, harm):
     assert name in caplog.text
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"files": 1}', '{"files": {"optimizer.pt": {"bytes": 1}}}', "\xff"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "{}",
+        '{"files": 1}',
+        '{"files": {"optimizer.pt": {"bytes": 1}}}',
+        "\xff",
+        pytest.param("[" * 100_000, id="nested"),
+    ],
+)
 def test_a_damaged_manifest(copied, content):
     (copied / "checkpoint-12" / MANIFEST).write_bytes(content.encode("latin1"))
     assert newest_whole(copied) == copied / "checkpoint-6"

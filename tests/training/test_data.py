@@ -644,6 +644,18 @@ def test_bad_npy(tmp_path, ids, message):
         read_token_ids(path)
 
 
+@pytest.mark.parametrize("cut", [slice(10, 40), slice(1000, 1000)])
+def test_npy_that_its_header_does_not_fit(tmp_path, cut):
+    """Its header is Python source for numpy; ids behind one that was moved would be read shifted."""
+    path = tmp_path / "ids.npy"
+    np.save(path, np.arange(1000, dtype=np.uint16))
+    content = bytearray(path.read_bytes())
+    content[cut] = b"\x7f(" * 50
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"ids\.npy: (empty, truncated|the file is not as long as its header says)"):
+        read_token_ids(path)
+
+
 def test_truncated_npy(tmp_path):
     np.save(tmp_path / "ids.npy", np.zeros(1000, dtype=np.uint16))
     (tmp_path / "ids.npy").write_bytes((tmp_path / "ids.npy").read_bytes()[:500])

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import tiny_training
 import torch
-from tiny_training import dense_llama, trainer_for
+from tiny_training import dense_llama, sparse_llama, trainer_for
 from transformers import TrainerCallback
 
 import lte
 from lte.training.checkpoints import newest_whole
+from lte.training.teacher import load_teacher
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 
@@ -166,3 +167,13 @@ def test_resuming_without_the_teacher_says_so(tmp_path):
     shutil.rmtree(tmp_path / "lte_teacher")
     with pytest.raises(ValueError, match="resuming needs the dense model"):
         trainer_for(tmp_path, **SAVING).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_damaged_teacher_is_named(tmp_path, name):
+    model = sparse_llama()
+    model.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / name).read_text())
+    (tmp_path / name).write_text(json.dumps({**values, "pad_token_id": [2, 2]}))
+    with pytest.raises(ValueError, match=tmp_path.name):
+        load_teacher(tmp_path, model, None)

@@ -13,6 +13,7 @@ from lte.evaluation.measuring import Spent
 from lte.files import write_whole
 from lte.methods.weight_pruning import SECTION as PRUNING
 from lte.surgery.method import STATE
+from lte.surgery.reading import read_json
 from lte.surgery.teal import SECTION as TEAL
 
 _CALIBRATED = "calibrated_by"
@@ -41,7 +42,7 @@ def training_of(name: str, method: str) -> dict[str, Any]:
     After the command comes that of ``lte calibrate`` which has moved the thresholds since.
     """
     path = Path(name) / SUMMARY
-    trained = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    trained = read_json(path) if path.is_file() else {}
     made = "dense" if trained.get("recipe") == "dense" else (trained.get("method") or {}).get("method")
     if made != method:
         return {}
@@ -61,7 +62,7 @@ def keep_calibration(model: Path, folder: Path, argv: Sequence[str], measured: b
         measured: whether to keep what training measured, as where the model is saved in its own place.
     """
     if (model / SUMMARY).is_file():
-        trained = json.loads((model / SUMMARY).read_text(encoding="utf-8"))
+        trained = read_json(model / SUMMARY)
         trained[_CALIBRATED] = shlex.join(["lte", "calibrate", *argv])
         if not measured:
             trained.pop("evaluation", None)

@@ -33,6 +33,7 @@ from lte.cli.sweep_identity import row_identity, what_differs
 from lte.cli.sweep_table import Row, line_of, name_of, show
 from lte.cli.train import SUMMARY, parse_train
 from lte.files import append_line
+from lte.surgery.reading import read_json
 from lte.training.lock import locked
 
 ROWS = "rows.jsonl"
@@ -258,7 +259,7 @@ def _execute(run: Run, environment: dict[str, str], discard_models: bool) -> Row
 def _summary(run: Run, evals: list[Row]) -> Row:
     """What training says of itself; elsewhere the like, of what was asked for and the first evaluation."""
     if COMMANDS[run.name].evaluates:
-        trained = json.loads((run.folder / SUMMARY).read_text())
+        trained = read_json(run.folder / SUMMARY)
         summary = {name: value for name, value in trained.items() if name != "command"}
     else:
         first, *evals = evals
@@ -304,7 +305,7 @@ def _read(path: Path) -> list[Row]:
     for number, line in enumerate(_lines(path), 1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict) or not {"run", "command"} <= row.keys():
             raise ValueError(f"{path} line {number} is no row of a sweep: take it out, and its run is done again")

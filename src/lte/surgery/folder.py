@@ -58,12 +58,14 @@ def check_generation(name: str, values: dict[str, Any]) -> None:
     for key, value in values.items():
         several = value if isinstance(value, list) and key == "eos_token_id" else [value]
         kind = int if key.endswith("token_id") else int | float if key in _NUMBERS else object
+        kind = bool if key.startswith(_SWITCHES) else kind
         if value is not None and not all(
             isinstance(one, kind) and not (kind is int and one is True) for one in several
         ):
             raise ValueError(f"{name}: its generation_config.json has {key} {value!r}, which is of the wrong type")
 
 
+_SWITCHES = ("do_", "use_", "output_", "return_")
 _NUMBERS = ("temperature", "top_k", "top_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size")
 _NUMBERS += ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams", "num_return_sequences")
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -139,7 +139,19 @@ def made_of(cls: type[Made], values: dict[str, Any], options: Sequence[str], tit
     """
     if unknown := values.keys() - set(options):
         raise ValueError(f"unknown option {', '.join(sorted(unknown))} for {title}: it has {', '.join(options)}")
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise ValueError(f"{title} has an option of the wrong type: {error}") from error
+    hints = get_type_hints(cls)
+    for name, value in values.items():
+        if not _is(value, hints[name]):
+            raise ValueError(f"{title} has an option of the wrong type: {name} {value!r}")
+    return cls(**values)
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a value, as JSON has it, is what an option is declared as."""
+    if get_origin(hint) is Literal:
+        return isinstance(value, str)  # which one, the class says
+    if get_args(hint):
+        return any(_is(value, one) for one in get_args(hint))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))

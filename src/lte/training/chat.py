@@ -77,7 +77,7 @@ class ChatTemplate:
             return self._tokenizer.apply_chat_template(chat, tokenize=False, **options)
         except Exception as error:  # a template is a program of its own
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"the chat template refuses a chat: {reason}") from error
+            raise ValueError(f"the chat template of {self._tokenizer.name_or_path} refuses a chat: {reason}") from error
 
     def answers(self, chat: Chat, tools: list[Any] | None = None) -> list[tuple[str, str]]:
         """(prompt, completion) of each answer: what comes before it, up to where the assistant speaks, and it.

@@ -92,7 +92,7 @@ def flaw_of(checkpoint: Path) -> Flaw | None:
         try:
             listed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
             written = {checkpoint / name: (one["bytes"], one["digest"]) for name, one in listed.items()}
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return Flaw(f"has no readable {MANIFEST}: it was cut off or damaged")
         for path, (size, _) in written.items():
             if not path.is_file():
@@ -111,7 +111,7 @@ def state_of(checkpoint: Path) -> dict[str, Any] | None:
     """The trainer's state; None where it cannot be read."""
     try:
         state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return state if isinstance(state, dict) and isinstance(state.get("global_step"), int) else None
 

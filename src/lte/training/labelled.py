@@ -36,7 +36,10 @@ def classification_rows(
         if not ids.keys() & set(labels):  # their places are as good
             ids = {str(i): i for i in range(len(class_names))}
         if unknown := sorted(set(labels) - set(ids)):
-            raise ValueError(f"labels {', '.join(unknown)} are not among class_names, {', '.join(class_names)}")
+            where = ", ".join(map(str, as_list(sources)))
+            raise ValueError(
+                f"{where}: labels {', '.join(unknown)} are not among class_names, {', '.join(class_names)}"
+            )
         columns["labels"] = [ids[label] for label in labels]
     return PaddedRows(columns, collator_for(tokenizer, config.pad_to_multiple_of), class_names)
 

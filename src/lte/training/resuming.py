@@ -1,6 +1,5 @@
 """How a run begins in its folder: from nothing, or from a checkpoint of the same run."""
 
-import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping
@@ -10,6 +9,7 @@ from typing import Any, TypeVar
 from accelerate.utils import broadcast_object_list
 
 from lte.files import new_path
+from lte.surgery.reading import read_json
 from lte.training.checkpoints import (
     RUN,
     check_whole,
@@ -65,19 +65,15 @@ def begin_run(
 def _check_same_run(checkpoint: Path, identity: Mapping[str, Any]) -> None:
     state = state_of(checkpoint)
     assert state is not None  # whole
-    try:
-        then = json.loads((checkpoint / RUN).read_text(encoding="utf-8"))
-    except FileNotFoundError:  # of an earlier version, which kept a few options
+    if (checkpoint / RUN).exists():
+        then = read_json(checkpoint / RUN)
+    else:  # of an earlier version, which kept a few options
         then = (memory_of(state) or {}).get("options", {})
         logger.warning(
             "%s has no %s: whether its run had the same model, data and options is checked only in part",
             checkpoint,
             RUN,
         )
-    except ValueError as error:
-        raise ValueError(f"{checkpoint / RUN} is no JSON ({error}): resume from another checkpoint") from None
-    if not isinstance(then, dict):
-        raise ValueError(f"{checkpoint / RUN} is not a run's identity: resume from another checkpoint")
     check_same(then, identity, str(checkpoint / RUN))
     if is_finished(state):
         logger.warning("the run is finished: none of its %d steps is left", state["max_steps"])

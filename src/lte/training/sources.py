@@ -64,8 +64,10 @@ def read_token_ids(path: Source) -> np.ndarray:
     """The memory-mapped ids (tokens,) of a 1-D uint16 or uint32 `.npy` file; ValueError for any other."""
     try:
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except Exception as error:  # its header is a piece of Python, which numpy tokenises
         raise ValueError(f"{path}: empty, truncated or not a .npy array: {_first_line(error)}") from error
+    if not isinstance(ids, np.memmap) or ids.offset + ids.nbytes != Path(path).stat().st_size:
+        raise ValueError(f"{path}: the file is not as long as its header says: save the array again")
     if ids.dtype not in (np.dtype(np.uint16), np.dtype(np.uint32)):
         raise ValueError(f"{path}: token ids are {ids.dtype}: save them as uint16 or uint32")
     if ids.ndim != 1:

@@ -11,6 +11,7 @@ from accelerate.utils.operations import ConvertOutputsToFp32
 from torch import nn
 
 from lte.surgery.convert import set_mode_
+from lte.surgery.reading import reading
 
 
 def make_teacher(
@@ -40,7 +41,8 @@ def load_teacher(
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is missing: resuming needs the dense model that this run distils from")
-    teacher = type(like).from_pretrained(folder, dtype=like.dtype)
+    with reading(str(folder)):
+        teacher = type(like).from_pretrained(folder, dtype=like.dtype)
     set_mode_(teacher, "dense")
     return _frozen(teacher.to(like.device), compilation, dtype)
 

@@ -25,7 +25,10 @@ QUALITY: Kind = ("a number", _number)
 AMOUNT: Kind = ("a number of 0 or more", lambda value: _finite(value) and value >= 0)
 POSITIVE: Kind = ("a number above 0", lambda value: _finite(value) and value > 0)
 SHARE: Kind = ("a number from 0 to 1", lambda value: _number(value) and not (value < 0 or value > 1))  # or NaN
-METHOD: Kind = ("a text, or an object with a field method", lambda value: isinstance(value, str | dict))
+METHOD: Kind = (
+    "a text, or an object whose field method is one",
+    lambda value: isinstance(value.get("method") if isinstance(value, dict) else value, str),
+)
 
 
 def many(kind: Kind) -> Kind:
