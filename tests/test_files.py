@@ -6,7 +6,9 @@ import stat
 
 import pytest
 
+from lte import files
 from lte.files import NotWritten, append_line, whole_file, write_whole, writing
+from lte.saving import saving
 from processes import each_kill, failing, names
 
 
@@ -143,3 +145,14 @@ def test_other_errors_stay_what_they_are(error):
     with pytest.raises(type(error)) as found, writing("there"):
         raise error
     assert found.value is error
+
+
+def test_without_locks_files_and_models_are_written_too(tmp_path, monkeypatch):
+    """As on Windows, which has no fcntl."""
+    monkeypatch.setattr(files, "fcntl", None)
+    write_whole(tmp_path / "a.txt", "one")
+    append_line(tmp_path / "a.txt", "two")
+    with saving(tmp_path / "m") as fresh:
+        (fresh / "config.json").write_text("{}")
+    assert (tmp_path / "a.txt").read_text() == "one\ntwo\n"
+    assert [path.name for path in (tmp_path / "m").iterdir()] == ["config.json"]

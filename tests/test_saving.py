@@ -7,7 +7,7 @@ import stat
 import pytest
 
 from lte.files import NotWritten
-from lte.saving import complete, saving
+from lte.saving import finish_saving, saving
 from processes import each_kill, failing, names
 
 SHARDED = {
@@ -78,7 +78,7 @@ def test_a_killed_save_leaves_the_old_model_the_new_one_or_none(tmp_path, old, n
     folder, seen = tmp_path / "model", set()
 
     def prepare():
-        complete(folder)
+        finish_saving(folder)
         save(folder, old)
         put(folder, KEPT)
 
@@ -87,7 +87,7 @@ def test_a_killed_save_leaves_the_old_model_the_new_one_or_none(tmp_path, old, n
         seen.add(found.get("config.json"))
         if "config.json" in found:
             assert found in (old | KEPT, new | KEPT)
-        complete(folder)
+        finish_saving(folder)
         if "config.json" in found:
             assert seen_by_others(folder) in (found, new | KEPT)
         else:
@@ -106,15 +106,15 @@ def test_completing_can_be_killed_too(tmp_path, monkeypatch):
     folder = tmp_path / "model"
 
     def prepare():
-        complete(folder)
+        finish_saving(folder)
         save(folder, SHARDED | KEPT)
         put(folder / ".lte-saved", SINGLE | {".whole": ""})
 
-    for _ in each_kill(lambda: complete(folder), prepare):
+    for _ in each_kill(lambda: finish_saving(folder), prepare):
         found = seen_by_others(folder)
         if "config.json" in found:
             assert found in (SHARDED | KEPT, SINGLE | KEPT)
-        complete(folder)
+        finish_saving(folder)
         assert held(folder) == SINGLE | KEPT
 
 
@@ -123,7 +123,7 @@ def test_what_cannot_be_completed_is_refused(tmp_path, monkeypatch):
     put(tmp_path / ".lte-saved", SINGLE | {".whole": ""})
     monkeypatch.setattr(os, "replace", failing(errno.EROFS))
     with pytest.raises(ValueError, match=f"{tmp_path}: saving this model was cut short.*Read-only file system"):
-        complete(tmp_path)
+        finish_saving(tmp_path)
 
 
 def test_two_processes_save_one_after_the_other(tmp_path):

@@ -5,7 +5,6 @@ written has a name that begins with ``.lte-new``; the next write into that folde
 """
 
 import errno
-import fcntl
 import os
 import re
 import secrets
@@ -13,6 +12,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 _NEW = ".lte-new-"
 _FULL = "free some space there, or write to another place"
@@ -155,6 +159,9 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool | None]:
     Gives whether it is held: False where it has gone meanwhile, or where another process holds it and ``wait`` is
     false; None where the disk has no locks.
     """
+    if fcntl is None:
+        yield None if path.exists() else False
+        return
     try:
         opened = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -174,7 +181,9 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool | None]:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's names, are on the disk."""
+    """Wait until a file's content, or a folder's names, are on the disk, where these can be waited for."""
+    if fcntl is None and path.is_dir():
+        return
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)

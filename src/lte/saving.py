@@ -1,7 +1,7 @@
 """Saving a model into a folder so that a process may be killed at any moment.
 
 A folder holds the old model, the new one, or neither: then it has no ``config.json``, which nobody loads, and
-:func:`complete` makes the new model of it.
+:func:`finish_saving` makes the new model of it.
 """
 
 import errno
@@ -35,7 +35,7 @@ def saving(folder: str | Path) -> Iterator[Path]:
 
     Files of the same name are replaced; weights and tokenizer files of the model before go; all others stay. A process
     that is killed meanwhile leaves the old model, the new one, or a folder without ``config.json`` that
-    :func:`complete` makes the new one of. Where saving fails, ``folder`` is as it was before.
+    :func:`finish_saving` makes the new one of. Where saving fails, ``folder`` is as it was before.
 
     Needs room for both models. Modes follow the umask.
 
@@ -60,7 +60,7 @@ def saving(folder: str | Path) -> Iterator[Path]:
             raise
 
 
-def complete(folder: str | Path) -> None:
+def finish_saving(folder: str | Path) -> None:
     """Finish moving a model into its folder where the process that saved it was killed meanwhile.
 
     Raises:
@@ -85,7 +85,7 @@ def _move(fresh: Path, folder: Path) -> None:
     for path in (fresh, *fresh.rglob("*")):
         sync(path)
     while True:
-        complete(folder)
+        finish_saving(folder)
         try:
             fresh.rename(folder / _SAVED)
         except OSError as error:

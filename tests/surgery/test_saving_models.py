@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import lte
 from lte.files import NotWritten
-from lte.saving import complete
+from lte.saving import finish_saving
 from lte.surgery.loading import load_model
 from processes import each_kill, names
 
@@ -40,7 +40,7 @@ def test_a_killed_save_pretrained_leaves_the_old_model_the_new_one_or_none(tmp_p
         new.save_pretrained(folder, **options | ({"state_dict": new.state_dict()} if "state_dict" in options else {}))
 
     def prepare():
-        complete(folder)
+        finish_saving(folder)
         old.save_pretrained(folder, max_shard_size="20KB" if not options else "5GB")
 
     for step in each_kill(save, prepare):

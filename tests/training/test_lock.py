@@ -112,6 +112,13 @@ def test_where_there_are_no_locks_a_warning_says_so(tmp_path, monkeypatch, caplo
     assert "cannot be locked (No locks available)" in caplog.text
 
 
+def test_a_system_without_locks_says_so(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("lte.training.lock.fcntl", None)
+    with locked(tmp_path):
+        assert not (tmp_path / LOCK).exists()
+    assert "cannot be locked on this system" in caplog.text
+
+
 def test_it_ends_with_an_error(tmp_path):
     with pytest.raises(RuntimeError), locked(tmp_path):
         raise RuntimeError

@@ -22,7 +22,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lte.files import write_whole
-from lte.saving import complete, saving
+from lte.saving import finish_saving, saving
 from lte.surgery.complete import check_complete
 from lte.surgery.heads import models_of
 from lte.surgery.method import ADDED_LATER, Method
@@ -144,7 +144,7 @@ class LTEModelMixin:
                 experts that tensor parallelism cannot share out.
         """
         if pretrained_model_name_or_path is not None:
-            complete(pretrained_model_name_or_path)
+            finish_saving(pretrained_model_name_or_path)
         wants_info = kwargs.pop("output_loading_info", False)
         resized = kwargs.pop("ignore_mismatched_sizes", False)
         try:

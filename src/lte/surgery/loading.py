@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lte.saving import complete
+from lte.saving import finish_saving
 from lte.surgery.architectures import forget_gguf_
 from lte.surgery.complete import all_tensors, check_complete, check_numbers
 from lte.surgery.folder import check_adapter, check_config, check_generation, check_size, count_numbers
@@ -206,7 +206,7 @@ def _locate(name: str) -> _Place:
     if path.is_file():
         raise ValueError(f"{name} is a file: give the folder that holds config.json, a .gguf file or a hub id")
     if path.is_dir():
-        complete(path)
+        finish_saving(path)
         return _Place(str(path), folder=path)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"{name}: no such folder")

@@ -1,7 +1,6 @@
 """One run at a time in a folder. The kernel holds the lock: it ends with its process, however that ends."""
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -11,6 +10,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +61,9 @@ def locked(folder: str | Path) -> Iterator[None]:
 
 def _opened(path: Path) -> int | None:
     """The lock's file, held; None where the file system has no locks."""
+    if fcntl is None:
+        logger.warning("%s cannot be locked on this system: let no second run use it", path.parent)
+        return None
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
