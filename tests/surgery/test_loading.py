@@ -332,7 +332,13 @@ def test_options_of_generation_that_are_in_order(saved, tmp_path):
 
 @pytest.mark.parametrize(
     "option",
-    [{"output_hidden_states": 0.5}, {"do_sample": "no"}, {"pad_token_id": [2, 2]}, {"temperature": "hot"}],
+    [
+        {"output_hidden_states": 0.5},
+        {"do_sample": "no"},
+        {"pad_token_id": [2, 2]},
+        {"bos_token_id": 10**30},
+        {"temperature": "hot"},
+    ],
     ids=lambda option: next(iter(option)),
 )
 def test_options_of_generation_have_their_types(option):

@@ -40,24 +40,24 @@ def describe(
     """Everything the command prints, as one dictionary."""
     config = load_config(name, trust_remote_code)
     check_family(config)
-    with reading(name):
-        model = meta_model(config)
-        sites = find_sites(model, config.model_type)
     lte, teal = getattr(config, "lte", None), getattr(config, TEAL, None)
     size = Method.from_dict(lte).expert_size if lte else expert_size
-    ffns = [
-        {
-            "name": site.name,
-            "d_model": site.d_model,
-            "d_ff": site.d_ff,
-            "gated": site.gated,
-            "experts": check_divisible(site.d_ff, size),
-            "weights": site.num_weights,
-            "converts": site.place,
-        }
-        for site in sites
-    ]
-    dense = cost_per_token(model, 0.0, size)
+    with reading(name):
+        model = meta_model(config)
+        ffns = [
+            {
+                "name": site.name,
+                "d_model": site.d_model,
+                "d_ff": site.d_ff,
+                "gated": site.gated,
+                "experts": check_divisible(site.d_ff, size),
+                "weights": site.num_weights,
+                "converts": site.place,
+            }
+            for site in find_sites(model, config.model_type)
+        ]
+        dense = cost_per_token(model, 0.0, size)
+        cost = {s: teal_cost(model, s) if teal else cost_per_token(model, s, size) for s in sparsities}
     return {
         "model": name,
         "architecture": type(model).__name__,
@@ -71,7 +71,7 @@ def describe(
         "num_ffns": len(ffns),
         "ffns": ffns,
         "cost_dense": asdict(dense),
-        "cost": {str(s): asdict(teal_cost(model, s) if teal else cost_per_token(model, s, size)) for s in sparsities},
+        "cost": {str(sparsity): asdict(one) for sparsity, one in cost.items()},
     }
 
 

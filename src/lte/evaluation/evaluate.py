@@ -86,10 +86,10 @@ def evaluate(
     count += sum(len(labels) for _, labels in labelled)
     if count == 0:
         raise ValueError("the data holds no label to predict: give more text")
-    check_finite(torch.tensor(loss))
+    check_finite(model, torch.tensor(loss))
     if labelled:
         logits, labels = (torch.cat(parts) for parts in zip(*labelled, strict=True))
-        check_finite(logits)
+        check_finite(model, logits)
         quality = label_metrics(logits, labels)
     else:
         quality = {"loss": loss / count, "perplexity": math.exp(min(loss / count, 700))}

@@ -53,14 +53,17 @@ def is_sparse(model: nn.Module) -> bool:
     return hasattr(config, "lte") or hasattr(config, TEAL)
 
 
-def check_finite(logits: Tensor) -> None:
-    """Refuse outputs of which the best would be one like another.
+def check_finite(model: PreTrainedModel, logits: Tensor) -> None:
+    """Refuse outputs of ``model`` of which the best would be one like another.
 
     Raises:
         ValueError: one is NaN or infinite.
     """
     if not logits.isfinite().all():
-        raise ValueError("the model's outputs are NaN or infinite: is it damaged, or does its dtype not hold them?")
+        raise ValueError(
+            f"outputs of the model {model.name_or_path} are NaN or infinite: is it damaged, or does its dtype not hold "
+            "them?"
+        )
 
 
 @contextmanager

@@ -98,7 +98,7 @@ def evaluate_mmlu(
                 group, prefix = of, _prefix(model, of.prefix)
                 meter.weight = 1
             logits_BV = _next_token(model, of.rows[first : first + batch_size], prefix)
-            check_finite(logits_BV[:, encoder.answers])
+            check_finite(model, logits_BV[:, encoder.answers])
             best = logits_BV[:, encoder.answers].argmax(-1).tolist()
             places = of.places[first : first + batch_size]
             letters |= {(of.subject, place): LETTERS[i] for place, i in zip(places, best, strict=True)}

@@ -60,11 +60,12 @@ def check_generation(name: str, values: dict[str, Any]) -> None:
         kind = int if key.endswith("token_id") else int | float if key in _NUMBERS else object
         kind = bool if key.startswith(_SWITCHES) else kind
         if value is not None and not all(
-            isinstance(one, kind) and not (kind is int and one is True) for one in several
+            isinstance(one, kind) and not (kind is int and (one is True or abs(one) > _MOST_ID)) for one in several
         ):
             raise ValueError(f"{name}: its generation_config.json has {key} {value!r}, which is of the wrong type")
 
 
+_MOST_ID = 2**31  # of a token
 _SWITCHES = ("do_", "use_", "output_", "return_")
 _NUMBERS = ("temperature", "top_k", "top_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size")
 _NUMBERS += ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams", "num_return_sequences")

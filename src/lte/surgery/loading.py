@@ -129,6 +129,7 @@ def load_model(
     if place.gguf:
         check_all_read(place.gguf, model)
         forget_gguf_(model)
+        model.config._name_or_path = name  # else its folder
     check_numbers(name, all_tensors(model))
     keep_generation_settings_(model)
     return model
@@ -144,7 +145,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
         files = tokenizer.vocab_files_names.values()
         if place.folder and files and not any((place.folder / one).is_file() for one in files):
             raise ValueError(f"{name} has no tokenizer: it needs {' or '.join(files)}")  # else an empty one is made
-        if not isinstance(tokenizer.model_max_length, int | float):
+        if not isinstance(tokenizer.model_max_length, int | float) or tokenizer.model_max_length < 1:
             raise ValueError(f"{name}: tokenizer_config.json has model_max_length {tokenizer.model_max_length!r}")
         tokenizer.decode(tokenizer("Try it.")["input_ids"])  # some damage shows in use only
     return tokenizer
