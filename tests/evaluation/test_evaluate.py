@@ -110,7 +110,7 @@ def test_outputs_that_are_not_finite_are_refused():
     model = BertForSequenceClassification(BertConfig(**TINY, num_labels=2, pad_token_id=0)).eval()
     model.classifier.bias.data[1] = torch.nan
     ids = [torch.randint(1, 64, (3 + i,)).numpy() for i in range(4)]
-    with pytest.raises(ValueError, match="outputs of the model .* are NaN or infinite"):
+    with pytest.raises(ValueError, match=r"outputs of the model .* are NaN or infinite"):
         evaluate(model, PaddedRows({"input_ids": ids, "labels": [0, 1, 0, 1]}, PaddingCollator(0), ("a", "b")))
 
 
