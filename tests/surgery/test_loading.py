@@ -24,7 +24,7 @@ from transformers import (
 import lte
 from byte_tokenizer import byte_tokenizer
 from lte.surgery.families import check_family
-from lte.surgery.folder import check_generation
+from lte.surgery.folder import check_config, check_generation
 from lte.surgery.loading import load_config, load_model, load_tokenizer
 
 
@@ -345,3 +345,10 @@ def test_options_of_generation_have_their_types(option):
     check_generation("m", {"do_sample": True, "pad_token_id": 2, "eos_token_id": [1, 2], "temperature": 0.7})
     with pytest.raises(ValueError, match=f"m: its generation_config.json has {next(iter(option))} .* wrong type"):
         check_generation("m", option)
+
+
+@pytest.mark.parametrize("label", [["no"], False, None])
+def test_labels_are_texts(label):
+    check_config("m", {"id2label": {"0": "no", "1": "yes"}})
+    with pytest.raises(ValueError, match=r"m: config.json has id2label .* each label has to be a text"):
+        check_config("m", {"id2label": {"0": label, "1": "yes"}})

@@ -41,6 +41,9 @@ def check_config(name: str, values: dict[str, Any]) -> None:
     named = values.get("architectures")
     if named is not None and not (isinstance(named, list) and all(isinstance(one, str) for one in named)):
         raise ValueError(f"{name}: config.json has architectures {named!r}, but a list of class names is needed")
+    labels = values.get("id2label")
+    if isinstance(labels, dict) and not all(isinstance(one, str) for one in labels.values()):
+        raise ValueError(f"{name}: config.json has id2label {labels!r}, but each label has to be a text")
     for key, value in _numbers(values):
         most = MOST_LABELS if key == "num_labels" else MOST if _COUNTS.search(key) else None
         if most is not None and value > most:
@@ -57,11 +60,7 @@ def check_generation(name: str, values: dict[str, Any]) -> None:
     """
     for key, value in values.items():
         several = value if isinstance(value, list) and key == "eos_token_id" else [value]
-        kind = int if key.endswith("token_id") else int | float if key in _NUMBERS else object
-        kind = bool if key.startswith(_SWITCHES) else kind
-        if value is not None and not all(
-            isinstance(one, kind) and not (kind is int and (one is True or abs(one) > _MOST_ID)) for one in several
-        ):
+        if value is not None and not all(_fits(key, one) for one in several):
             raise ValueError(f"{name}: its generation_config.json has {key} {value!r}, which is of the wrong type")
 
 
@@ -69,6 +68,14 @@ _MOST_ID = 2**31  # of a token
 _SWITCHES = ("do_", "use_", "output_", "return_")
 _NUMBERS = ("temperature", "top_k", "top_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size")
 _NUMBERS += ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams", "num_return_sequences")
+
+
+def _fits(option: str, value: Any) -> bool:
+    if option.endswith("token_id"):
+        return type(value) is int and abs(value) < _MOST_ID
+    if option.startswith(_SWITCHES):
+        return isinstance(value, bool)
+    return option not in _NUMBERS or isinstance(value, int | float)
 
 
 def _numbers(values: Any, key: str = "") -> Iterator[tuple[str, float]]:

@@ -39,7 +39,7 @@ _RUN: dict[str, Kind] = {
     "target_sparsity": SHARE,
     "eta": QUALITY,
     "seconds": AMOUNT,
-    "environment": OBJECT,
+    "environment": named(TEXT),
     "steps": named(AMOUNT),
     "evaluation": OBJECT,
     "evals": many(OBJECT),
