@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -97,6 +97,7 @@ class Run:
     options: Any
     folder: Path
     evals: tuple[str, ...] = ()
+    parsed_evals: tuple[Any, ...] = ()
 
     @property
     def commands(self) -> list[list[str]]:
@@ -107,7 +108,7 @@ class Run:
     @property
     def identity(self) -> dict[str, str]:
         """Of what it is made from, as it is now."""
-        return row_identity(self.options, *(_parse_eval(one) for one in self.evals))
+        return row_identity(self.options, *self.parsed_evals)
 
     @property
     def command(self) -> str:
@@ -173,20 +174,18 @@ def plan(name: str, vary: Sequence[str], base: Sequence[str], folder: Path, eval
         given = [one for option, value in varied.items() for one in (f"--{option}", value)]
         arguments = [*base, *given, command.output, str(inside), *command.flags]
         runs.append(Run(name, varied, arguments, command.parse(arguments), inside, tuple(evals)))
+    parsed = []  # here, since parsing takes stderr away for a moment, from other threads too
     for one in evals:
         if shlex.split(one)[:1] != ["eval"]:
             raise ValueError(f"{one!r} is no eval: write it as for a shell without the model, 'eval --text FILE'")
-        checked = _parse_eval(one)
+        checked = parse_eval(["MODEL", *shlex.split(one)[1:]])
+        parsed.append(checked)
         if not (checked.data.text or checked.questions.mmlu or checked.harness.tasks):
             raise ValueError(f"{one!r} does not say on what: add --text FILE, --mmlu FOLDER or --tasks NAMES")
     folders = [run.folder for run in runs]
     if twice := next((one for one in folders if folders.count(one) > 1), None):
         raise ValueError(f"two runs would share the folder {twice.name}: give each value once, and other names")
-    return runs
-
-
-def _parse_eval(one: str) -> Any:
-    return parse_eval(["MODEL", *shlex.split(one)[1:]])
+    return [replace(run, parsed_evals=tuple(parsed)) for run in runs]
 
 
 def _folder_name(varied: dict[str, str]) -> str:
