@@ -14,14 +14,14 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from lte.training import sources, tokenise
 from lte.training.batches import PackedBlocks, PaddedRows, split_held_out
 from lte.training.data import DataConfig, load_dataset_for, load_prompts, load_texts
 from lte.training.sources import read_token_ids
 from lte.training.text_files import read_text
-from lte.training.tokenise import _pieces, tokenise_documents
+from lte.training.tokenise import _pieces, most_tokens, tokenise_documents
 
 TEXT = "The cat sat.\n\n The dog ran away,\r\nfar away.\n\tCafé \u2028 end\n"
 ROWS = [
@@ -722,3 +722,9 @@ def test_blocks_left_out_are_logged(tmp_path, tokenizer, caplog):
     with caplog.at_level(logging.INFO):
         load_dataset_for("language_modelling", tmp_path / "ids.npy", tokenizer, DataConfig(sequence_length=4))
     assert "2 blocks of 4 tokens, the last 3 tokens left out" in logged(caplog)
+
+
+def test_a_model_without_positions_is_refused(tokenizer):
+    config = LlamaConfig(max_position_embeddings=-1, name_or_path="m")
+    with pytest.raises(ValueError, match=r"m: config.json has max_position_embeddings -1"):
+        most_tokens(tokenizer, config)

@@ -129,7 +129,7 @@ def load_model(
     if place.gguf:
         check_all_read(place.gguf, model)
         forget_gguf_(model)
-        model.config._name_or_path = name  # else its folder
+        model.name_or_path = name  # else its folder
     check_numbers(name, all_tensors(model))
     keep_generation_settings_(model)
     return model

@@ -124,8 +124,13 @@ def without_start(ids: list[int], start: list[int]) -> list[int]:
 
 
 def most_tokens(tokenizer: PreTrainedTokenizerBase, model_config: Any) -> int:
-    """The longest row that tokenizer and model take; a huge number where neither says."""
+    """The longest row that tokenizer and model take; a huge number where neither says.
+
+    Raises ValueError for a model whose config counts positions below 0.
+    """
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and positions < 0:
+        raise ValueError(f"{model_config.name_or_path}: config.json has max_position_embeddings {positions}")
     longest = tokenizer.model_max_length  # RoBERTa's config has two positions more than it can use
     return min(positions or longest, longest)
 
