@@ -66,7 +66,10 @@ def _check_same_run(checkpoint: Path, identity: Mapping[str, Any]) -> None:
     state = state_of(checkpoint)
     assert state is not None  # whole
     if (checkpoint / RUN).exists():
-        then = read_json(checkpoint / RUN)
+        try:
+            then = read_json(checkpoint / RUN)
+        except ValueError as error:
+            raise ValueError(f"{error}, or resume from another checkpoint") from error
     else:  # of an earlier version, which kept a few options
         then = (memory_of(state) or {}).get("options", {})
         logger.warning(
