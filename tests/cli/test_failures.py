@@ -90,6 +90,7 @@ def test_ctrl_c_while_libraries_are_imported():
     """The signal comes at a set place: some libraries swallow it elsewhere, with a bare except about an import."""
     code = (
         "import os, signal, sys, lte_start\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # what runs in the background ignores it
         "class Interrupt:\n"
         "    def find_spec(self, name, *_):\n"
         "        if name == 'transformers':\n"
