@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_router_start import batches
-from tiny_training import dense_llama, markov_blocks, trainer_for
+from tiny_training import DEPENDENT, dense_llama, make_dependent_, markov_blocks, trainer_for
 
 import lte
 from lte.modules.recording import sparse_layers
@@ -88,20 +88,10 @@ def test_it_trains_in_the_soft_and_hard_stage(tmp_path, start):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["zero", "constant", "few", "one large", "dead"])
+@pytest.mark.parametrize("kind", DEPENDENT)
 def test_inputs_that_depend_on_each_other(kind):
     model, data = model_of(4), batches(rows=50)
-    layer = model.model.layers[0]
-    if kind == "zero":
-        layer.post_attention_layernorm.weight.zero_()
-    if kind == "constant":
-        data[0]["input_ids"].fill_(7)
-    if kind == "few":
-        data[0]["input_ids"] = data[0]["input_ids"][:1, :3]
-    if kind == "one large":
-        layer.post_attention_layernorm.weight[0] = 1e8
-    if kind == "dead":
-        layer.mlp.down_proj.weight.zero_()
+    make_dependent_(model, data, kind)
     fit_routers_(model, data, bias=2.0)
     fit_compensations_(model, data, 0.5)
     assert all(one.isfinite().all() for one in model.parameters())

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_training import markov_blocks, sparse_llama, trainer_for
+from tiny_training import DEPENDENT, make_dependent_, markov_blocks, sparse_llama, trainer_for
 from torch.nn.functional import silu
 
 from lte.modules.recording import sparse_layers
@@ -87,21 +87,11 @@ def test_sharded_parameters_are_refused_before_the_first_step(tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["zero", "constant", "few", "one large", "dead"])
+@pytest.mark.parametrize("kind", DEPENDENT)
 def test_inputs_that_depend_on_each_other(kind):
     """Legitimate however they are: of a layer that is cut out, of a short text, with one neuron above all others."""
     model, data = sparse_llama(), batches(rows=50)
-    layer = model.model.layers[0]
-    if kind == "zero":
-        layer.post_attention_layernorm.weight.zero_()
-    if kind == "constant":
-        data[0]["input_ids"].fill_(7)
-    if kind == "few":
-        data[0]["input_ids"] = data[0]["input_ids"][:1, :3]
-    if kind == "one large":
-        layer.post_attention_layernorm.weight[0] = 1e8
-    if kind == "dead":
-        layer.mlp.down_proj.weight.zero_()
+    make_dependent_(model, data, kind)
     fit_routers_(model, data, bias=2.0)
     first, second = (layer.router for layer in sparse_layers(model).values())
     for router in (first, second):

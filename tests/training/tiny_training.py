@@ -44,6 +44,25 @@ def sparse_llama(seed: int = 0, **overrides: Any) -> PreTrainedModel:
     return lte.sparsify_(dense_llama(seed, **overrides), lte.LTEConfig(expert_size=8, grouping="random"))
 
 
+DEPENDENT = ("zero", "constant", "few", "one large", "dead")
+
+
+@torch.no_grad()
+def make_dependent_(model: Any, data: list[Any], kind: str) -> None:
+    """Let the first FFN's inputs, or what its neurons add, depend on each other."""
+    layer = model.model.layers[0]
+    if kind == "zero":
+        layer.post_attention_layernorm.weight.zero_()
+    if kind == "constant":
+        data[0]["input_ids"].fill_(7)
+    if kind == "few":
+        data[0]["input_ids"] = data[0]["input_ids"][:1, :3]
+    if kind == "one large":
+        layer.post_attention_layernorm.weight[0] = 1e8
+    if kind == "dead":
+        layer.mlp.down_proj.weight.zero_()
+
+
 def markov_blocks(rows: int, seed: int = 0, length: int = TOKENS) -> PackedBlocks:
     """Each token has four successors; the chain is the same for every seed."""
     successors = np.random.default_rng(0).integers(3, VOCABULARY, (VOCABULARY, 4))

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig
 
-from lte.surgery.reading import check_whole, read_json
+from lte.surgery.reading import check_file, read_json
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """The names that transformers looks for, in this order; each also with an index of shards."""
@@ -116,7 +116,7 @@ def count_numbers(folder: Path) -> int | None:
     for path in files:
         if not path.is_file():
             raise ValueError(f"{path} is missing: copy it again")
-        check_whole(path)
+        check_file(path)
     counts = (_count_in(path) if path.suffix == ".safetensors" else path.stat().st_size for path in files)
     return sum(counts) if files else None
 

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lte.surgery.folder import MOST
-from lte.surgery.reading import check_whole
+from lte.surgery.reading import check_file
 
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
@@ -41,7 +41,7 @@ def check_gguf(path: Path) -> int:
     Raises:
         ValueError: the header does not parse, has an unknown key, or does not fit the file.
     """
-    check_whole(path)
+    check_file(path)
     try:
         header = _read(path)
         _check_keys(header.values)

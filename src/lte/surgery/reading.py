@@ -58,7 +58,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it holds something else, or cannot be read.
     """
-    check_whole(path)
+    check_file(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -68,7 +68,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def check_whole(path: Path) -> None:
+def check_file(path: Path) -> None:
     """Refuse what stands for a file, but is not it.
 
     Raises:
