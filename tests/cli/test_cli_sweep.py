@@ -16,7 +16,7 @@ from lte.cli.main import main
 from lte.cli.sweep_table import show
 from lte.cli.train import SUMMARY
 from lte.training import lock as locking
-from lte.training.lock import locked
+from lte.training.lock import alone_in
 
 HERE = Path(__file__).parents[2]
 
@@ -225,8 +225,8 @@ def test_rows_of_another_recipe_or_model_are_not_taken(files, tmp_path, monkeypa
 
 def test_two_sweeps_in_a_folder(files, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweep, "_execute", lambda *_: pytest.fail("ran"))
-    lock = f"import runpy, sys; locked = runpy.run_path({locking.__file__!r})['locked']\n"
-    hold = lock + "with locked(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
+    lock = f"import runpy, sys; alone_in = runpy.run_path({locking.__file__!r})['alone_in']\n"
+    hold = lock + "with alone_in(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", hold, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
@@ -275,11 +275,11 @@ def test_a_sweep_that_is_killed_leaves_nothing_running(files, tmp_path):
         while "step " not in (log.read_text() if log.exists() else ""):
             assert process.poll() is None
             time.sleep(0.1)
-        with pytest.raises(ValueError, match="is in use by process"), locked(tmp_path / "seed-1"):
+        with pytest.raises(ValueError, match="is in use by process"), alone_in(tmp_path / "seed-1"):
             pass
         process.kill()
     time.sleep(1)
-    with locked(tmp_path / "seed-1"), locked(tmp_path):
+    with alone_in(tmp_path / "seed-1"), alone_in(tmp_path):
         pass
 
 

@@ -13,15 +13,16 @@ import pytest
 from tiny_training import trainer_for
 
 from lte.training import lock
-from lte.training.lock import LOCK, locked
+from lte.training.lock import LOCK, alone_in
 
-WITH = f"import os, runpy, sys, time\nlocked = runpy.run_path({lock.__file__!r})['locked']\n"  # without torch's seconds
-HOLD = WITH + "with locked(sys.argv[1]): print('held', flush=True); "
+# by its path: without torch's seconds
+WITH = f"import os, runpy, sys, time\nalone_in = runpy.run_path({lock.__file__!r})['alone_in']\n"
+HOLD = WITH + "with alone_in(sys.argv[1]): print('held', flush=True); "
 COUNT = """
 won, until = 0, time.time() + 1
 while time.time() < until:
     try:
-        with locked(sys.argv[1]):
+        with alone_in(sys.argv[1]):
             os.close(os.open(sys.argv[1] + '/one', os.O_CREAT | os.O_EXCL))
             os.unlink(sys.argv[1] + '/one')
             won += 1
@@ -49,10 +50,10 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_killed(tmp_path)
         refusal = rf"{tmp_path} is in use by process {process.pid} on .+ since \d{{4}}-.+: wait until it ends"
         with pytest.raises(ValueError, match=refusal):
             trainer_for(tmp_path).train()
-        with pytest.raises(ValueError, match=refusal), locked(tmp_path):
+        with pytest.raises(ValueError, match=refusal), alone_in(tmp_path):
             pass
     assert (tmp_path / LOCK).exists()  # a killed process leaves it, and it bars nobody
-    with locked(tmp_path):
+    with alone_in(tmp_path):
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
 
 
@@ -60,7 +61,7 @@ def test_children_by_fork_do_not_hold_it(tmp_path):
     """As a loader's workers, which outlive a killed run by seconds."""
     with holder(tmp_path, "os.fork() or (os.close(1), time.sleep(20)); os.kill(os.getpid(), 9)") as process:
         assert process.wait() == -signal.SIGKILL
-        with locked(tmp_path):
+        with alone_in(tmp_path):
             pass
 
 
@@ -69,8 +70,8 @@ def test_it_is_held_until_its_last_holder_of_a_process_ends(tmp_path):
         command = [sys.executable, "-c", HOLD, str(tmp_path)]
         return subprocess.run(command, capture_output=True, text=True, check=False).returncode != 0
 
-    with locked(tmp_path):
-        with locked(tmp_path / "."):
+    with alone_in(tmp_path):
+        with alone_in(tmp_path / "."):
             pass
         assert refused()
     assert not (tmp_path / LOCK).exists()
@@ -97,7 +98,7 @@ def test_a_file_that_its_holder_deleted_meanwhile_is_no_lock(tmp_path, monkeypat
         real(file, how)
 
     monkeypatch.setattr("lte.training.lock.fcntl.lockf", after_the_holder_has_ended)
-    with locked(tmp_path):
+    with alone_in(tmp_path):
         assert len(taken) == 2
         assert (tmp_path / LOCK).exists()
 
@@ -107,28 +108,28 @@ def test_where_there_are_no_locks_a_warning_says_so(tmp_path, monkeypatch, caplo
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr("lte.training.lock.fcntl.lockf", refuse)
-    with locked(tmp_path):
+    with alone_in(tmp_path):
         pass
     assert "cannot be locked (No locks available)" in caplog.text
 
 
 def test_a_system_without_locks_says_so(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("lte.training.lock.fcntl", None)
-    with locked(tmp_path):
+    with alone_in(tmp_path):
         assert not (tmp_path / LOCK).exists()
     assert "cannot be locked on this system" in caplog.text
 
 
 def test_it_ends_with_an_error(tmp_path):
-    with pytest.raises(RuntimeError), locked(tmp_path):
+    with pytest.raises(RuntimeError), alone_in(tmp_path):
         raise RuntimeError
     assert not (tmp_path / LOCK).exists()
 
 
 def test_a_folder_that_it_made_is_not_left_empty(tmp_path):
-    with locked(tmp_path / "a" / "b"):
+    with alone_in(tmp_path / "a" / "b"):
         assert (tmp_path / "a" / "b").is_dir()
     assert not (tmp_path / "a").exists()
-    with locked(tmp_path / "a" / "b"):
+    with alone_in(tmp_path / "a" / "b"):
         (tmp_path / "a" / "mine.txt").touch()
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["mine.txt"]

@@ -34,7 +34,7 @@ from lte.cli.sweep_table import Row, line_of, name_of, show
 from lte.cli.train import SUMMARY, parse_train
 from lte.files import append_line
 from lte.surgery.reading import read_json
-from lte.training.lock import locked
+from lte.training.lock import alone_in
 
 ROWS = "rows.jsonl"
 
@@ -122,7 +122,7 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"jobs is {options.jobs}, but at least one run goes on at a time")
     folder = Path(options.output)
     runs = plan(name, options.vary, base, folder, options.then)
-    with locked(folder):
+    with alone_in(folder):
         rows = _run(runs, folder, options)
     show(rows)
     if options.json:

@@ -38,7 +38,7 @@ from lte.surgery.method import Method
 from lte.training.arguments import LTETrainingArguments
 from lte.training.batches import split_held_out
 from lte.training.checks import check_dtype
-from lte.training.lock import locked
+from lte.training.lock import alone_in
 from lte.training.trainer import LTETrainer
 
 SUMMARY = "lte_training.json"
@@ -192,7 +192,7 @@ def train(options: Train, argv: Sequence[str]) -> dict[str, Any]:
         ValueError: another run uses the output folder, and all that ``LTETrainer`` refuses.
     """
     args = options.training
-    with locked(cast(str, args.output_dir)) if args.process_index == 0 else nullcontext():
+    with alone_in(cast(str, args.output_dir)) if args.process_index == 0 else nullcontext():
         return _train(options, argv)
 
 

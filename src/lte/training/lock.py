@@ -24,7 +24,7 @@ _HELD: set[tuple[int, Path]] = set()
 
 
 @contextmanager
-def locked(folder: str | Path) -> Iterator[None]:
+def alone_in(folder: str | Path) -> Iterator[None]:
     """Hold a folder. Where it is missing it is made, and deleted again if nothing is put into it.
 
     The same process may hold it several times.

@@ -36,7 +36,7 @@ from lte.training.distillation import (
 )
 from lte.training.divergence import WatchedTrainer
 from lte.training.identity import model_identity, run_identity
-from lte.training.lock import locked
+from lte.training.lock import alone_in
 from lte.training.preflight import try_out
 from lte.training.recomputing import check_recomputing
 from lte.training.resuming import TEACHER, agreed, begin_run
@@ -302,7 +302,7 @@ class LTETrainer(WatchedTrainer, SavingTrainer):
         with ExitStack() as held:
 
             def begin() -> tuple[Path | None, dict[str, Any]]:
-                held.enter_context(locked(self._folder))
+                held.enter_context(alone_in(self._folder))
                 identity = self._identity()
                 model = getattr(self._unwrapped.config, "_name_or_path", "")
                 return begin_run(self._folder, identity, resume_from_checkpoint, self.args.overwrite, model), identity
