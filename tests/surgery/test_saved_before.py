@@ -1,0 +1,40 @@
+"""Models that earlier versions saved compute what they computed then. ``saved/make.py`` says how they were made."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from saved.make import IDS
+from transformers import AutoModelForCausalLM
+
+import lte
+from lte.surgery.loading import load_model
+
+SAVED = sorted(path.parent for path in (Path(__file__).parent / "saved").glob("*/computed.safetensors"))
+
+
+@pytest.mark.parametrize("folder", SAVED, ids=lambda folder: folder.name)
+def test_it_computes_what_it_computed(folder):
+    expected = load_file(folder / "computed.safetensors")["logits"]
+    by_transformers = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for model in (by_transformers, load_model(str(folder), "causal", torch.float32)):
+        with torch.no_grad():
+            found = model.eval()(input_ids=IDS).logits
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_each_kind_is_there():
+    assert len(SAVED) >= 15
+
+
+@pytest.mark.parametrize("folder", [one for one in SAVED if one.name.startswith("lte")], ids=lambda one: one.name)
+def test_it_is_packed_and_computes_the_same(folder):
+    """Kernels read what was saved, too."""
+    expected = load_file(folder / "computed.safetensors")["logits"]
+    model = load_model(str(folder), "causal", torch.float32)
+    if model.config.lte["mode"] != "hard":
+        pytest.skip("only mode hard is packed")
+    lte.optimize_(model, "reference")
+    with torch.no_grad():
+        assert torch.allclose(model(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-5)
