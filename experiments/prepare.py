@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from lte.data.text_files import read_pieces
+from lte.data.tokenise import tokenise_documents
 from lte.surgery.loading import load_model, load_tokenizer
-from lte.training.text_files import read_pieces
-from lte.training.tokenise import tokenise_documents
 
 T0_HELD_OUT, T0_VALIDATION = 24, 10  # templates
 PYTHON = {  # whole packages a split, all under permissive licences, and how many characters are taken at most

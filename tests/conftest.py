@@ -1,8 +1,13 @@
-"""Read before any test: without a GPU, Triton's kernels go through its interpreter."""
+"""Read before any test: one thread, helpers of several folders, Triton's interpreter where there is no GPU."""
 
 import os
+import sys
+from pathlib import Path
 
 import torch
+
+torch.set_num_threads(1)
+sys.path.insert(0, str(Path(__file__).parent / "surgery"))  # tiny_models
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # has to be there when triton is first imported

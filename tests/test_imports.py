@@ -12,16 +12,32 @@ SOURCE = Path(__file__).parent.parent / "src" / "lte"
 
 BELOW = ("files", "saving")
 """Files below all folders: each imports those before it, and the standard library."""
-LEFT_OF = {
-    "core": set(),
-    "ops": {"core"},
-    "modules": {"core", "ops"},
-    "surgery": {"core", "ops", "modules"},
-    "training": {"core", "ops", "modules", "surgery"},
-    "inference": {"core", "ops", "modules", "surgery"},
-    "methods": {"core", "ops", "modules", "surgery", "training"},
-    "evaluation": {"core", "ops", "modules", "surgery", "training", "methods", "inference"},
+FLOORS = [
+    "core",
+    "data",
+    "ops",
+    "modules",
+    "surgery",
+    "methods",
+    "training",
+    "inference",
+    "evaluation",
+    "bench",
+    "report",
+]
+"""From the bottom up: a folder imports from those before it, unless BESIDE says that it knows nothing of one."""
+BESIDE = {
+    "ops": {"data"},
+    "modules": {"data"},
+    "surgery": {"data"},
+    "methods": {"data"},
+    "inference": {"training", "methods", "data"},
+    "training": {"methods"},
+    "evaluation": {"training"},
+    "report": {"training", "inference", "bench", "methods"},
+    "data": {"core"},
 }
+LEFT_OF = {folder: {*FLOORS[:index]} - BESIDE.get(folder, set()) for index, folder in enumerate(FLOORS)}
 LEFT_OF |= {folder: folders | {*BELOW} for folder, folders in LEFT_OF.items() if folder != "core"}
 LEFT_OF |= {file: {*BELOW[:index]} for index, file in enumerate(BELOW)}
 LEFT_OF["cli"] = {*LEFT_OF, "lte"}

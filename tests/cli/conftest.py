@@ -18,8 +18,6 @@ import lte
 from byte_tokenizer import byte_tokenizer
 from lte.cli.main import main
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory) -> Path:

@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from lte.bench import ffn as bench_ffn
+from lte.bench import parity
 from lte.cli.bench_report import commit
 from lte.cli.main import main
 from lte.cli.options import DeviceOptions
-from lte.inference import bench_ffn, parity
 
 FFN = ["bench", "ffn", "--backend", "reference", "--device", "cpu", "--expert-size", "8", "--repeats", "3"]
 FFN += ["--sparsity", "0", "0.5", "--tokens", "1", "3", "--dtype", "float32"]

@@ -9,9 +9,9 @@ import yaml
 from byte_tokenizer import byte_tokenizer
 from lte.cli.main import COMMANDS, main
 from lte.cli.train import SUMMARY, parse_train
+from lte.data.tasks import DataConfig, load_dataset_for
 from lte.evaluation.evaluate import evaluate
 from lte.surgery.loading import load_model
-from lte.training.data import DataConfig, load_dataset_for
 
 STEPS = ["--max-steps", "8", "--per-device-train-batch-size", "4", "--sequence-length", "32", "--report-to", "none"]
 STEPS += ["--expert-size", "8", "--grouping", "random", "--device", "cpu", "--save-strategy", "no"]

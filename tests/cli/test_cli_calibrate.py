@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 import lte
 from lte.cli.main import main
 from lte.cli.train import SUMMARY
-from lte.evaluation.report.curves import gather
-from lte.evaluation.report.results import read_results
 from lte.modules.recording import sparse_layers
+from lte.report.curves import gather
+from lte.report.results import read_results
 from lte.surgery.loading import load_model, load_tokenizer
 from result_rows import row, write
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from lte.cli.main import main
-from lte.evaluation.report.results import METRICS
+from lte.report.results import METRICS
 from result_rows import bench, row, write
 
 

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import lte
+from lte.data.batches import PackedBlocks, PaddedRows, PaddingCollator
 from lte.evaluation.evaluate import evaluate
-from lte.training.batches import PackedBlocks, PaddedRows, PaddingCollator
 
 torch.set_num_threads(1)
 TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}

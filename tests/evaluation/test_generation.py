@@ -11,10 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 
 import lte
 from byte_tokenizer import byte_tokenizer
+from lte.data.tasks import DataConfig, generation_rows
 from lte.evaluation import generation
 from lte.evaluation.generation import _encode, evaluate_generation, group_references
 from lte.evaluation.text_metrics import TextMetrics
-from lte.training.data import DataConfig, generation_rows
 
 torch.set_num_threads(1)
 REFERENCES = {"a": ["one", "two"], "what is it?": ["this"], "name[x]\n": ["x is a pub", "there is x", "x"]}

@@ -4,8 +4,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 
 import lte
 
-torch.set_num_threads(1)
-
 TINY = {"vocab_size": 48, "pad_token_id": 0}
 
 

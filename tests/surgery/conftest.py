@@ -1,9 +1,6 @@
 import pytest
-import torch
 
 from lte.surgery import families
-
-torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import pytest
 import torch
 from tiny_training import trainer_for
 
+from lte.data.digest import digest_of_array, digest_of_file
 from lte.training import saving_trainer
 from lte.training.checkpoints import MANIFEST, RUN, check_whole, flaw_of, newest_whole, rotate
-from lte.training.digest import digest_of_array, digest_of_file
 
 SAVING = {"save_strategy": "steps", "save_steps": 6}
 OF_A_CHECKPOINT = ("model.safetensors", "config.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")

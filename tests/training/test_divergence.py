@@ -10,7 +10,7 @@ from tiny_training import arguments, dense_llama, markov_blocks, sparse_llama, t
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 import lte
-from lte.training.batches import PackedBlocks
+from lte.data.batches import PackedBlocks
 from lte.training.trainer import LTETrainer
 
 ABSURD = 1e30  # overflows whatever the order of sums: 1e6 does on some processors

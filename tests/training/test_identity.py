@@ -13,12 +13,12 @@ from torch.utils.data import Dataset
 from transformers import LlamaForCausalLM
 
 import lte
+from lte.data.batches import PackedBlocks, PaddedRows, PaddingCollator
+from lte.data.content import content_of
 from lte.modules.recording import sparse_layers
 from lte.surgery.loading import load_model
 from lte.training.arguments import LTETrainingArguments
-from lte.training.batches import PackedBlocks, PaddedRows, PaddingCollator
 from lte.training.checkpoints import RUN, newest_whole
-from lte.training.content import content_of
 from lte.training.identity import CHOOSE, MAY_CHANGE, differences, model_identity, options_of
 
 SAVING = {"save_strategy": "steps", "save_steps": 6}

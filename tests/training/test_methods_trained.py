@@ -8,9 +8,9 @@ from tiny_training import arguments, dense_llama, markov_blocks
 from transformers import TrainerCallback
 
 import lte
+from lte.data.batches import PackedBlocks
 from lte.modules.recording import sparse_layers, track_sparsity
 from lte.training.arguments import LTETrainingArguments
-from lte.training.batches import PackedBlocks
 from lte.training.stages import StagePlan
 from lte.training.trainer import LTETrainer
 

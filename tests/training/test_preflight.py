@@ -11,8 +11,8 @@ from transformers.integrations import integration_utils
 from transformers.trainer_callback import ExportableState
 
 import lte
+from lte.data.batches import PackedBlocks
 from lte.training import preflight
-from lte.training.batches import PackedBlocks
 from lte.training.preflight import try_out
 from lte.training.trainer import LTETrainer
 

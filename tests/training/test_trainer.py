@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import T5Config, T5ForConditionalGeneration, TrainerCallback
 
 import lte
+from lte.data.batches import PackedBlocks
 from lte.modules.recording import sparse_layers, track_sparsity
 from lte.surgery.convert import group
 from lte.surgery.sites import find_sites
-from lte.training.batches import PackedBlocks
 from lte.training.calibration import evaluating
 from lte.training.stage_changes import regroup_
 from lte.training.step_log import StepLog

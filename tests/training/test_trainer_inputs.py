@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification, EarlyStoppingCallback
 
 import lte
+from lte.data.batches import PackedBlocks
 from lte.modules.recording import sparse_layers
-from lte.training.batches import PackedBlocks
 from lte.training.distillation import head_error, predicts
 from lte.training.trainer import LTETrainer
 

@@ -15,8 +15,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, TrainerCallback
 
 import lte
+from lte.data.batches import PackedBlocks
 from lte.training.arguments import LTETrainingArguments
-from lte.training.batches import PackedBlocks
 from lte.training.trainer import LTETrainer
 
 VOCABULARY = 64

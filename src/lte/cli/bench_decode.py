@@ -11,6 +11,9 @@ import torch
 import tyro
 from transformers import PreTrainedModel
 
+from lte.bench.decode import DecodeGrid, bench_decode, dense_models, random_model
+from lte.bench.shapes import shape_config
+from lte.bench.timing import memory_bandwidth
 from lte.cli.bench_report import (
     BackendOption,
     BenchOutput,
@@ -25,9 +28,6 @@ from lte.cli.bench_report import (
 from lte.cli.console import err
 from lte.cli.main import parse
 from lte.cli.options import DeviceOptions, open_model
-from lte.inference.bench_decode import DecodeGrid, bench_decode, dense_models, random_model
-from lte.inference.shapes import shape_config
-from lte.inference.timing import memory_bandwidth
 from lte.methods.lte import LTEConfig
 from lte.modules.sparse_ffn import Selecting
 from lte.surgery.convert import set_mode_, sparsify_

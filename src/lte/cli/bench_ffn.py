@@ -8,6 +8,9 @@ from typing import Annotated
 import torch
 import tyro
 
+from lte.bench.ffn import FFNGrid, bench_ffn, crossovers
+from lte.bench.shapes import ffn_size, shape_config
+from lte.bench.timing import memory_bandwidth
 from lte.cli.bench_report import (
     BackendOption,
     BenchOutput,
@@ -23,9 +26,6 @@ from lte.cli.bench_report import (
 from lte.cli.console import err, out
 from lte.cli.main import parse
 from lte.cli.options import DeviceOptions
-from lte.inference.bench_ffn import FFNGrid, bench_ffn, crossovers
-from lte.inference.shapes import ffn_size, shape_config
-from lte.inference.timing import memory_bandwidth
 from lte.surgery.loading import load_config
 
 

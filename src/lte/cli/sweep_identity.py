@@ -7,8 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from lte.data.digest import digest, digest_of_file
 from lte.training.arguments import LTETrainingArguments
-from lte.training.digest import digest, digest_of_file
 from lte.training.identity import options_of
 
 OPTIONS = "options"

@@ -28,6 +28,7 @@ from lte.cli.main import parse
 from lte.cli.method_options import chosen, method_in, with_method
 from lte.cli.options import DataOptions, DeviceOptions, check_folder, pad_alike_
 from lte.cli.progress import train_with_progress
+from lte.data.batches import split_held_out
 from lte.evaluation.evaluate import evaluate, label_metrics
 from lte.files import write_whole
 from lte.saving import saving
@@ -36,7 +37,6 @@ from lte.surgery.families import check_family
 from lte.surgery.loading import class_names_of, load_config, load_model, load_tokenizer
 from lte.surgery.method import Method
 from lte.training.arguments import LTETrainingArguments
-from lte.training.batches import split_held_out
 from lte.training.checks import check_dtype
 from lte.training.lock import alone_in
 from lte.training.trainer import LTETrainer

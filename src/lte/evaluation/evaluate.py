@@ -55,7 +55,7 @@ def evaluate(
     Args:
         model: with a language modelling head, or one that classifies; with one output it is a regression. On any
             device.
-        dataset: as from ``lte.training.data``: rows, and a ``collator``. Labels of -100 are not counted.
+        dataset: as from ``lte.data.tasks``: rows, and a ``collator``. Labels of -100 are not counted.
         batch_size: rows a forward pass; fewer where their logits over the vocabulary would take gigabytes.
         progress: wraps the iteration over batches.
 

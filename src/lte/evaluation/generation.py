@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lte.data.tokenise import encode, most_tokens, without_start, wrapping
 from lte.evaluation.measuring import Spent, is_sparse, measure, spent
 from lte.evaluation.text_metrics import TextMetrics
 from lte.inference.completions import GREEDY, Completion, complete, padded, replay, stop_ids
-from lte.training.tokenise import encode, most_tokens, without_start, wrapping
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lte.data.tokenise import wrapping
 from lte.evaluation.measuring import Spent, measure, spent
 from lte.surgery.loading import check_causal
-from lte.training.tokenise import wrapping
 
 _BOOTSTRAP = 1000  # resamplings for errors of metrics that are no mean; lm_eval's 100,000 take minutes
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lte.data.tokenise import most_tokens
 from lte.evaluation.measuring import Spent, check_finite, measure, spent
 from lte.evaluation.mmlu_prompts import PromptEncoder
 from lte.evaluation.mmlu_questions import CATEGORIES, CATEGORY_OF, LETTERS, Subject
 from lte.inference.completions import padded
 from lte.surgery.loading import check_causal
-from lte.training.tokenise import most_tokens
 
 
 @dataclass

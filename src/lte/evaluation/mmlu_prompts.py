@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lte.data.tokenise import encode, wrapping
 from lte.evaluation.mmlu_questions import LETTERS, Subject
-from lte.training.tokenise import encode, wrapping
 
 
 @dataclass

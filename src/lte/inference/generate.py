@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from transformers import CompileConfig, PreTrainedModel
 
-from lte.inference.timing import one_line
 from lte.modules.sparse_ffn import Selecting
 
 
@@ -95,3 +94,8 @@ def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
+
+
+def one_line(error: Exception) -> str:
+    """What is said of an error that something else takes the place of: its type and the beginning of its message."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,1 +1,1 @@
-"""Training: data, the stages, the sparsity controller, and ``LTETrainer`` on ``transformers.Trainer``."""
+"""Training: the stages, ``LTETrainer`` on ``transformers.Trainer``, and runs that can be resumed."""

@@ -12,8 +12,8 @@ from typing import Any
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from lte.data.digest import digest_of_file
 from lte.files import write_whole
-from lte.training.digest import digest_of_file
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from lte.data.batches import IGNORED
 from lte.modules.recording import TokenMasks
-from lte.training.batches import IGNORED
 from lte.training.calibration import evaluating
 
 _ROWS = 2048

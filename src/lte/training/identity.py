@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lte.data.content import content_of
+from lte.data.digest import digest
 from lte.modules.recording import sparse_layers
 from lte.surgery.method import STATE
 from lte.training.arguments import LTETrainingArguments
-from lte.training.content import content_of
-from lte.training.digest import digest
 
 _REASONS = {
     "where it is written, and what else is": """
@@ -85,7 +85,7 @@ def run_identity(
     Args:
         args: of the run.
         model: as :func:`model_identity` gives it.
-        datasets: by what they are called; they are read, see :func:`lte.training.content.content_of`.
+        datasets: by what they are called; they are read, see :func:`lte.data.content.content_of`.
         collator: of the batches; one that is no dataclass is not compared.
     """
     found: dict[str, Any] = {**model, **options_of(args), "ranks": args.world_size}

@@ -16,12 +16,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_callback import ExportableState
 
+from lte.data.batches import hold_out_for_calibration
 from lte.modules.mixture import Balance, record_balance
 from lte.modules.recording import Recording, record_scores, sparse_layers, track_sparsity
 from lte.modules.tensor_parallel import check_not_shared
 from lte.surgery.method import Method
 from lte.training.arguments import LTETrainingArguments
-from lte.training.batches import hold_out_for_calibration
 from lte.training.calibration import evaluating
 from lte.training.checks import check_callbacks, check_dtype, check_head, check_method, check_sharded
 from lte.training.controller import SparsityController

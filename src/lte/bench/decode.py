@@ -1,0 +1,286 @@
+"""A whole model, dense against sparse: prefill, time a token, and the limit that bytes set."""
+
+import copy
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from lte.bench.decoding import Decoded, Decoder
+from lte.bench.parity import parity
+from lte.bench.routing import adjust_, measure, random_routers_, route_, router_inputs
+from lte.bench.synthetic import OPEN, layer_targets
+from lte.core.accounting import cost
+from lte.inference.generate import one_line
+from lte.inference.optimize import optimize_
+from lte.inference.packed import PackedLayer
+from lte.modules.recording import sparse_layers
+from lte.ops.sparse_ffn import BackendName, choose
+from lte.surgery.convert import set_mode_
+from lte.surgery.cost import model_shape
+
+_CLOSE = 0.01
+_FITS = 3
+_CHECKED = 8
+_SHORT = {torch.float32: 0.01, torch.bfloat16: 0.25, torch.float16: 0.25}
+"""Standard deviations of the logits by which rounding may put a token below the best one."""
+
+
+@dataclass(frozen=True)
+class DecodeGrid:
+    """What to time. Without ``sparsities`` the routers are left as they are: trained."""
+
+    name: str
+    sparsities: Sequence[float]
+    batches: Sequence[int]
+    backend: BackendName = "auto"
+    prompt_tokens: int = 128
+    new_tokens: int = 256
+    repeats: int = 3
+    compile: bool = True
+    tune: bool = False
+    """Whether compiling includes coordinate descent tuning, dense and sparse alike."""
+    attention: str | None = None
+    """Of transformers' attentions, for dense and sparse alike; None is what the model would take."""
+    generate: bool = False
+    """Also time ``model.generate``, as it is without options."""
+    bandwidth: float = float("nan")
+    seed: int = 0
+
+
+def random_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.device, seed: int) -> PreTrainedModel:
+    """A model of random weights, drawn in ``dtype`` where they stay."""
+    torch.manual_seed(seed)
+    with torch.device(device):
+        return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=dtype)).eval()
+
+
+def dense_models(model: PreTrainedModel) -> dict[str, PreTrainedModel]:
+    """The dense contenders: the model, and on a CPU also in the other of fp32 and bf16."""
+    found = {str(model.dtype).removeprefix("torch."): model.eval()}
+    if model.device.type == "cpu":
+        other = "float32" if model.dtype != torch.float32 else "bfloat16"
+        found[other] = copy.deepcopy(model).to(getattr(torch, other))  # pyright: ignore[reportArgumentType]
+    return found
+
+
+@torch.no_grad()
+def bench_decode(
+    dense: dict[str, PreTrainedModel], sparse: PreTrainedModel, grid: DecodeGrid
+) -> Iterator[dict[str, Any]]:
+    """Time the grid, row by row. A row whose parity is red, or that fails, has ``error`` and no times.
+
+    Args:
+        dense: contenders by name, of which the fastest counts.
+        sparse: in mode hard; it is packed here, and its routers drawn anew if ``grid`` asks for sparsities.
+    """
+    if grid.attention is not None:
+        for model in (*dense.values(), sparse):
+            model.set_attn_implementation(grid.attention)
+    set_mode_(sparse, "hard")
+    optimize_(sparse, grid.backend)
+    if grid.sparsities:
+        random_routers_(sparse, grid.seed)
+    for batch in grid.batches:
+        yield from _bench_batch(dense, sparse, grid, batch)
+        torch._dynamo.reset()  # the next batch size is a new program, not a reason to make sizes dynamic
+
+
+def _bench_batch(
+    dense: dict[str, PreTrainedModel], sparse: PreTrainedModel, grid: DecodeGrid, batch: int
+) -> Iterator[dict[str, Any]]:
+    dtype = str(sparse.dtype).removeprefix("torch.")
+    row: dict[str, Any] = {"shape": grid.name, "dtype": dtype, "batch": batch, "attention": grid.attention}
+    row |= {"prompt_tokens": grid.prompt_tokens, "new_tokens": grid.new_tokens}
+    asked_for: list[float | None] = [*grid.sparsities] or [None]
+    generator = torch.Generator().manual_seed(grid.seed)
+    vocabulary = sparse.config.get_text_config().vocab_size
+    prompt = torch.randint(vocabulary, (batch, grid.prompt_tokens), generator=generator).to(sparse.device)
+    sizes = (batch, grid.prompt_tokens, grid.new_tokens, grid.compile, grid.tune)
+    began = time.perf_counter()
+    try:
+        decoders = {name: Decoder(model, *sizes) for name, model in dense.items()}
+        decoders["lte"] = Decoder(sparse, *sizes)
+        wrong = _wrong_step(decoders["lte"], prompt, grid.seed)
+    except Exception as error:  # this batch does not fit, or does not run; others may
+        yield from ({**row, "sparsity_asked": asked, "error": one_line(error)} for asked in asked_for)
+        return
+    row["prepare_s"] = time.perf_counter() - began
+    if wrong is not None:
+        yield from ({**row, "sparsity_asked": asked, "error": wrong} for asked in asked_for)
+        return
+    for asked in asked_for:
+        yield _bench_one(decoders, grid, prompt, asked, {**row, "sparsity_asked": asked})
+
+
+def _bench_one(
+    decoders: dict[str, Decoder], grid: DecodeGrid, prompt: Tensor, asked: float | None, row: dict[str, Any]
+) -> dict[str, Any]:
+    try:
+        return _measure_one(decoders, grid, prompt, asked, row)
+    except Exception as error:  # costs this row, not the table
+        return {**row, "error": one_line(error)}
+
+
+def _measure_one(
+    decoders: dict[str, Decoder], grid: DecodeGrid, prompt: Tensor, asked: float | None, row: dict[str, Any]
+) -> dict[str, Any]:
+    lte = decoders["lte"]
+    if asked is not None:
+        _fit_(lte, prompt, asked, grid.seed)
+    wrong, used = _parity(lte.model, prompt, grid.backend)
+    row["backend"] = used
+    if wrong is not None:
+        return {**row, "error": wrong}
+    for decoder in decoders.values():  # to warm up
+        decoder(prompt)
+    runs: dict[str, list[Decoded]] = {name: [] for name in decoders}
+    for _ in range(grid.repeats):
+        for name, decoder in decoders.items():
+            runs[name].append(decoder(prompt))
+    by_layer, union = measure(lte.model, runs["lte"][-1].tokens[:, :-1], grid.prompt_tokens)
+    step_ms = {name: 1e3 * statistics.median(s for one in ones for s in one.steps) for name, ones in runs.items()}
+    prefill_ms = {name: 1e3 * statistics.median(one.prefill for one in ones) for name, ones in runs.items()}
+    total = {name: statistics.median(one.total for one in ones) for name, ones in runs.items()}
+    dense = [name for name in decoders if name != "lte"]
+    best, best_total = min(dense, key=step_ms.__getitem__), min(dense, key=total.__getitem__)
+    read = {name: _bytes(decoders[name], union if name == "lte" else None) for name in (best, "lte")}
+    tokens = grid.new_tokens * prompt.shape[0]
+    gb_per_s = read["lte"] / step_ms["lte"] / 1e6
+    row |= {
+        "sparsity": sum(by_layer) / len(by_layer),
+        "sparsity_range": [min(by_layer), max(by_layer)],
+        "union_sparsity": sum(union) / len(union),
+        "dense_ms": step_ms[best],
+        "lte_ms": step_ms["lte"],
+        "speedup": step_ms[best] / step_ms["lte"],
+        "ideal_speedup": read[best] / read["lte"],
+        "dense_prefill_ms": min(prefill_ms[name] for name in dense),
+        "lte_prefill_ms": prefill_ms["lte"],
+        "dense_total_s": total[best_total],
+        "lte_total_s": total["lte"],
+        "speedup_total": total[best_total] / total["lte"],
+        "dense_tokens_per_s": tokens / total[best_total],
+        "lte_tokens_per_s": tokens / total["lte"],
+        "bytes": read["lte"],
+        "gb_per_s": gb_per_s,
+        "share_of_bandwidth": gb_per_s / grid.bandwidth,
+        "dense_by": f"{decoders[best].how} {best}",
+        "dense_total_by": f"{decoders[best_total].how} {best_total}",
+        "lte_by": lte.how,
+        "dense_ms_all": {name: value for name, value in step_ms.items() if name != "lte"},
+    }
+    if grid.generate:
+        row |= {
+            f"{name}_generate_s": _generate(decoders[which], prompt)
+            for name, which in (("dense", best_total), ("lte", "lte"))
+        }
+    return row
+
+
+def _fit_(lte: Decoder, prompt: Tensor, sparsity: float, seed: int) -> None:
+    """Set the routers so that what is decoded has this sparsity: on the prompt first, then on what came out."""
+    route_(lte.model, prompt, sparsity, seed)
+    if sparsity in (0, 1):
+        return
+    targets = layer_targets(len(sparse_layers(lte.model)), sparsity, seed)
+    for _ in range(_FITS):
+        tokens = lte(prompt).tokens[:, :-1]  # the last one was never read
+        found, _union = measure(lte.model, tokens, lte.prompt_tokens)
+        if abs(sum(found) / len(found) - sparsity) <= _CLOSE:
+            return
+        adjust_(lte.model, tokens, targets, lte.prompt_tokens)
+
+
+def _parity(model: PreTrainedModel, prompt: Tensor, backend: BackendName) -> tuple[str | None, BackendName]:
+    """What is wrong with the backend on a step's inputs to the first and last FFN, or None; and the backend used."""
+    with router_inputs(model) as seen:
+        model(input_ids=prompt[:, :1], use_cache=False)
+    layers = list(sparse_layers(model).values())
+    inputs = [x_BSD.flatten(0, -2) for x_BSD in seen.values()]
+    weights = [
+        cast(PackedLayer, layer).packed.weights(layer.linear_router, layer.compensation, layer.tau) for layer in layers
+    ]
+    return parity(inputs, weights, backend), choose(inputs[0], weights[0], backend)
+
+
+def _wrong_step(lte: Decoder, prompt: Tensor, seed: int) -> str | None:
+    """What is wrong with the first tokens that the step decodes, or None.
+
+    An eager pass over them by the reference has to find each of them best, or as good as. That pass is given the
+    tokens decoded before, so that a tie which rounding decides the other way does not count against all that follow.
+    Half of the experts are open meanwhile, for all tokens. Scores close to tau would not do: rounding decides about
+    them, and in a random model the experts that are then swapped change everything after a few layers.
+    """
+    with _fixed_choice(lte.model, seed):
+        tokens = lte(prompt).tokens
+        end = min(lte.prompt_tokens + _CHECKED, tokens.shape[1])
+        new_BS = tokens[:, lte.prompt_tokens : end]
+        with _by_reference(lte.model):
+            logits = lte.model(input_ids=tokens[:, : end - 1], use_cache=False, logits_to_keep=new_BS.shape[1]).logits
+    logits_BSV = logits.float()
+    short_BS = logits_BSV.amax(-1) - logits_BSV.gather(-1, new_BS[..., None])[..., 0]
+    short = float((short_BS / logits_BSV.std(-1)).max())
+    if short <= _SHORT[lte.model.dtype]:
+        return None
+    return f"parity red: a decoded token is {short:.3g} standard deviations below the reference's best"
+
+
+@contextmanager
+def _fixed_choice(model: PreTrainedModel, seed: int) -> Iterator[None]:
+    """Within it, router biases open half of the experts for every token and shut the others."""
+    routers = [layer.linear_router for layer in sparse_layers(model).values()]
+    kept = [router.bias.clone() for router in routers]
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        for router in routers:
+            open_E = torch.rand(router.num_experts, generator=generator) < 0.5
+            router.bias.copy_(torch.where(open_E, OPEN, -OPEN))
+        yield
+    finally:
+        for router, bias in zip(routers, kept, strict=True):
+            router.bias.copy_(bias)
+
+
+@contextmanager
+def _by_reference(model: PreTrainedModel) -> Iterator[None]:
+    """Within it, the model's layers run the reference; afterwards they are the very same, as a compiled step checks."""
+    layers = [cast(PackedLayer, layer) for layer in sparse_layers(model).values()]
+    kept = [layer.packed for layer in layers]
+    try:
+        for layer in layers:
+            layer.packed = replace(layer.packed, backend="reference")
+        yield
+    finally:
+        for layer, packed in zip(layers, kept, strict=True):
+            layer.packed = packed
+
+
+def _bytes(decoder: Decoder, union_sparsity: list[float] | None) -> int:
+    """Weights and keys and values that one step reads; None is dense."""
+    model, size = decoder.model, decoder.model.dtype.itemsize
+    counted = cost(
+        model_shape(model), 0.0 if union_sparsity is None else union_sparsity, union_sparsity is not None, size
+    )
+    text = model.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    context = decoder.prompt_tokens + decoder.new_tokens // 2
+    cached = 2 * text.num_hidden_layers * heads * width * size * decoder.batch * context
+    return counted.weight_bytes + counted.head_bytes + cached
+
+
+def _generate(decoder: Decoder, prompt: Tensor) -> float:
+    """Seconds of Hugging Face's own ``generate`` without options, after a short warm-up."""
+    call: Any = decoder.model.generate
+    options = {"do_sample": False, "attention_mask": torch.ones_like(prompt), "pad_token_id": 0, "eos_token_id": None}
+    call(prompt, max_new_tokens=2, **options)
+    began = time.perf_counter()
+    call(prompt, max_new_tokens=decoder.new_tokens, **options)[0, -1].item()
+    return time.perf_counter() - began

@@ -1,0 +1,87 @@
+"""Routers of a whole model set to a sparsity on what its FFNs really see, and what that sparsity then is."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lte.bench.parity import logits
+from lte.bench.synthetic import OPEN, biases, layer_targets, random_router_, shift_to
+from lte.inference.packed import logit
+from lte.modules.recording import record_scores, sparse_layers
+from lte.modules.sparse_ffn import Selecting
+
+_ROUNDS = 3  # a layer's inputs move with the layers before it
+
+
+@torch.no_grad()
+def random_routers_(model: nn.Module, seed: int = 0) -> None:
+    """New weights for every router; :func:`route_` then sets the biases."""
+    layers = sparse_layers(model)
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    for layer in layers.values():
+        random_router_(layer.linear_router.weight, generator)
+
+
+@torch.no_grad()
+def route_(model: nn.Module, tokens_BS: Tensor, sparsity: float, seed: int = 0) -> None:
+    """Set router biases, in place, so that these tokens have that sparsity; layers and experts differ."""
+    layers = list(sparse_layers(model).values())
+    targets = layer_targets(len(layers), sparsity, seed)
+    for layer in layers:
+        layer.linear_router.bias.fill_(OPEN)
+    for layer, logits_BSE, target, index in _with_logits(model, tokens_BS, targets):
+        layer.linear_router.bias.copy_(biases(logits_BSE.flatten(0, -2), target, logit(layer.tau), seed + index))
+    if sparsity not in (0, 1):
+        for _ in range(_ROUNDS):
+            adjust_(model, tokens_BS, targets)
+
+
+@torch.no_grad()
+def adjust_(model: nn.Module, tokens_BS: Tensor, targets: list[float], first: int = 0) -> None:
+    """Shift the biases of each layer to its target on these tokens, from position ``first`` on."""
+    for layer, logits_BSE, target, _ in _with_logits(model, tokens_BS, targets):
+        wanted = logits_BSE[:, first:] + layer.linear_router.bias.float()
+        layer.linear_router.bias.add_(shift_to([wanted], target, logit(layer.tau)))
+
+
+@torch.no_grad()
+def measure(model: nn.Module, tokens_BS: Tensor, first: int) -> tuple[list[float], list[float]]:
+    """Sparsity by layer, and union sparsity by layer, of the passes over positions from ``first`` on.
+
+    The union is taken over the rows of the batch: the share of experts that none of them wants in a step.
+    """
+    sparsity, union = [], []
+    layers = list(sparse_layers(model).values())
+    for layer, logits_BSE, _, _ in _with_logits(model, tokens_BS, [0.0] * len(layers)):
+        active_BSE = logits_BSE[:, first:] + layer.linear_router.bias.float() > logit(layer.tau)
+        sparsity.append(1 - float(active_BSE.float().mean()))
+        union.append(1 - float(active_BSE.any(0).float().mean()))
+    return sparsity, union
+
+
+@contextmanager
+def router_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Within it, a forward pass leaves the input of every router, by the name of its layer."""
+    seen: dict[str, Tensor] = {}
+    with ExitStack() as hooks, record_scores(model):  # recording makes an optimised layer call its router
+        for name, layer in sparse_layers(model).items():
+
+            def keep(_module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+                seen[name] = args[0]
+
+            hooks.callback(layer.router.register_forward_pre_hook(keep).remove)
+        yield seen
+
+
+def _with_logits(
+    model: nn.Module, tokens_BS: Tensor, targets: list[float]
+) -> Iterator[tuple[Selecting, Tensor, float, int]]:
+    """Each layer with its logits (without bias) on these tokens, its target and its number."""
+    with router_inputs(model) as seen:
+        model(input_ids=tokens_BS, use_cache=False, logits_to_keep=1)
+    layers = sparse_layers(model)
+    for index, (name, x_BSD) in enumerate(seen.items()):
+        layer = layers[name]
+        yield layer, logits(x_BSD, layer.linear_router.weight), targets[index], index

@@ -1,0 +1,113 @@
+"""Random FFNs with routers that behave like trained ones: layers, experts and tokens differ in how much is active.
+
+The routing is computed by the router as ever; only its biases are set, by quantiles of its own logits.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lte.bench.shapes import FFNSize
+from lte.ops.weights import FFNWeights
+
+LAYER_SPREAD = 0.35
+"""Standard deviation over layers of logit(sparsity): 0.31, 0.33, 0.40 in the runs of results/wikitext2_before.jsonl."""
+
+EXPERT_SPREAD = 1.0
+"""Of logit(share of tokens that want the expert) over the experts of a layer. Assumed."""
+
+TOKEN_SPREAD = 0.05
+"""Correlation of the logits of a layer's experts: some tokens want more of them all. Assumed."""
+
+OPEN = 1e3
+"""A bias beyond any logit: all tokens want that expert, and with the other sign none does."""
+
+
+def layer_targets(layers: int, sparsity: float, seed: int = 0) -> list[float]:
+    """A sparsity for each layer, of mean ``sparsity``, spread as trained layers are."""
+    normal = statistics.NormalDist()
+    quantiles = torch.tensor([normal.inv_cdf((i + 0.5) / layers) for i in range(layers)])
+    order = torch.randperm(layers, generator=torch.Generator().manual_seed(seed))
+    return _spread(LAYER_SPREAD * quantiles[order], sparsity).tolist()
+
+
+def random_ffn(
+    size: FFNSize,
+    expert_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    generator: torch.Generator,
+    rank: int = 0,
+) -> FFNWeights:
+    """Random weights of an FFN, made where they stay; router biases are 0 until :func:`set_biases_`.
+
+    Args:
+        rank: of the compensation; 0 for none.
+    """
+    F, D = size.d_ff, size.d_model
+
+    def draw(rows: int, columns: int, scale: float) -> Tensor:
+        return torch.empty(rows, columns, dtype=dtype, device=device).normal_(0, scale, generator=generator)
+
+    router = torch.empty(F // expert_size, D, dtype=dtype, device=device)
+    random_router_(router, generator)
+    return FFNWeights(
+        up=draw(F, D, D**-0.5),
+        gate=draw(F, D, D**-0.5) if size.gated else None,
+        down=draw(F, D, F**-0.5),
+        compress=draw(rank, D, D**-0.5) if rank else None,
+        compress_bias=torch.zeros(rank, dtype=dtype, device=device) if rank else None,
+        expand=draw(D, rank, rank**-0.5) if rank else None,
+        router=router,
+        router_bias=torch.zeros(router.shape[0], dtype=dtype, device=device),
+        act=size.act,
+    )
+
+
+@torch.no_grad()
+def random_router_(weight_ED: Tensor, generator: torch.Generator) -> None:
+    """Draw a router's weight: independent rows, and a part that all rows have in common."""
+    d_model = weight_ED.shape[1]
+    device = weight_ED.device
+    own = torch.empty(weight_ED.shape, device=device).normal_(0, d_model**-0.5, generator=generator)
+    common = torch.empty(d_model, device=device).normal_(0, d_model**-0.5, generator=generator)
+    weight_ED.copy_(math.sqrt(1 - TOKEN_SPREAD) * own + math.sqrt(TOKEN_SPREAD) * common)
+
+
+def biases(logits_TE: Tensor, sparsity: float, threshold: float, seed: int = 0) -> Tensor:
+    """Biases ``[E]`` at which these logits (without bias) have that sparsity, some experts wanted more than others."""
+    num_tokens, num_experts = logits_TE.shape
+    if sparsity in (0, 1):
+        return torch.full((num_experts,), OPEN if sparsity == 0 else -OPEN, device=logits_TE.device)
+    generator = torch.Generator().manual_seed(seed)
+    share_E = _spread(EXPERT_SPREAD * torch.randn(num_experts, generator=generator), 1 - sparsity)
+    idle_E = (num_tokens * (1 - share_E)).round().long().clamp(0, num_tokens).to(logits_TE.device)
+    edge = torch.full((1, num_experts), torch.inf, device=logits_TE.device)
+    ordered = logits_TE.sort(dim=0).values
+    below = torch.cat([-edge, ordered]).gather(0, idle_E[None])[0]
+    above = torch.cat([ordered, edge]).gather(0, idle_E[None])[0]
+    cut_E = torch.where(below.isinf(), above - 1, torch.where(above.isinf(), below + 1, (below + above) / 2))
+    return threshold - cut_E
+
+
+def shift_to(logits: Sequence[Tensor], sparsity: float, threshold: float) -> float:
+    """What to add to all biases so that these logits (biases included) have that sparsity over all."""
+    if sparsity in (0, 1):
+        return 0.0
+    values = torch.cat([one.flatten() for one in logits]).sort().values
+    idle = min(max(round(sparsity * len(values)), 1), len(values) - 1)
+    return threshold - float(values[idle - 1 : idle + 1].mean())
+
+
+def _spread(offsets: Tensor, mean: float) -> Tensor:
+    """``sigmoid(offsets + shift)``, the shift such that its mean is ``mean``."""
+    if mean in (0, 1):
+        return torch.full_like(offsets, mean)
+    low, high = -30.0, 30.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (offsets + middle).sigmoid().mean() < mean else (low, middle)
+    return (offsets + low).sigmoid()

@@ -1,0 +1,125 @@
+"""Clocks: calls timed in turn, what one that fails leaves, CUDA graphs, the machine's memory bandwidth and cache."""
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+Run = Callable[[], object]
+
+_SHORTEST_SAMPLE = 2e-3  # seconds; below it the start of a graph and the clock's resolution would show
+_UNKNOWN_CACHE = 128 * 2**20
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def capture(run: Run) -> Run:
+    """``run`` as a CUDA graph: the call that replays it. It must not wait for the GPU."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # the first calls compile, choose kernels and allocate workspaces
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def in_turn(runs: dict[str, Run], device: torch.device, repeats: int = 20, seconds: float = 3.0) -> dict[str, float]:
+    """Median seconds a call of each run, the runs taking turns so that all see the same state of the machine.
+
+    On CUDA the runs should be graph replays: then only the GPU is timed, by events, with no wait in between.
+
+    Args:
+        repeats: samples of each run.
+        seconds: on a CPU, stop after so long, but not before three samples.
+    """
+    if device.type == "cuda":
+        return _in_turn_cuda(runs, repeats)
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    began = time.perf_counter()
+    for done in range(repeats):
+        if done >= 3 and time.perf_counter() - began > seconds:
+            break
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            samples[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def _in_turn_cuda(runs: dict[str, Run], repeats: int) -> dict[str, float]:
+    def record() -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    calls: dict[str, int] = {}
+    for name, run in runs.items():
+        run()
+        begin = record()
+        for _ in range(3):
+            run()
+        end = record()
+        torch.cuda.synchronize()
+        one = max(begin.elapsed_time(end) / 3e3, 1e-7)
+        calls[name] = min(1000, max(1, math.ceil(_SHORTEST_SAMPLE / one)))
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            run()  # each run meets the caches as its own predecessor leaves them
+            begin = record()
+            for _ in range(calls[name]):
+                run()
+            events[name].append((begin, record()))
+    torch.cuda.synchronize()
+    return {
+        name: statistics.median(begin.elapsed_time(end) for begin, end in pairs) / 1e3 / calls[name]
+        for name, pairs in events.items()
+    }
+
+
+def memory_bandwidth(device: torch.device) -> float:
+    """GB/s (10^9) of memory, the better of reading (a sum) and copying (read and write counted)."""
+    count = 2**28 if device.type == "cuda" else 2**26  # fp32: 1 GiB, 256 MiB
+    count = min(count, available_memory(device) // 16)
+    source = torch.empty(count, device=device).normal_()
+    target = torch.empty_like(source)
+    runs: dict[str, Run] = {"read": lambda: source.sum(), "copy": lambda: target.copy_(source)}
+    seconds = in_turn(runs, device, repeats=10, seconds=2.0)
+    size = source.numel() * source.itemsize
+    return max(size / seconds["read"], 2 * size / seconds["copy"]) / 1e9
+
+
+def cache_bytes(device: torch.device) -> int:
+    """The last level of cache: L2 of a GPU, L3 of a CPU (128 MiB where it is unknown)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    for level in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/level"):
+        size = (level.parent / "size").read_text().strip()
+        if level.read_text().strip() == "3" and size.endswith("K"):
+            return int(size[:-1]) * 1024
+    return _UNKNOWN_CACHE
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -1,0 +1,61 @@
+"""How long a training step takes: ``LTETrainer`` itself, with a clock at the end of every step."""
+
+import statistics
+import time
+from itertools import pairwise
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from lte.data.batches import PackedBlocks
+from lte.training.arguments import LTETrainingArguments
+from lte.training.trainer import LTETrainer
+
+
+def step_seconds(model: Any, args: LTETrainingArguments, dataset: PackedBlocks, warmup: int) -> float:
+    """Median seconds of an optimizer step of ``args``' recipe, the data loader and all else included.
+
+    Args:
+        model: sparse, of any mode; it is trained.
+        args: ``max_steps`` are run.
+        dataset: to train on, and to calibrate on where the recipe does.
+        warmup: first steps that do not count.
+    """
+    trainer = LTETrainer(
+        model=model,
+        args=args,
+        train_dataset=dataset,
+        calibration_dataset=dataset.head(1),
+        data_collator=dataset.collator,
+    )
+    clock = _Clock(args.device)
+    trainer.add_callback(clock)
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.train()
+    return statistics.median(clock.seconds()[warmup:])
+
+
+class _Clock(TrainerCallback):
+    """Marks the end of each step: on CUDA by events, so that nothing waits for them."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._marks: list[Any] = []
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """Of each step but the first."""
+        if self._cuda:
+            torch.cuda.synchronize()
+            return [before.elapsed_time(after) / 1e3 for before, after in pairwise(self._marks)]
+        return [after - before for before, after in pairwise(self._marks)]

@@ -1,0 +1,67 @@
+"""From a row to a text: one column as it is, or a template with several."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Callable
+from typing import Any
+
+from lte.data.sources import Row, Source
+
+
+def cell(row: Row, name: str, source: Source, number: int) -> Any:
+    """One column of row `number`, from 1; ValueError with the columns there are when the row lacks it."""
+    if name not in row:
+        where = source if number == 1 else f"{source}: row {number}"
+        header = " (the first line)" if re.search(r"\.[ct]sv(\.gz)?$", str(source), re.IGNORECASE) else ""
+        raise ValueError(f"{where}: no column {name!r}, the columns{header} are {', '.join(map(repr, row))}")
+    return row[name]
+
+
+def text_of(template: str, source: Source) -> Callable[[Row, int], str]:
+    """A function from a row and its number to the column named `template`, or, if it has braces, its {column} places.
+
+    A missing value (null) is an empty text. ValueError for a template that is none; from the function for an unknown
+    column, a value that is no text or number, and a text with half a surrogate pair.
+    """
+    if "{" not in template and "}" not in template:
+        return lambda row, number: _as_text(row, template, source, number)
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"template {template!r}: {error} (a brace meant as text is doubled)") from error
+    pieces: list[tuple[str, str | None]] = []
+    for literal, field, spec, conversion in parts:  # format's own !r and :>8 have no use here: part of the name
+        name = None
+        if field is not None:
+            name = field + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+        pieces.append((literal, name))
+
+    def filled(row: Row, number: int) -> str:
+        return "".join(
+            literal if name is None else literal + _as_text(row, name, source, number) for literal, name in pieces
+        )
+
+    return filled
+
+
+def is_missing(value: Any) -> bool:
+    """Null, or the NaN that pandas makes of it."""
+    return value is None or value != value
+
+
+def _as_text(row: Row, name: str, source: Source, number: int) -> str:
+    value = cell(row, name, source, number)
+    if is_missing(value):
+        return ""
+    if not isinstance(value, str | int | float):
+        raise ValueError(f"{source}: row {number}: column {name!r} holds a {type(value).__name__}, a text is needed")
+    text = str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{source}: row {number}: column {name!r} holds text that is not valid Unicode: {error}"
+        ) from error
+    return text

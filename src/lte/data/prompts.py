@@ -1,0 +1,142 @@
+"""Rows to prompts and completions: of columns, of templates, of chats."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import islice
+
+from transformers import PreTrainedTokenizerBase
+
+from lte.data.chat import ChatTemplate, chat_in, pair_to_chat, tools_in
+from lte.data.columns import cell, text_of
+from lte.data.config import DataConfig
+from lte.data.rows import warn_skipped
+from lte.data.sources import Source, as_list
+
+logger = logging.getLogger(__name__)
+
+_MARKER = re.compile(r"(<\|\w+\|>|</s>)$")
+
+
+def load_prompts(
+    sources: Source | Sequence[Source],
+    config: DataConfig | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_rows: int | None = None,
+) -> tuple[list[str], list[str]]:
+    """(prompts, completions) as texts, without `completion_end` or the tokenizer's EOS at the end.
+
+    Chats need the tokenizer, for its template. Of the sources no more is read than `max_rows` take.
+
+    Rows with an empty completion are skipped, counted and warned of; ValueError when none is left.
+    """
+    config = config or DataConfig()
+    endings = _Endings(config, tokenizer)
+    total = 0
+
+    def kept() -> Iterator[tuple[str, str]]:
+        nonlocal total
+        for source in as_list(sources):
+            for prompt, completion in _pairs(source, config, tokenizer, endings):
+                total += 1
+                if completion.strip():
+                    yield prompt, completion
+
+    pairs = list(islice(kept(), max_rows))
+    warn_skipped(total - len(pairs), total, "rows with an empty completion")
+    endings.warn()
+    return [prompt for prompt, _ in pairs], [completion for _, completion in pairs]
+
+
+def _pairs(
+    source: Source, config: DataConfig, tokenizer: PreTrainedTokenizerBase | None, endings: _Endings
+) -> Iterator[tuple[str, str]]:
+    if config.messages is not None:
+        yield from _answers(source, config, ChatTemplate(tokenizer), endings)
+        return
+    template = ChatTemplate(tokenizer) if config.chat else None
+    prompt, completion = text_of(config.prompt, source), text_of(config.completion, source)
+    marked = endings.removed
+    for number, row in enumerate(config.rows(source), 1):
+        pair = prompt(row, number), endings.remove(completion(row, number))
+        if template is None or not pair[1].strip():  # a template would make something of nothing
+            yield pair
+            continue
+        try:
+            ((before, answer),) = template.answers(pair_to_chat(*pair))
+        except ValueError as error:
+            raise ValueError(f"{source}: row {number}: {error}") from error
+        yield before, endings.without_eos(answer)
+    if config.completion_end and endings.removed == marked:
+        logger.warning("%s: no completion ends with completion_end, %r", source, config.completion_end)
+
+
+def _answers(
+    source: Source, config: DataConfig, template: ChatTemplate, endings: _Endings
+) -> Iterator[tuple[str, str]]:
+    """The answers in chats. Chats without one are left out, counted and warned of, as are bad ones if so asked."""
+    name = config.messages or ""
+    number = silent = bad = 0
+    first: ValueError | None = None
+    for number, row in enumerate(config.rows(source), 1):
+        value = cell(row, name, source, number)
+        try:
+            found = template.answers(chat_in(value, name, endings.remove), tools_in(row.get("tools")))
+        except ValueError as error:
+            first = first or ValueError(f"{source}: row {number}: {error}")
+            if not config.skip_bad_rows:
+                raise first from error
+            bad += 1
+            continue
+        silent += not found
+        yield from ((prompt, endings.without_eos(answer)) for prompt, answer in found)
+    if first and bad == number:
+        raise first
+    if silent + bad == number:
+        raise ValueError(f"none of {number} chats has an answer of the assistant: there is nothing to learn")
+    if bad:
+        logger.warning("%s: skipped %d of %d chats, the first for this: %s", source, bad, number, first)
+    if silent:
+        logger.warning("%d of %d chats have no answer of the assistant: skipped", silent, number)
+
+
+class _Endings:
+    """What the completions of the data end with: `completion_end` and EOS, removed, and markers, looked at.
+
+    A marker that the tokenizer does not know, of another model, would be learnt as text.
+    """
+
+    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase | None):
+        self._end, self._tokenizer = config.completion_end, tokenizer
+        self._eos = None if tokenizer is None else str(tokenizer.eos_token or "")
+        self._alien: Counter[str] = Counter()
+        self.removed = 0
+
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        return frozenset(() if self._tokenizer is None else self._tokenizer.get_vocab())
+
+    def remove(self, completion: str) -> str:
+        """Without `completion_end` and EOS at the end."""
+        if self._end and completion.endswith(self._end):
+            self.removed += 1
+            completion = completion.removesuffix(self._end)
+        completion = self.without_eos(completion)
+        if (marker := _MARKER.search(completion)) and marker.group() not in self._known:
+            self._alien[marker.group()] += 1
+        return completion
+
+    def without_eos(self, completion: str) -> str:
+        return completion.removesuffix(self._eos) if self._eos else completion
+
+    def warn(self) -> None:
+        for marker, count in self._alien.items():
+            logger.warning(
+                "%d completions end with the text %r, no token of this tokenizer: completion_end removes it",
+                count,
+                marker,
+            )

@@ -1,0 +1,181 @@
+"""Reading what a user points at: local files and hub data sets, as texts, rows or token ids.
+
+Rows and texts are read as they are asked for, and no more of them is kept here; only a `.json` is read whole. What
+is tokenised once into a `.npy` is memory-mapped. Only parquet and the hub need more than the standard library and
+numpy, and import it when they are used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lte.data.tables import table_rows
+from lte.data.text_files import check_expansion, lines_of, open_text, read_text
+
+Source = str | os.PathLike[str]
+Row = dict[str, Any]
+
+TEXT_EXTENSIONS = (".txt", ".jsonl", ".json", ".csv", ".tsv")  # each also as .gz
+BINARY_EXTENSIONS = (".parquet", ".npy")
+_KNOWN = f"{', '.join(TEXT_EXTENSIONS)} (each also .gz), {', '.join(BINARY_EXTENSIONS)}"
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[^:/\\]*){0,2}")  # owner/name[:configuration[:split]]
+_PARQUET_ROWS = 64  # at once: a dictionary holds long texts once, and rows each
+_MISSING = 'needs the {} package: pip install "lte[data]"'
+
+
+def as_list(sources: Source | Sequence[Source]) -> list[Source]:
+    """One source or several, as a list; none at all is an error."""
+    listed = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
+    if not listed:
+        raise ValueError("no data source given: name a file or a hub data set")
+    return listed
+
+
+def extension(source: Source) -> str | None:
+    """The lower-case extension of a file without `.gz`, or None for a hub data set.
+
+    Raises FileNotFoundError when there is neither such a file nor the form of a hub id, ValueError for a
+    folder or an extension that is not known.
+    """
+    path, name = Path(source), os.fspath(source)
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    known = suffix in (TEXT_EXTENSIONS if path.name.lower().endswith(".gz") else TEXT_EXTENSIONS + BINARY_EXTENSIONS)
+    if path.is_dir():
+        raise ValueError(f"{name} is a folder: name the files in it")
+    if path.is_file():
+        if known:
+            return suffix
+        raise ValueError(f"{name}: unknown extension {''.join(path.suffixes[-2:])!r}, use one of {_KNOWN}")
+    if known or not _HUB_ID.fullmatch(name):
+        raise FileNotFoundError(
+            f"{name}: no such file, nor is it a hub data set (owner/name or owner/name:configuration:split)"
+        )
+    return None
+
+
+def read_token_ids(path: Source) -> np.ndarray:
+    """The memory-mapped ids (tokens,) of a 1-D uint16 or uint32 `.npy` file; ValueError for any other."""
+    try:
+        ids = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # its header is a piece of Python, which numpy tokenises
+        raise ValueError(f"{path}: empty, truncated or not a .npy array: {_first_line(error)}") from error
+    if not isinstance(ids, np.memmap) or ids.offset + ids.nbytes != Path(path).stat().st_size:
+        raise ValueError(f"{path}: the file is not as long as its header says: save the array again")
+    if ids.dtype not in (np.dtype(np.uint16), np.dtype(np.uint32)):
+        raise ValueError(f"{path}: token ids are {ids.dtype}: save them as uint16 or uint32")
+    if ids.ndim != 1:
+        raise ValueError(f"{path}: token ids have shape {ids.shape}: save them 1-D, ids.reshape(-1)")
+    if not len(ids):
+        raise ValueError(f"{path}: the file is empty")
+    return ids
+
+
+def read_rows(source: Source, header: Sequence[str] = (), skip_bad_rows: bool = False) -> Iterator[Row]:
+    """The rows of one source, each a dict from column to value; a `.txt` is one row with the column `text`.
+
+    Of a `.csv` or `.tsv` that has no header line, `header` names the columns. Rows of these with a wrong number of
+    fields are an error, or with `skip_bad_rows` left out, counted and warned of.
+
+    Raises ValueError (or FileNotFoundError, ImportError) in one line when the source cannot be read: the first lines
+    of a file are given before the last ones are looked at.
+    """
+    kind = extension(source)
+    path = Path(source)
+    if kind is None:
+        rows = _hub_rows(os.fspath(source))
+    elif kind == ".npy":
+        raise ValueError(f"{source}: token ids have no columns, they serve language modelling only")
+    elif kind == ".parquet":
+        rows = _parquet_rows(path)
+    elif kind == ".txt":
+        rows = iter([{"text": read_text(path)}])
+    elif kind == ".jsonl":
+        rows = _jsonl_rows(path)
+    elif kind == ".json":
+        rows = iter(_json_rows(path))
+    else:
+        rows = table_rows(path, header, skip_bad_rows)
+    empty = True
+    for row in rows:
+        empty = False
+        yield row
+    if empty:
+        raise ValueError(f"{source}: no rows")
+
+
+def _jsonl_rows(path: Path) -> Iterator[Row]:
+    blank = True
+    with open_text(path, newline="\n") as file:  # U+2028, which ends lines elsewhere, JSON leaves in strings
+        for number, line in enumerate(lines_of(file, path), 1):
+            if not line.strip():
+                continue
+            blank = False
+            row = _parsed(line.rstrip("\n"), path, number)
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: a {type(row).__name__}, a JSON object is needed")
+            yield row
+    if blank:
+        raise ValueError(f"{path}: the file is empty")
+
+
+def _json_rows(path: Path) -> list[Row]:
+    """Read whole, as JSON is one value: many rows are better in a `.jsonl`."""
+    rows = _parsed(read_text(path), path)
+    if isinstance(rows, dict):  # {"0": {...}, "1": {...}}
+        rows = list(rows.values())
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path}: a list of JSON objects is needed")
+    return rows
+
+
+def _parsed(text: str, path: Path, line: int | None = None) -> Any:
+    """One JSON value, the line `line` of a file or all of it."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        hint = ", or is it JSON lines, named .jsonl?" if line is None and error.msg == "Extra data" else ""
+        where = f"{path}, line {line or error.lineno}"
+        raise ValueError(f"{where}: not JSON ({error.msg}, column {error.colno}){hint}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in brackets
+        where = path if line is None else f"{path}, line {line}"
+        raise ValueError(f"{where}: JSON that cannot be read: {_first_line(error)}") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(f"{path} {_MISSING.format('pyarrow')}") from error
+    unpacked = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(_PARQUET_ROWS):
+            unpacked += batch.nbytes
+            check_expansion(path, unpacked)
+            yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise ValueError(f"{path}: not a readable parquet file: {_first_line(error)}") from error
+
+
+def _hub_rows(source: str) -> Iterator[Row]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"{source}: no such file, and a hub data set {_MISSING.format('datasets')}") from error
+    name, configuration, split = [*source.split(":"), "", ""][:3]
+    try:
+        rows: Any = datasets.load_dataset(name, configuration or None, split=split or "train")
+        yield from rows
+    except Exception as error:  # the hub's errors share no class, and the user needs their line only
+        raise ValueError(f"{source}: no such file, and the hub has not given it: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

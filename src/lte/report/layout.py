@@ -1,0 +1,30 @@
+"""What a report is made of: sections with text, charts and tables."""
+
+from dataclasses import dataclass
+
+from lte.report.drawing import Chart
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text. ``folded``: the page shows it on demand. ``note``: what stands below it."""
+
+    caption: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    folded: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report. ``more``: charts that the page shows on demand; ``tokens``: it puts those here."""
+
+    slug: str
+    title: str
+    text: tuple[str, ...] = ()
+    charts: tuple[Chart, ...] = ()
+    more: tuple[Chart, ...] = ()
+    tables: tuple[Table, ...] = ()
+    warnings: tuple[str, ...] = ()
+    tokens: bool = False

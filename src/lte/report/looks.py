@@ -1,0 +1,76 @@
+"""How curves look, and how the page says it: a colour and a marker a method, a line and a fill a budget of training."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Any
+
+from lte.report.curves import Task
+from lte.report.drawing import INK, MARKERS, PALETTE
+
+OURS = PALETTE[1]
+"""LTE's colour. No other method gets it."""
+
+OTHERS = tuple(color for color in PALETTE if color != OURS)
+
+
+@dataclass(frozen=True)
+class Look:
+    """Of a method: the same in every chart of a page."""
+
+    color: str
+    marker: str
+    ours: bool = False
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """Options of its lines: LTE's are thicker, and above the others'."""
+        return {"color": self.color, "linewidth": 2.6 if self.ours else 1.4, "zorder": 4 if self.ours else 3}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Of a number of training steps in one task: its line, its marks' fill, and its name in the legend."""
+
+    line: Any
+    fill: Any
+    title: str
+
+    def handle(self) -> Any:
+        """It without a method's colour."""
+        from matplotlib.lines import Line2D
+
+        return Line2D(
+            [], [], color=INK, linestyle=self.line, linewidth=1.4, marker="o", fillstyle=self.fill,
+            markerfacecoloralt="none", label=self.title,
+        )  # fmt: skip
+
+
+def looks_of(tasks: Sequence[Task]) -> Mapping[str, Look]:
+    """A look for each method. Variants ("Wanda, 2:4") have their method's colour and a marker of their own."""
+    methods = dict.fromkeys(curve.method for task in tasks for curve in task.curves)
+    colors = {"LTE": OURS}
+    looks: dict[str, Look] = {"LTE": Look(OURS, MARKERS[0], True)}
+    for index, method in enumerate(one for one in methods if one != "LTE"):
+        family = method.split(", ")[0]
+        color = colors.setdefault(family, OTHERS[(len(colors) - 1) % len(OTHERS)])
+        markers = [MARKERS[1:][(index + more) % (len(MARKERS) - 1)] for more in range(len(MARKERS) - 1)]
+        taken = [look.marker for look in looks.values() if look.color == color]
+        marker = next((one for one in markers if one not in taken), markers[0])
+        looks[method] = Look(color, marker, family == "LTE")
+    return looks
+
+
+def budgets_of(task: Task) -> Mapping[int, Budget]:
+    """By number of steps: the one of most curves has full lines and marks, no training has dots and hollow marks."""
+    curves = Counter(curve.steps for curve in task.curves)
+    trained = sorted(filter(None, curves), key=lambda steps: (-curves[steps], -steps))
+    kinds = [("-", "full"), ("--", "bottom"), ("-.", "left"), ((0, (6, 1, 1, 1, 1, 1)), "top")]
+    budgets = {
+        steps: Budget(line, fill, f"{steps:,} steps")
+        for steps, (line, fill) in zip(trained, cycle(kinds), strict=False)
+    }
+    if 0 in curves:
+        budgets[0] = Budget(":", "none", "without training") if trained else Budget("-", "full", "")
+    return budgets

@@ -1,0 +1,105 @@
+"""Rows of results files, each checked: what ``lte train``, ``lte eval``, ``lte sweep`` and ``lte bench`` write."""
+
+import json
+from pathlib import Path
+
+from lte.report.fields import (
+    AMOUNT,
+    METHOD,
+    OBJECT,
+    POSITIVE,
+    QUALITY,
+    SHARE,
+    TEXT,
+    WHOLE,
+    Kind,
+    Row,
+    check_fields,
+    many,
+    named,
+)
+from lte.report.metrics import METRICS
+
+_EVALUATION: dict[str, Kind] = {
+    **dict.fromkeys(("command", "model", "mode"), TEXT),
+    **dict.fromkeys(("sparsity", "weight_sparsity", "attention_sparsity"), SHARE),
+    **dict.fromkeys(
+        ("gflops_per_token", "gflops_per_token_dense", "num_tokens", "num_prompts", "num_questions"), AMOUNT
+    ),
+    **{metric.name: QUALITY for metric in METRICS},
+    "method": METHOD,
+    "layer_sparsity": many(SHARE),
+    "results": named(OBJECT),
+    "num_samples": named(AMOUNT),
+}
+_RUN: dict[str, Kind] = {
+    **dict.fromkeys(("command", "trained_by", "model", "recipe"), TEXT),
+    "method": METHOD,
+    "seed": WHOLE,
+    "target_sparsity": SHARE,
+    "eta": QUALITY,
+    "seconds": AMOUNT,
+    "environment": named(TEXT),
+    "steps": named(AMOUNT),
+    "evaluation": OBJECT,
+    "evals": many(OBJECT),
+}
+_BENCH: dict[str, Kind] = {
+    **dict.fromkeys(("dtype", "shape"), TEXT),
+    **dict.fromkeys(("sparsity", "sparsity_asked", "union_sparsity"), SHARE),
+    **dict.fromkeys(("speedup", "ideal_speedup"), POSITIVE),
+    "tokens": AMOUNT,
+}
+_DRAWN = ("tokens", "sparsity", "sparsity_asked", "speedup", "ideal_speedup")
+"""Of a row of ``lte bench ffn``."""
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file: of ``.jsonl`` one a line, of ``.json`` one in all.
+
+    Raises:
+        ValueError: naming file, line and field: it is not JSON, holds something else, or nothing, or a row of ours has
+            a field of another type.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): give results") from None
+    if path.suffix == ".json":
+        found = [_read(text, str(path))] if text.strip() else []
+    else:
+        lines = enumerate(text.split("\n"), 1)
+        found = [_read(line, f"{path} line {number}") for number, line in lines if line.strip()]
+    if not found:
+        raise ValueError(f"{path} is empty: give a file that lte sweep, train, eval or bench has written")
+    return found
+
+
+def _read(text: str, where: str) -> Row:
+    try:
+        row = json.loads(text)
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where} holds half a character (a lone surrogate): write the row again") from None
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", str(error))
+        raise ValueError(f"{where} is not JSON ({reason}): a results file is a row a line") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is no JSON object: a results file is an object a line")
+    _check(row, where)
+    return row
+
+
+def _check(row: Row, where: str) -> None:
+    """Refuse a row of ours with a field that is not what we write. Rows of others are counted, and not looked at."""
+    if str(row.get("command", "")).startswith("lte bench") and "rows" in row:
+        check_fields(row, {"rows": many(OBJECT)}, where, ("rows",))
+        for number, one in enumerate(row["rows"], 1):
+            if "error" not in one:
+                drawn = _DRAWN if {"speedup", "tokens"} <= one.keys() else ()
+                check_fields(one, _BENCH, f"{where}, row {number}", drawn)
+    elif "error" not in row and ("evaluation" in row or {"sparsity", "gflops_per_token"} <= row.keys()):
+        check_fields(row, _RUN, where)
+        check_fields(row.get("evaluation") or row, _EVALUATION, where)
+        for number, one in enumerate(row.get("evals") or (), 1):
+            check_fields(one, _EVALUATION, f"{where}, evaluation {number} of evals")

@@ -1,0 +1,215 @@
+"""The report's sections, the same for page, Markdown and pictures: text, charts, tables."""
+
+from collections.abc import Sequence
+
+from lte.report.charts import layers_chart, tradeoff
+from lte.report.commands import split_setting
+from lte.report.curves import Task
+from lte.report.layout import Section, Table
+from lte.report.looks import looks_of
+from lte.report.results import Results
+from lte.report.routing import Routing, union_by_batch
+from lte.report.routing_view import MOST_EXPERTS, score_chart, union_chart
+from lte.report.speed import latency
+from lte.report.table1 import CITATION, PAPER_TASKS, Choice, table_one
+from lte.report.verdict import duels
+
+
+def sections(
+    results: Results, tasks: Sequence[Task], routing: Routing | None = None, before: Routing | None = None
+) -> list[Section]:
+    """All sections there is something for, in the order of the page."""
+    found = [_tradeoff(task, tasks, number) for number, task in enumerate(tasks, 1)]
+    if tasks:
+        found.append(_table_one(tasks))
+        found += _layers(tasks)
+    if routing is not None:
+        found += _routing(routing, before)
+    if results.benches:
+        found.append(latency(results.benches))
+    if results.failures:
+        rows = tuple(results.failures)
+        text = (f"Runs that did not end well: {len(rows)}. They are in none of the pictures.",)
+        found.append(Section("failed", "Failed runs", text, tables=(Table("Failed runs", ("run", "error"), rows),)))
+    return found
+
+
+def _layers(tasks: Sequence[Task]) -> list[Section]:
+    """LTE's charts, and those of others on demand."""
+    charts = [(curve, chart) for task in tasks for curve in task.curves if (chart := layers_chart(task, curve))]
+    different = {chart.summary: (curve, chart) for curve, chart in charts}  # several of lm_eval's tasks
+    ours = tuple(chart for curve, chart in different.values() if curve.title.startswith("LTE"))
+    others = tuple(chart for curve, chart in different.values() if not curve.title.startswith("LTE"))
+    text = (
+        "Some of the best runs of each curve above: their sparsity, and their least and most sparse layer. A bright "
+        "layer leaves most of its neurons idle.",
+    )
+    return [Section("layers", "Sparsity by layer", text, ours or others, others if ours else ())] if charts else []
+
+
+def _tradeoff(task: Task, tasks: Sequence[Task], number: int) -> Section:
+    looks = looks_of(tasks)
+    text = []
+    if task.curves:
+        text.append(
+            f"{task.count:,} {task.unit}. A line joins a method's best runs, those that none of its "
+            "others beats in both quality and cost; small marks are its other runs."
+        )
+    if any(point.spread is not None for curve in task.curves for point in curve.points):
+        text.append(
+            "Where a setting was run with several seeds, its mark is the mean and its bar one standard deviation."
+        )
+    else:
+        text.append("Every setting was run with one seed, so small differences mean nothing.")
+    if others := [metric.title.split(",")[0] for metric in task.others]:
+        text.append(f"The table of all numbers has {' and '.join(others)} as well.")
+    text += _beyond_ffn(task)
+    if task.repeated:
+        text.append(f"{task.repeated} earlier runs of a command and seed that was run again are left out.")
+    met = duels(task)
+    comparable = [one for one in met if one.lte is not None]
+    warnings = [
+        f"LTE does not lead: at {one.rival.gflops:.4g} GFLOPs per token {one.title} has {one.rival.value:.4g}, "
+        f"LTE {one.lte:.4g}."
+        for one in comparable
+        if not one.leads
+    ]
+    for against, several in (
+        (
+            "At equal GFLOPs and no more steps of training, from 50 % sparsity up,",
+            [d for d in comparable if d.rival.steps],
+        ),
+        ("Against methods that were set without training", [d for d in comparable if not d.rival.steps]),
+    ):
+        if several:
+            text.append(f"{against} LTE leads in {sum(one.leads for one in several)} of {len(several)} places.")
+    dearer = [f"{one.title} ({one.rival.gflops:.4g} GFLOPs per token)" for one in met if one.lte is None]
+    if dearer:
+        warnings.append(f"No LTE run of no more steps is as cheap as {', '.join(dearer)}: compared with none.")
+    if task.dense is None:
+        warnings.append("No dense run is among these results, so nothing says what was lost.")
+    name = task.metric.title.split(",")[0]
+    return Section(
+        f"task-{number}",
+        f"{name[0].upper()}{name[1:]} on {task.heading}",
+        tuple(text),
+        tuple(tradeoff(task, by, looks) for by in ("sparsity", "gflops")) if task.curves else (),
+        tables=(_numbers(task),),
+        warnings=tuple(warnings),
+    )
+
+
+def _beyond_ffn(task: Task) -> list[str]:
+    """A word on methods whose sparsity is not that of FFNs alone."""
+    points = [point for curve in task.curves for point in curve.points]
+    methods = {
+        what: list(dict.fromkeys(p.method for p in points if p.beyond_ffn == what)) for what in ("inputs", "weights")
+    }
+    text = []
+    if methods["inputs"]:
+        text.append(
+            f"{', '.join(methods['inputs'])}: sparse in attention too, which sparsity leaves out and GFLOPs count: "
+            "compare by these."
+        )
+    if methods["weights"]:
+        text.append(
+            f"{', '.join(methods['weights'])}: sparsity is the share of weights that are 0, attention's too, and "
+            "GFLOPs are without them, as for hardware that skips each: compare by these."
+        )
+    return text
+
+
+def _numbers(task: Task) -> Table:
+    compared = "over dense" if task.metric.lower else "against dense"
+    points = [("dense", task.dense)] if task.dense else []
+    points += [(curve.title, point) for curve in task.curves for point in curve.points]
+    qualities = (task.metric.title, compared, *(metric.title for metric in task.others))
+    header = ("run", *qualities, "seeds", "sparsity, %", "GFLOPs per token", "of dense", "options")
+    options = [split_setting(point.setting) for _, point in points]
+    alike = [one for one in options[0] if all(one in others for others in options)] if len(points) > 1 else []
+    rows = []
+    for title, point in points:
+        over = ""
+        if task.dense is not None:
+            difference = point.value - task.dense.value
+            over = f"{point.value / task.dense.value:.3f}x" if task.metric.lower else f"{difference:+.2f}"
+        further = (_quality(*point.others.get(metric, (None, None))) for metric in task.others)
+        numbers = (_quality(point.value, point.spread), over, *further, str(point.seeds), f"{100 * point.sparsity:.1f}")
+        own = " ".join(one for one in split_setting(point.setting) if one not in alike)
+        rows.append((title, *numbers, f"{point.gflops:.4g}", f"{point.gflops / task.gflops_dense:.0%}", own))
+    return Table("All numbers", header, tuple(rows), True, f"Options of all runs: {' '.join(alike)}" if alike else "")
+
+
+def _quality(value: float | None, spread: float | None) -> str:
+    return ("" if value is None else f"{value:.2f}") + ("" if spread is None else f" ± {spread:.2g}")
+
+
+def _table_one(tasks: Sequence[Task]) -> Section:
+    table = table_one(tasks)
+    ours = [f"{task.heading} ({_allowed(task)})" for task in table.tasks]
+    header = ("method", *(f"{name}, paper" for name in PAPER_TASKS), *(f"{name}, ours" for name in ours))
+    rows = []
+    for name, paper, choices in table.rows:
+        cells = ("",) * 3 if paper is None else tuple("n/a" if one is None else f"{one:g}" for one in paper)
+        rows.append((name, *cells, *map(_cell, choices)))
+    return Section(
+        "table-1",
+        "Fewest GFLOPs within an allowed loss",
+        (
+            "GFLOPs per token (G = 2^30; FFN, attention projections and routers, no LM head) of the cheapest run that "
+            "loses no more than allowed against the best dense run. Paper: LLaMA-7B, at most 0.05 ROUGE-L or 0.5 "
+            "perplexity lost. Ours are other, smaller models: compare the percentages of dense, not the numbers.",
+            f"Paper's numbers: {CITATION}. n/a: none within the allowed loss; empty: not run.",
+        ),
+        tables=(Table("Table 1", header, tuple(rows)),),
+    )
+
+
+def _allowed(task: Task) -> str:
+    unit = "" if task.metric.lower else " points"
+    return f"{task.metric.title.split(',')[0]}, at most {task.metric.allowed:g}{unit} lost"
+
+
+def _cell(choice: Choice | None) -> str:
+    if choice is None:
+        return ""
+    if choice.point is None:
+        return f"n/a (of {choice.tried} run{'s' if choice.tried > 1 else ''})"
+    sparse = f" at {choice.point.sparsity:.0%} sparse" if choice.point.sparsity else ""
+    return f"{choice.point.gflops:.4g} ({choice.share:.0%}){sparse}"
+
+
+def _routing(routing: Routing, before: Routing | None) -> list[Section]:
+    experts = routing.active[0].shape[1]
+    seen = f"{len(routing.pieces)} tokens of the text, {len(routing.layers)} layers of {experts:,} experts"
+    only_choose = all(share == 0 for share in routing.histogram_overall[1:-1])
+    text = [f"{seen}, mode {routing.mode}; {routing.sparsity:.1%} of the experts were idle."]
+    if only_choose:
+        text.append("The routers of this method only choose: their scores are 0 or 1.")
+    if before is not None:
+        text.append(f"Before: the same text, in mode {before.mode}.")
+    by_batch = union_by_batch(routing.active)
+    rows = tuple(
+        (str(batch), f"{100 * sum(layers) / len(layers):.1f}", f"{100 * min(layers):.1f}", f"{100 * max(layers):.1f}")
+        for batch, layers in by_batch.items()
+    )
+    header = ("tokens together", "idle for all, %", "least sparse layer", "most sparse layer")
+    scores = Section("scores", "Router scores", tuple(text), (score_chart(routing, before),))
+    tokens = [
+        "The stronger its colour, the more experts a token uses in the layer chosen, from the fewest to the most of "
+        "any token. Choose one to see which."
+    ]
+    if experts > MOST_EXPERTS:
+        tokens.append(f"{experts:,} experts a layer are too many to show which ones: only how many.")
+    union = Section(
+        "union",
+        "Union sparsity",
+        (
+            "Tokens decoded together share the experts that are read: one is skipped only where no token of the batch "
+            "wants it. The mean over all ways to draw a batch from the tokens of this text. By chance: experts chosen "
+            "anew for each token, which tokens of one text do not do.",
+        ),
+        (union_chart(routing),),
+        tables=(Table("Union sparsity", header, rows, folded=True),),
+    )
+    return [scores, Section("tokens", "Experts by token", tuple(tokens), tokens=True), union]

@@ -1,0 +1,69 @@
+"""The paper's Table 1 in its own form: the fewest GFLOPs per token within an allowed loss of quality."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lte.report.curves import Point, Task
+
+CITATION = (
+    "Zheng, Bai, Liu, Mao, Chen, Lai, Prakash: Learn To be Efficient: Build Structured Sparsity in Large Language "
+    "Models. NeurIPS 2024, arXiv 2402.06126, Table 1"
+)
+PAPER_TASKS = ("XSum", "E2E", "WikiText-103")
+PAPER: dict[str, tuple[float | None, ...]] = {
+    "dense": (12.06, 12.06, 12.06),
+    "Deja Vu": (7.92, 6.42, 7.92),
+    "MoEfication": (10.45, None, None),
+    "ReluLLaMA + MoEfication": (8.27, 7.39, 11.1),
+    "LTE": (5.38, 4.65, 6.59),
+}
+"""GFLOPs per token of LLaMA-7B; None: no run of the method was within the allowed loss."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The cheapest point of one method on one task that is within the allowed loss; None where none is."""
+
+    point: Point | None
+    tried: int
+    gflops_dense: float
+
+    @property
+    def share(self) -> float:
+        """GFLOPs as a share of the dense model's."""
+        assert self.point is not None
+        return self.point.gflops / self.gflops_dense
+
+
+@dataclass(frozen=True)
+class Table:
+    """Ours beside the paper's: a row a method, ``None`` where it was not run (or is not in the paper)."""
+
+    tasks: tuple[Task, ...]
+    rows: tuple[tuple[str, tuple[float | None, ...] | None, tuple[Choice | None, ...]], ...]
+
+
+_ROUNDING = 1e-9  # of a loss of just what is allowed
+
+
+def choose(task: Task, method: str) -> Choice | None:
+    """The cheapest run of ``method`` within the allowed loss of the best dense run; None where it was not run."""
+    metric = task.metric
+    if task.dense is None or metric.allowed is None:
+        return None
+    dense = task.dense
+    if method == "dense":
+        return Choice(dense, 1, task.gflops_dense)
+    points = [point for curve in task.curves for point in curve.points if point.method == method]
+    within = [point for point in points if metric.loss(point.value, dense.value) <= metric.allowed + _ROUNDING]
+    cheapest = min(within, key=lambda point: point.gflops, default=None)
+    return Choice(cheapest, len(points), task.gflops_dense) if points else None
+
+
+def table_one(tasks: Sequence[Task]) -> Table:
+    """Every method of the paper and of the results, on every task that has a dense run and an allowed loss."""
+    usable = tuple(task for task in tasks if task.dense is not None and task.metric.allowed is not None)
+    ours = [point.method for task in usable for curve in task.curves for point in curve.points]
+    names = sorted(dict.fromkeys([*PAPER, *ours]), key=lambda name: name.startswith("LTE"))  # LTE last, as there
+    rows = tuple((name, PAPER.get(name), tuple(choose(task, name) for task in usable)) for name in names)
+    return Table(usable, rows)

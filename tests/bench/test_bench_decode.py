@@ -1,0 +1,173 @@
+"""The decoding benchmark on the CPU: the tokens are generate's, whatever computes them."""
+
+import copy
+
+import pytest
+import torch
+from transformers import LlamaConfig, MistralConfig, StaticCache
+
+from lte.bench.decode import DecodeGrid, dense_models, random_model
+from lte.bench.decoding import Decoded, Decoder, _static_step
+from lte.bench.routing import random_routers_, route_
+from lte.inference import bench_decode, parity
+from lte.inference.optimize import optimize_
+from lte.methods.lte import LTEConfig
+from lte.modules.recording import record_scores, sparse_layers
+from lte.surgery.convert import set_mode_, sparsify_
+
+torch.set_num_threads(1)
+SIZES = {"hidden_size": 32, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+PROMPT, NEW = 12, 10
+
+
+@pytest.fixture(scope="module")
+def dense():
+    config = LlamaConfig(vocab_size=100, num_key_value_heads=2, **SIZES)
+    return random_model(config, torch.float32, torch.device("cpu"), seed=0)
+
+
+@pytest.fixture(scope="module")
+def sparse(dense):
+    model = sparsify_(copy.deepcopy(dense), LTEConfig(expert_size=8, grouping="random"))
+    set_mode_(model, "hard")
+    random_routers_(model)
+    route_(model, prompt(), 0.6)
+    return model
+
+
+def prompt(batch: int = 2) -> torch.Tensor:
+    return torch.randint(100, (batch, PROMPT), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_tokens_are_those_of_the_masked_dense_model(sparse, backend, static):
+    options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = sparse.generate(prompt(), **options)
+    packed = optimize_(copy.deepcopy(sparse), backend)
+    decoder = Decoder(packed, 2, PROMPT, NEW, compile=False)
+    if static:  # what CUDA does, less the graph
+        decoder._static = True
+        decoder._step = decoder._static_runs(compile=False, tune=False)
+    for _ in range(2):  # the second time with a used cache
+        found = decoder(prompt())
+        assert torch.equal(found.tokens, expected)
+        assert len(found.steps) == NEW - 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_static_step_attends_to_what_was_read_alone(dense, attention):
+    model = copy.deepcopy(dense)
+    model.set_attn_implementation(attention)
+    cache = StaticCache(config=model.config, max_cache_len=PROMPT + 8)
+    ids = prompt()
+    model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
+    position, columns = torch.tensor([[PROMPT - 1]]), torch.arange(PROMPT + 8).view(1, 1, 1, -1)
+    found = _static_step(model, ids[:, -1:], position, columns, cache)[:, -1]
+    torch.testing.assert_close(found, dense(input_ids=ids).logits[:, -1], rtol=0, atol=1e-5 * found.std().item())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, about itself
+def test_a_compiled_step_gives_the_same_tokens_and_sees_new_biases(sparse):
+    packed = optimize_(copy.deepcopy(sparse), "auto")
+    decoder = Decoder(packed, 2, PROMPT, NEW, compile=True)
+    assert decoder.how == "compiled"
+    for sparsity in (0.6, 0.9):
+        route_(packed, prompt(), sparsity)
+        assert torch.equal(decoder(prompt()).tokens, Decoder(packed, 2, PROMPT, NEW, compile=False)(prompt()).tokens)
+
+
+def test_a_sliding_window_is_refused_where_the_step_is_static():
+    config = MistralConfig(vocab_size=100, num_key_value_heads=2, sliding_window=8, **SIZES)
+    model = random_model(config, torch.float32, torch.device("cpu"), seed=0)
+    assert len(Decoder(model, 1, PROMPT, NEW, compile=False)(prompt(1)).steps) == NEW - 1
+    decoder = Decoder(model, 1, PROMPT, NEW, compile=False)
+    decoder._static = True
+    with pytest.raises(ValueError, match="sliding window"):
+        decoder._static_runs(compile=False, tune=False)
+
+
+def run(dense, **changes):
+    sparse = sparsify_(copy.deepcopy(dense), LTEConfig(expert_size=8, grouping="random"))
+    values = {"backend": "reference", "prompt_tokens": PROMPT, "new_tokens": NEW, "repeats": 1, "compile": False}
+    grid = DecodeGrid("tiny", **{"sparsities": (0.0, 0.5), "batches": (1, 3), **values, **changes})
+    return list(bench_decode.bench_decode(dense_models(dense), sparse, grid))
+
+
+def test_rows(dense):
+    rows = run(dense, generate=True, bandwidth=10.0)
+    assert [(row["batch"], row["sparsity_asked"]) for row in rows] == [(1, 0.0), (1, 0.5), (3, 0.0), (3, 0.5)]
+    for row in rows:
+        assert row["sparsity"] == pytest.approx(row["sparsity_asked"], abs=0.04)
+        assert row["speedup"] == pytest.approx(row["dense_ms"] / row["lte_ms"])
+        assert row["dense_by"] in ("eager float32", "eager bfloat16")
+        assert row["dense_generate_s"] > 0
+        assert row["lte_generate_s"] > 0
+    assert rows[0]["bytes"] > rows[1]["bytes"]
+    assert rows[1]["union_sparsity"] == pytest.approx(rows[1]["sparsity"])
+    assert rows[3]["union_sparsity"] < rows[3]["sparsity"]
+
+
+def test_a_wrong_backend_gets_no_time(dense, monkeypatch):
+    right = parity.sparse_ffn
+    monkeypatch.setattr(parity, "sparse_ffn", lambda *args, **kwargs: 2 * right(*args, **kwargs))
+    for row in run(dense, batches=(1,)):
+        assert "parity red" in row["error"]
+        assert "lte_ms" not in row
+
+
+def test_a_wrong_step_gets_no_time(dense, monkeypatch):
+    class Wrong(Decoder):
+        def _eager_step(self):
+            super()._eager_step()
+            self._token.copy_((self._token + 1) % 100)
+            self._tokens.index_copy_(1, self._position[0], self._token)
+
+    monkeypatch.setattr(bench_decode, "Decoder", Wrong)
+    for row in run(dense, batches=(2,)):
+        assert "decoded token" in row["error"]
+        assert "lte_ms" not in row
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_a_right_step_in_bf16_is_timed(dense, backend):
+    for row in run(copy.deepcopy(dense).to(torch.bfloat16), backend=backend):
+        assert "error" not in row
+
+
+def test_the_check_leaves_the_layers_as_they_were(sparse):
+    packed = optimize_(copy.deepcopy(sparse), "auto")
+    layers = [layer.packed for layer in sparse_layers(packed).values()]
+    with bench_decode._by_reference(packed):
+        assert {layer.packed.backend for layer in sparse_layers(packed).values()} == {"reference"}
+    assert all(a.packed is b for a, b in zip(sparse_layers(packed).values(), layers, strict=True))
+
+
+def test_the_check_decides_half_of_the_experts_and_gives_the_biases_back(sparse):
+    biases = {name: layer.router.bias.clone() for name, layer in sparse_layers(sparse).items()}
+    tokens = torch.randint(100, (2, 9))
+    with torch.no_grad(), bench_decode._fixed_choice(sparse, seed=0), record_scores(sparse) as recording:
+        sparse(input_ids=tokens)
+        for scores in recording.scores.values():
+            assert ((scores == 0) | (scores == 1)).all()
+            assert 0 < scores.mean() < 1
+            assert (scores == scores[0, 0]).all()
+    assert all(torch.equal(layer.router.bias, biases[name]) for name, layer in sparse_layers(sparse).items())
+
+
+def test_dense_is_the_fastest_of_its_contenders_in_each_measure(dense, monkeypatch):
+    class Timed(Decoder):
+        def __call__(self, prompt_BS):
+            fp32 = self.model.dtype == torch.float32  # the faster step, but a slow prefill
+            times = (1.0, [0.1] * (NEW - 1)) if fp32 else (0.01, [0.11] * (NEW - 1))
+            return Decoded(super().__call__(prompt_BS).tokens, *times)
+
+    monkeypatch.setattr(bench_decode, "Decoder", Timed)
+    row = run(dense, batches=(2,), sparsities=(0.5,))[0]
+    assert (row["dense_by"], row["dense_total_by"]) == ("eager float32", "eager bfloat16")
+    assert (row["dense_ms"], row["dense_prefill_ms"]) == pytest.approx((100, 10))
+    assert (row["dense_total_s"], row["lte_total_s"]) == pytest.approx((1.0, 1.9))
+    assert row["speedup_total"] == pytest.approx(1 / 1.9)
+    assert row["dense_tokens_per_s"] == pytest.approx(2 * NEW)
