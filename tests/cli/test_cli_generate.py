@@ -65,6 +65,7 @@ def test_refusals(files, sparse, tmp_path, capfd):
     assert "the file is empty" in refused(capfd, sparse, "--prompts", tmp_path / "empty.txt")
     assert "none.txt" in refused(capfd, sparse, "--prompts", tmp_path / "none.txt")
     assert "prompt is empty" in refused(capfd, sparse, "--prompt", "a", "--prompt", " ")
+    assert "not valid Unicode" in refused(capfd, sparse, "--prompt", "a\udcff")
     assert "batch_size is 0" in refused(capfd, sparse, "--prompt", "a", "--batch-size", "0")
     assert "sparsify_" in refused(capfd, files / "llama", "--prompt", "a", "--backend", "reference")
     assert "backend 'triton' cannot run here" in refused(capfd, sparse, "--prompt", "a", "--backend", "triton")

@@ -43,6 +43,14 @@ def test_every_answer_is_a_row(tmp_path, tokenizer, caplog):
     assert "1 of 2 chats have no answer of the assistant" in caplog.text
 
 
+@pytest.mark.parametrize("place", [0, 2, 3])
+def test_half_a_character_is_named_with_its_row(tmp_path, tokenizer, place):
+    chat = [{**one, "content": "a\ud800"} if index == place else one for index, one in enumerate(CHAT)]
+    source = write(tmp_path / "a.jsonl", [{"messages": CHAT}, {"messages": chat}])
+    with pytest.raises(ValueError, match=r"a\.jsonl: row 2: a text is not valid Unicode"):
+        load_prompts(source, DataConfig(messages="messages"), tokenizer)
+
+
 def test_the_loss_is_on_the_answer_alone(tmp_path, tokenizer):
     """What the template gives for the whole chat, to the token; labels on the last answer and its EOS."""
     source = write(tmp_path / "a.jsonl", [{"messages": CHAT}])

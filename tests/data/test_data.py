@@ -590,7 +590,7 @@ def bad(name: str, content: str | bytes, message: str, **config):
             '{"prompt": ["a"], "completion": "b"}',
             "column 'prompt' holds a list, a text is needed",
         ),
-        bad("a.jsonl", '{"prompt": "\\ud83d", "completion": "b"}', "holds text that is not valid Unicode"),
+        bad("a.jsonl", '{"prompt": "\\ud83d", "completion": "b"}', "column 'prompt': a text is not valid Unicode"),
         bad("a.jsonl", '{"q": "a"}', "no column 'z', the columns are 'q'", prompt="{q} {z}"),
         bad("a.jsonl", '{"q": "a"}', r"template '{q': .* \(a brace meant as text is doubled\)", prompt="{q"),
         bad("a.jsonl", '{"q": "a"}', "no column '0', the columns are 'q'", prompt="{0}"),

@@ -194,7 +194,16 @@ def split_held_out(dataset: AnyTaskDataset, held_out: float, seed: int = 0) -> t
 
 
 def hold_out_for_calibration(dataset: Any, rows: int, seed: int) -> tuple[Any, Any]:
-    """(training, held-out) rows of any dataset, at most a twentieth held out; all for both where that is none."""
+    """(training, held-out) rows of any dataset, at most a twentieth held out; all for both where that is none.
+
+    Raises:
+        ValueError: a dataset without length.
+    """
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(
+            "train_dataset has no length, so no rows of it can be kept out to set thresholds on: give "
+            "calibration_dataset=..."
+        )
     rows = min(rows, len(dataset) // 20)
     if rows == 0:
         return dataset, dataset

@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from lte.data.tokenise import as_unicode
+
 Chat = list[dict[str, Any]]
 """Messages in order, each with its `role`, its `content` (a text or None), and what else it says."""
 
@@ -72,12 +74,13 @@ class ChatTemplate:
         self._tokenizer: Any = tokenizer
 
     def render(self, chat: Chat, **options: Any) -> str:
-        """The text of a chat; ValueError where the template refuses it."""
+        """The text of a chat; ValueError where the template refuses it, or it is not valid Unicode."""
         try:
-            return self._tokenizer.apply_chat_template(chat, tokenize=False, **options)
+            text = self._tokenizer.apply_chat_template(chat, tokenize=False, **options)
         except Exception as error:  # a template is a program of its own
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"the chat template of {self._tokenizer.name_or_path} refuses a chat: {reason}") from error
+        return as_unicode(text)
 
     def answers(self, chat: Chat, tools: list[Any] | None = None) -> list[tuple[str, str]]:
         """(prompt, completion) of each answer: what comes before it, up to where the assistant speaks, and it.

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lte.data.sources import Row, Source
+from lte.data.tokenise import as_unicode
 
 
 def cell(row: Row, name: str, source: Source, number: int) -> Any:
@@ -57,11 +58,7 @@ def _as_text(row: Row, name: str, source: Source, number: int) -> str:
         return ""
     if not isinstance(value, str | int | float):
         raise ValueError(f"{source}: row {number}: column {name!r} holds a {type(value).__name__}, a text is needed")
-    text = str(value)
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{source}: row {number}: column {name!r} holds text that is not valid Unicode: {error}"
-        ) from error
-    return text
+        return as_unicode(str(value))
+    except ValueError as error:
+        raise ValueError(f"{source}: row {number}: column {name!r}: {error}") from error

@@ -19,7 +19,11 @@ _CUTS = tuple(map(re.compile, (r"\n(?=[^\r\n])", r"(?= )", r"")))  # from the be
 
 
 def encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, target: bool = False) -> Iterator[list[int]]:
-    """The ids of each text without special tokens, in batches bounded by rows and by characters."""
+    """The ids of each text without special tokens, in batches bounded by rows and by characters.
+
+    Raises:
+        ValueError: a text that is not valid Unicode.
+    """
     tokenise: Any = tokenizer  # its signature is wider than a checker can follow
     for batch in _batches(texts):
         yield from tokenise(
@@ -34,13 +38,22 @@ def encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, target: boo
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
     batch, characters = list[str](), 0
     for text in texts:
-        batch.append(text)
+        batch.append(as_unicode(text))
         characters += len(text)
         if len(batch) == BATCH_ROWS or characters >= 4 * _PIECE:
             yield batch
             batch, characters = [], 0
     if batch:
         yield batch
+
+
+def as_unicode(text: str) -> str:
+    """The text; ValueError where half of a surrogate pair is in it, as JSON and a shell can put there."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"a text is not valid Unicode: {error}") from error
+    return text
 
 
 def tokenise_documents(

@@ -44,6 +44,9 @@ def check_config(name: str, values: dict[str, Any]) -> None:
     labels = values.get("id2label")
     if isinstance(labels, dict) and not all(isinstance(one, str) for one in labels.values()):
         raise ValueError(f"{name}: config.json has id2label {labels!r}, but each label has to be a text")
+    code = values.get("auto_map")
+    if code is not None and not (isinstance(code, dict) and all(isinstance(one, str | list) for one in code.values())):
+        raise ValueError(f"{name}: config.json has auto_map {code!r}, but it maps classes of transformers to names")
     for key, value in _numbers(values):
         most = MOST_LABELS if key == "num_labels" else MOST if _COUNTS.search(key) else None
         if most is not None and value > most:
