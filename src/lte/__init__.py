@@ -11,6 +11,7 @@ from lte.inference.optimize import optimize_
 from lte.methods.cats import CATSConfig
 from lte.methods.deja_vu import DejaVuConfig
 from lte.methods.lte import LTEConfig
+from lte.methods.lte.calibration import calibrate_
 from lte.methods.moefication import MoEficationConfig
 from lte.methods.noisy_topk import NoisyTopKConfig
 from lte.methods.relufication import ReLUficationConfig
@@ -27,7 +28,6 @@ from lte.surgery.cost import cost_per_token
 from lte.surgery.families import Family, register_family
 from lte.surgery.relufy import relufy_
 from lte.surgery.teal import TEALConfig
-from lte.training.calibration import calibrate_
 
 if TYPE_CHECKING:
     from lte.training.arguments import LTETrainingArguments

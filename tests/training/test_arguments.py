@@ -6,7 +6,8 @@ from dataclasses import asdict
 import pytest
 from tiny_training import arguments
 
-from lte.training.arguments import RECIPES, LTETrainingArguments
+from lte.surgery.training_options import SCHEDULES
+from lte.training.arguments import LTETrainingArguments
 
 REENTRANT = {"use_reentrant": True}
 RENAMED = "activation_checkpointing" in LTETrainingArguments.__dataclass_fields__
@@ -23,16 +24,14 @@ def test_the_paper_literally(tmp_path):
     assert args.get_warmup_steps(100) == 6
 
 
-@pytest.mark.parametrize(
-    ("recipe", "needs"), [("default", {"target_sparsity": 0.5}), ("paper", {"eta": 1.0}), ("dense", {})]
-)
+@pytest.mark.parametrize(("recipe", "needs"), [("default", {"target_sparsity": 0.5}), ("paper", {"eta": 1.0})])
 def test_a_recipe_fills_what_is_not_given(tmp_path, recipe, needs):
     args = arguments(tmp_path, recipe=recipe, **needs)
-    for name, value in asdict(RECIPES[recipe]).items():
+    for name, value in asdict(SCHEDULES[recipe]).items():
         assert getattr(args, name) == value
     given = arguments(tmp_path, recipe=recipe, **needs, separability_weight=0.25, temperature=3.0, router_bias=0.5)
     assert (given.separability_weight, given.temperature, given.router_bias) == (0.25, 3.0, 0.5)
-    assert given.router_learning_rate == RECIPES[recipe].router_learning_rate
+    assert given.router_learning_rate == SCHEDULES[recipe].router_learning_rate
 
 
 def test_a_zero_overrides_a_recipe(tmp_path):
@@ -43,6 +42,7 @@ def test_a_zero_overrides_a_recipe(tmp_path):
 def test_a_dense_run_is_one_dense_stage(tmp_path):
     args = arguments(tmp_path, recipe="dense", hard_fraction=0.3)
     assert (args.dense_fraction, args.hard_fraction) == (1.0, 0.0)
+    assert not arguments(tmp_path, recipe="dense", distillation_weight=0.9).distils
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_a_finished_run_trains_no_step_more(finished, copied, caplog):
         assert "the run is finished" in caplog.text
         assert trainer.state.global_step == 12
         assert trainer.stage == "hard"
-        assert float(trainer.eta) == float(finished[1].eta)
+        assert float(trainer.training.eta) == float(finished[1].training.eta)
         for name, value in finished[1].model.state_dict().items():
             assert torch.equal(value, trainer.model.state_dict()[name]), name
     shutil.rmtree(copied / "lte_teacher")  # nothing is left to be learned from it

@@ -10,8 +10,8 @@ from transformers import TrainerCallback
 import lte
 from lte.data.batches import PackedBlocks
 from lte.modules.recording import sparse_layers, track_sparsity
+from lte.surgery.stages import StagePlan
 from lte.training.arguments import LTETrainingArguments
-from lte.training.stages import StagePlan
 from lte.training.trainer import LTETrainer
 
 MIXTURES = {
@@ -82,7 +82,7 @@ def logged(trainer, name):
 @pytest.mark.parametrize("name", MIXTURES)
 def test_a_mixture_learns(tmp_path, name, start):
     trainer, routers = trained(tmp_path, MIXTURES[name], router_start=start)
-    assert trainer.plan == StagePlan(15, 39, 6)
+    assert trainer.stages.plan == StagePlan(15, 39, 6)
     loss, by_layer = judged(trainer)
     assert loss < 0.75 * math.log(64)
     assert by_layer == [0.5, 0.5]
@@ -128,7 +128,7 @@ def test_balance_keeps_experts_in_use(tmp_path):
 @pytest.mark.parametrize("name", POST_HOC)
 def test_dense_then_hard(tmp_path, name):
     trainer, routers = trained(tmp_path, POST_HOC[name])
-    assert trainer.plan == StagePlan(15, 0, 45)
+    assert trainer.stages.plan == StagePlan(15, 0, 45)
     assert [stage for stage, _ in routers.seen] == ["dense"] * 15 + ["hard"] * 45
     loss, by_layer = judged(trainer)
     assert loss < 0.75 * math.log(64)

@@ -15,7 +15,8 @@ from transformers import TrainerCallback
 
 import lte
 from lte.training.checkpoints import newest_whole
-from lte.training.teacher import load_teacher
+from lte.training.compiling import Compilation
+from lte.training.distiller import KEPT_IN, Distiller
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 
@@ -50,8 +51,8 @@ def assert_same(trainer, whole):
     assert trainer.state.global_step == 12
     for name, value in trainer.model.state_dict().items():
         assert torch.allclose(value, expected[name], rtol=1e-5, atol=1e-6), name
-    assert trainer.eta == pytest.approx(float(whole.eta), rel=1e-5)
-    assert trainer.controller.integral == pytest.approx(float(whole.controller.integral), rel=1e-5)
+    assert trainer.training.eta == pytest.approx(float(whole.training.eta), rel=1e-5)
+    assert trainer.training.controller.integral == pytest.approx(float(whole.training.controller.integral), rel=1e-5)
     assert by_step(trainer, "eta") == pytest.approx(by_step(whole, "eta"), rel=1e-4)
     assert by_step(trainer, "sparsity") == pytest.approx(by_step(whole, "sparsity"), abs=1e-4)
 
@@ -172,8 +173,10 @@ def test_resuming_without_the_teacher_says_so(tmp_path):
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 def test_a_damaged_teacher_is_named(tmp_path, name):
     model = sparse_llama()
-    model.save_pretrained(tmp_path)
-    values = json.loads((tmp_path / name).read_text())
-    (tmp_path / name).write_text(json.dumps({**values, "pad_token_id": [2, 2]}))
-    with pytest.raises(ValueError, match=tmp_path.name):
-        load_teacher(tmp_path, model, None)
+    kept = tmp_path / KEPT_IN
+    model.save_pretrained(kept)
+    values = json.loads((kept / name).read_text())
+    (kept / name).write_text(json.dumps({**values, "pad_token_id": [2, 2]}))
+    args = tiny_training.arguments(tmp_path)
+    with pytest.raises(ValueError, match=KEPT_IN):
+        Distiller(model, args, Compilation(args, None), None).load(tmp_path, model)

@@ -4,8 +4,9 @@ import math
 
 import pytest
 
-from lte.training.controller import SparsityController
-from lte.training.stages import StagePlan
+from lte.methods.lte.controller import SparsityController
+from lte.surgery.stages import StagePlan
+from lte.training.learning_rate import stage_factors
 
 
 def test_split_gives_every_step_to_a_stage():
@@ -38,7 +39,7 @@ def test_at():
 
 @pytest.mark.parametrize("plan", [StagePlan(10, 20, 10), StagePlan(0, 20, 20), StagePlan(10, 30, 0)])
 def test_the_learning_rate_warms_up_and_decays_once_a_stage(plan):
-    factor = plan.lr_lambda("linear", lambda steps: round(steps * 0.2), {})
+    factor = stage_factors(plan, "linear", lambda steps: round(steps * 0.2), {})
     values = [factor(step) for step in range(plan.total + 1)]
     start = 0
     for steps in filter(None, (plan.dense, plan.soft, plan.hard)):
@@ -51,20 +52,20 @@ def test_the_learning_rate_warms_up_and_decays_once_a_stage(plan):
 
 
 def test_the_dense_stage_can_have_a_peak_of_its_own():
-    factor = StagePlan(10, 20, 10).lr_lambda("constant", lambda steps: 0, {}, 0.5)
+    factor = stage_factors(StagePlan(10, 20, 10), "constant", lambda steps: 0, {}, 0.5)
     assert [factor(step) for step in (0, 9, 10, 29, 30, 39)] == [0.5, 0.5, 1, 1, 1, 1]
 
 
 def test_soft_and_hard_stage_can_share_a_schedule():
-    factor = StagePlan(10, 20, 10).lr_lambda("linear", lambda steps: 5, {}, restart_hard=False)
+    factor = stage_factors(StagePlan(10, 20, 10), "linear", lambda steps: 5, {}, restart_hard=False)
     assert [factor(step) for step in (5, 10, 15, 30, 40)] == pytest.approx([1, 0, 1, 0.4, 0])
 
 
 def test_schedules_by_name():
-    assert StagePlan(0, 4, 4).lr_lambda("constant", lambda steps: 0, {})(6) == 1
-    assert StagePlan(0, 4, 4).lr_lambda("cosine", lambda steps: 0, {})(6) == pytest.approx(0.5)
+    assert stage_factors(StagePlan(0, 4, 4), "constant", lambda steps: 0, {})(6) == 1
+    assert stage_factors(StagePlan(0, 4, 4), "cosine", lambda steps: 0, {})(6) == pytest.approx(0.5)
     with pytest.raises(ValueError, match="cannot restart with each stage"):
-        StagePlan(0, 4, 4).lr_lambda("reduce_lr_on_plateau", lambda steps: 0, {})
+        stage_factors(StagePlan(0, 4, 4), "reduce_lr_on_plateau", lambda steps: 0, {})
 
 
 def test_the_target_ramps_fast_and_then_ever_slower():

@@ -14,12 +14,11 @@ from transformers import T5Config, T5ForConditionalGeneration, TrainerCallback
 
 import lte
 from lte.data.batches import PackedBlocks
+from lte.modules.evaluating import evaluating
 from lte.modules.recording import sparse_layers, track_sparsity
-from lte.surgery.convert import group
+from lte.modules.step_log import StepLog
+from lte.surgery.convert import group, regroup_
 from lte.surgery.sites import find_sites
-from lte.training.calibration import evaluating
-from lte.training.stage_changes import regroup_
-from lte.training.step_log import StepLog
 from lte.training.trainer import LTETrainer
 
 
@@ -74,7 +73,7 @@ def test_what_is_logged(run):
     trainer, _ = run
     logs = steps_logged(trainer)
     assert len(logs) == 80
-    plan = trainer.plan
+    plan = trainer.stages.plan
     always = {"task_loss", "efficiency_loss", "separability_loss", "near_tau", "eta", "sparsity"}
     for step, entry in enumerate(logs):
         stage, _ = plan.at(step)
@@ -110,10 +109,10 @@ def test_the_temperature_ramps(tmp_path, ramp, reached):
     trainer = trainer_for(tmp_path, ramp=ramp, temperature=9.0, dense_fraction=0.0, hard_fraction=0.0)
     trainer.create_optimizer()
     trainer.create_scheduler(4)
-    trainer.begin(None)
+    trainer.stages.begin(None)
     found = []
     for index in range(4):
-        trainer.begin_step(index)
+        trainer.stages.begin_step(index)
         layer = next(iter(sparse_layers(trainer.model).values()))
         found.append(layer.router.temperature.item())
     assert found == [pytest.approx(9.0**share) for share in reached]
@@ -121,16 +120,18 @@ def test_the_temperature_ramps(tmp_path, ramp, reached):
 
 def test_rows_kept_out_of_training_are_compared_with_those_in_it(tmp_path):
     trainer, seen = trainer_for(tmp_path, max_steps=100, target_sparsity=0.5), []
-    compare = trainer._compare
+    compare = trainer.training.compare
 
-    def spied(sparsity):
-        compare(sparsity)
+    def spied(sparsity, rows):
+        compare(sparsity, rows)
         with evaluating(trainer.model), torch.no_grad(), track_sparsity(trainer.model) as meter:
-            for batch in trainer._batches(trainer.calibration_dataset):
+            for batch in trainer.rows.held_out():
                 trainer.model(**batch)
-        seen.append((float(trainer.controller.gap), meter.overall - float(sparsity), trainer.state.global_step))
+        seen.append(
+            (float(trainer.training.controller.gap), meter.overall - float(sparsity), trainer.state.global_step)
+        )
 
-    trainer._compare = spied
+    trainer.training.compare = spied
     trainer.train()
     assert [step for *_, step in seen] == [40, 60, 80]
     for gap, expected, _ in seen:
@@ -142,11 +143,11 @@ def test_the_paper_recipe(tmp_path):
     trainer.train()
     logs = steps_logged(trainer)
     assert {entry["eta"] for entry in logs if "eta" in entry} == {0.5}
-    soft = [entry for step, entry in enumerate(logs) if trainer.plan.at(step)[0] == "soft"]
+    soft = [entry for step, entry in enumerate(logs) if trainer.stages.plan.at(step)[0] == "soft"]
     for entry in soft:
         extra = 0.5 * entry["efficiency_loss"] + 0.5 * entry["separability_loss"]
         assert entry["loss"] == pytest.approx(entry["task_loss"] + extra, rel=1e-3)
-    assert trainer.teacher is None
+    assert trainer.distiller.teacher is None
     assert watch.changed("soft", "router.weight")
     for stages in watch.routers.values():
         for routers in stages:
@@ -187,11 +188,11 @@ def test_neurons_are_grouped_anew_on_the_dense_stages_model(tmp_path, grouping):
     sites = find_sites(model, "llama")
     for site in sites:
         site.permute_neurons(torch.randperm(site.d_ff))
-    orders = list(group(model, sites, method, trainer._batches(blocks, trainer.args.seed)))
+    orders = list(group(model, sites, method, trainer.rows.training()))
     expected = [site.first.weight[order] for site, order in zip(sites, orders, strict=True)]
     before, state = model(**batch).logits, torch.get_rng_state()
     with torch.no_grad():
-        regroup_(model, method, trainer._batches(blocks, trainer.args.seed))
+        regroup_(model, method, trainer.rows.training())
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(site.first.weight, other) for site, other in zip(sites, expected, strict=True))
     assert torch.allclose(model(**batch).logits, before, atol=1e-5)
@@ -238,8 +239,8 @@ def soft_trainer(folder, **overrides) -> LTETrainer:
     )
     trainer.create_optimizer()
     trainer.create_scheduler(4)
-    trainer.begin(None)
-    trainer.begin_step(0)
+    trainer.stages.begin(None)
+    trainer.stages.begin_step(0)
     for layer in sparse_layers(trainer.model).values():
         layer.router.weight.data.mul_(4)
     return trainer
@@ -248,12 +249,12 @@ def soft_trainer(folder, **overrides) -> LTETrainer:
 def step(trainer: LTETrainer, batches: list[dict[str, torch.Tensor]]) -> tuple[dict, dict[str, torch.Tensor]]:
     """What is logged of one optimizer step, and its gradients."""
     trainer.model.zero_grad()
-    trainer.step_log = StepLog()
+    trainer.training.log = StepLog()
     trainer.current_gradient_accumulation_steps = len(batches)
     items = sum(batch["labels"][:, 1:].ne(-100).sum() for batch in batches)
     total = sum(trainer.training_step(trainer.model, dict(b), items).item() for b in batches)
-    trainer.end_step()
-    logged = {name: torch.stack(list(values)).mean().item() for name, values in trainer.step_log.noted.items()}
+    trainer.stages.end_step()
+    logged = {name: torch.stack(list(values)).mean().item() for name, values in trainer.training.log.noted.items()}
     gradients = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
     return {**logged, "loss": total}, gradients
 
@@ -284,7 +285,7 @@ def padded(batch, left: int, right: int):
 def test_padding_changes_nothing(tmp_path, stage, teaching):
     trainer = soft_trainer(tmp_path, **teaching)
     if stage == "hard":
-        trainer._enter("hard")
+        trainer.stages.enter("hard")
     batch = batch_of(4)
     plain = step(trainer, [batch])
     assert plain[0]["sparsity"] > 0.1
@@ -355,7 +356,9 @@ def test_distillation_is_kl_to_the_dense_model(tmp_path):
     batch = batch_of(4)
     batch["labels"][0, :9] = -100
     with torch.no_grad():
-        student, teacher = (m.train()(input_ids=batch["input_ids"]).logits for m in (trainer.model, trainer.teacher))
+        student, teacher = (
+            m.train()(input_ids=batch["input_ids"]).logits for m in (trainer.model, trainer.distiller.teacher)
+        )
     keep = batch["labels"][:, 1:].ne(-100)
     p, q = (one[:, :-1][keep].log_softmax(-1) for one in (teacher, student))
     assert step(trainer, [batch])[0]["loss"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
@@ -368,7 +371,7 @@ def relative_error(student: torch.Tensor, teacher: torch.Tensor) -> float:
 @torch.no_grad()
 def hidden_states(trainer: LTETrainer, batch, part: str = "") -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Of every block: the student's, the teacher's."""
-    outputs = [model(**batch, output_hidden_states=True) for model in (trainer.model, trainer.teacher)]
+    outputs = [model(**batch, output_hidden_states=True) for model in (trainer.model, trainer.distiller.teacher)]
     return list(zip(*(output[f"{part}hidden_states"][1:] for output in outputs), strict=True))
 
 
@@ -376,8 +379,8 @@ def hidden_states(trainer: LTETrainer, batch, part: str = "") -> list[tuple[torc
 def test_a_teacher_has_the_precision_of_training(tmp_path, bf16):
     trainer = trainer_for(tmp_path, dense_fraction=0.25, bf16=bf16)
     trainer.train()
-    assert {p.dtype for p in trainer.teacher.parameters()} == {torch.bfloat16 if bf16 else torch.float32}
-    assert {b.dtype for n, b in trainer.teacher.named_buffers() if "inv_freq" in n} == {torch.float32}
+    assert {p.dtype for p in trainer.distiller.teacher.parameters()} == {torch.bfloat16 if bf16 else torch.float32}
+    assert {b.dtype for n, b in trainer.distiller.teacher.named_buffers() if "inv_freq" in n} == {torch.float32}
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
 
 
@@ -387,7 +390,7 @@ def test_feature_distillation_is_the_error_of_the_blocks(tmp_path, stage):
     weights = {"feature_distillation_weight": 3.0, "distillation_weight": 0.0, "eta": 0.0, "separability_weight": 0.0}
     trainer = soft_trainer(tmp_path, **weights)
     if stage == "hard":
-        trainer._enter("hard")
+        trainer.stages.enter("hard")
     batches = [batch_of(4), batch_of(4, seed=6)]
     errors = [relative_error(*pair) for batch in batches for pair in hidden_states(trainer, batch)]
     assert len(errors) == 2 * 2
@@ -475,10 +478,10 @@ class Reads(TorchDispatchMode):
 @pytest.mark.parametrize("given", [{}, {"recipe": "paper", "eta": 0.5}, {"recipe": "dense"}], ids=str)
 def test_a_step_reads_no_number(tmp_path, given):
     options = {"dense_fraction": 0.0, "hard_fraction": 0.0, "bf16": True, "logging_steps": 100}
-    trainer = trainer_for(tmp_path, max_steps=8, **options, **given)
+    trainer = trainer_for(tmp_path, max_steps=16, **options, **given)
     with Reads() as reads:
         trainer.train()
-    assert {file for file, count in reads.by_file.items() if count >= 8} <= {"masking_utils.py"}  # of transformers
+    assert {file for file, count in reads.by_file.items() if count >= 16} <= {"masking_utils.py"}  # of transformers
 
 
 def test_a_model_trained_in_mixed_precision_is_left_without_autocast(tmp_path):

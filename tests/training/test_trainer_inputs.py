@@ -102,8 +102,9 @@ def test_label_smoothing_is_of_the_next_token(tmp_path, stage):
     for smoothing in (0.0, 1e-6):
         trainer = trainer_for(tmp_path, label_smoothing_factor=smoothing)
         trainer.create_optimizer_and_scheduler(12)
-        trainer.begin(None)
-        trainer._switch(stage)
+        trainer.stages.begin(None)
+        trainer.training.set_stage(stage)
+        trainer.stages.stage = stage
         batch = trainer._prepare_inputs(PackedBlocks.collator([trainer.train_dataset[0]]))
         losses.append(trainer.compute_loss(trainer.model, batch).item())
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
@@ -129,7 +130,13 @@ def test_batches_of_padding_alone_count_for_nothing(tmp_path, options):
     trainer.train()
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
     assert all(np.isfinite(value) for entry in trainer.state.log_history for value in entry.values())
-    assert np.isfinite([float(trainer.eta), float(trainer.controller.integral), float(trainer.controller.gap)]).all()
+    assert np.isfinite(
+        [
+            float(trainer.training.eta),
+            float(trainer.training.controller.integral),
+            float(trainer.training.controller.gap),
+        ]
+    ).all()
 
 
 def test_a_second_run_trains_what_the_first_froze(tmp_path):
@@ -159,9 +166,9 @@ def test_training_again_begins_anew(tmp_path, caplog):
     assert "start anew" not in caplog.text
     trainer_for(tmp_path, trainer.model, max_steps=8).train()
     assert "in mode hard, trained already: its weights are kept, but its routers and thresholds start" in caplog.text
-    trainer.controller.integral = 9.0
-    trainer.begin(None)
-    assert (trainer.eta, trainer.controller.integral, trainer.teacher) == (0.0, 0.0, None)
+    trainer.training.controller.integral = 9.0
+    trainer.stages.begin(None)
+    assert (trainer.training.eta, trainer.training.controller.integral, trainer.distiller.teacher) == (0.0, 0.0, None)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's

@@ -128,8 +128,8 @@ def main(folder: str, kill_after: str | None = None) -> None:
     torch.save(trainer.model.state_dict(), Path(folder, f"weights-{rank}.pt"))
     kept = {
         "logs": trainer.state.log_history,
-        "eta": float(trainer.eta),
-        "integral": float(trainer.controller.integral),
+        "eta": float(trainer.training.eta),
+        "integral": float(trainer.training.controller.integral),
     }
     Path(folder, f"run-{rank}.json").write_text(json.dumps(kept))
 

@@ -14,9 +14,9 @@ from lte.cli.eval_origin import keep_calibration
 from lte.cli.main import parse
 from lte.cli.options import DataOptions, DeviceOptions, Model, check_folder, open_model, pad_alike_
 from lte.evaluation.evaluate import Evaluation, evaluate
+from lte.methods.lte.calibration import calibrate_, check_calibration, check_target
 from lte.saving import saving
 from lte.surgery.loading import load_config, load_tokenizer
-from lte.training.calibration import calibrate_, check_calibration, check_target
 
 _PASSES = 3  # shifts are larger here than those that correct the drift of a training run
 

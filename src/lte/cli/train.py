@@ -225,7 +225,7 @@ def _train(options: Train, argv: Sequence[str]) -> dict[str, Any]:
     folder = Path(cast(str, args.output_dir))
     if args.should_save:
         (folder / SUMMARY).unlink(missing_ok=True)  # of another model, until this one is evaluated
-    if args.recipe != "dense":
+    if not args.is_dense:
         trainer.save_model(str(folder))
     elif args.should_save:  # a plain checkpoint, that any method can convert
         with saving(folder) as fresh:
@@ -240,8 +240,8 @@ def _train(options: Train, argv: Sequence[str]) -> dict[str, Any]:
         "recipe": args.recipe,
         "method": trainer.method.to_dict(),
         "target_sparsity": args.target_sparsity,
-        "eta": float(trainer.eta),
-        "steps": asdict(trainer.plan),
+        "eta": trainer.training.state().get("eta", 0.0),
+        "steps": asdict(trainer.stages.plan),
         "evaluation": result,
     }
     if args.should_save:

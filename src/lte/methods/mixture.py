@@ -1,13 +1,20 @@
 """What the trained mixtures of experts share: the model's own neurons in experts, as many of them for every token."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from lte.core.grouping import check_divisible
 from lte.methods.experts import Grouped
+from lte.methods.learned import LearnedTraining
 from lte.methods.targeted import Targeted
+from lte.modules.mixture import balance_loss, record_balance
+from lte.modules.recording import Recording
 from lte.surgery.sites import Site
+from lte.surgery.stages import Stage
+from lte.surgery.training_options import TrainingOptions
 
 
 @dataclass(frozen=True)
@@ -46,10 +53,31 @@ class Mixture(Grouped, Targeted):
             )
         return count
 
+    def training(self, options: TrainingOptions) -> "MixtureTraining":
+        return MixtureTraining(self, options)
+
     def router_shape(self, site: Site) -> tuple[int, int, int]:
         """Width, number of experts, and how many of them a token uses."""
         num_experts = check_divisible(site.d_ff, self.expert_size)
         return site.d_model, num_experts, self.num_active(num_experts)
+
+
+class MixtureTraining(LearnedTraining):
+    """Training of a mixture's routers: their balance loss, while they learn."""
+
+    @contextmanager
+    def recording(self, stage: Stage) -> Iterator[Recording]:
+        learning = self.layers if stage == "soft" else {}
+        with super().recording(stage) as recording, record_balance(learning) as self._balance:
+            yield recording
+
+    def loss(self, stage: Stage, recording: Recording) -> Tensor:
+        loss = super().loss(stage, recording)
+        if not self._balance:
+            return loss
+        loss = balance_loss(self._balance, recording)
+        self.log.note("balance_loss", loss)
+        return loss
 
 
 def check_weight(name: str, value: float) -> None:

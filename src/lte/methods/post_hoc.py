@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,8 +27,6 @@ class PostHoc(Targeted):
     Raises:
         ValueError: an option outside its range.
     """
-
-    learns: ClassVar[bool] = False
 
     tau: float = field(default=0.5, init=False)
     tokens: int = 4096

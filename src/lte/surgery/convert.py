@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -114,6 +115,20 @@ def group(
     activations = _record_neurons(model, sites, data) if method.needs_activations else []
     for labels_F, _site in zip(method.group(sites, activations), progress(sites), strict=True):
         yield grouping_permutation(labels_F)
+
+
+def regroup_(model: PreTrainedModel, method: Method, data: Iterable[dict[str, Tensor]]) -> None:
+    """Group the neurons of a sparse model in mode dense (anew), on the weights that it has by now (LTE paper, 4.1).
+
+    All ranks take the order that the first finds.
+
+    Args:
+        data: read by a method that groups by activations; others read none.
+    """
+    sites = find_sites(model, model.config.model_type)
+    for site, order in zip(sites, group(model, sites, method, data), strict=True):
+        site.permute_neurons(broadcast(order.to(model.device)))  # pyright: ignore[reportArgumentType]
+    model.config.lte.pop("grouped", None)
 
 
 def install_(site: Site, method: Method) -> SparseFFN | SparseActivation:

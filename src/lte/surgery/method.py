@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -12,6 +12,10 @@ from lte.core.grouping import check_divisible
 from lte.modules.compensation import Compensation
 from lte.modules.router import BaseRouter
 from lte.surgery.sites import Site
+from lte.surgery.training_options import TrainingOptions
+
+if TYPE_CHECKING:
+    from lte.surgery.training import Training
 
 Made = TypeVar("Made")
 
@@ -35,15 +39,12 @@ class Method:
     name: ClassVar[str] = ""
     _by_name: ClassVar[dict[str, type["Method"]]] = {}
 
-    learns: ClassVar[bool] = True
-    """Whether its routers are trained, in the soft stage; otherwise :meth:`fit` sets them, and there is none."""
-
     expert_size: int = 32
     tau: float = 0.5
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Whether the options are in their range: ValueError where one is not."""
+        """Raise ValueError unless all options are in their range."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -51,11 +52,7 @@ class Method:
             Method._by_name[cls.name] = cls
 
     def check(self, site: Site) -> None:
-        """Whether it can convert this FFN. Called for each before the first change.
-
-        Raises:
-            ValueError: it cannot.
-        """
+        """Raise ValueError unless it can convert this FFN. Called for each before the first change."""
         check_divisible(site.d_ff, self.expert_size)
 
     def group(self, sites: Sequence[Site], activations: Sequence[Tensor]) -> Iterable[Tensor]:
@@ -98,6 +95,12 @@ class Method:
     def needs_activations(self) -> bool:
         """Whether :meth:`group` wants neurons recorded on data."""
         return False
+
+    def training(self, options: TrainingOptions) -> "Training":
+        """What it does while ``LTETrainer`` trains a model: here, set routers by :meth:`fit` after the dense stage."""
+        from lte.surgery.training import Training  # which looks at models, as methods do not
+
+        return Training(self, options)
 
     def to_dict(self) -> dict[str, Any]:
         return {"method": self.name, **{option: getattr(self, option) for option in self.options()}}

@@ -1,31 +1,16 @@
-"""What a training run refuses: before it begins things that are fine each on its own, later what diverged."""
+"""What a training run refuses before it begins: things that are fine each on its own."""
 
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from lte.surgery.method import Method
+from lte.modules.recording import sparse_layers
+from lte.modules.tensor_parallel import check_not_shared
+from lte.surgery.stages import StagePlan
+from lte.surgery.training import Training
 from lte.training.arguments import LTETrainingArguments
-from lte.training.stages import StagePlan
-
-
-def check_method(method: Method, args: LTETrainingArguments) -> None:
-    """Whether a method other than LTE fits the arguments.
-
-    Raises:
-        ValueError: it does not.
-    """
-    if args.recipe == "paper":
-        raise ValueError(f"recipe='paper' trains LTE's routers, not those of {method.name}: take the default recipe")
-    made_for = getattr(method, "target_sparsity", None)
-    if args.target_sparsity is not None and args.target_sparsity != made_for:
-        raise ValueError(
-            f"the model was made for target_sparsity {made_for}, but the arguments ask for {args.target_sparsity}: "
-            "make them one, or convert the dense model again"
-        )
 
 
 def check_dtype(dtype: torch.dtype | str) -> None:
@@ -37,48 +22,45 @@ def check_dtype(dtype: torch.dtype | str) -> None:
         )
 
 
-def check_head(model: Any, args: LTETrainingArguments) -> None:
-    """Whether the model's outputs can be compared with those of a teacher.
-
-    Raises:
-        ValueError: they cannot.
-    """
+def check_model(model: Any, args: LTETrainingArguments) -> None:
+    """Raise ValueError unless a run with these arguments can train the model."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"LTETrainer does not use DataParallel, but this one process sees {args.n_gpu} GPUs: start it with "
+            "torchrun --nproc_per_node N, or set CUDA_VISIBLE_DEVICES to one GPU"
+        )
+    if model is None:
+        raise ValueError("LTETrainer needs a model, made sparse by lte.sparsify_: it does not take model_init")
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "LTETrainer trains all weights, and this model has adapters of peft: merge them before, or put them on "
+            "the trained model and use transformers.Trainer"
+        )
+    sparse_layers(model)  # says what to do if there are none
+    check_not_shared(model, "LTETrainer groups and fits")
     name = type(model).__name__
     if args.distillation_weight and name.endswith(("ForQuestionAnswering", "ForPreTraining")):
         raise ValueError(f"{name} has no logits to compare: give distillation_weight=0")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            check_dtype(parameter.dtype)
 
 
 def check_callbacks(callbacks: Iterable[TrainerCallback], args: LTETrainingArguments) -> None:
-    """Whether none of them would end a run before its last stage.
-
-    Raises:
-        ValueError: one would.
-    """
-    if args.recipe != "dense" and any(isinstance(one, EarlyStoppingCallback) for one in callbacks):
+    """Raise ValueError if one of them would end a run before its last stage."""
+    if not args.is_dense and any(isinstance(one, EarlyStoppingCallback) for one in callbacks):
         raise ValueError(
             "EarlyStoppingCallback compares evaluations of all stages, and the dense one has the best: only "
             "recipe='dense' takes it"
         )
 
 
-def check_converged(what: str, values: Iterable[Tensor]) -> None:
-    """Whether training before went well.
-
-    Raises:
-        ValueError: a value is NaN or infinite.
-    """
-    if not all(one.isfinite().all() for one in values):
-        raise ValueError(f"{what} has become NaN or infinite, training diverged: give a lower learning rate")
-
-
-def check_sharded(plan: StagePlan, method: Method, args: LTETrainingArguments, grouped: bool) -> None:
-    """Whether a run can do without looking at whole weights, which no rank has when parameters are sharded.
+def check_sharded(plan: StagePlan, training: Training, args: LTETrainingArguments, grouped: bool) -> None:
+    """Raise ValueError if a run looks at whole weights, which no rank has when parameters are sharded.
 
     Args:
+        training: the method's.
         grouped: whether the model's neurons are in experts already.
-
-    Raises:
-        ValueError: it cannot.
     """
     if plan.dense == plan.total:
         return
@@ -91,9 +73,9 @@ def check_sharded(plan: StagePlan, method: Method, args: LTETrainingArguments, g
         raise ValueError(
             "neurons cannot be grouped when parameters are sharded: leave grouped=False out of lte.sparsify_"
         )
-    if args.router_start == "fitted" or not method.learns:
+    if training.fits:
         raise ValueError("routers cannot be fitted when parameters are sharded: give router_start='random'")
-    if args.distillation_weight or args.feature_distillation_weight:
+    if args.distils:
         raise ValueError(
             "the dense model cannot be copied, to learn from it, when parameters are sharded: give "
             "distillation_weight=0 and feature_distillation_weight=0"

@@ -11,9 +11,9 @@ from accelerate.utils import gather
 from torch import Tensor, nn
 from transformers import Trainer
 
-from lte.training.calibration import evaluating
+from lte.modules.evaluating import evaluating
+from lte.surgery.stages import Stage
 from lte.training.checkpoints import checkpoints_in, flaw_of, rotate
-from lte.training.stages import Stage
 
 _MOST = 10_000  # numbers that are kept until they are looked at
 _SMALL_LOSS = 1e-3  # below it a gradient may well be 0
@@ -47,7 +47,10 @@ class WatchedTrainer(Trainer):
     it has to leave out all of them.
     """
 
-    stage: Stage | None = None
+    @property
+    def stage(self) -> Stage | None:
+        """The present one, where there are stages."""
+        return None
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._seen: deque[Seen] = deque(maxlen=_MOST)

@@ -16,6 +16,7 @@ from lte.data.content import content_of
 from lte.data.digest import digest
 from lte.modules.recording import sparse_layers
 from lte.surgery.method import STATE
+from lte.surgery.training_options import Schedule
 from lte.training.arguments import LTETrainingArguments
 
 _REASONS = {
@@ -100,6 +101,8 @@ def run_identity(
 def options_of(args: LTETrainingArguments) -> dict[str, Any]:
     """The options that change the result, by name; those of an option that is a mapping by both names."""
     kept = MAY_CHANGE - {*CHOOSE} if args.load_best_model_at_end else MAY_CHANGE
+    if args.is_dense:
+        kept |= {one.name for one in fields(Schedule)}  # it reads none of them
     flat = {name: value for one, value in args.to_dict().items() for name, value in _flat(one, value).items()}
     return _plain({name: value for name, value in flat.items() if name not in kept})
 

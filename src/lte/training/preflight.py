@@ -14,8 +14,8 @@ from torch import nn
 from transformers.trainer_callback import ExportableState
 
 from lte.files import new_path, writing
+from lte.modules.evaluating import evaluating
 from lte.surgery.generation_settings import keep_generation_settings_
-from lte.training.calibration import evaluating
 from lte.training.divergence import weights_not_finite
 from lte.training.saving_trainer import PROVEN
 
@@ -164,10 +164,10 @@ def _first_rows(dataset: Any, count: int) -> Any:
 @torch.no_grad()
 def _try_calibration(trainer: Any, model: nn.Module) -> None:
     """A forward pass over the first batch that thresholds will be set on, if any will be."""
-    if trainer.calibration_dataset is None or trainer.args.target_sparsity is None:
+    if trainer.rows.held_out is None or trainer.args.target_sparsity is None:
         return
-    batch = next(trainer._batches(trainer.calibration_dataset), None)
+    batch = next(trainer.rows.held_out(), None)
     if batch is None:
         raise ValueError("calibration_dataset has no row: give one, or leave it out to keep training rows out for it")
     with evaluating(model), trainer.accelerator.autocast():
-        model(**trainer._read_by_model(batch))
+        model(**batch)

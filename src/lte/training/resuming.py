@@ -19,11 +19,11 @@ from lte.training.checkpoints import (
     state_of,
     write_json,
 )
+from lte.training.distiller import KEPT_IN
 from lte.training.identity import check_same
 
 logger = logging.getLogger(__name__)
 
-TEACHER = "lte_teacher"
 Told = TypeVar("Told")
 
 
@@ -57,7 +57,7 @@ def begin_run(
         _clear(folder, overwrite, model)
     folder.mkdir(parents=True, exist_ok=True)
     if found is not None:
-        _bring_teacher(found.parent / TEACHER, folder)
+        _bring_teacher(found.parent / KEPT_IN, folder)
     write_json(folder / RUN, dict(identity))
     return found
 
@@ -100,7 +100,7 @@ def _clear(folder: Path, overwrite: bool, model: str) -> None:
     if model and any(Path(model).resolve() == one.resolve() for one in left):
         raise ValueError(f"the model is {model}, which overwrite would delete: take another folder")
     (folder / RUN).unlink(missing_ok=True)
-    for one in [*left, folder / TEACHER]:
+    for one in [*left, folder / KEPT_IN]:
         shutil.rmtree(one, ignore_errors=True)
 
 
@@ -109,8 +109,8 @@ def _bring_teacher(teacher: Path, folder: Path) -> None:
     if teacher.is_dir() and teacher.parent.resolve() != folder.resolve():
         with new_path(folder) as fresh:
             shutil.copytree(teacher, fresh, dirs_exist_ok=True)
-            shutil.rmtree(folder / TEACHER, ignore_errors=True)
-            fresh.rename(folder / TEACHER)
+            shutil.rmtree(folder / KEPT_IN, ignore_errors=True)
+            fresh.rename(folder / KEPT_IN)
 
 
 def agreed(first: bool, work: Callable[[], Told]) -> Told:

@@ -1,104 +1,138 @@
-"""The stages of training and their length: dense (optional), soft, hard."""
+"""A run's way through its stages, as a callback of ``Trainer``, which keeps in checkpoints what it has to remember."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+import logging
+from dataclasses import astuple
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import get_scheduler
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
-Stage = Literal["dense", "soft", "hard"]
+from lte.surgery.convert import regroup_
+from lte.surgery.stages import Stage, StagePlan
+from lte.training.checks import check_sharded
+from lte.training.distiller import keep_dtypes
+from lte.training.preflight import try_out
+from lte.training.recomputing import check_recomputing
+
+if TYPE_CHECKING:
+    from lte.training.trainer import LTETrainer
+
+logger = logging.getLogger(__name__)
+
+_CALIBRATIONS = 4  # in the hard stage, evenly spaced; frozen routers' inputs move while the rest trains
 
 
-@dataclass(frozen=True)
-class StagePlan:
-    """How many optimizer steps each stage takes.
+class _Stages(TrainerCallback, ExportableState):  # checkpoints know it by this name
+    """Changes the stage when it is time, by what the method's :class:`~lte.surgery.training.Training` does then.
 
-    dense: fine-tune without routers. soft: model and routers together, experts scaled by score.
-    hard: routers frozen, experts kept or dropped (LTE paper, section 4.2).
+    Attributes:
+        plan: the stages of the run.
+        stage: the present one; None before the first step.
+        progress: through it, in [0, 1].
     """
 
-    dense: int
-    soft: int
-    hard: int
+    def __init__(self, trainer: "LTETrainer"):
+        self.trainer = trainer
+        self.plan = StagePlan(0, 0, 0)
+        self.stage: Stage | None = None
+        self.progress = 0.0
 
-    @staticmethod
-    def split(total: int, dense_fraction: float, hard_fraction: float) -> "StagePlan":
-        """Divide ``total`` steps; soft takes what dense and hard leave. A ``dense_fraction`` of 1 is a dense run.
+    def begin(self, resumed: dict[str, Any] | None) -> None:
+        """Called when training begins, with what a checkpoint remembers of the run, or None."""
+        trainer, model = self.trainer, self.trainer.plain
+        check_recomputing(model)
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            check_sharded(self.plan, trainer.training, trainer.args, model.config.lte.get("grouped", True))
+        self.stage, trainer.distiller.teacher = None, None
+        trainer.training.begin(model, self.plan, trainer.compilation)
+        keep_dtypes(cast(nn.Module, trainer.model_wrapped))
+        if resumed:
+            self._go_on(resumed)
+        try_out(trainer, teacher=trainer.args.distils and not resumed)
 
-        Raises:
-            ValueError: fractions that leave the soft stage no step, or out of range.
-        """
-        dense, hard = round(total * dense_fraction), round(total * hard_fraction)
-        if hard == 0 and hard_fraction > 0:
-            hard = 1  # a run that asks for a hard stage ends in one, however short it is
-        if dense_fraction == 1 and hard_fraction == 0:  # a dense baseline
-            return StagePlan(total, 0, 0)
-        if min(dense, hard) < 0 or dense + hard >= total:
+    def _go_on(self, resumed: dict[str, Any]) -> None:
+        trainer, plan = self.trainer, [*astuple(self.plan)]
+        if resumed.get("plan", plan) != plan:
             raise ValueError(
-                f"{total} steps with dense_fraction {dense_fraction} and hard_fraction {hard_fraction} "
-                "leave the soft stage none: make the fractions smaller, or train for more steps"
+                f"the checkpoint's run has {resumed['plan']} steps dense, soft and hard, and this one {plan}: "
+                "resume with the same number of steps and fractions"
             )
-        return StagePlan(dense, total - dense - hard, hard)
+        trainer.training.load(resumed)
+        self.stage = stage = cast(Stage, resumed["stage"])
+        trainer.training.set_stage(stage)
+        if stage != "dense":
+            trainer.plain.config.lte.pop("grouped", None)  # the checkpoint's neurons are
+            if trainer.args.distils and trainer.state.global_step < self.plan.total:
+                trainer.distiller.load(trainer.folder, trainer.plain)
 
-    @staticmethod
-    def without_soft(total: int, dense_fraction: float) -> "StagePlan":
-        """For routers that are not trained: hard takes what dense leaves.
+    def begin_step(self, step: int) -> None:
+        """Called before each optimizer step: change the stage when it is time."""
+        stage, self.progress = self.plan.at(step)
+        if stage != self.stage:
+            self.enter(stage)
+        self.trainer.compilation.begin_pass()
+        self.trainer.training.before_step(stage, self.progress)
 
-        Raises:
-            ValueError: a fraction that leaves the hard stage no step, or out of range.
-        """
-        dense = round(total * dense_fraction)
-        if not 0 <= dense < total:
-            raise ValueError(
-                f"{total} steps with dense_fraction {dense_fraction} leave the hard stage none: make the fraction "
-                "smaller, or train for more steps"
-            )
-        return StagePlan(dense, 0, total - dense)
+    def end_step(self) -> None:
+        """Called after each optimizer step; now and then set the thresholds (hard)."""
+        if self.stage in (None, "dense"):
+            return
+        trainer, step = self.trainer, self.trainer.state.global_step
+        sparsity = trainer.training.log.end_step()
+        trainer.training.after_step(self.stage, self.progress, step, sparsity, trainer.rows)
+        if self.stage == "hard":
+            done = step - self.plan.dense - self.plan.soft
+            if done % max(1, self.plan.hard // _CALIBRATIONS) == 0 or step == self.plan.total:
+                self.calibrate()
 
-    @property
-    def total(self) -> int:
-        return self.dense + self.soft + self.hard
+    @torch.no_grad()
+    def enter(self, stage: Stage) -> None:
+        """Begin a stage for the first time (not on resuming inside it)."""
+        trainer, model, before = self.trainer, self.trainer.plain, self.stage
+        if stage == "soft" or (stage == "hard" and not self.plan.soft):
+            if before == "dense":
+                trainer.stop_if_diverged()
+            if before == "dense" or not model.config.lte.get("grouped", True):
+                regroup_(model, trainer.method, trainer.rows.training())
+            if trainer.args.distils:
+                plain = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+                trainer.distiller.make(plain, trainer.folder if trainer.args.should_save else None)
+        trainer.training.enter(stage, trainer.rows)
+        goes_on = before == "soft" and not trainer.args.restart_hard
+        if before is not None and not goes_on and trainer.optimizer is not None:
+            trainer.optimizer.state.clear()  # pyright: ignore[reportAttributeAccessIssue]
+        self.stage = stage
+        if stage == "hard":
+            self.calibrate()
+        logger.info("stage %s begins at step %d of %s", stage, trainer.state.global_step, type(model).__name__)
 
-    def at(self, step: int) -> tuple[Stage, float]:
-        """The stage that optimizer step ``step`` (from 0) belongs to, and how far it is through it, in [0, 1]."""
-        if step < self.dense:
-            return "dense", step / self.dense
-        if step < self.dense + self.soft:
-            return "soft", (step - self.dense) / self.soft
-        return "hard", min(1.0, (step - self.dense - self.soft) / max(1, self.hard))
+    def calibrate(self) -> None:
+        """Move the thresholds so that rows which are not trained on have the target's sparsity."""
+        trainer = self.trainer
+        if trainer.rows.held_out is not None and trainer.args.target_sparsity is not None:
+            trainer.stop_if_diverged()
+            trainer.training.calibrate(trainer.rows)
 
-    def lr_lambda(
-        self,
-        scheduler: str,
-        warmup: Callable[[int], int],
-        kwargs: dict[str, Any],
-        dense: float = 1.0,
-        restart_hard: bool = True,
-    ) -> Callable[[int], float]:
-        """A learning rate factor that warms up and decays once a stage, by a Hugging Face schedule's name.
+    # ---- what Trainer asks of a callback
 
-        The dense stage's peak is ``dense``, the others' is 1. Without ``restart_hard`` soft and hard stage share one
-        schedule.
-        """
-        if restart_hard:
-            starts = {0: self.dense, self.dense: self.soft, self.dense + self.soft: self.hard}
-        else:
-            starts = {0: self.dense, self.dense: self.soft + self.hard}
-        lambdas = {
-            start: _lr_lambda(scheduler, warmup(steps), steps, kwargs) for start, steps in starts.items() if steps
-        }
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        callbacks = cast(dict[str, Any], state.stateful_callbacks)
+        saved = callbacks.get(type(self).__name__) if state.global_step else None
+        self.begin(saved["attributes"] if isinstance(saved, dict) else None)
 
-        def factor(step: int) -> float:
-            start = max(start for start in lambdas if start <= step)
-            return lambdas[start](step - start) * (dense if step < self.dense else 1.0)
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.begin_step(state.global_step)
 
-        return factor
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.end_step()
 
-
-def _lr_lambda(name: str, warmup_steps: int, steps: int, kwargs: dict[str, Any]) -> Callable[[int], float]:
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
-    scheduler = get_scheduler(name, optimizer, warmup_steps, steps, kwargs)
-    if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
-        raise ValueError(f"lr_scheduler_type {name!r} cannot restart with each stage: use linear, cosine or constant")
-    return scheduler.lr_lambdas[0]
+    def state(self) -> dict[str, Any]:
+        plan = [*astuple(self.plan)]
+        memory = {"manifest": True, "stage": self.stage, "plan": plan, **self.trainer.training.state()}
+        return {"args": {}, "attributes": memory}

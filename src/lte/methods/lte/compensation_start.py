@@ -6,11 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lte.methods.ridge import check_converged, ridge_regression
+from lte.methods.router_start import tokens_to_fit
 from lte.surgery.activations import watch_ffns
 from lte.surgery.sites import Site, find_sites
-from lte.training.checks import check_converged
-from lte.training.ridge import ridge_regression
-from lte.training.router_start import tokens_to_fit
 
 
 @torch.no_grad()

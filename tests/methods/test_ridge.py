@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lte.training.ridge import RIDGE, ridge_regression
+from lte.methods.ridge import RIDGE, ridge_regression
 
 
 def inputs(rows: int, width: int = 20):

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from lte.core.selection import expert_norms
+from lte.methods.ridge import check_converged, ridge_regression
 from lte.surgery.activations import watch_ffns
 from lte.surgery.sites import Site, find_sites
-from lte.training.checks import check_converged
-from lte.training.ridge import ridge_regression
 
 TOKENS_PER_INPUT = 16
 

@@ -1,7 +1,7 @@
 """LTE: experts by balanced k-means, a linear sigmoid router, a threshold (Zheng et al., NeurIPS 2024)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -10,6 +10,10 @@ from lte.methods.experts import Grouped
 from lte.modules.compensation import Compensation
 from lte.modules.router import Router
 from lte.surgery.sites import Site
+from lte.surgery.training_options import TrainingOptions
+
+if TYPE_CHECKING:
+    from lte.methods.lte.training import LTETraining
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,11 @@ class LTEConfig(Grouped):
             raise ValueError(f"compensation_rank is {self.compensation_rank}, but a rank is 0 (none) or more")
         if not 0 < self.tau < 1:
             raise ValueError(f"tau is {self.tau}, but scores lie between 0 and 1, so tau does too (usual: 0.5)")
+
+    def training(self, options: TrainingOptions) -> "LTETraining":
+        from lte.methods.lte.training import LTETraining  # who only converts or loads a model does without
+
+        return LTETraining(self, options)
 
     def build_router(self, site: Site, device: torch.device) -> Router:
         return Router(site.d_model, check_divisible(site.d_ff, self.expert_size), device)

@@ -6,9 +6,9 @@ from test_router_start import batches
 from tiny_training import DEPENDENT, dense_llama, make_dependent_, markov_blocks, trainer_for
 
 import lte
+from lte.methods.lte.compensation_start import fit_compensations_
+from lte.methods.router_start import TOKENS_PER_INPUT, fit_routers_
 from lte.modules.recording import sparse_layers
-from lte.training.compensation_start import fit_compensations_
-from lte.training.router_start import TOKENS_PER_INPUT, fit_routers_
 
 
 def model_of(rank: int, d_model: int = 32):
@@ -72,14 +72,14 @@ def test_it_trains_in_the_soft_and_hard_stage(tmp_path, start):
         tmp_path, model_of(4), markov_blocks(400), max_steps=20, router_start=start, hard_fraction=0.3
     )
     layer = next(iter(sparse_layers(trainer.model).values()))
-    step = trainer.begin_step
+    step = trainer.stages.begin_step
 
     def begin_step(number):
         step(number)
         trains = layer.compensation.expand.requires_grad
         seen.setdefault(trainer.stage, (trains, layer.compensation.expand.detach().clone()))
 
-    trainer.begin_step = begin_step
+    trainer.stages.begin_step = begin_step
     trainer.train()
     assert {stage: trains for stage, (trains, _) in seen.items()} == {"dense": False, "soft": True, "hard": True}
     assert bool(seen["soft"][1].any()) == (start == "fitted")

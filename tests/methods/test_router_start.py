@@ -5,9 +5,9 @@ import torch
 from tiny_training import DEPENDENT, make_dependent_, markov_blocks, sparse_llama, trainer_for
 from torch.nn.functional import silu
 
+from lte.methods.router_start import TOKENS_PER_INPUT, fit_routers_
 from lte.modules.recording import sparse_layers
-from lte.training.router_start import TOKENS_PER_INPUT, fit_routers_
-from lte.training.stages import StagePlan
+from lte.surgery.stages import StagePlan
 
 
 def batches(rows: int = 400, size: int = 50):
@@ -73,17 +73,17 @@ def test_sharded_parameters_are_refused_before_the_first_step(tmp_path):
     trainer = trainer_for(tmp_path)
     trainer.is_fsdp_enabled = True
     for plan, said in ((StagePlan(2, 4, 1), "dense_fraction=0"), (StagePlan(0, 4, 1), "router_start='random'")):
-        trainer.plan = plan
+        trainer.stages.plan = plan
         with pytest.raises(ValueError, match=said):
-            trainer.begin(None)
+            trainer.stages.begin(None)
     trainer.args.router_start = "random"
     with pytest.raises(ValueError, match="give distillation_weight=0"):
-        trainer.begin(None)
+        trainer.stages.begin(None)
     trainer.args.distillation_weight = 0.0
-    trainer.begin(None)
+    trainer.stages.begin(None)
     trainer.model.config.lte["grouped"] = False
     with pytest.raises(ValueError, match="neurons cannot be grouped when parameters are sharded"):
-        trainer.begin(None)
+        trainer.stages.begin(None)
 
 
 @torch.no_grad()

@@ -1,19 +1,17 @@
-"""What a training step takes from the scores of all layers: losses, and what is logged of them."""
+"""What a training step of LTE takes from the scores of all layers: losses, and what is logged of them."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from lte.core.accounting import count_active
 from lte.core.losses import efficiency_loss, separability_loss
 from lte.core.selection import threshold
-from lte.modules.mixture import Balance, balance_loss
 from lte.modules.recording import Recording
 from lte.modules.sparse_ffn import Selecting
-from lte.training.step_log import StepLog
+from lte.modules.step_log import StepLog
 
 NEAR_TAU = 0.1
 
@@ -35,16 +33,6 @@ def lte_losses(
     for name, value in {"efficiency_loss": efficiency, "separability_loss": separability, "near_tau": near}.items():
         log.note(name, value.clone())  # what a CUDA graph put out does not outlive its step
     return efficiency, separability
-
-
-def mixture_loss(recording: Recording, balance: Balance, layers: dict[str, Selecting], log: StepLog) -> Tensor:
-    """The balance loss of a mixture while it learns, 0 of every other method; it goes to the log, as sparsity does."""
-    log.meter.add(layers, recording.stacked())
-    if not balance:
-        return torch.zeros((), device=PartialState().device)
-    loss = balance_loss(balance, recording)
-    log.note("balance_loss", loss)
-    return loss
 
 
 def measure_scores(

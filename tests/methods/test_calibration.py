@@ -7,9 +7,9 @@ from torch.utils.data import DataLoader
 from transformers import T5Config, T5ForConditionalGeneration
 
 import lte
+from lte.methods.lte import calibration
+from lte.methods.lte.calibration import calibrate_
 from lte.modules.recording import sparse_layers
-from lte.training import calibration
-from lte.training.calibration import calibrate_
 
 
 def hard_llama(**overrides):

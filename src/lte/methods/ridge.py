@@ -1,5 +1,7 @@
 """Regression with a ridge, of sums that rounding may have left a little less than positive definite."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -32,3 +34,9 @@ def ridge_regression(gram_II: Tensor, cross_IO: Tensor, free: int = 0) -> tuple[
             return torch.cholesky_solve(cross_IO.double(), lower_II), lower_II
         ridge_I = (_STEP * ridge_I).clamp_min(float(ridge_I.max()))
     raise AssertionError("sums of products that no ridge makes positive definite")
+
+
+def check_converged(what: str, values: Iterable[Tensor]) -> None:
+    """Raise ValueError unless all values are finite: they are sums of what a model shows that was trained before."""
+    if not all(one.isfinite().all() for one in values):
+        raise ValueError(f"{what} has become NaN or infinite, training diverged: give a lower learning rate")

@@ -2,8 +2,8 @@
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lte.core.sampling import stride_for
+from lte.modules.evaluating import evaluating
 from lte.modules.recording import check_linear, record_scores, sparse_layers
 
 logger = logging.getLogger(__name__)
@@ -158,15 +159,3 @@ def _cut(values: Tensor, share: float) -> tuple[float, float]:
 
 def _between(low: Tensor, high: Tensor) -> float:
     return (low + (high - low) / 2).item()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Mode eval within; afterwards every module is as it was, also where some trained and some did not."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

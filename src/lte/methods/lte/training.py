@@ -1,0 +1,115 @@
+"""How LTE trains (LTE paper, section 4): losses on scores, a sigmoid that sharpens, eta that meets a sparsity."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import Tensor
+
+from lte.methods.learned import LearnedTraining
+from lte.methods.lte.calibration import calibrate_
+from lte.methods.lte.compensation_start import fit_compensations_
+from lte.methods.lte.controller import SparsityController
+from lte.methods.lte.scores import lte_losses, measure_scores
+from lte.modules.evaluating import evaluating
+from lte.modules.recording import Recording, track_sparsity
+from lte.surgery.stages import Stage, StagePlan
+from lte.surgery.training import Rows
+
+_USUAL_SPARSITY = 0.5  # that a start is made for where none is asked for
+_COMPARISONS = 10  # in the soft stage, of training rows' sparsity with that of others
+_APART = 20  # steps between two of them at least: a short stage has fewer
+
+
+class LTETraining(LearnedTraining):
+    """Training of LTE's routers.
+
+    Attributes:
+        eta: the weight of the efficiency loss: fixed, or moved by the controller after each step of the soft stage.
+        controller: meets ``target_sparsity``.
+    """
+
+    def check(self) -> None:
+        """Any options do: the routers of one model can be trained for any sparsity."""
+
+    def begin(self, model: Any, plan: StagePlan, compiled: Callable[..., Any]) -> None:
+        super().begin(model, plan, compiled)
+        self._measure = compiled(measure_scores)
+
+    def forget(self) -> None:
+        super().forget()
+        self.eta: float | Tensor = self.options.eta or 0.0
+        self.controller = SparsityController(self.options.target_sparsity or 0.0, ramp=self.options.sparsity_ramp)
+
+    def enter(self, stage: Stage, rows: Rows) -> None:
+        if stage == "hard":
+            for layer in self.layers.values():
+                layer.linear_router.fold_temperature()
+        super().enter(stage, rows)
+
+    def start_compensation(self, batches: Iterable[dict[str, Tensor]]) -> None:
+        if any(layer.compensation is not None for layer in self.layers.values()):
+            fit_compensations_(self.model, batches, self.options.target_sparsity or _USUAL_SPARSITY)
+
+    def before_step(self, stage: Stage, progress: float) -> None:
+        """Sharpen the sigmoid in the first part of the soft stage."""
+        if stage == "soft":
+            ramped = min(1.0, progress / cast(float, self.options.ramp))
+            temperatures = [layer.linear_router.temperature for layer in self.layers.values()]
+            torch._foreach_zero_(temperatures)  # pyright: ignore  # few launches, not one a layer
+            torch._foreach_add_(temperatures, cast(float, self.options.temperature) ** ramped)  # pyright: ignore
+
+    def loss(self, stage: Stage, recording: Recording) -> Tensor:
+        """``eta`` times the efficiency loss, and the separability loss by its weight; both are only logged if hard."""
+        floor = self.options.separability_floor
+        efficiency, separability = lte_losses(recording, self.layers, floor, self.log, self._measure)
+        if stage == "hard":
+            return efficiency.new_zeros(())
+        loss, weight = self.eta * efficiency, cast(float, self.options.separability_weight)
+        return loss + weight * separability if weight else loss
+
+    def after_step(self, stage: Stage, progress: float, step: int, sparsity: Tensor, rows: Rows) -> None:
+        """Move eta toward the target."""
+        if stage != "soft" or self.options.target_sparsity is None:
+            return
+        if step % max(_APART, self.run_plan.soft // _COMPARISONS) == 0:
+            self.compare(sparsity, rows)
+        self.eta = self.controller.step(sparsity, progress)
+
+    @torch.no_grad()
+    def compare(self, sparsity: Tensor, rows: Rows) -> None:
+        """Tell the controller by how much rows that are not trained on are sparser than those of the last step."""
+        if rows.held_out is None:
+            return
+        with evaluating(self.model), rows.autocast(), track_sparsity(self.model) as meter:
+            for batch in rows.held_out():
+                self.model(**batch)
+        self.controller.gap = cast(Tensor, reduce(meter.measured()[0], reduction="mean")) - sparsity
+
+    def calibrate(self, rows: Rows) -> None:
+        """Shift all thresholds by one amount, the mean of those that the ranks find."""
+        assert rows.held_out is not None
+        assert self.options.target_sparsity is not None
+        routers = [layer.linear_router for layer in self.layers.values()]
+        before = [router.bias.clone() for router in routers]
+        with rows.autocast():
+            shift = calibrate_(self.model, rows.held_out(), self.options.target_sparsity)
+        mean = cast(Tensor, reduce(torch.tensor(shift, device=PartialState().device), reduction="mean"))
+        for router, bias in zip(routers, before, strict=True):
+            router.bias.data.copy_(bias - mean / router.temperature)
+
+    def state(self) -> dict[str, float]:
+        return {
+            "eta": float(self.eta),
+            "integral": float(self.controller.integral),
+            "gap": float(self.controller.gap),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.eta = state["eta"]
+        self.controller.integral, self.controller.gap = state["integral"], state.get("gap", 0.0)
+
+    def logged(self) -> dict[str, float]:
+        return {"eta": float(self.eta)}

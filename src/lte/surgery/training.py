@@ -1,0 +1,177 @@
+"""What a method does while its model is trained: ``LTETrainer`` calls it, and knows no more of any method."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast
+from torch import Tensor
+
+from lte.modules.recording import Recording, record_scores, sparse_layers
+from lte.modules.sparse_ffn import Selecting
+from lte.modules.step_log import StepLog
+from lte.surgery.activations import first_tokens
+from lte.surgery.convert import set_mode_
+from lte.surgery.stages import Stage, StagePlan
+from lte.surgery.training_options import TrainingOptions
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Batches outside of the training loop, anew each time they are asked for.
+
+    Attributes:
+        training: rows that are trained on, in an order of their own.
+        held_out: rows that are not; None where there are none.
+        autocast: the precision in which the run computes.
+    """
+
+    training: Callable[[], Iterator[Batch]]
+    held_out: Callable[[], Iterator[Batch]] | None
+    autocast: Callable[[], AbstractContextManager[Any]]
+
+
+class Training:
+    """Training with one method. This base is of one whose routers are set by ``method.fit``, and not trained.
+
+    A run calls :meth:`plan`, :meth:`begin`, and either :meth:`enter` at the start of each stage or, where it is resumed
+    in the middle of one, :meth:`load` and :meth:`set_stage`. Around every step of the stages soft and hard come
+    :meth:`before_step`, :meth:`recording` with :meth:`loss`, and :meth:`after_step`. All ranks end with the same model.
+
+    Args:
+        method: of the model.
+        options: of the run.
+    """
+
+    def __init__(self, method: Any, options: TrainingOptions) -> None:
+        self.method, self.options = method, options
+        self.check()
+        self.forget()
+
+    def check(self) -> None:
+        """Raise ValueError unless the options fit the method: its own sparsity, and no recipe for LTE's routers."""
+        if self.options.recipe == "paper":
+            raise ValueError(
+                f"recipe='paper' trains LTE's routers, not those of {self.method.name}: take the default recipe"
+            )
+        made_for, asked = self.method.target_sparsity, self.options.target_sparsity
+        if asked is not None and asked != made_for:
+            raise ValueError(
+                f"the model was made for target_sparsity {made_for}, but the arguments ask for {asked}: "
+                "make them one, or convert the dense model again"
+            )
+
+    @property
+    def fits(self) -> bool:
+        """Whether :meth:`enter` looks at whole weights, which no rank has where they are sharded."""
+        return True
+
+    def plan(self, total: int) -> StagePlan:
+        """The stages of a run of ``total`` steps.
+
+        Raises:
+            ValueError: too few steps.
+        """
+        return StagePlan.without_soft(total, self.options.dense_fraction)
+
+    def begin(self, model: Any, plan: StagePlan, compiled: Callable[..., Any]) -> None:
+        """Called when a run begins, which may be another after one.
+
+        Args:
+            model: sparse, without the wrappers that training puts around it.
+            plan: of the run.
+            compiled: makes a function of tensors faster, where the run compiles.
+        """
+        self.model, self.run_plan = model, plan
+        self.layers: dict[str, Selecting] = sparse_layers(model)
+        self.forget()
+
+    def forget(self) -> None:
+        """Be as before any step."""
+        self.log = StepLog()
+
+    def enter(self, stage: Stage, rows: Rows) -> None:
+        """Change the model as a stage needs it that begins."""
+        if stage == "soft" or (stage == "hard" and not self.run_plan.soft):
+            self.start(rows)
+        self.set_stage(stage)
+
+    def start(self, rows: Rows) -> None:
+        """Routers as the first stage after the dense one needs them. Neurons are grouped by then."""
+        self.draw()
+        set_mode_(self.model, "dense")
+        for layer in self.layers.values():
+            layer.router.requires_grad_(True)  # a method may train them, outside of the training loop
+        self.method.fit(self.model, first_tokens(rows.training(), self.method.fit_tokens))
+        self.share()
+
+    def draw(self, bias: float = 0.0) -> None:
+        """Routers and compensations at random, by the run's seed."""
+        generator = torch.Generator().manual_seed(self.options.seed)
+        for layer in self.layers.values():
+            layer.reset(generator, bias)
+
+    def set_stage(self, stage: Stage) -> None:
+        """The mode of a stage, and what is trained in it: routers in the soft one, compensation in the hard one too."""
+        set_mode_(self.model, stage)
+        for layer in self.layers.values():
+            for name, parameter in layer.router.named_parameters():
+                parameter.requires_grad_(stage == "soft" and self.trains(name))
+            if layer.compensation is not None:
+                layer.compensation.requires_grad_(stage != "dense")
+
+    def trains(self, name: str) -> bool:
+        """Whether the soft stage trains this parameter of a router."""
+        return False
+
+    def before_step(self, stage: Stage, progress: float) -> None:
+        """Called before each optimizer step; ``progress`` through its stage is in [0, 1]."""
+
+    @contextmanager
+    def recording(self, stage: Stage) -> Iterator[Recording]:
+        """Around the forward pass of a step in the soft or the hard stage."""
+        with record_scores(self.model) as recording:
+            yield recording
+
+    def loss(self, stage: Stage, recording: Recording) -> Tensor:
+        """What is added to the task loss of that pass, a scalar. Sparsity goes to the log."""
+        self.log.meter.add(self.layers, recording.stacked())
+        return torch.zeros((), device=PartialState().device)
+
+    def after_step(self, stage: Stage, progress: float, step: int, sparsity: Tensor, rows: Rows) -> None:
+        """Called after each optimizer step of the soft and hard stage.
+
+        Args:
+            step: how many the run has done.
+            sparsity: of this one.
+        """
+
+    def calibrate(self, rows: Rows) -> None:
+        """Set thresholds on rows that are not trained on, so that these have the sparsity that was asked for."""
+        assert rows.held_out is not None
+        with rows.autocast():
+            self.method.calibrate(self.model, list(rows.held_out()))
+        self.share()
+
+    def share(self) -> None:
+        """All ranks take the routers and compensations of the first."""
+        for layer in self.layers.values():
+            broadcast(layer.router.state_dict())
+            if layer.compensation is not None:
+                broadcast(layer.compensation.state_dict())
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint has to remember of it."""
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state` gave."""
+
+    def logged(self) -> dict[str, float]:
+        """What each entry of the log shows of it."""
+        return {}
