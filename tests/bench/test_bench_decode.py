@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig, StaticCache
 
+from lte.bench import decode as bench_decode
+from lte.bench import parity
 from lte.bench.decode import DecodeGrid, dense_models, random_model
 from lte.bench.decoding import Decoded, Decoder, _static_step
 from lte.bench.routing import random_routers_, route_
-from lte.inference import bench_decode, parity
 from lte.inference.optimize import optimize_
 from lte.methods.lte import LTEConfig
 from lte.modules.recording import record_scores, sparse_layers

@@ -37,7 +37,7 @@ def test_experts_and_tokens_differ(sparsity, threshold):
     generator = torch.Generator().manual_seed(0)
     weights = random_ffn(FFNSize(64, 4096, True, "silu"), 32, torch.float32, CPU, generator)
     x = torch.randn(2048, 64, generator=generator)
-    logits = x @ weights.router.T
+    logits = x @ weights.router.matrix.rows.T
     active = logits + biases(logits, sparsity, threshold) > threshold
     assert 1 - active.float().mean() == pytest.approx(sparsity, abs=0.01)
     by_expert, by_token = active.float().mean(0), active.float().mean(1)

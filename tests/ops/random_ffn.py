@@ -1,12 +1,21 @@
 """Random FFNs for the tests of backends."""
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lte.ops.weights import Activation, FFNWeights
+from lte.ops.weights import (
+    TENSORS,
+    Activation,
+    Affine,
+    FFNWeights,
+    LowRank,
+    Matrix,
+    RouterWeights,
+    unflatten,
+)
 
 
 def make_weights(
@@ -31,34 +40,40 @@ def make_weights(
     def draw(*shape: int, scale: float) -> Tensor:
         return (torch.randn(*shape, generator=generator) * scale).to(dtype).to(device)
 
-    inner, outer = d_model**-0.5, d_ff**-0.5
-    biases: dict[str, Any] = {}
-    if bias:
-        biases = {"up_bias": draw(d_ff, scale=0.5), "down_bias": draw(d_model, scale=0.5)}
-        biases |= {"gate_bias": draw(d_ff, scale=0.5)} if gated else {}
+    inner, outer, num_experts = d_model**-0.5, d_ff**-0.5, d_ff // expert_size
+    up_bias, down_bias = (draw(d_ff, scale=0.5), draw(d_model, scale=0.5)) if bias else (None, None)
+    gate_bias = draw(d_ff, scale=0.5) if bias and gated else None
     weights = FFNWeights(
-        up=draw(d_ff, d_model, scale=inner),
-        down=draw(d_ff, d_model, scale=outer),
-        router=draw(d_ff // expert_size, d_model, scale=inner),
-        gate=draw(d_ff, d_model, scale=inner) if gated else None,
-        router_bias=draw(d_ff // expert_size, scale=0.1),
+        up=Affine(Matrix(draw(d_ff, d_model, scale=inner)), up_bias),
+        down=Affine(Matrix(draw(d_ff, d_model, scale=outer)), down_bias),
+        router=RouterWeights(Matrix(draw(num_experts, d_model, scale=inner))),
+        gate=Affine(Matrix(draw(d_ff, d_model, scale=inner)), gate_bias) if gated else None,
         act=act,
-        **biases,
     )
+    weights = changed(weights, {"router.bias": draw(num_experts, scale=0.1)})
     if not rank:
         return weights
-    return replace(
-        weights,
-        compress=draw(rank, d_model, scale=inner),
-        compress_bias=draw(rank, scale=0.5),
-        expand=draw(d_model, rank, scale=rank**-0.5),
-    )
+    compress, bias_R = Matrix(draw(rank, d_model, scale=inner)), draw(rank, scale=0.5)
+    return replace(weights, compensation=LowRank(compress, bias_R, Matrix(draw(d_model, rank, scale=rank**-0.5))))
+
+
+def tensors_of(weights: FFNWeights) -> dict[str, Tensor]:
+    """The tensors that are there, by name."""
+    return dict(weights.named_tensors())
+
+
+def changed(weights: FFNWeights, tensors: Mapping[str, Tensor | None], threshold: float | None = None) -> FFNWeights:
+    """The same FFN with other tensors of these names; and another threshold, unless it is None."""
+    assert tensors.keys() <= set(TENSORS)
+    threshold = weights.router.threshold if threshold is None else threshold
+    given = {**dict(zip(TENSORS, weights.tensors, strict=True)), **tensors}
+    return unflatten(list(given.values()), threshold, weights.act)
 
 
 def make_x(tokens: int, weights: FFNWeights, seed: int = 1) -> Tensor:
     """Inputs for it, in its dtype and on its device."""
     x = torch.randn(tokens, weights.d_model, generator=torch.Generator().manual_seed(seed))
-    return x.to(weights.up.dtype).to(weights.up.device)
+    return x.to(weights.up.matrix.rows)
 
 
 def make_active(tokens: int, weights: FFNWeights, share: str, seed: int = 2) -> Tensor:
@@ -68,7 +83,7 @@ def make_active(tokens: int, weights: FFNWeights, share: str, seed: int = 2) -> 
     scores = torch.rand(shape, generator=generator)
     count = {"none": 0, "one": 1, "half": weights.num_experts // 2, "all": weights.num_experts}[share]
     kept = scores.argsort(-1)[:, :count]
-    return torch.zeros(shape, dtype=torch.bool).scatter(-1, kept, True).to(weights.up.device)
+    return torch.zeros(shape, dtype=torch.bool).scatter(-1, kept, True).to(weights.up.matrix.rows.device)
 
 
 def relative_rms(found: Tensor, expected: Tensor) -> float:

@@ -1,12 +1,11 @@
 """The CPU backend: the definition's results, nothing of an inactive expert read, the same bits every time."""
 
-import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from typing import get_args
 
 import pytest
 import torch
-from random_ffn import make_active, make_weights, make_x, relative_rms
+from random_ffn import changed, make_active, make_weights, make_x, relative_rms, tensors_of
 
 import lte.ops.sparse_ffn as ops
 from lte.ops import reference
@@ -17,11 +16,12 @@ cpu = pytest.importorskip("lte.ops.cpu")
 # What rounding the result leaves: all else is fp32, whatever the dtypes
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2.5e-3, torch.float16: 4e-4}
 DTYPES = list(TOLERANCE)
+NEURONS = {"up.matrix.rows", "gate.matrix.rows", "down.matrix.rows", "up.bias", "gate.bias"}  # a row a neuron
 SIZES = [(48, 96, 16), (80, 256, 128), (576, 288, 32)]
 
 
 def in_fp32(weights: FFNWeights) -> FFNWeights:
-    return dataclasses.replace(weights, **{name: tensor.float() for name, tensor in weights.tensors().items()})
+    return changed(weights, {name: tensor.float() for name, tensor in weights.named_tensors()})
 
 
 def error(y_TD, x_TD, weights, active_TE=None) -> float:
@@ -75,8 +75,9 @@ def test_activations(act, gated):
 @pytest.mark.parametrize(("dtype", "router_dtype"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
 def test_dtypes_may_differ(x_dtype, dtype, router_dtype):
     weights = make_weights(bias=True, rank=5, dtype=dtype)
-    mixed = {name: getattr(weights, name).to(router_dtype) for name in ("router", "compress_bias", "expand")}
-    weights = dataclasses.replace(weights, **mixed, up_bias=make_weights(bias=True).up_bias, threshold=0.25)
+    names = ("router.matrix.rows", "compensation.bias", "compensation.expand.rows")
+    mixed = {name: tensors_of(weights)[name].to(router_dtype) for name in names}
+    weights = changed(weights, {**mixed, "up.bias": make_weights(bias=True).up.bias}, threshold=0.25)
     x_TD = make_x(5, weights).to(x_dtype)
     assert error(cpu.sparse_ffn(x_TD, weights), x_TD, weights) < TOLERANCE[x_dtype]
 
@@ -87,10 +88,11 @@ def test_inactive_experts_are_not_read(gated, tokens):
     weights = make_weights(gated=gated, bias=True)
     active_TE = torch.tensor([True, False, False, True]).repeat(tokens, 1)
     active_TE[1:, 3] = False
-    names = [name for name in ("up", "gate", "down", "up_bias", "gate_bias") if getattr(weights, name) is not None]
-    poisoned = dataclasses.replace(weights, **{name: getattr(weights, name).clone() for name in names})
-    for name in names:
-        getattr(poisoned, name)[32:96] = float("nan")
+    poisoned = changed(
+        weights, {name: tensors_of(weights)[name].clone() for name in NEURONS & tensors_of(weights).keys()}
+    )
+    for name in NEURONS & tensors_of(weights).keys():
+        tensors_of(poisoned)[name][32:96] = float("nan")
     x_TD = make_x(tokens, weights)
     y_TD = cpu.sparse_ffn(x_TD, poisoned, active_TE)
     assert y_TD.isfinite().all()
@@ -166,20 +168,23 @@ def test_refusals():
     x = make_x(1, weights)
     assert cpu.refuses(x, weights) is None
 
-    def refusal(x=x, **changes):
-        return cpu.refuses(x, dataclasses.replace(weights, **changes))
+    def refusal(name="up.bias", tensor=None, x=x):
+        return cpu.refuses(x, changed(weights, {name: tensor}))
+
+    def transposed(name):
+        return name, tensors_of(weights)[name].T.contiguous().T
 
     assert refusal(x=x.double()) == "x is torch.float64, but it takes float32, bfloat16 and float16"
-    assert "router is torch.float64" in refusal(router=weights.router.double())
-    assert "expand is torch.float64" in refusal(expand=weights.expand.double())
-    assert "down is not contiguous: lte.optimize_ lays" in refusal(down=weights.down.T.contiguous().T)
-    assert "compress is not contiguous" in refusal(compress=weights.compress.T.contiguous().T)
-    assert "lte.optimize_" in refusal(up=weights.up.T.contiguous().T)
-    assert "differ in dtype" in refusal(gate=weights.gate.bfloat16())
-    assert "experts have 2 neurons" in refusal(router=torch.zeros(64, 64), router_bias=None)
+    for name in ("router.matrix.rows", "compensation.expand.rows"):
+        assert f"{name} is torch.float64" in refusal(name, tensors_of(weights)[name].double())
+    for name in ("up.matrix.rows", "down.matrix.rows", "compensation.compress.rows"):
+        assert f"{name} is not contiguous: lte.optimize_ lays" in refusal(*transposed(name))
+    assert "differ in dtype" in refusal("gate.matrix.rows", weights.gate.matrix.rows.bfloat16())
+    two_each = changed(weights, {"router.matrix.rows": torch.zeros(64, 64), "router.bias": None})
+    assert "experts have 2 neurons" in cpu.refuses(x, two_each)
     assert refusal(x=x.to("meta")) == "x is on meta"
-    with pytest.raises(ValueError, match="backend 'cpu' cannot run here: down is not contiguous"):
-        ops.sparse_ffn(x, dataclasses.replace(weights, down=weights.down.T.contiguous().T), backend="cpu")
+    with pytest.raises(ValueError, match=r"backend 'cpu' cannot run here: down\.matrix\.rows is not contiguous"):
+        ops.sparse_ffn(x, changed(weights, dict([transposed("down.matrix.rows")])), backend="cpu")
 
 
 def test_by_name():
@@ -208,5 +213,5 @@ def test_compiles_into_a_graph():
 def test_is_a_proper_operator():
     weights = make_weights(bias=True, rank=3)
     x = make_x(3, weights)
-    arguments = {**weights.arguments(), "active": None, "backend": "cpu"}
-    torch.library.opcheck(torch.ops.lte.sparse_ffn.default, (x,), arguments)
+    arguments = (x, list(weights.tensors), weights.router.threshold, weights.act, None, "cpu")
+    torch.library.opcheck(torch.ops.lte.sparse_ffn.default, arguments)

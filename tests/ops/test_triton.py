@@ -1,15 +1,17 @@
-"""The Triton kernels: compiled on a GPU, and elsewhere through Triton's interpreter (see tests/conftest.py)."""
+"""The Triton kernels: compiled on a GPU, and elsewhere through Triton's interpreter (see tests/conftest.py).
+
+The interpreter is slow, so there a test of many parameters runs a choice of their combinations (:func:`combinations`).
+"""
 
 import dataclasses
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from random_ffn import make_active, make_weights, make_x, relative_rms
+from random_ffn import changed, make_active, make_weights, make_x, relative_rms, tensors_of
 
 from lte.ops import reference, triton_masked, triton_router, triton_token, triton_union
 from lte.ops.sparse_ffn import sparse_ffn
@@ -23,14 +25,36 @@ TOLERANCE = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 9e-3}
 TOKENS = [0, 1, 3, 17, 64, 65, 130]
 
 
+def combinations(names, *values, chosen):
+    """All combinations of ``values`` on a GPU, those ``chosen`` in the interpreter.
+
+    The choice has to have each value, with each of the three kernels where the number of tokens is a parameter.
+    """
+    names = names.split()
+    kernels = [kernel_of(case[names.index("tokens")]) if "tokens" in names else "any" for case in chosen]
+    for position, (name, ones) in enumerate(zip(names, values, strict=True)):
+        seen = {(kernel, case[position]) for kernel, case in zip(kernels, chosen, strict=True)}
+        possible = set(itertools.product(set(kernels) - {"none"}, ones))
+        if name == "tokens":
+            possible = {(kernel_of(one), one) for one in ones}
+        elif name == "dtype":
+            possible -= {("union", torch.bfloat16)}  # see computed_shares
+        assert possible <= seen, f"the choice lacks {possible - seen} of {name}"
+    return pytest.mark.parametrize(names, list(itertools.product(*values)) if ON_GPU else chosen, ids=str)
+
+
+def kernel_of(tokens):
+    return "none" if not tokens else "token" if tokens == 1 else "union" if tokens <= 64 else "masked"
+
+
 def upcast(weights: FFNWeights) -> FFNWeights:
-    return FFNWeights(**{name: v.double() if torch.is_tensor(v) else v for name, v in weights.arguments().items()})
+    return changed(weights, {name: tensor.double() for name, tensor in weights.named_tensors()})
 
 
 def expected(x, weights, active):
     """The reference in fp64, with the router's choice made in the dtype under test."""
     if active is None:
-        active = reference.route(x, weights)
+        active = reference.route(x, weights.router)
     return reference.sparse_ffn(x.double(), upcast(weights), active)
 
 
@@ -41,10 +65,10 @@ def poisoned(weights, active):
     idle = (~active.any(0)).repeat_interleave(weights.expert_size)
     changes = {
         name: tensor.masked_fill(idle.view(-1, *[1] * (tensor.ndim - 1)), float("nan"))
-        for name, tensor in weights.tensors().items()
-        if name in ("up", "gate", "down", "up_bias", "gate_bias")
+        for name, tensor in weights.named_tensors()
+        if name in ("up.matrix.rows", "gate.matrix.rows", "down.matrix.rows", "up.bias", "gate.bias")
     }
-    return replace(weights, **changes), active
+    return changed(weights, changes), active
 
 
 def computed_shares(dtype, tokens):
@@ -56,10 +80,29 @@ def computed_shares(dtype, tokens):
     return ["none", "one", "half", "all"]
 
 
-@pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-@pytest.mark.parametrize("gated", [False, True], ids=["up", "gated"])
+@combinations(
+    "gated bias dtype tokens",
+    [False, True],
+    [False, True],
+    DTYPES,
+    TOKENS,
+    chosen=[
+        (True, True, torch.float32, 0),
+        (False, False, torch.float32, 1),
+        (False, True, torch.float16, 1),
+        (True, False, torch.bfloat16, 1),
+        (True, True, torch.float32, 1),
+        (False, False, torch.float16, 3),
+        (True, True, torch.float32, 3),
+        (False, True, torch.float32, 17),
+        (True, False, torch.float16, 17),
+        (True, True, torch.float16, 64),
+        (False, False, torch.bfloat16, 65),
+        (False, True, torch.float32, 65),
+        (True, False, torch.float16, 65),
+        (True, True, torch.bfloat16, 130),
+    ],
+)
 def test_parity(gated, bias, dtype, tokens):
     shares = computed_shares(dtype, tokens)
     weights = make_weights(48, 160, 32, gated=gated, bias=bias, dtype=dtype, device=DEVICE)
@@ -73,10 +116,29 @@ def test_parity(gated, bias, dtype, tokens):
             assert relative_rms(found, expected(x, weights, active)) < TOLERANCE[dtype], share
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 17, 64, 70])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-@pytest.mark.parametrize("rank", [1, 5, 16, 64])
+@combinations(
+    "rank bias dtype tokens",
+    [1, 5, 16, 64],
+    [False, True],
+    DTYPES,
+    [1, 3, 17, 64, 70],
+    chosen=[
+        (1, False, torch.float32, 1),
+        (5, True, torch.float16, 1),
+        (16, False, torch.bfloat16, 1),
+        (64, True, torch.float32, 1),
+        (1, True, torch.float16, 3),
+        (5, False, torch.float32, 3),
+        (64, True, torch.float32, 3),
+        (16, True, torch.float32, 17),
+        (64, False, torch.float16, 17),
+        (5, True, torch.float32, 64),
+        (1, True, torch.bfloat16, 70),
+        (5, False, torch.float32, 70),
+        (16, False, torch.float16, 70),
+        (64, True, torch.float32, 70),
+    ],
+)
 def test_compensation(rank, bias, dtype, tokens):
     shares = computed_shares(dtype, tokens)
     weights = make_weights(48, 160, 32, bias=bias, rank=rank, dtype=dtype, device=DEVICE)
@@ -107,7 +169,7 @@ def test_compensation_takes_no_launch_of_its_own(tokens, monkeypatch):
                 monkeypatch.setattr(module, name, Counted(name, getattr(module, name)))
     weights = make_weights(64, 128, rank=5, device=DEVICE)
     x = make_x(tokens, weights)
-    choice, right = reference.route(x, weights), expected(x, weights, None)
+    choice, right = reference.route(x, weights.router), expected(x, weights, None)
     monkeypatch.setattr(torch.nn.functional, "linear", None)  # nothing by PyTorch
     found = sparse_ffn(x, weights, backend="triton")
     assert launched == (["_route", "_experts", "_sum"] if tokens == 1 else ["_logits", "_up", "_down", "_sum"])
@@ -115,9 +177,24 @@ def test_compensation_takes_no_launch_of_its_own(tokens, monkeypatch):
     assert relative_rms(found, right) < 3e-6
 
 
-@pytest.mark.parametrize(("d_model", "d_ff", "expert_size"), [(16, 32, 16), (80, 256, 64), (208, 384, 128)])
-@pytest.mark.parametrize("tokens", TOKENS[1:])
-def test_odd_sizes(d_model, d_ff, expert_size, tokens):
+@combinations(
+    "sizes tokens",
+    [(16, 32, 16), (80, 256, 64), (208, 384, 128)],
+    TOKENS[1:],
+    chosen=[
+        ((16, 32, 16), 1),
+        ((80, 256, 64), 1),
+        ((208, 384, 128), 1),
+        ((16, 32, 16), 64),
+        ((80, 256, 64), 17),
+        ((208, 384, 128), 3),
+        ((16, 32, 16), 130),
+        ((80, 256, 64), 65),
+        ((208, 384, 128), 65),
+    ],
+)
+def test_odd_sizes(sizes, tokens):
+    d_model, d_ff, expert_size = sizes
     weights = make_weights(d_model, d_ff, expert_size, bias=True, rank=3, device=DEVICE)
     x = make_x(tokens, weights)
     for active in (None, make_active(tokens, weights, "half")):
@@ -169,12 +246,15 @@ def test_same_bits_every_time(tokens):
     assert all(torch.equal(first, sparse_ffn(x, weights, backend="triton")) for _ in range(3))
 
 
-@pytest.mark.parametrize("other", ["router", "compress", "router compress"])
+ROUTER, COMPRESS, EXPAND = "router.matrix.rows", "compensation.compress.rows", "compensation.expand.rows"
+
+
+@pytest.mark.parametrize("other", [[ROUTER], [COMPRESS], [ROUTER, COMPRESS]])
 @pytest.mark.parametrize("tokens", [1, 3, 70])
 def test_router_compensation_and_biases_of_another_dtype(tokens, other):
     weights = make_weights(64, 128, bias=True, rank=5, dtype=torch.float16, device=DEVICE)
-    names = (*other.split(), "router_bias", "up_bias", "gate_bias", "down_bias", "compress_bias", "expand")
-    mixed = replace(weights, **{name: getattr(weights, name).float() for name in names})
+    names = {*other, EXPAND, *(name for name in tensors_of(weights) if name.endswith("bias"))}
+    mixed = changed(weights, {name: tensors_of(weights)[name].float() for name in names})
     x = make_x(tokens, weights)
     assert relative_rms(sparse_ffn(x, mixed, backend="triton"), expected(x, mixed, None)) < TOLERANCE[torch.float16]
 
@@ -193,22 +273,22 @@ def test_inputs_that_are_not_contiguous(tokens):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("name", "how", "message"),
     [
-        ({"down": "transposed"}, "one row a neuron"),
-        ({"up": torch.float16}, "convert one of them"),
-        ({"router": "transposed"}, "one row a neuron"),
-        ({"router": torch.float64}, "router is torch.float64"),
-        ({"compress": "transposed"}, "compress is not contiguous"),
-        ({"expand": "transposed"}, "expand is not contiguous"),
-        ({"compress": torch.float64}, "compress is torch.float64"),
+        ("down.matrix.rows", "transposed", "one row a neuron"),
+        ("up.matrix.rows", torch.float16, "up.matrix.rows is torch.float16: convert one of them"),
+        ("gate.matrix.rows", torch.float16, "gate.matrix.rows is torch.float16: convert one of them"),
+        (ROUTER, "transposed", "one row a neuron"),
+        (ROUTER, torch.float64, f"{ROUTER} is torch.float64"),
+        (COMPRESS, "transposed", f"{COMPRESS} is not contiguous"),
+        (EXPAND, "transposed", f"{EXPAND} is not contiguous"),
+        (COMPRESS, torch.float64, f"{COMPRESS} is torch.float64"),
     ],
 )
-def test_refusals(change, message):
+def test_refusals(name, how, message):
     weights = make_weights(64, 128, rank=3, device=DEVICE)
-    ((name, how),) = change.items()
-    tensor = getattr(weights, name)
-    weights = replace(weights, **{name: tensor.T.contiguous().T if how == "transposed" else tensor.to(how)})
+    tensor = tensors_of(weights)[name]
+    weights = changed(weights, {name: tensor.T.contiguous().T if how == "transposed" else tensor.to(how)})
     with pytest.raises(ValueError, match=message):
         sparse_ffn(make_x(1, make_weights(64, 128, device=DEVICE)), weights, backend="triton")
 
@@ -234,8 +314,8 @@ def test_a_rank_beyond_the_registers(tokens):
 @pytest.mark.parametrize("tokens", [1, 2, 70])
 def test_a_compensation_of_less_precision_than_the_input(tokens):
     weights = make_weights(64, 128, rank=16, device=DEVICE)
-    half = {name: getattr(weights, name).half() for name in ("compress", "compress_bias", "expand")}
-    weights = dataclasses.replace(weights, **half)
+    half = {name: one.half() for name, one in weights.named_tensors() if name.startswith("compensation")}
+    weights = changed(weights, half)
     x = 1e5 * make_x(tokens, weights)
     idle = torch.zeros(tokens, weights.num_experts, dtype=torch.bool, device=DEVICE)
     found = sparse_ffn(x, weights, idle, backend="triton")
@@ -248,18 +328,23 @@ def test_refuses_a_dtype():
         sparse_ffn(make_x(1, weights), weights, backend="triton")
 
 
-def test_any_tuning_of_one_token_gives_the_same():
-    weights = make_weights(64, 256, rank=5, device=DEVICE)
+@combinations("programs rows stages", [1, 7], [1, 4], [1, 3], chosen=[(1, 1, 1), (1, 4, 3), (7, 4, 1), (7, 1, 3)])
+def test_any_tuning_of_one_token_gives_the_same(programs, rows, stages):
+    weights = make_weights(64, 160, rank=5, device=DEVICE)
     x = make_x(1, weights)
-    for programs, rows, stages in itertools.product((1, 7), (1, 4), (1, 3)):
-        tuning = triton_token.Tuning(programs, rows, stages, warps=4, columns=32)
-        found = triton_token.token_ffn(x, weights, None, tuning)
-        assert relative_rms(found, expected(x, weights, None)) < 3e-6
+    tuning = triton_token.Tuning(programs, rows, stages, warps=4, columns=32)
+    found = triton_token.token_ffn(x, weights, None, tuning)
+    assert relative_rms(found, expected(x, weights, None)) < 3e-6
 
 
-@pytest.mark.parametrize("expert_size", [16, 32, 128])
-@pytest.mark.parametrize(("up_neurons", "down_experts", "splits"), [(16, 1, 1), (32, 2, 3), (64, 4, 8)])
-def test_any_tuning_of_several_tokens_gives_the_same(up_neurons, down_experts, splits, expert_size):
+@combinations(
+    "expert_size cut",
+    [16, 32, 128],
+    [(16, 1, 1), (32, 2, 3), (64, 4, 8)],
+    chosen=[(16, (16, 1, 1)), (128, (16, 1, 1)), (16, (32, 2, 3)), (32, (32, 2, 3)), (32, (64, 4, 8))],
+)
+def test_any_tuning_of_several_tokens_gives_the_same(expert_size, cut):
+    up_neurons, down_experts, splits = cut
     weights = make_weights(80, 5 * expert_size, expert_size, bias=True, rank=20, device=DEVICE)
     tuning = triton_union.Tuning(
         up_neurons=up_neurons,
@@ -323,9 +408,8 @@ def test_opcheck(given):
     weights = make_weights(64, 128, bias=True, rank=5, device=DEVICE)
     x = make_x(3, weights)
     active = make_active(3, weights, "half") if given else None
-    torch.library.opcheck(
-        torch.ops.lte.sparse_ffn.default, (x,), {**weights.arguments(), "active": active, "backend": "triton"}
-    )
+    arguments = (x, list(weights.tensors), weights.router.threshold, weights.act, active, "triton")
+    torch.library.opcheck(torch.ops.lte.sparse_ffn.default, arguments)
 
 
 @pytest.mark.gpu

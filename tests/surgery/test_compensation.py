@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 import lte
 from lte.modules.compensation import Compensation
 from lte.modules.recording import sparse_layers
-from lte.ops.weights import FFNWeights
+from lte.ops.weights import Affine, FFNWeights, Matrix, RouterWeights
 from lte.surgery.cost import cost_per_token
 from lte.surgery.sites import find_sites
 
@@ -54,8 +54,9 @@ def test_the_operation_adds_the_same():
     one.reset()
     one.bias.normal_()
     one.expand.normal_()
-    weights = FFNWeights(torch.randn(16, 8), torch.randn(16, 8), torch.randn(4, 8))
-    whole = replace(weights, compress=one.compress, compress_bias=one.bias, expand=one.expand)
+    up, down, router = (Matrix(torch.randn(rows, 8)) for rows in (16, 16, 4))
+    weights = FFNWeights(Affine(up), Affine(down), RouterWeights(router))
+    whole = replace(weights, compensation=one.weights)
     x, active = torch.randn(5, 8), torch.rand(5, 4) > 0.5
     plain, found = (lte.sparse_ffn(x, each, active, backend="reference") for each in (weights, whole))
     assert torch.equal(found, plain + one(x, active))

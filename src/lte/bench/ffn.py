@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from lte.bench import synthetic
-from lte.bench.parity import logits, parity
+from lte.bench.parity import parity
 from lte.bench.shapes import FFNSize
 from lte.bench.timing import Run, available_memory, cache_bytes, capture, in_turn
+from lte.core.linear import linear_fp32
 from lte.inference.generate import one_line
 from lte.ops import reference
 from lte.ops.sparse_ffn import BackendName, choose, sparse_ffn
@@ -136,10 +137,11 @@ def make_layers(grid: FFNGrid, dtype: torch.dtype) -> Layers:
         )
         made.sparse.append(weights)
         for dense, layers in made.dense.items():
-            gate = None if weights.gate is None else weights.gate.to(dense)
-            layers.append((gate, weights.up.to(dense), weights.down.T.to(dense).contiguous()))
+            gate = None if weights.gate is None else weights.gate.matrix.rows.to(dense)
+            up, down = weights.up.matrix.rows.to(dense), weights.down.matrix.rows.T.to(dense)
+            layers.append((gate, up, down.contiguous()))
         x_TD = torch.empty(_SAMPLE_TOKENS, grid.size.d_model, dtype=dtype, device=grid.device)
-        made.samples.append(logits(x_TD.normal_(generator=generator), weights.router))
+        made.samples.append(linear_fp32(x_TD.normal_(generator=generator), weights.router.matrix.rows))
     return made
 
 
@@ -148,13 +150,13 @@ def set_biases_(grid: FFNGrid, layers: Layers, x_LTD: Tensor, sparsity: float) -
     targets = synthetic.layer_targets(len(layers.sparse), sparsity, grid.seed)
     set_to, with_bias = [], []
     for index, (weights, x_TD) in enumerate(zip(layers.sparse, x_LTD, strict=True)):
-        bias = synthetic.biases(layers.samples[index], targets[index], weights.threshold, grid.seed + index)
+        bias = synthetic.biases(layers.samples[index], targets[index], weights.router.threshold, grid.seed + index)
         set_to.append(bias)
-        with_bias.append(logits(x_TD, weights.router) + bias)
-    shift = synthetic.shift_to(with_bias, sparsity, layers.sparse[0].threshold)
+        with_bias.append(linear_fp32(x_TD, weights.router.matrix.rows, bias))
+    shift = synthetic.shift_to(with_bias, sparsity, layers.sparse[0].router.threshold)
     for weights, bias in zip(layers.sparse, set_to, strict=True):
-        assert weights.router_bias is not None
-        weights.router_bias.copy_(bias + shift)
+        assert weights.router.bias is not None
+        weights.router.bias.copy_(bias + shift)
 
 
 def crossovers(rows: Sequence[dict[str, Any]], slack: float = 0.03) -> dict[str, dict[str, int]]:
@@ -180,7 +182,7 @@ def crossovers(rows: Sequence[dict[str, Any]], slack: float = 0.03) -> dict[str,
 
 def _costs(grid: FFNGrid, dtype: torch.dtype, layers: Layers, x_LTD: Tensor) -> dict[str, Any]:
     """Sparsity as it is, and the bytes that one FFN has to move at it."""
-    active_LTE = torch.stack([reference.route(x, w) for x, w in zip(x_LTD, layers.sparse, strict=True)])
+    active_LTE = torch.stack([reference.route(x, w.router) for x, w in zip(x_LTD, layers.sparse, strict=True)])
     union = float(active_LTE.any(1).float().mean())
     size, tokens = grid.size, x_LTD.shape[1]
     neurons = size.d_ff * size.weights_per_neuron * dtype.itemsize

@@ -21,10 +21,9 @@ def parity(x_LTD: Tensor | Sequence[Tensor], layers: Sequence[FFNWeights], backe
     """
     for index in sorted({0, len(layers) - 1}):
         x_TD, weights = x_LTD[index], layers[index]
-        bias = 0 if weights.router_bias is None else weights.router_bias.float()
-        distance_TE = (logits(x_TD, weights.router) + bias - weights.threshold).abs()
-        clear_T = (distance_TE > _AMBIGUOUS).all(-1)
-        active_TE = reference.route(x_TD, weights)
+        logits_TE = reference.logits(x_TD, weights.router)
+        clear_T = ((logits_TE - weights.router.threshold).abs() > _AMBIGUOUS).all(-1)
+        active_TE = reference.route(x_TD, weights.router)
         pairs = [(sparse_ffn(x_TD, weights, active_TE, backend), reference.sparse_ffn(x_TD, weights, active_TE))]
         if clear_T.any():
             pairs.append((sparse_ffn(x_TD, weights, None, backend)[clear_T], pairs[0][1][clear_T]))
@@ -39,8 +38,3 @@ def relative_rms(found: Tensor, expected: Tensor) -> float:
     """Relative RMS error; where zeros are expected, the norm of what was found."""
     norm = expected.float().norm()
     return float((found.float() - expected.float()).norm() / (norm if norm > 0 else 1))
-
-
-def logits(x_TD: Tensor, router_ED: Tensor) -> Tensor:
-    """The router's logits without its bias, fp32 ``[..., E]``."""
-    return x_TD.float() @ router_ED.float().T

@@ -6,8 +6,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from lte.bench.parity import logits
 from lte.bench.synthetic import OPEN, biases, layer_targets, random_router_, shift_to
+from lte.core.linear import linear_fp32
 from lte.inference.packed import logit
 from lte.modules.recording import record_scores, sparse_layers
 from lte.modules.sparse_ffn import Selecting
@@ -84,4 +84,4 @@ def _with_logits(
     layers = sparse_layers(model)
     for index, (name, x_BSD) in enumerate(seen.items()):
         layer = layers[name]
-        yield layer, logits(x_BSD, layer.linear_router.weight), targets[index], index
+        yield layer, linear_fp32(x_BSD, layer.linear_router.weight), targets[index], index

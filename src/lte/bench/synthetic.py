@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lte.bench.shapes import FFNSize
-from lte.ops.weights import FFNWeights
+from lte.ops.weights import Affine, FFNWeights, LowRank, Matrix, RouterWeights
 
 LAYER_SPREAD = 0.35
 """Standard deviation over layers of logit(sparsity): 0.31, 0.33, 0.40 in the runs of results/wikitext2_before.jsonl."""
@@ -49,20 +49,21 @@ def random_ffn(
     """
     F, D = size.d_ff, size.d_model
 
-    def draw(rows: int, columns: int, scale: float) -> Tensor:
-        return torch.empty(rows, columns, dtype=dtype, device=device).normal_(0, scale, generator=generator)
+    def draw(rows: int, columns: int, scale: float) -> Matrix:
+        empty = torch.empty(rows, columns, dtype=dtype, device=device)
+        return Matrix(empty.normal_(0, scale, generator=generator))
+
+    def zeros(count: int) -> Tensor:
+        return torch.zeros(count, dtype=dtype, device=device)
 
     router = torch.empty(F // expert_size, D, dtype=dtype, device=device)
     random_router_(router, generator)
     return FFNWeights(
-        up=draw(F, D, D**-0.5),
-        gate=draw(F, D, D**-0.5) if size.gated else None,
-        down=draw(F, D, F**-0.5),
-        compress=draw(rank, D, D**-0.5) if rank else None,
-        compress_bias=torch.zeros(rank, dtype=dtype, device=device) if rank else None,
-        expand=draw(D, rank, rank**-0.5) if rank else None,
-        router=router,
-        router_bias=torch.zeros(router.shape[0], dtype=dtype, device=device),
+        up=Affine(draw(F, D, D**-0.5)),
+        gate=Affine(draw(F, D, D**-0.5)) if size.gated else None,
+        down=Affine(draw(F, D, F**-0.5)),
+        compensation=LowRank(draw(rank, D, D**-0.5), zeros(rank), draw(D, rank, rank**-0.5)) if rank else None,
+        router=RouterWeights(Matrix(router), zeros(len(router))),
         act=size.act,
     )
 

@@ -13,7 +13,7 @@ from lte.modules.router import Router
 from lte.modules.sparse_ffn import Selecting, SparseActivation, SparseFFN
 from lte.ops.reference import activate
 from lte.ops.sparse_ffn import BackendName, sparse_ffn
-from lte.ops.weights import Activation, FFNWeights
+from lte.ops.weights import Activation, Affine, FFNWeights, Matrix, RouterWeights
 
 _PLAIN = (nn.Parameter, FakeTensor)  # not a quantiser's subclass; torch.export puts fake ones in their place
 
@@ -52,8 +52,8 @@ class Projection:
         assert weight is not None
         return weight.t() if self.transposed else weight
 
-    def bias(self) -> Tensor | None:
-        return self.linear._parameters["bias"]
+    def weights(self) -> Affine:
+        return Affine(Matrix(self.rows()), self.linear._parameters["bias"])
 
     @torch.no_grad()
     def pack_(self) -> None:
@@ -78,28 +78,16 @@ class Packed:
 
     def weights(self, router: Router, compensation: Compensation | None, tau: float) -> FFNWeights:
         """Views of the weights as they are now: parameters may have been moved, cast or replaced since."""
-        up, up_bias = self.up.rows(), self.up.bias()
-        gate = gate_bias = None
+        up, gate = self.up.weights(), None if self.gate is None else self.gate.weights()
         if self.fused_gate_up:
-            gate, up = up.chunk(2)
-            if up_bias is not None:
-                gate_bias, up_bias = up_bias.chunk(2)
-        elif self.gate is not None:
-            gate, gate_bias = self.gate.rows(), self.gate.bias()
+            gate, up = _halves(up)
         return FFNWeights(
             up=up,
-            down=self.down.rows(),
-            router=router.weight,
+            down=self.down.weights(),
+            router=RouterWeights(Matrix(router.weight), router.bias, logit(tau)),
             gate=gate,
-            router_bias=router.bias,
-            up_bias=up_bias,
-            gate_bias=gate_bias,
-            down_bias=self.down.bias(),
-            compress=None if compensation is None else compensation.compress,
-            compress_bias=None if compensation is None else compensation.bias,
-            expand=None if compensation is None else compensation.expand,
+            compensation=None if compensation is None else compensation.weights,
             act=self.act,
-            threshold=logit(tau),
         )
 
 
@@ -160,6 +148,12 @@ class BypassedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return input if self.layer[0].skips(input) else super().forward(input)
+
+
+def _halves(both: Affine) -> tuple[Affine, Affine]:
+    """A projection that gives the gate first and up behind it, as two."""
+    rows, bias = both.matrix.rows.chunk(2), (None, None) if both.bias is None else both.bias.chunk(2)
+    return Affine(Matrix(rows[0]), bias[0]), Affine(Matrix(rows[1]), bias[1])
 
 
 def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:

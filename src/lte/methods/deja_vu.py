@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lte.core.grouping import check_divisible
+from lte.core.linear import linear_fp32
 from lte.methods.choosing import ChoosingRouter, meet_sparsity_
 from lte.methods.experts import Grouped
 from lte.methods.post_hoc import PostHoc, most_active
 from lte.methods.predictors import check_training, train_predictors_
-from lte.modules.router import linear_fp32
 from lte.surgery.sites import Site
 
 Selection = Literal["threshold", "top_k"]

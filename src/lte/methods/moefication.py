@@ -9,12 +9,13 @@ from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
 from lte.core.grouping import check_divisible
+from lte.core.linear import linear_fp32
 from lte.core.selection import expert_norms
 from lte.methods.choosing import ChoosingRouter
 from lte.methods.experts import Grouped
 from lte.methods.post_hoc import PostHoc
 from lte.methods.predictors import check_training, train_predictors_
-from lte.modules.router import Reads, linear_fp32
+from lte.modules.router import Reads
 from lte.surgery.sites import Site, find_sites
 
 Selection = Literal["mlp", "similarity", "oracle"]

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from lte.core.linear import linear_fp32
 from lte.methods.mixture import Mixture, check_weight, softmax_of
 from lte.methods.topk_moe import check_weight_sum
 from lte.modules.mixture import MixtureRouter
-from lte.modules.router import linear_fp32
 from lte.surgery.sites import Site
 
 

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from lte.modules.router import draw_
+from lte.ops import reference
+from lte.ops.weights import LowRank, Matrix
 
 
 class Compensation(nn.Module):
@@ -37,10 +39,13 @@ class Compensation(nn.Module):
         self.bias.zero_()
         self.expand.zero_()
 
+    @property
+    def weights(self) -> LowRank:
+        """Its weights as the operation takes them."""
+        return LowRank(Matrix(self.compress), self.bias, Matrix(self.expand))
+
     def forward(self, x_TD: Tensor, weights_TE: Tensor) -> Tensor:
-        idle_T1 = 1 - weights_TE.float().mean(-1, keepdim=True)
-        kept_TR = nn.functional.linear(x_TD, self.compress, self.bias)
-        return nn.functional.linear(kept_TR * idle_T1.to(kept_TR.dtype), self.expand)
+        return reference.compensation(x_TD, self.weights, weights_TE)
 
     def extra_repr(self) -> str:
         return f"d_model={self.compress.shape[1]}, rank={self.compress.shape[0]}"

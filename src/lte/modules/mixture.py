@@ -6,10 +6,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lte.core.linear import linear_fp32
 from lte.core.selection import top_k
 from lte.modules.kept import Kept, kept, of_this_thread
 from lte.modules.recording import Recording
-from lte.modules.router import BaseRouter, draw_, linear_fp32
+from lte.modules.router import BaseRouter, draw_
 from lte.modules.sparse_ffn import Selecting
 
 

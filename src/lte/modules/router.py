@@ -6,6 +6,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from lte.core.linear import linear_fp32
+
 Reads = Literal["input", "activation", "neurons"]
 
 
@@ -35,13 +37,6 @@ class BaseRouter(nn.Module):
 
     def reset(self, bias: float = 0.0, generator: torch.Generator | None = None) -> None:
         """Initialise it, before it is trained or fitted, or weights are loaded. ``bias``: where it has one."""
-
-
-def linear_fp32(x_TD: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A linear map in fp32, whatever the dtypes or autocast."""
-    device_type = "cpu" if x_TD.is_meta else x_TD.device.type  # meta has no autocast to turn off
-    with torch.autocast(device_type, enabled=False):
-        return nn.functional.linear(x_TD.float(), weight.float(), None if bias is None else bias.float())
 
 
 @torch.no_grad()

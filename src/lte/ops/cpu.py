@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lte.ops.cpu_kernels import ACTS, ADDRESSES, CODES, JOB, NUMBERS, ROWS, TAGS, region, run_by_numba
+from lte.ops.cpu_kernels import ACTS, CODES, JOB, JOB_INTEGERS, ROWS, TAGS, region, run_by_numba
 from lte.ops.weights import FFNWeights
 
 _BLOCK = 64  # tokens a job: bounds the threads' parts of the output, and keeps them in cache
-_pack_job = struct.Struct(f"{len(ADDRESSES) + len(NUMBERS)}qd").pack
+_pack_job = struct.Struct(f"{len(JOB_INTEGERS)}qd").pack
 _numba_threads = Lock()
 
 
@@ -26,13 +26,13 @@ def refuses(x_TD: Tensor, weights: FFNWeights) -> str | None:
     """Why it cannot compute this, in one line; None if it can."""
     if x_TD.device.type != "cpu":
         return f"x is on {x_TD.device}"
-    for name, tensor in (("x", x_TD), *weights.tensors().items()):
+    for name, tensor in (("x", x_TD), *weights.named_tensors()):
         if tensor.dtype not in CODES:
             return f"{name} is {tensor.dtype}, but it takes float32, bfloat16 and float16"
         if name != "x" and not tensor.is_contiguous():
             return f"{name} is not contiguous: lte.optimize_ lays out an FFN one row a neuron, contiguous() the rest"
-    up, gate = weights.up, weights.gate
-    if weights.down.dtype != up.dtype or (gate is not None and gate.dtype != up.dtype):
+    dtype, gate = weights.up.matrix.rows.dtype, weights.gate
+    if weights.down.matrix.rows.dtype != dtype or (gate is not None and gate.matrix.rows.dtype != dtype):
         return "up, gate and down differ in dtype: cast them to one"
     if weights.expert_size % ROWS:
         return f"experts have {weights.expert_size} neurons, but it takes multiples of {ROWS}"
@@ -46,7 +46,7 @@ def pays(x_TD: Tensor, weights: FFNWeights) -> bool:
     need all of them), on a core with AVX-512 and its bf16 dot product: in bf16 the reference overtakes between 24 and
     64 tokens, in fp32 not yet at 128. The reference has to cast weights that are not of x's dtype at each call.
     """
-    half = x_TD.dtype == weights.up.dtype != torch.float32
+    half = x_TD.dtype == weights.up.matrix.rows.dtype != torch.float32
     return x_TD.shape[0] <= (24 if half else 128)
 
 
@@ -65,63 +65,38 @@ def sparse_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None = Non
 
 
 def _compute(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, out_TD: Tensor) -> None:
-    (T, D), (E, _) = x_TD.shape, weights.router.shape
+    (T, D), E = x_TD.shape, weights.num_experts
     threads = torch.get_num_threads()
     parts_size = threads * T * D
     z_size = T * weights.rank
     size = parts_size + z_size + T * E // 4 + 1  # parts and z in fp32, behind them what the router chose, in bytes
     scratch = torch.empty(size, dtype=torch.float32, device="cpu")
     parts = scratch.data_ptr()
-    up, router, router_bias = weights.up, weights.router, weights.router_bias
-    up_bias, gate_bias, down_bias = weights.up_bias, weights.gate_bias, weights.down_bias
     job = _pack_job(
         x_TD.data_ptr(),
         out_TD.data_ptr(),
         parts + 4 * (parts_size + z_size) if active_TE is None else active_TE.data_ptr(),
         parts,
         parts + 4 * parts_size,
-        up.data_ptr(),
-        _address(weights.gate),
-        weights.down.data_ptr(),
-        router.data_ptr(),
-        _address(router_bias),
-        _address(up_bias),
-        _address(gate_bias),
-        _address(down_bias),
-        _address(weights.compress),
-        _address(weights.compress_bias),
-        _address(weights.expand),
+        *[0 if tensor is None else tensor.data_ptr() for tensor in weights.tensors],
+        *[0 if tensor is None else CODES[tensor.dtype] for tensor in weights.tensors],
         CODES[x_TD.dtype],
-        _code(router_bias),
-        _code(up_bias),
-        _code(gate_bias),
-        _code(down_bias),
-        _code(weights.compress),
-        _code(weights.compress_bias),
-        _code(weights.expand),
         active_TE is None,
         T,
         D,
-        up.shape[0],
+        weights.d_ff,
         E,
         weights.rank,
         ACTS[weights.act],
-        weights.threshold,
+        weights.router.threshold,
     )
+    dtype, router_dtype = weights.up.matrix.rows.dtype, weights.router.matrix.rows.dtype
     openmp = _openmp()
     if openmp is not None:
-        openmp(region(up.dtype, router.dtype), job, threads, 0)
+        openmp(region(dtype, router_dtype), job, threads, 0)
         return
     with _numba_threads:
-        run_by_numba(np.frombuffer(job, JOB), threads, TAGS[up.dtype], TAGS[router.dtype])
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _code(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else CODES[tensor.dtype]
+        run_by_numba(np.frombuffer(job, JOB), threads, TAGS[dtype], TAGS[router_dtype])
 
 
 @cache

@@ -21,6 +21,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.numpy_support import carray
 
+from lte.ops.weights import TENSORS
+
 ROWS = 4
 """Weight rows that the inner loops take at once. An expert's size is a multiple of it."""
 
@@ -29,13 +31,12 @@ CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Numba knows neither bf16 nor (on CPU) fp16: they travel as integers of their width, told apart by the sign
 TAGS = {torch.float32: np.float32(0), torch.bfloat16: np.uint16(0), torch.float16: np.int16(0)}
 
-ADDRESSES = ("x", "out", "active", "parts", "z", "up", "gate", "down", "router")
-ADDRESSES += ("router_bias", "up_bias", "gate_bias", "down_bias", "compress", "compress_bias", "expand")
-NUMBERS = ("x_code", "router_code", "up_code", "gate_code", "down_code", "compress_code", "compress_bias_code")
-NUMBERS += ("expand_code", "routed", "T", "D", "F", "E", "R", "act")
-JOB = np.dtype([(name, np.int64) for name in ADDRESSES + NUMBERS] + [("threshold", np.float64)])
-"""Codes are of the dtypes of ``x``, the biases and the compensation. ``parts`` holds a ``[T, D]`` for each thread,
-``z`` is ``compress x + compress_bias``, ``[T, R]``."""
+_WEIGHTS = tuple(name.replace(".", "_") for name in TENSORS)
+JOB_INTEGERS = ("x", "out", "active", "parts", "z", *_WEIGHTS, *(f"{name}_code" for name in _WEIGHTS))
+JOB_INTEGERS += ("x_code", "routed", "T", "D", "F", "E", "R", "act")
+JOB = np.dtype([(name, np.int64) for name in JOB_INTEGERS] + [("threshold", np.float64)])
+"""Addresses of all tensors, codes of their dtypes, and sizes. ``parts`` holds a ``[T, D]`` for each thread, ``z`` is
+``compress x + bias`` of the compensation, ``[T, R]``."""
 
 _READING = 4  # what reading a weight costs a thread, in multiplications of it with a token's value
 _JOB = from_dtype(JOB)
@@ -278,11 +279,11 @@ def _route(job, thread, threads, tag):
     """Step one: this thread's share of the router's choices."""
     T, D, E = job.T, job.D, job.E
     active_TE = carray(_pointer(job.active, np.uint8(0)), (T, E))
-    router_ED = carray(_pointer(job.router, tag), (E, D))
+    router_ED = carray(_pointer(job.router_matrix_rows, tag), (E, D))
     x_TD = _tokens(job)
     first, last = E * thread // threads, E * (thread + 1) // threads
     bias = np.zeros((1, last - first), np.float32)
-    _add_bias(job.router_bias, job.router_code, first, bias, 1)
+    _add_bias(job.router_bias, job.router_bias_code, first, bias, 1)
     for e in range(first, last):
         for t in range(T):
             logit = bias[0, e - first]
@@ -297,9 +298,9 @@ def _compute(job, thread, threads, tag):
     T, D, F, E = job.T, job.D, job.F, job.E
     N = F // E
     active_TE = carray(_pointer(job.active, np.uint8(0)), (T, E))
-    up_FD = carray(_pointer(job.up, tag), (F, D))
-    gate_FD = carray(_pointer(job.gate, tag), (F, D))
-    down_FD = carray(_pointer(job.down, tag), (F, D))
+    up_FD = carray(_pointer(job.up_matrix_rows, tag), (F, D))
+    gate_FD = carray(_pointer(job.gate_matrix_rows, tag), (F, D))
+    down_FD = carray(_pointer(job.down_matrix_rows, tag), (F, D))
     y_TD = carray(_pointer(job.parts + 4 * thread * T * D, np.float32(0)), (T, D))
     y_TD[:] = 0
     x_TD = _tokens(job)
@@ -334,11 +335,11 @@ def _compute(job, thread, threads, tag):
         rows, start = last - first, e * N + first
         up = up_TN[: count * rows].reshape(count, rows)
         _multiply(up_FD, start, rows, x_TD, tokens, count, up)
-        _add_bias(job.up_bias, job.up_code, start, up, count)
-        if job.gate != 0:
+        _add_bias(job.up_bias, job.up_bias_code, start, up, count)
+        if job.gate_matrix_rows != 0:
             gate = gate_TN[: count * rows].reshape(count, rows)
             _multiply(gate_FD, start, rows, x_TD, tokens, count, gate)
-            _add_bias(job.gate_bias, job.gate_code, start, gate, count)
+            _add_bias(job.gate_bias, job.gate_bias_code, start, gate, count)
             _activate(gate.reshape(count * rows), job.act)
             for i in range(count):
                 for k in range(rows):
@@ -356,10 +357,10 @@ def _compress(job, thread, threads):
     x_TD = _tokens(job)
     first, last = R * thread // threads, R * (thread + 1) // threads
     bias = np.zeros((1, last - first), np.float32)
-    _add_bias(job.compress_bias, job.compress_bias_code, first, bias, 1)
+    _add_bias(job.compensation_bias, job.compensation_bias_code, first, bias, 1)
     row = np.empty(D, np.float32)
     for r in range(first, last):
-        _read(job.compress, job.compress_code, r * D, row)
+        _read(job.compensation_compress_rows, job.compensation_compress_rows_code, r * D, row)
         for t in range(T):
             product = bias[0, r - first]
             for d in range(D):
@@ -384,7 +385,8 @@ def _compensate(job, first, last, y_TD):
     rows_DR = np.empty((16, R), np.float32)
     for start in range(first, last, 16):
         count = min(16, last - start)
-        _read(job.expand, job.expand_code, start * R, rows_DR[:count].reshape(count * R))
+        rows = rows_DR[:count].reshape(count * R)
+        _read(job.compensation_expand_rows, job.compensation_expand_rows_code, start * R, rows)
         for t in range(T):
             for d in range(count):
                 total = np.float32(0)
@@ -406,7 +408,7 @@ def _collect(job, thread, threads):
     y = np.empty((1, last - first), np.float32)
     for t in range(T):
         y[:] = 0
-        _add_bias(job.down_bias, job.down_code, first, y, 1)
+        _add_bias(job.down_bias, job.down_bias_code, first, y, 1)
         for part in range(threads):
             for d in range(first, last):
                 y[0, d - first] += parts[part, t, d]

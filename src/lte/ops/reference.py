@@ -6,8 +6,9 @@ Differentiable, on any device, in any dtype. Every other backend is tested again
 from torch import Tensor
 from torch.nn import functional as F
 
-from lte.core.selection import scale_experts
-from lte.ops.weights import Activation, FFNWeights
+from lte.core.linear import linear_fp32
+from lte.core.selection import scale_experts, threshold
+from lte.ops.weights import Activation, Affine, FFNWeights, LowRank, Matrix, RouterWeights
 
 
 def refuses(x_TD: Tensor, weights: FFNWeights) -> str | None:
@@ -18,33 +19,41 @@ def refuses(x_TD: Tensor, weights: FFNWeights) -> str | None:
 def sparse_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None = None) -> Tensor:
     """As :func:`lte.ops.sparse_ffn.sparse_ffn`. Weights of another dtype than ``x``'s are cast to it."""
     if active_TE is None:
-        active_TE = route(x_TD, weights)
+        active_TE = route(x_TD, weights.router)
     hidden_TF = scale_experts(neurons(x_TD, weights), active_TE)
-    y_TD = _linear(hidden_TF, weights.down.T, weights.down_bias)
-    return y_TD if weights.compress is None else y_TD + compensation(x_TD, weights, active_TE)
+    y_TD = _linear(hidden_TF, _rows(weights.down.matrix, x_TD).T, weights.down.bias)
+    if weights.compensation is None:
+        return y_TD
+    return y_TD + compensation(x_TD, weights.compensation, active_TE)
 
 
-def compensation(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor) -> Tensor:
-    """What stands in for the experts that are not active, ``[T, D]``, of weights that have it."""
-    assert weights.compress is not None
-    assert weights.expand is not None
-    idle_T1 = 1 - active_TE.float().mean(-1, keepdim=True)
-    kept_TR = _linear(x_TD, weights.compress, weights.compress_bias)
-    return _linear(kept_TR * idle_T1.to(kept_TR.dtype), weights.expand, None)
+def compensation(x_TD: Tensor, weights: LowRank, weights_TE: Tensor) -> Tensor:
+    """What stands in for idle experts, ``[..., D]``.
+
+    ``weights_TE`` is the weight of each expert, a boolean where an expert is kept or not. One less the mean weight of a
+    token's experts is the share of them that is idle.
+    """
+    idle_T1 = 1 - weights_TE.float().mean(-1, keepdim=True)
+    kept_TR = _linear(x_TD, _rows(weights.compress, x_TD), weights.bias)
+    return _linear(kept_TR * idle_T1.to(kept_TR.dtype), _rows(weights.expand, x_TD), None)
 
 
 def neurons(x_TD: Tensor, weights: FFNWeights) -> Tensor:
     """All neurons after the activation, ``[T, F]``."""
-    up_TF = _linear(x_TD, weights.up, weights.up_bias)
+    up_TF = _affine(x_TD, weights.up)
     if weights.gate is None:
         return activate(up_TF, weights.act)
-    return activate(_linear(x_TD, weights.gate, weights.gate_bias), weights.act) * up_TF
+    return activate(_affine(x_TD, weights.gate), weights.act) * up_TF
 
 
-def route(x_TD: Tensor, weights: FFNWeights) -> Tensor:
-    """The router's choice, ``[T, E]`` bool. Logits are fp32 whatever the dtypes."""
-    bias = None if weights.router_bias is None else weights.router_bias.float()
-    return F.linear(x_TD.float(), weights.router.float(), bias) > weights.threshold
+def route(x_TD: Tensor, router: RouterWeights) -> Tensor:
+    """The router's choice, ``[T, E]`` bool."""
+    return threshold(logits(x_TD, router), router.threshold)
+
+
+def logits(x_TD: Tensor, router: RouterWeights) -> Tensor:
+    """What the router compares with its threshold, ``[..., E]`` in fp32 whatever the dtypes."""
+    return linear_fp32(x_TD, router.matrix.rows, router.bias)
 
 
 def activate(hidden: Tensor, act: Activation) -> Tensor:
@@ -58,5 +67,14 @@ def activate(hidden: Tensor, act: Activation) -> Tensor:
     return F.gelu(hidden, approximate="tanh" if act == "gelu_tanh" else "none")
 
 
+def _affine(x: Tensor, weights: Affine) -> Tensor:
+    return _linear(x, _rows(weights.matrix, x), weights.bias)
+
+
+def _rows(matrix: Matrix, x: Tensor) -> Tensor:
+    """What a matrix stands for, in the dtype of ``x``."""
+    return matrix.rows.to(x.dtype)
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))

@@ -1,6 +1,7 @@
 """``sparse_ffn``: an FFN of which each token uses the experts its router picks. Chooses among the backends."""
 
 import logging
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from typing import Literal, Protocol, cast, get_args
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from lte.ops import reference
-from lte.ops.weights import Activation, FFNWeights
+from lte.ops.weights import Activation, FFNWeights, unflatten
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def sparse_ffn(x: Tensor, weights: FFNWeights, active: Tensor | None = None, bac
     _check(x, weights, active, backend)
     x_TD = x.reshape(-1, weights.d_model)
     active_TE = None if active is None else active.reshape(-1, weights.num_experts)
-    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights.tensors().values()))
+    needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights.tensors))
     if needs_gradient and backend not in ("auto", "reference"):
         raise ValueError(
             f"backend {backend!r} computes no gradient: call it under torch.no_grad(), or take 'reference'"
@@ -73,7 +74,7 @@ def sparse_ffn(x: Tensor, weights: FFNWeights, active: Tensor | None = None, bac
     if needs_gradient or backend == "reference":
         y_TD = reference.sparse_ffn(x_TD, weights, active_TE)
     elif torch.compiler.is_compiling() or isinstance(x, FakeTensor):
-        y_TD = _opaque(x_TD, **weights.arguments(), active=active_TE, backend=backend)
+        y_TD = _opaque(x_TD, weights.tensors, weights.router.threshold, weights.act, active_TE, backend)
     else:
         y_TD = _run(x_TD, weights, active_TE, backend)
     return y_TD.view(x.shape)
@@ -133,7 +134,7 @@ def _check(x: Tensor, weights: FFNWeights, active: Tensor | None, backend: Backe
     if not x.is_floating_point():
         raise ValueError(f"x is {x.dtype}, but it must be floating point")
     device = x.device
-    for name, tensor in weights.tensors().items():
+    for name, tensor in weights.named_tensors():
         if tensor.device != device:
             raise ValueError(f"x is on {device}, but {name} is on {tensor.device}: move one of them")
     if active is not None:
@@ -148,39 +149,14 @@ def _check(x: Tensor, weights: FFNWeights, active: Tensor | None, backend: Backe
 @torch.library.custom_op("lte::sparse_ffn", mutates_args=())
 def _opaque(
     x: Tensor,
-    up: Tensor,
-    down: Tensor,
-    router: Tensor,
-    gate: Tensor | None,
-    router_bias: Tensor | None,
-    up_bias: Tensor | None,
-    gate_bias: Tensor | None,
-    down_bias: Tensor | None,
-    compress: Tensor | None,
-    compress_bias: Tensor | None,
-    expand: Tensor | None,
-    act: str,
+    tensors: Sequence[Tensor | None],
     threshold: float,
+    act: str,
     active: Tensor | None,
     backend: str,
 ) -> Tensor:
     """What ``torch.compile`` and ``torch.export`` see: one call, not looked into."""
-    weights = FFNWeights(
-        up,
-        down,
-        router,
-        gate,
-        router_bias,
-        up_bias,
-        gate_bias,
-        down_bias,
-        compress,
-        compress_bias,
-        expand,
-        cast(Activation, act),
-        threshold,
-    )
-    return _run(x, weights, active, cast(BackendName, backend))
+    return _run(x, unflatten(tensors, threshold, cast(Activation, act)), active, cast(BackendName, backend))
 
 
 @_opaque.register_fake

@@ -21,6 +21,7 @@ from lte.ops.triton_union import MAX_TOKENS, union_ffn
 from lte.ops.weights import FFNWeights
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_OF_X = ("up.matrix.rows", "down.matrix.rows", "gate.matrix.rows")  # what has to be of the dtype of x
 
 
 def refuses(x_TD: Tensor, weights: FFNWeights) -> str | None:
@@ -29,8 +30,8 @@ def refuses(x_TD: Tensor, weights: FFNWeights) -> str | None:
         return f"Triton needs a CUDA device, but x is on {x_TD.device}"
     if x_TD.dtype not in DTYPES:
         return f"x is {x_TD.dtype}, and the kernels take float16, bfloat16 and float32"
-    for name, tensor in weights.tensors().items():
-        if name in ("up", "down", "gate") and tensor.dtype != x_TD.dtype:
+    for name, tensor in weights.named_tensors():
+        if name in _OF_X and tensor.dtype != x_TD.dtype:
             return f"x is {x_TD.dtype}, but {name} is {tensor.dtype}: convert one of them"
         if tensor.dtype not in DTYPES:
             return f"{name} is {tensor.dtype}, and the kernels take float16, bfloat16 and float32"
@@ -55,10 +56,10 @@ def sparse_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None = Non
     x_TD = x_TD.contiguous()
     if active_TE is not None:
         active_TE = active_TE.contiguous()
-    if weights.rank > MAX_RANK:
-        active_TE = reference.route(x_TD, weights) if active_TE is None else active_TE
+    if weights.compensation is not None and weights.rank > MAX_RANK:
+        active_TE = reference.route(x_TD, weights.router) if active_TE is None else active_TE
         y_TD = sparse_ffn(x_TD, weights.without_compensation(), active_TE)
-        return y_TD + reference.compensation(x_TD, weights, active_TE)
+        return y_TD + reference.compensation(x_TD, weights.compensation, active_TE)
     tokens = x_TD.shape[0]
     run = token_ffn if tokens == 1 else union_ffn if tokens <= MAX_TOKENS else masked_ffn
     with torch.cuda.device_of(x_TD):  # Triton launches on the current device, which may be another

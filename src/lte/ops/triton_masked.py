@@ -95,8 +95,8 @@ def masked_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tuni
     """``[T, D]`` -> ``[T, D]``."""
     tuning = tuning or Tuning()
     T, E, N = x_TD.shape[0], weights.num_experts, weights.expert_size
-    up_TF = _linear(x_TD, weights.up, weights.up_bias)
-    gate_TF = up_TF if weights.gate is None else _linear(x_TD, weights.gate, weights.gate_bias)
+    up_TF = _linear(x_TD, weights.up.matrix.rows, weights.up.bias)
+    gate_TF = up_TF if weights.gate is None else _linear(x_TD, weights.gate.matrix.rows, weights.gate.bias)
     block = max(1, tuning.neurons // N)
     choice = _choose(x_TD, weights, active_TE, tuning)
     _activate_and_mask[(triton.cdiv(T, tuning.tokens), triton.cdiv(E, block))](
@@ -114,9 +114,9 @@ def masked_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tuni
         num_warps=tuning.warps,
         **device_info(x_TD.device).overlap,
     )
-    y_TD = _linear(up_TF, weights.down.T, weights.down_bias)
-    if weights.compress is not None:
-        y_TD += reference.compensation(x_TD, weights, choice.active())
+    y_TD = _linear(up_TF, weights.down.matrix.rows.T, weights.down.bias)
+    if weights.compensation is not None:
+        y_TD += reference.compensation(x_TD, weights.compensation, choice.active())
     return y_TD
 
 
@@ -124,8 +124,8 @@ def _choose(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tuning:
     if active_TE is not None:
         return triton_router.given(active_TE, x_TD)
     if tuning.router_tokens < len(x_TD):
-        return triton_router.at_once(x_TD, weights)
-    return triton_router.in_parts(x_TD, weights, tuning.router, by_expert=False)
+        return triton_router.at_once(x_TD, weights.router)
+    return triton_router.in_parts(x_TD, weights.router, tuning.router, by_expert=False)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

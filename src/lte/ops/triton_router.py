@@ -15,10 +15,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
+from lte.core.linear import linear_fp32
 from lte.ops.triton_device import device_info
-from lte.ops.weights import FFNWeights
+from lte.ops.weights import RouterWeights
 
 _MIXED_MM = hasattr(torch.ops.aten.mm, "dtype")
 """Whether this torch multiplies half precision into fp32 (2.8 and later)."""
@@ -208,7 +208,7 @@ def given(active_TE: Tensor, x_TD: Tensor, compress_RD: Tensor | None = None) ->
 
 
 def in_parts(
-    x_TD: Tensor, weights: FFNWeights, tuning: Tuning | None, by_expert: bool, compress_RD: Tensor | None = None
+    x_TD: Tensor, router: RouterWeights, tuning: Tuning | None, by_expert: bool, compress_RD: Tensor | None = None
 ) -> Choice:
     """By ``_logits``; without a tuning cut as fits.
 
@@ -216,18 +216,18 @@ def in_parts(
         by_expert: an expert's logits lie together, not a token's.
         compress_RD: asks for z. In the same launch, unless its dtype is not the router's.
     """
-    z_STR = None
-    if compress_RD is not None and compress_RD.dtype != weights.router.dtype:
+    z_STR, router_ED = None, router.matrix.rows
+    if compress_RD is not None and compress_RD.dtype != router_ED.dtype:
         z_STR, compress_RD = _compressed(x_TD, compress_RD), None
-    (T, D), E, R = x_TD.shape, weights.num_experts, 0 if compress_RD is None else len(compress_RD)
-    tuning = tuning or Tuning.of(x_TD.device, T, D, max(x_TD.dtype.itemsize, weights.router.dtype.itemsize))
+    (T, D), E, R = x_TD.shape, len(router_ED), 0 if compress_RD is None else len(compress_RD)
+    tuning = tuning or Tuning.of(x_TD.device, T, D, max(x_TD.dtype.itemsize, router_ED.dtype.itemsize))
     shape = (tuning.splits, E + R, T) if by_expert else (tuning.splits, T, E + R)
     sums = torch.empty(shape, dtype=torch.float32, device=x_TD.device)
     sums_STE = sums.transpose(1, 2) if by_expert else sums
     blocks = triton.cdiv(E, tuning.experts) + triton.cdiv(R, tuning.experts)
     _logits[(blocks, tuning.splits, triton.cdiv(T, tuning.tokens))](
         x_TD,
-        weights.router,
+        router_ED,
         compress_RD,
         sums_STE,
         T,
@@ -246,18 +246,18 @@ def in_parts(
     )
     if R:
         z_STR = sums_STE[:, :, E:]
-    return Choice(sums_STE[:, :, :E], weights.router_bias, weights.threshold, z_STR)
+    return Choice(sums_STE[:, :, :E], router.bias, router.threshold, z_STR)
 
 
-def at_once(x_TD: Tensor, weights: FFNWeights) -> Choice:
+def at_once(x_TD: Tensor, router: RouterWeights) -> Choice:
     """By cuBLAS. In half precision by tensor cores, which accumulate in fp32 too."""
-    router_ED = weights.router
+    router_ED = router.matrix.rows
     if x_TD.is_cuda and x_TD.dtype == router_ED.dtype and x_TD.dtype.itemsize == 2 and _MIXED_MM:
         logits_TE = torch.mm(x_TD, router_ED.T, out_dtype=torch.float32)
     else:
-        logits_TE = F.linear(x_TD.float(), router_ED.float())
-    return Choice(logits_TE[None], weights.router_bias, weights.threshold)
+        logits_TE = linear_fp32(x_TD, router_ED)
+    return Choice(logits_TE[None], router.bias, router.threshold)
 
 
 def _compressed(x_TD: Tensor, compress_RD: Tensor | None) -> Tensor | None:
-    return None if compress_RD is None else F.linear(x_TD.float(), compress_RD.float())[None]
+    return None if compress_RD is None else linear_fp32(x_TD, compress_RD)[None]

@@ -213,9 +213,9 @@ class Tuning:
 def token_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tuning: Tuning | None = None) -> Tensor:
     """``[1, D]`` -> ``[1, D]``."""
     D, E, R = weights.d_model, weights.num_experts, weights.rank
+    up, down, gate, router, low_rank = weights.up, weights.down, weights.gate, weights.router, weights.compensation
     device, block_d = x_TD.device, triton.next_power_of_2(D)
-    gated = weights.gate is not None
-    tuning = tuning or Tuning.of(device, D, 3 if gated else 2, weights.up.dtype.itemsize)
+    tuning = tuning or Tuning.of(device, D, 3 if gate else 2, up.matrix.rows.dtype.itemsize)
     overlap = device_info(device).overlap
     routed = E if active_TE is None else 0
     if active_TE is None:
@@ -225,16 +225,16 @@ def token_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tunin
     if routed + R:
         _route[(routed + R,)](
             x_TD,
-            weights.router,
-            weights.router_bias,
+            router.matrix.rows,
+            router.bias,
             active_TE,
-            weights.compress,
-            weights.compress_bias,
+            low_rank and low_rank.compress.rows,
+            low_rank and low_rank.bias,
             z_R,
             routed,
             D,
-            weights.threshold,
-            HAS_BIAS=weights.router_bias is not None,
+            router.threshold,
+            HAS_BIAS=router.bias is not None,
             COMPENSATED=R > 0,
             BLOCK_D=block_d,
             num_warps=min(8, max(1, block_d // 512)),
@@ -244,20 +244,20 @@ def token_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tunin
     partial = torch.empty(tuning.programs, D, dtype=torch.float32, device=device)
     _experts[(tuning.programs,)](
         x_TD,
-        weights.gate,
-        weights.up,
-        weights.down,
-        weights.gate_bias,
-        weights.up_bias,
+        gate and gate.matrix.rows,
+        up.matrix.rows,
+        down.matrix.rows,
+        gate and gate.bias,
+        up.bias,
         active_TE,
         order,
         partial,
         E,
         D,
         ACT=weights.act,
-        GATED=gated,
-        HAS_GATE_BIAS=weights.gate_bias is not None,
-        HAS_UP_BIAS=weights.up_bias is not None,
+        GATED=gate is not None,
+        HAS_GATE_BIAS=gate is not None and gate.bias is not None,
+        HAS_UP_BIAS=up.bias is not None,
         N=weights.expert_size,
         BLOCK_E=triton.next_power_of_2(E),
         BLOCK_D=block_d,
@@ -269,16 +269,16 @@ def token_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tunin
     y_TD = torch.empty_like(x_TD)
     _sum[(triton.cdiv(D, tuning.columns),)](
         partial,
-        weights.down_bias,
+        down.bias,
         y_TD,
         active_TE,
         z_R,
-        weights.expand,
+        low_rank and low_rank.expand.rows,
         D,
         E,
         R,
         tuning.programs,
-        HAS_BIAS=weights.down_bias is not None,
+        HAS_BIAS=down.bias is not None,
         COMPENSATED=R > 0,
         BLOCK_P=triton.next_power_of_2(tuning.programs),
         BLOCK_D=tuning.columns,

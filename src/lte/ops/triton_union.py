@@ -351,27 +351,28 @@ class Tuning:
 def union_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tuning: Tuning | None = None) -> Tensor:
     """``[T, D]`` -> ``[T, D]``, T up to :data:`MAX_TOKENS`."""
     (T, D), E, N, R = x_TD.shape, weights.num_experts, weights.expert_size, weights.rank
-    device = x_TD.device
+    up, down, gate, low_rank = weights.up, weights.down, weights.gate, weights.compensation
+    device, compress_RD = x_TD.device, low_rank and low_rank.compress.rows
     tuning = tuning or Tuning.of(device, T, D, N, x_TD.dtype.itemsize, R)
     overlap = device_info(device).overlap
     block_t = max(16, triton.next_power_of_2(T))
     if active_TE is None:
-        choice = triton_router.in_parts(x_TD, weights, tuning.router, by_expert=True, compress_RD=weights.compress)
+        choice = triton_router.in_parts(x_TD, weights.router, tuning.router, by_expert=True, compress_RD=compress_RD)
     else:
-        choice = triton_router.given(active_TE, x_TD, weights.compress)
+        choice = triton_router.given(active_TE, x_TD, compress_RD)
     wanted = torch.empty(E, dtype=torch.int32, device=device)
     hidden = torch.empty(T, E * N, dtype=x_TD.dtype, device=device)
     stand_in = torch.empty(T, R, dtype=x_TD.dtype, device=device) if R else None
     block_e = triton.next_power_of_2(E)
     _up[(triton.cdiv(E * N, tuning.up_neurons) + (T if R else 0),)](
         x_TD,
-        weights.gate,
-        weights.up,
-        weights.gate_bias,
-        weights.up_bias,
+        gate and gate.matrix.rows,
+        up.matrix.rows,
+        gate and gate.bias,
+        up.bias,
         wanted,
         hidden,
-        compress_bias=weights.compress_bias,
+        compress_bias=low_rank and low_rank.bias,
         stand_in=stand_in,
         T=T,
         E=E,
@@ -380,9 +381,9 @@ def union_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tunin
         **choice.arguments(),
         **choice.arguments_of_z(),
         ACT=weights.act,
-        GATED=weights.gate is not None,
-        HAS_GATE_BIAS=weights.gate_bias is not None,
-        HAS_UP_BIAS=weights.up_bias is not None,
+        GATED=gate is not None,
+        HAS_GATE_BIAS=gate is not None and gate.bias is not None,
+        HAS_UP_BIAS=up.bias is not None,
         N=N,
         EXPERTS=max(1, tuning.up_neurons // N),
         SHARE=min(N, tuning.up_neurons),
@@ -399,12 +400,12 @@ def union_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tunin
     partial = torch.empty(tuning.splits, T, D, dtype=torch.float32, device=device)
     _down[(slices, tuning.splits)](
         hidden,
-        weights.down,
+        down.matrix.rows,
         wanted,
         order,
         partial,
         stand_in,
-        weights.expand,
+        low_rank and low_rank.expand.rows,
         T,
         E,
         D,
@@ -424,12 +425,12 @@ def union_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tunin
     block = 256
     _sum[(triton.cdiv(T * D, block),)](
         partial,
-        weights.down_bias,
+        down.bias,
         y_TD,
         D,
         T * D,
         SPLITS=tuning.splits,
-        HAS_BIAS=weights.down_bias is not None,
+        HAS_BIAS=down.bias is not None,
         BLOCK=block,
         num_warps=2,
         **overlap,

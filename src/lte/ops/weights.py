@@ -1,7 +1,9 @@
-"""The weights of one sparse FFN, as the operation takes them: one row a neuron in all three matrices."""
+"""The weights of one sparse FFN, as the operation takes them: six parts, and the one place that lists their tensors."""
 
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from typing import Any, Literal, get_args, get_type_hints
 
 from torch import Tensor
 
@@ -10,80 +12,108 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 _ACTIVATIONS = get_args(Activation)
 
 
-@dataclass(frozen=True)
-class FFNWeights:
-    """``down(act(gate x + gate_bias) * (up x + up_bias)) + down_bias``, of the experts that the router picks.
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A matrix as kernels read it: row by row. How its numbers are stored is said here, and nowhere else."""
 
-    Neurons of an expert are contiguous. An FFN without a gate computes ``down(act(up x + up_bias))``. With compensation
-    ``idle * expand (compress x + compress_bias)`` is added, where ``idle`` is the share of experts not picked.
+    rows: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """A projection: a matrix, and what is added to the product."""
+
+    matrix: Matrix
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class RouterWeights:
+    """LTE's router: an expert is active when ``x . row + bias > threshold``.
+
+    Shapes: matrix ``[E, D]``, bias ``[E]``. The threshold is ``logit(tau)``.
+    """
+
+    matrix: Matrix
+    bias: Tensor | None = None
+    threshold: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """``expand (compress x + bias)``. Shapes: compress ``[R, D]``, bias ``[R]``, expand ``[D, R]``."""
+
+    compress: Matrix
+    bias: Tensor
+    expand: Matrix
+
+
+@dataclass(frozen=True, eq=False)
+class FFNWeights:
+    """``down(act(gate(x)) * up(x))``, of the experts that the router picks.
+
+    Neurons of an expert are contiguous. An FFN without a gate computes ``down(act(up(x)))``. With compensation
+    ``idle * expand (compress x + bias)`` is added, where ``idle`` is the share of experts not picked.
 
     Shapes: T tokens, D model width, F neurons, E experts of N neurons each (F = E * N), R rank of the compensation.
 
     Attributes:
-        up: ``[F, D]``.
-        down: ``[F, D]``, the transpose of what a linear layer keeps: row f is what neuron f adds to the output.
-        router: ``[E, D]``.
-        gate: ``[F, D]``, or None.
-        router_bias: ``[E]``, or None.
-        up_bias, gate_bias: ``[F]``, or None. ``down_bias``: ``[D]``, or None; added whatever is active.
-        compress, compress_bias, expand: ``[R, D]``, ``[R]`` and ``[D, R]``, or None, all three: no compensation.
+        up, gate: ``[F, D]``, with a bias ``[F]`` or None.
+        down: ``[F, D]``, the transpose of what a linear layer keeps: row f is what neuron f adds to the output. Its
+            bias ``[D]`` is added whatever is active.
+        router: of E experts.
+        compensation: None adds nothing.
         act: the activation, by name.
-        threshold: an expert is active when ``x . router + router_bias > threshold``. It is ``logit(tau)``.
+        tensors: all tensors in the order of :data:`TENSORS`, None for each that is not there.
 
     Raises:
         ValueError: shapes that do not belong together, an unknown activation.
     """
 
-    up: Tensor
-    down: Tensor
-    router: Tensor
-    gate: Tensor | None = None
-    router_bias: Tensor | None = None
-    up_bias: Tensor | None = None
-    gate_bias: Tensor | None = None
-    down_bias: Tensor | None = None
-    compress: Tensor | None = None
-    compress_bias: Tensor | None = None
-    expand: Tensor | None = None
+    up: Affine
+    down: Affine
+    router: RouterWeights
+    gate: Affine | None = None
+    compensation: LowRank | None = None
     act: Activation = "silu"
-    threshold: float = 0.0
+    tensors: tuple[Tensor | None, ...] = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:  # on the path of every layer of every token: no loops over what is not there
+    def __post_init__(self) -> None:  # on the path of every layer of every token: no loops, no slices of shapes
+        gate, low_rank = self.gate, self.compensation
         if self.act not in _ACTIVATIONS:
             raise ValueError(f"act is {self.act!r}, but it is one of {', '.join(_ACTIVATIONS)}")
-        up, router = self.up.shape, self.router.shape
+        up, router = self.up.matrix.rows.shape, self.router.matrix.rows.shape
         if len(up) != 2 or len(router) != 2 or not router[0] or up[0] % router[0]:
             raise ValueError(
                 f"up is {tuple(up)} and router {tuple(router)}, but they are [F, D] and [E, D], F a multiple of E"
             )
-        _fits("down", self.down, up, up)
-        _fits("gate", self.gate, up, up)
-        _fits("router", self.router, (router[0], up[1]), up)
-        _fits("router_bias", self.router_bias, router[:1], up)
-        _fits("up_bias", self.up_bias, up[:1], up)
-        _fits("gate_bias", self.gate_bias, up[:1], up)
-        _fits("down_bias", self.down_bias, up[1:], up)
-        if self.gate_bias is not None and self.gate is None:
-            raise ValueError("gate_bias is given, but there is no gate")
-        if not (self.compress is None) == (self.compress_bias is None) == (self.expand is None):
-            raise ValueError("compress, compress_bias and expand belong together: give all three, or none")
-        if self.compress is not None:
-            rank = self.compress.shape[:1] or (1,)
-            _fits("compress", self.compress, (max(rank[0], 1), up[1]), up)
-            _fits("compress_bias", self.compress_bias, rank, up)
-            _fits("expand", self.expand, (up[1], rank[0]), up)
+        F, D, E = *up, router[0]
+        _fits("up.bias", self.up.bias, (F,), up)
+        _fits("down", self.down.matrix.rows, up, up)
+        _fits("down.bias", self.down.bias, (D,), up)
+        _fits("router", self.router.matrix.rows, (E, D), up)
+        _fits("router.bias", self.router.bias, (E,), up)
+        if gate is not None:
+            _fits("gate", gate.matrix.rows, up, up)
+            _fits("gate.bias", gate.bias, (F,), up)
+        if low_rank is not None:
+            R = max((*low_rank.compress.rows.shape, 1)[0], 1)
+            _fits("compensation.compress", low_rank.compress.rows, (R, D), up)
+            _fits("compensation.bias", low_rank.bias, (R,), up)
+            _fits("compensation.expand", low_rank.expand.rows, (D, R), up)
+        object.__setattr__(self, "tensors", _flatten(self))
 
     @property
     def d_ff(self) -> int:
-        return self.up.shape[0]
+        return self.up.matrix.rows.shape[0]
 
     @property
     def d_model(self) -> int:
-        return self.up.shape[1]
+        return self.up.matrix.rows.shape[1]
 
     @property
     def num_experts(self) -> int:
-        return self.router.shape[0]
+        return self.router.matrix.rows.shape[0]
 
     @property
     def expert_size(self) -> int:
@@ -92,19 +122,15 @@ class FFNWeights:
     @property
     def rank(self) -> int:
         """Of the compensation; 0 where there is none."""
-        return 0 if self.compress is None else self.compress.shape[0]
+        return 0 if self.compensation is None else self.compensation.compress.rows.shape[0]
 
     def without_compensation(self) -> "FFNWeights":
         """The same FFN with idle experts left out and nothing in their place."""
-        return replace(self, compress=None, compress_bias=None, expand=None)
+        return replace(self, compensation=None)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are there, by name."""
-        return {name: value for name, value in self.arguments().items() if isinstance(value, Tensor)}
-
-    def arguments(self) -> dict[str, Any]:
-        """All fields by name, as they are."""
-        return {name: getattr(self, name) for name in _FIELDS}
+    def named_tensors(self) -> list[tuple[str, Tensor]]:
+        """The tensors that are there, each with its name of :data:`TENSORS`."""
+        return [(name, tensor) for name, tensor in zip(TENSORS, self.tensors, strict=True) if tensor is not None]
 
 
 def _fits(name: str, tensor: Tensor | None, shape: tuple[int, ...], up: tuple[int, ...]) -> None:
@@ -112,4 +138,52 @@ def _fits(name: str, tensor: Tensor | None, shape: tuple[int, ...], up: tuple[in
         raise ValueError(f"{name} is {tuple(tensor.shape)}, but beside up {tuple(up)} it is {tuple(shape)}")
 
 
-_FIELDS = tuple(field.name for field in fields(FFNWeights))
+def unflatten(tensors: Sequence[Tensor | None], threshold: float, act: Activation) -> FFNWeights:
+    """The weights whose ``tensors`` these are."""
+    leaves = {**dict(zip(TENSORS, tensors, strict=True)), "router.threshold": threshold, "act": act}
+    return _part(FFNWeights, leaves, "")
+
+
+def _part(kind: type, leaves: dict[str, Any], above: str) -> Any:
+    """A part of the weights from its leaves, which are named by their paths; None where no leaf is there."""
+    values = {
+        name: _part(inner, leaves, f"{above}{name}.") if inner in _PARTS else leaves[above + name]
+        for name, inner in _fields(kind)
+    }
+    return None if all(value is None for value in values.values()) else kind(**values)
+
+
+def _flatten(weights: FFNWeights) -> tuple[Tensor | None, ...]:
+    found: list[Any] = []
+    for path in _PATHS:
+        part: Any = weights
+        for name in path:
+            part = getattr(part, name)
+            if part is None:
+                break
+        found.append(part)
+    return tuple(found)
+
+
+_PARTS = (Matrix, Affine, RouterWeights, LowRank)
+
+
+@cache
+def _fields(kind: type) -> tuple[tuple[str, Any], ...]:
+    """What a part is made of: names, each with its type, None left aside."""
+    hints = get_type_hints(kind)
+    given = [one.name for one in fields(kind) if one.init]
+    return tuple((name, (get_args(hints[name]) or [hints[name]])[0]) for name in given)
+
+
+def _paths(kind: type) -> Iterator[tuple[str, ...]]:
+    for name, inner in _fields(kind):
+        if inner in _PARTS:
+            yield from ((name, *path) for path in _paths(inner))
+        elif inner is Tensor:
+            yield (name,)
+
+
+_PATHS = tuple(_paths(FFNWeights))
+TENSORS = tuple(".".join(path) for path in _PATHS)
+"""The names of the tensors that an FFN may have: ``up.matrix.rows``, ``up.bias`` and so on."""
