@@ -50,6 +50,8 @@ _BENCH: dict[str, Kind] = {
     **dict.fromkeys(("speedup", "ideal_speedup"), POSITIVE),
     "tokens": AMOUNT,
 }
+SUMMARY = "lte_training.json"
+"""What ``lte train`` leaves beside a model."""
 _DRAWN = ("tokens", "sparsity", "sparsity_asked", "speedup", "ideal_speedup")
 """Of a row of ``lte bench ffn``."""
 
@@ -70,6 +72,8 @@ def read_rows(path: Path) -> list[Row]:
     else:
         lines = enumerate(text.split("\n"), 1)
         found = [_read(line, f"{path} line {number}") for number, line in lines if line.strip()]
+    if path.name == SUMMARY:
+        check_fields(found[0] if found else {}, {"evaluation": OBJECT}, str(path), ("evaluation",))
     if not found:
         raise ValueError(f"{path} is empty: give a file that lte sweep, train, eval or bench has written")
     return found
