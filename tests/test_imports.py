@@ -127,17 +127,31 @@ def test_what_is_allowed(folder, source):
     assert violations(source, folder) == []
 
 
-def test_import_lte_is_light():
-    code = f"""
-import sys
-from transformers import AutoModelForCausalLM, PreTrainedModel  # some versions bring pandas themselves
-before = set(sys.modules)
-import lte
-print(*(name for name in {HEAVY} if name in sys.modules.keys() - before))
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+def loaded_by(code: str, given: str = "") -> set[str]:
+    """The modules that code loads in a process of its own, less those that ``given`` has loaded before."""
+    whole = f"import sys\n{given}\nbefore = set(sys.modules)\n{code}\nprint('LOADED', *(set(sys.modules) - before))"
+    result = subprocess.run([sys.executable, "-c", whole], capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == []
+    return set(result.stdout.rpartition("LOADED")[2].split())
+
+
+def test_import_lte_is_light():
+    found = loaded_by("import lte", "import torch, transformers\nfrom transformers import AutoModelForCausalLM")
+    assert found == {"lte", "lte.surgery", "lte.surgery.auto"}
+
+
+def test_a_public_name_loads_what_it_needs():
+    given = "import torch, transformers\nfrom transformers import AutoModelForCausalLM, PreTrainedModel\nimport lte"
+    found = loaded_by("lte.sparsify_, lte.LTEConfig, lte.optimize_, lte.record_scores", given)
+    roots = {name.partition(".")[0] for name in found}
+    assert not roots & {*HEAVY}
+    assert not {name for name in found if name.startswith(("lte.training", "lte.cli", "lte.evaluation"))}
+
+
+@pytest.mark.parametrize("asked", ["['lte']", "['lte', '--help']", "['lte', '--version']"])
+def test_the_list_of_commands_needs_no_library(asked):
+    found = loaded_by(f"sys.argv = {asked}\nimport lte_start\nassert lte_start.main() == 0")
+    assert not {name for name in found if name.partition(".")[0] in ("lte", "torch", "transformers", "numpy", "tyro")}
 
 
 def test_every_public_name_is_there():

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from lte.surgery.training import Training
 
 Made = TypeVar("Made")
+
+_ALL = "lte.methods.all"
+"""Importing it makes the methods that come with lte known by their names. It stands above this file."""
 
 STATE = ("mode", "grouped")
 """What a config's section ``lte`` holds beside the method: the mode, and ``grouped: False`` until neurons are."""
@@ -116,6 +120,8 @@ class Method:
         Raises:
             ValueError: there is none.
         """
+        if name not in Method._by_name:
+            import_module(_ALL)
         cls = Method._by_name.get(str(name))
         if cls is None:
             raise ValueError(f"unknown method {name!r}: this version of lte knows {', '.join(sorted(Method._by_name))}")
