@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from lte.core.accounting import Cost, Shape
     from lte.core.grouping import balanced_kmeans
     from lte.core.losses import efficiency_loss, separability_loss
+    from lte.data.config import DataConfig
     from lte.inference.generate import generate
     from lte.inference.optimize import optimize_
     from lte.methods.cats import CATSConfig
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from lte.surgery.relufy import relufy_
     from lte.surgery.teal import TEALConfig
     from lte.training.arguments import LTETrainingArguments
+    from lte.training.run import Trained, train
     from lte.training.trainer import LTETrainer
 
 __version__ = "0.1.0"
@@ -39,6 +41,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CATSConfig",
     "Cost",
+    "DataConfig",
     "DejaVuConfig",
     "FFNWeights",
     "Family",
@@ -54,6 +57,7 @@ __all__ = [
     "StaticPruningConfig",
     "TEALConfig",
     "TopKMoEConfig",
+    "Trained",
     "WandaConfig",
     "balanced_kmeans",
     "calibrate_",
@@ -73,6 +77,7 @@ __all__ = [
     "teal_",
     "teal_cost",
     "track_sparsity",
+    "train",
     "weight_sparsity",
 ]
 
@@ -80,6 +85,7 @@ _HOMES = {
     "lte.core.accounting": "Cost Shape",
     "lte.core.grouping": "balanced_kmeans",
     "lte.core.losses": "efficiency_loss separability_loss",
+    "lte.data.config": "DataConfig",
     "lte.inference.generate": "generate",
     "lte.inference.optimize": "optimize_",
     "lte.methods.cats": "CATSConfig",
@@ -103,6 +109,7 @@ _HOMES = {
     "lte.surgery.relufy": "relufy_",
     "lte.surgery.teal": "TEALConfig",
     "lte.training.arguments": "LTETrainingArguments",
+    "lte.training.run": "Trained train",
     "lte.training.trainer": "LTETrainer",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from lte.evaluation.record import SUMMARY
 from lte.report.fields import (
     AMOUNT,
     METHOD,
@@ -50,8 +51,6 @@ _BENCH: dict[str, Kind] = {
     **dict.fromkeys(("speedup", "ideal_speedup"), POSITIVE),
     "tokens": AMOUNT,
 }
-SUMMARY = "lte_training.json"
-"""What ``lte train`` leaves beside a model."""
 _DRAWN = ("tokens", "sparsity", "sparsity_asked", "speedup", "ideal_speedup")
 """Of a row of ``lte bench ffn``."""
 

@@ -26,7 +26,7 @@ from lte.saving import finish_saving, saving
 from lte.surgery.auto import MODEL_TYPE, LTEAutoConfig
 from lte.surgery.complete import check_complete
 from lte.surgery.heads import models_of
-from lte.surgery.method import ADDED_LATER, Method
+from lte.surgery.method import Method
 from lte.surgery.sites import find_sites
 from lte.surgery.teal import SECTION as TEAL
 from lte.surgery.teal import TEALConfig
@@ -96,7 +96,7 @@ def _in_memory(values: dict[str, Any]) -> dict[str, Any]:
             f"or make your own architecture known with AutoConfig.register({base_type!r}, ...) before loading"
         )
     made = (Method if teal is None else TEALConfig).from_dict(method)  # so that errors come early
-    if lacking := sorted({*made.to_dict(), *(("mode",) if teal is None else ())} - method.keys() - {*ADDED_LATER}):
+    if lacking := sorted({*made.to_dict(), *(("mode",) if teal is None else ())} - method.keys() - {*made.added_later}):
         raise ValueError(
             f"config.json lacks {', '.join(lacking)} in its section {'lte' if teal is None else TEAL}: it was written "
             "by hand or is damaged, save the model again with save_pretrained"

@@ -26,10 +26,6 @@ _ALL = "lte.methods.all"
 STATE = ("mode", "grouped")
 """What a config's section ``lte`` holds beside the method: the mode, and ``grouped: False`` until neurons are."""
 
-ADDED_LATER = ("compensation_rank", "activation", "allocation")
-"""Options that early saved models lack. Without them a model is as it was then: their defaults. All others are written
-with every model, and without one of them a model would be another."""
-
 
 @dataclass(frozen=True)
 class Method:
@@ -41,6 +37,11 @@ class Method:
     """
 
     name: ClassVar[str] = ""
+    added_later: ClassVar[tuple[str, ...]] = ()
+    """Options that early saved models lack. Without them a model is as it was then: their defaults. All others are
+    written with every model, and without one of them a model would be another."""
+    of_training: ClassVar[tuple[str, ...]] = ()
+    """Options that do nothing before the model is trained."""
     _by_name: ClassVar[dict[str, type["Method"]]] = {}
 
     expert_size: int = 32
