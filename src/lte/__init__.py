@@ -120,7 +120,7 @@ _auto.register()
 
 def __getattr__(name: str) -> Any:
     if name in _HOME_OF:
-        return getattr(import_module(_HOME_OF[name]), name)
+        return globals().setdefault(name, getattr(import_module(_HOME_OF[name]), name))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
