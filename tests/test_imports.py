@@ -12,30 +12,15 @@ SOURCE = Path(__file__).parent.parent / "src" / "lte"
 
 BELOW = ("files", "saving")
 """Files below all folders: each imports those before it, and the standard library."""
-FLOORS = [
-    "core",
-    "data",
-    "ops",
-    "modules",
-    "surgery",
-    "methods",
-    "training",
-    "inference",
-    "evaluation",
-    "bench",
-    "report",
-]
+FLOORS = ("core", "data", "ops", "modules", "surgery", "methods")
+FLOORS += ("inference", "evaluation", "training", "bench", "report")
 """From the bottom up: a folder imports from those before it, unless BESIDE says that it knows nothing of one."""
 BESIDE = {
-    "ops": {"data"},
-    "modules": {"data"},
-    "surgery": {"data"},
-    "methods": {"data"},
-    "inference": {"training", "methods", "data"},
-    "training": {"methods"},
-    "evaluation": {"training"},
-    "report": {"training", "inference", "bench", "methods"},
     "data": {"core"},
+    **{folder: {"data"} for folder in ("ops", "modules", "surgery", "methods")},
+    "inference": {"methods", "data"},
+    "training": {"methods"},
+    "report": {"training", "inference", "bench", "methods"},
 }
 LEFT_OF = {folder: {*FLOORS[:index]} - BESIDE.get(folder, set()) for index, folder in enumerate(FLOORS)}
 LEFT_OF |= {folder: folders | {*BELOW} for folder, folders in LEFT_OF.items() if folder != "core"}
@@ -103,6 +88,7 @@ def test_imports_point_left(path):
         ("training", "import lte"),
         ("training", "from lte.methods.lte import LTEConfig"),
         ("inference", "from lte.evaluation.evaluate import evaluate"),
+        ("evaluation", "from lte.training.run import train"),
         ("evaluation", "from lte.cli import main"),
     ],
 )
@@ -127,17 +113,31 @@ def test_what_is_allowed(folder, source):
     assert violations(source, folder) == []
 
 
-def test_import_lte_is_light():
-    code = f"""
-import sys
-from transformers import AutoModelForCausalLM, PreTrainedModel  # some versions bring pandas themselves
-before = set(sys.modules)
-import lte
-print(*(name for name in {HEAVY} if name in sys.modules.keys() - before))
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+def loaded_by(code: str, given: str = "") -> set[str]:
+    """The modules that code loads in a process of its own, less those that ``given`` has loaded before."""
+    whole = f"import sys\n{given}\nbefore = set(sys.modules)\n{code}\nprint('LOADED', *(set(sys.modules) - before))"
+    result = subprocess.run([sys.executable, "-c", whole], capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == []
+    return set(result.stdout.rpartition("LOADED")[2].split())
+
+
+def test_import_lte_is_light():
+    found = loaded_by("import lte", "import torch, transformers\nfrom transformers import AutoModelForCausalLM")
+    assert found == {"lte", "lte.surgery", "lte.surgery.auto"}
+
+
+def test_a_public_name_loads_what_it_needs():
+    given = "import torch, transformers\nfrom transformers import AutoModelForCausalLM, PreTrainedModel\nimport lte"
+    found = loaded_by("lte.sparsify_, lte.LTEConfig, lte.optimize_, lte.record_scores", given)
+    roots = {name.partition(".")[0] for name in found}
+    assert not roots & {*HEAVY}
+    assert not {name for name in found if name.startswith(("lte.training", "lte.cli", "lte.evaluation"))}
+
+
+@pytest.mark.parametrize("asked", ["['lte']", "['lte', '--help']", "['lte', '--version']"])
+def test_the_list_of_commands_needs_no_library(asked):
+    found = loaded_by(f"sys.argv = {asked}\nimport lte_start\nassert lte_start.main() == 0")
+    assert not {name for name in found if name.partition(".")[0] in ("lte", "torch", "transformers", "numpy", "tyro")}
 
 
 def test_every_public_name_is_there():

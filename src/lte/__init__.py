@@ -3,34 +3,37 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lte.core.accounting import Cost, Shape
-from lte.core.grouping import balanced_kmeans
-from lte.core.losses import efficiency_loss, separability_loss
-from lte.inference.generate import generate
-from lte.inference.optimize import optimize_
-from lte.methods.cats import CATSConfig
-from lte.methods.deja_vu import DejaVuConfig
-from lte.methods.lte import LTEConfig
-from lte.methods.lte.calibration import calibrate_
-from lte.methods.moefication import MoEficationConfig
-from lte.methods.noisy_topk import NoisyTopKConfig
-from lte.methods.relufication import ReLUficationConfig
-from lte.methods.sigma_moe import SigmaMoEConfig
-from lte.methods.static_pruning import StaticPruningConfig
-from lte.methods.teal import teal_, teal_cost
-from lte.methods.topk_moe import TopKMoEConfig
-from lte.methods.weight_pruning import MagnitudeConfig, WandaConfig, prune_, weight_sparsity
-from lte.modules.recording import record_scores, track_sparsity
-from lte.ops.sparse_ffn import sparse_ffn
-from lte.ops.weights import FFNWeights
-from lte.surgery.convert import densify, set_mode_, sparsify_
-from lte.surgery.cost import cost_per_token
-from lte.surgery.families import Family, register_family
-from lte.surgery.relufy import relufy_
-from lte.surgery.teal import TEALConfig
+from lte.surgery import auto as _auto
 
 if TYPE_CHECKING:
+    from lte.core.accounting import Cost, Shape
+    from lte.core.grouping import balanced_kmeans
+    from lte.core.losses import efficiency_loss, separability_loss
+    from lte.data.config import DataConfig
+    from lte.inference.generate import generate
+    from lte.inference.optimize import optimize_
+    from lte.methods.cats import CATSConfig
+    from lte.methods.deja_vu import DejaVuConfig
+    from lte.methods.lte import LTEConfig
+    from lte.methods.lte.calibration import calibrate_
+    from lte.methods.moefication import MoEficationConfig
+    from lte.methods.noisy_topk import NoisyTopKConfig
+    from lte.methods.relufication import ReLUficationConfig
+    from lte.methods.sigma_moe import SigmaMoEConfig
+    from lte.methods.static_pruning import StaticPruningConfig
+    from lte.methods.teal import teal_, teal_cost
+    from lte.methods.topk_moe import TopKMoEConfig
+    from lte.methods.weight_pruning import MagnitudeConfig, WandaConfig, prune_, weight_sparsity
+    from lte.modules.recording import record_scores, track_sparsity
+    from lte.ops.sparse_ffn import sparse_ffn
+    from lte.ops.weights import FFNWeights
+    from lte.surgery.convert import densify, set_mode_, sparsify_
+    from lte.surgery.cost import cost_per_token
+    from lte.surgery.families import Family, register_family
+    from lte.surgery.relufy import relufy_
+    from lte.surgery.teal import TEALConfig
     from lte.training.arguments import LTETrainingArguments
+    from lte.training.run import Trained, train
     from lte.training.trainer import LTETrainer
 
 __version__ = "0.1.0"
@@ -38,6 +41,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CATSConfig",
     "Cost",
+    "DataConfig",
     "DejaVuConfig",
     "FFNWeights",
     "Family",
@@ -53,6 +57,7 @@ __all__ = [
     "StaticPruningConfig",
     "TEALConfig",
     "TopKMoEConfig",
+    "Trained",
     "WandaConfig",
     "balanced_kmeans",
     "calibrate_",
@@ -72,16 +77,50 @@ __all__ = [
     "teal_",
     "teal_cost",
     "track_sparsity",
+    "train",
     "weight_sparsity",
 ]
 
-_ON_DEMAND = {"LTETrainer": "lte.training.trainer", "LTETrainingArguments": "lte.training.arguments"}
-"""Imported when first asked for: ``transformers.Trainer`` brings datasets, peft and pandas along."""
+_HOMES = {
+    "lte.core.accounting": "Cost Shape",
+    "lte.core.grouping": "balanced_kmeans",
+    "lte.core.losses": "efficiency_loss separability_loss",
+    "lte.data.config": "DataConfig",
+    "lte.inference.generate": "generate",
+    "lte.inference.optimize": "optimize_",
+    "lte.methods.cats": "CATSConfig",
+    "lte.methods.deja_vu": "DejaVuConfig",
+    "lte.methods.lte": "LTEConfig",
+    "lte.methods.lte.calibration": "calibrate_",
+    "lte.methods.moefication": "MoEficationConfig",
+    "lte.methods.noisy_topk": "NoisyTopKConfig",
+    "lte.methods.relufication": "ReLUficationConfig",
+    "lte.methods.sigma_moe": "SigmaMoEConfig",
+    "lte.methods.static_pruning": "StaticPruningConfig",
+    "lte.methods.teal": "teal_ teal_cost",
+    "lte.methods.topk_moe": "TopKMoEConfig",
+    "lte.methods.weight_pruning": "MagnitudeConfig WandaConfig prune_ weight_sparsity",
+    "lte.modules.recording": "record_scores track_sparsity",
+    "lte.ops.sparse_ffn": "sparse_ffn",
+    "lte.ops.weights": "FFNWeights",
+    "lte.surgery.convert": "densify set_mode_ sparsify_",
+    "lte.surgery.cost": "cost_per_token",
+    "lte.surgery.families": "Family register_family",
+    "lte.surgery.relufy": "relufy_",
+    "lte.surgery.teal": "TEALConfig",
+    "lte.training.arguments": "LTETrainingArguments",
+    "lte.training.run": "Trained train",
+    "lte.training.trainer": "LTETrainer",
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
+"""Public names load when first used (PEP 562): who loads a model needs no trainer, who trains one no kernels."""
+
+_auto.register()
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ON_DEMAND:
-        return getattr(import_module(_ON_DEMAND[name]), name)
+    if name in _HOME_OF:
+        return globals().setdefault(name, getattr(import_module(_HOME_OF[name]), name))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -8,9 +8,10 @@ import yaml
 
 from byte_tokenizer import byte_tokenizer
 from lte.cli.main import COMMANDS, main
-from lte.cli.train import SUMMARY, parse_train
+from lte.cli.train import parse_train
 from lte.data.tasks import DataConfig, load_dataset_for
 from lte.evaluation.evaluate import evaluate
+from lte.evaluation.record import SUMMARY
 from lte.surgery.loading import load_model
 
 STEPS = ["--max-steps", "8", "--per-device-train-batch-size", "4", "--sequence-length", "32", "--report-to", "none"]

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import lte
 from lte.cli.main import main
-from lte.cli.train import SUMMARY
+from lte.evaluation.record import SUMMARY
 from lte.modules.recording import sparse_layers
 from lte.report.curves import gather
 from lte.report.results import read_results

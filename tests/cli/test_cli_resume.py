@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lte.cli.main import main
-from lte.cli.train import SUMMARY
+from lte.evaluation.record import SUMMARY
 from lte.training.checkpoints import RUN
 
 OPTIONS = {

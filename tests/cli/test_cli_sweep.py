@@ -14,7 +14,7 @@ import pytest
 from lte.cli import child, sweep
 from lte.cli.main import main
 from lte.cli.sweep_table import show
-from lte.cli.train import SUMMARY
+from lte.evaluation.record import SUMMARY
 from lte.training import lock as locking
 from lte.training.lock import alone_in
 

@@ -9,11 +9,11 @@ import pytest
 from transformers import BertConfig
 
 from byte_tokenizer import byte_tokenizer
-from lte.cli.options import DataOptions
 from lte.data import text_files, tokenise
 from lte.data.sources import read_rows
 from lte.data.tasks import DataConfig, load_dataset_for, load_prompts, load_texts
 from lte.data.text_files import read_pieces
+from lte.evaluation.inputs import Inputs
 
 
 def peak(act) -> int:
@@ -133,7 +133,7 @@ def test_classes_that_only_the_data_names_are_all_read(tmp_path):
     """A class that comes late is known; where the model names them, no row is read for it."""
     rows = [{"text": "a", "label": "x" if i < 5 else "y"} for i in range(9)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source, options = (str(tmp_path / "a.jsonl"),), DataOptions(task="classification")
+    source, options = (str(tmp_path / "a.jsonl"),), Inputs(task="classification")
     named = BertConfig(vocab_size=300, architectures=["BertForSequenceClassification"], id2label={0: "y", 1: "x"})
     found = options.load(source, byte_tokenizer(), named, max_rows=2)
     assert found.class_names == ("y", "x")

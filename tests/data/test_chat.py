@@ -101,6 +101,7 @@ def test_an_end_of_turn_that_is_no_eos_is_learnt(tmp_path, tokenizer):
         (None, {"messages": CHAT}, "has no chat template"),
         (TEMPLATE, {"messages": "hello"}, "row 1: column 'messages' holds no chat"),
         (TEMPLATE, {"messages": [{"role": "user"}]}, "row 1: column 'messages' holds no chat"),
+        (TEMPLATE, {"messages": [{"role": None, "content": "a"}]}, "row 1: column 'messages' holds no chat"),
         (
             TEMPLATE,
             {"messages": [{"role": "user", "content": [{"type": "image"}]}]},

@@ -86,6 +86,7 @@ def complaint(file):
             {"evaluation": {"layer_sparsity": [0.5, None]}},
             "layer_sparsity is .*, but it has to be a list, each a",
         ),
+        ({"method": {"method": "lte", "expert_size": [8]}}, "whose options are single values"),
         ({"evaluation": []}, "the field evaluation is .., but it has to be an object"),
         ({"evals": [{"mode": 3}]}, "line 2, evaluation 1 of evals: the field mode is 3, but it has to be a text"),
     ],
@@ -101,6 +102,14 @@ def test_a_row_of_a_bench_is_named(tmp_path):
     line["rows"][1]["speedup"] = "fast"
     with pytest.raises(ValueError, match=r'line 1, row 2: the field speedup is "fast", but it has to be a'):
         read_results([write(tmp_path / "rows.jsonl", [line])])
+
+
+def test_the_summary_of_a_training_run_has_an_evaluation(tmp_path):
+    whole = row("lte", 10.0)
+    assert len(read_results([write(tmp_path / "lte_training.json", [whole])]).measurements) == 1
+    whole["ewaluation"] = whole.pop("evaluation")
+    with pytest.raises(ValueError, match=r"lte_training.json: the field evaluation is missing"):
+        read_results([write(tmp_path / "lte_training.json", [whole])])
 
 
 def test_rows_of_others_may_hold_anything(tmp_path):

@@ -13,6 +13,7 @@ import lte
 from lte.modules.recording import sparse_layers
 from lte.modules.sparse_ffn import SparseActivation, SparseFFN
 from lte.surgery import architectures, convert
+from lte.surgery.convert import install_routers_
 from lte.surgery.sites import find_sites
 
 CONFIG = lte.LTEConfig(expert_size=8, grouping="random")
@@ -129,11 +130,11 @@ def test_ungrouped_neurons_stay_and_no_data_is_read():
     model = tiny_model("llama")
     gate = model.model.layers[0].mlp.gate_proj.weight.clone()
     method = lte.LTEConfig(expert_size=8, grouping="coactivation")
-    lte.sparsify_(model, method, fit=False, grouped=False)
+    install_routers_(model, method)
     assert torch.equal(model.model.layers[0].mlp.gate_proj.weight, gate)
     assert len(sparse_layers(model)) == len(model.model.layers)
     with pytest.raises(ValueError, match="needs data"):
-        lte.sparsify_(tiny_model("llama"), method, fit=False)
+        lte.sparsify_(tiny_model("llama"), method)
 
 
 def test_coactivation_leaves_padding_out():

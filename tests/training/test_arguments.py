@@ -49,7 +49,7 @@ def test_a_dense_run_is_one_dense_stage(tmp_path):
     ("given", "said"),
     [
         ({"recipe": "papers"}, "default, dense, paper"),
-        ({"target_sparsity": None}, "target_sparsity is None"),
+        ({"target_sparsity": 1.0}, "target_sparsity is 1.0"),
         ({"target_sparsity": 0.0}, "between 0 and 1"),
         ({"target_sparsity": 1.0}, "between 0 and 1"),
         ({"target_sparsity": 1.5}, "between 0 and 1"),

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 import lte
 from lte.data.batches import PackedBlocks
+from lte.surgery.convert import install_routers_
 from lte.training.trainer import LTETrainer
 
 ABSURD = 1e30  # overflows whatever the order of sums: 1e6 does on some processors
@@ -35,8 +36,8 @@ RUNS = {
 def run_of(folder, name, **overrides):
     method, options = RUNS[name]
     if options.get("recipe", "default") == "default":
-        options = {"target_sparsity": getattr(method, "target_sparsity", 0.5), **options}
-    model = lte.sparsify_(dense_llama(), method, fit=False, grouped=options.get("dense_fraction") == 0)
+        options = {"target_sparsity": method.target_sparsity or 0.5, **options}
+    model = install_routers_(dense_llama(), method)
     return LTETrainer(
         model,
         args=arguments(folder, **{**options, **overrides}),

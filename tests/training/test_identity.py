@@ -16,6 +16,7 @@ import lte
 from lte.data.batches import PackedBlocks, PaddedRows, PaddingCollator
 from lte.data.content import content_of
 from lte.modules.recording import sparse_layers
+from lte.surgery.convert import install_routers_
 from lte.surgery.loading import load_model
 from lte.training.arguments import LTETrainingArguments
 from lte.training.checkpoints import RUN, newest_whole
@@ -65,7 +66,7 @@ MODELS = {
     "method.grouping": lambda: sparse(grouping="kmeans"),
     "method.seed": lambda: sparse(seed=3),
     "method.compensation_rank": lambda: sparse(compensation_rank=4),
-    "method.method": lambda: lte.sparsify_(dense_llama(), lte.CATSConfig(target_sparsity=0.5), fit=False),
+    "method.method": lambda: install_routers_(dense_llama(), lte.CATSConfig(target_sparsity=0.5)),
 }
 
 

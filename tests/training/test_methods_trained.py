@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 import lte
 from lte.data.batches import PackedBlocks
 from lte.modules.recording import sparse_layers, track_sparsity
+from lte.surgery.convert import install_routers_
 from lte.surgery.stages import StagePlan
 from lte.training.arguments import LTETrainingArguments
 from lte.training.trainer import LTETrainer
@@ -50,7 +51,7 @@ class Routers(TrainerCallback):
 
 
 def trained(folder, method, data=None, **overrides):
-    model = lte.sparsify_(dense_llama(), method, fit=False)
+    model = install_routers_(dense_llama(), method)
     usual = {"max_steps": 60, "learning_rate": 1e-2, "target_sparsity": method.target_sparsity}
     routers = Routers()
     trainer = LTETrainer(
@@ -146,7 +147,7 @@ def test_a_run_is_resumed(tmp_path, name):
     saving = {"max_steps": 12, "save_strategy": "steps", "save_steps": 6}
     data = markov_blocks(200)
     whole, _ = trained(tmp_path / "a", method, data, **saving)
-    model = lte.sparsify_(dense_llama(), method, fit=False)
+    model = install_routers_(dense_llama(), method)
     again = LTETrainer(
         model,
         args=arguments(tmp_path / "b", learning_rate=1e-2, **saving),
@@ -170,7 +171,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, name):
 
 
 def test_what_is_refused(tmp_path):
-    model = lte.sparsify_(dense_llama(), lte.CATSConfig(), fit=False)
+    model = install_routers_(dense_llama(), lte.CATSConfig())
     with pytest.raises(ValueError, match=r"made for target_sparsity 0\.5, but the arguments ask for 0\.7"):
         LTETrainer(model, args=arguments(tmp_path, target_sparsity=0.7))
     with pytest.raises(ValueError, match="recipe='paper' trains LTE's routers, not those of cats"):

@@ -14,6 +14,7 @@ from tiny_training import dense_llama, sparse_llama, trainer_for
 from transformers import TrainerCallback
 
 import lte
+from lte.surgery.convert import install_routers_
 from lte.training.checkpoints import newest_whole
 from lte.training.compiling import Compilation
 from lte.training.distiller import KEPT_IN, Distiller
@@ -97,7 +98,7 @@ def test_resumed_where_a_stage_ends(tmp_path, whole, steps, stage):
 @pytest.mark.parametrize(("steps", "grouped_again"), [(2, True), (8, False)], ids=["dense", "soft"])
 def test_a_model_that_is_not_grouped_yet_is_resumed(tmp_path, monkeypatch, steps, grouped_again):
     def ungrouped():
-        return lte.sparsify_(dense_llama(), lte.LTEConfig(expert_size=8), grouped=False)
+        return install_routers_(dense_llama(), lte.LTEConfig(expert_size=8))
 
     saving = {"save_strategy": "steps", "save_steps": steps}
     with pytest.raises(Stop):

@@ -17,7 +17,7 @@ from lte.data.batches import PackedBlocks
 from lte.modules.evaluating import evaluating
 from lte.modules.recording import sparse_layers, track_sparsity
 from lte.modules.step_log import StepLog
-from lte.surgery.convert import group, regroup_
+from lte.surgery.convert import group, install_routers_, regroup_
 from lte.surgery.sites import find_sites
 from lte.training.trainer import LTETrainer
 
@@ -208,7 +208,8 @@ def test_neurons_are_never_left_ungrouped(tmp_path, monkeypatch, grouped, dense_
     monkeypatch.setattr(
         lte.LTEConfig, "group", lambda *given, real=lte.LTEConfig.group: called.append(1) or real(*given)
     )
-    model = lte.sparsify_(dense_llama(), lte.LTEConfig(expert_size=8), grouped=grouped)
+    convert_ = lte.sparsify_ if grouped else install_routers_
+    model = convert_(dense_llama(), lte.LTEConfig(expert_size=8))
     assert ("grouped" in model.config.lte) != grouped
     trainer_for(tmp_path, model=model, max_steps=8, dense_fraction=dense_fraction).train()
     assert len(called) == times

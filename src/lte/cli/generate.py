@@ -14,10 +14,11 @@ from transformers.generation.streamers import BaseStreamer
 
 from lte.cli.console import bar, err, print_json
 from lte.cli.main import parse
-from lte.cli.options import DeviceOptions, Model, generating_head, open_model, optimize_where_possible_
+from lte.cli.options import DeviceOptions, Model, open_model, optimize_where_possible_
 from lte.data.chat import ChatTemplate
 from lte.data.text_files import read_text
 from lte.data.tokenise import encode, most_tokens, without_start, wrapping
+from lte.evaluation.inputs import generating_head
 from lte.inference.completions import GREEDY, Completion, complete, completions_sparsity, padded, stop_ids
 from lte.ops.sparse_ffn import BackendName
 from lte.surgery.loading import load_config, load_tokenizer

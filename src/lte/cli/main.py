@@ -11,20 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from lte.cli.failures import UsageError, explain, one_line
-
-COMMANDS = {
-    "sparsify": "give a dense model experts and routers, and save it",
-    "prune": "set single weights of a dense model to 0, by Wanda or by size",
-    "train": "train a model to use few neurons, through all stages",
-    "sweep": "train, sparsify, prune or calibrate over a grid of options: a row a run, resumable",
-    "calibrate": "another sparsity for a trained model, without training it again",
-    "eval": "perplexity, accuracy, ROUGE, MMLU or tasks of lm_eval, with sparsity and cost",
-    "generate": "continue a prompt",
-    "bench": "dense against sparse in seconds: ffn, decode or train",
-    "report": "one page of results: trade-off curves, Table 1, layers, routers, speed",
-    "inspect": "what a model is, what would be converted, and what a token costs",
-    "demo": "the whole of it on a real small model, on CPU",
-}
+from lte_start import COMMANDS, answer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,17 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: lte COMMAND [OPTIONS]\n\nTrain a language model to use few of its FFN neurons.\n\ncommands:")
-        print("\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items()))
-        print("\nlte COMMAND --help shows its options.")
+    if (said := answer(arguments)) is not None:
+        print(said)
         return 0
     name, *rest = arguments
-    if name == "--version":
-        from lte import __version__
-
-        print(__version__)
-        return 0
     if name not in COMMANDS:
         raise UsageError(f"unknown command {name!r}: use one of {', '.join(COMMANDS)}")
     with _quiet():

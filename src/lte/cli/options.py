@@ -1,146 +1,19 @@
 """Options that several commands share."""
 
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
 from transformers import PreTrainedModel
 
 from lte.cli.console import err
-from lte.data.batches import PaddedRows
-from lte.data.prompts import load_prompts
-from lte.data.tasks import DataConfig, Task, generation_rows, load_dataset_for
-from lte.data.tokenise import most_tokens
-from lte.evaluation.generation import group_references
 from lte.inference.optimize import optimize_
 from lte.ops.sparse_ffn import BackendName
-from lte.surgery.families import check_family
-from lte.surgery.loading import Head, check_causal, class_names_of, classifies, load_model
+from lte.surgery.loading import Head, load_model
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-
-
-@dataclass
-class DataOptions:
-    """What to read, and as what."""
-
-    text: tuple[str, ...] = ()
-    """Data: .txt, .jsonl, .csv, .tsv (each also .gz), .parquet, .npy of token ids, or a hub id[:name][:split]."""
-    task: Task = "language_modelling"
-    """What the data is: running text, prompts with completions, texts with classes, or texts with numbers."""
-    data: DataConfig = field(default_factory=DataConfig)
-
-    def head(self, model_config: Any, new: bool = False) -> Head:
-        """The head that the task needs.
-
-        Args:
-            new: whether a model with another one may get it.
-
-        Raises:
-            ValueError: the model's head is for another task.
-        """
-        if not new and classifies(model_config):
-            own = "regression" if model_config.num_labels == 1 else "classification"
-            if self.task != own:
-                raise ValueError(f"the model's head is for {own}, but the task is {self.task}: give --task {own}")
-        if self.task in ("classification", "regression"):
-            return "classification"
-        if not model_config.is_encoder_decoder:
-            check_causal(model_config, f"task {self.task} asks")
-        return generating_head(model_config)
-
-    def kept_head(self, model_config: Any) -> Head:
-        """The head of a model that is converted: its own.
-
-        Raises:
-            ValueError: the family cannot be converted, or the data is not for the head.
-        """
-        check_family(model_config)
-        if self.text and classifies(model_config):
-            self.head(model_config)  # refuses data that is not for it
-        return "own"
-
-    def load(
-        self,
-        sources: tuple[str, ...],
-        tokenizer: Any,
-        model_config: Any,
-        data: DataConfig | None = None,
-        labelled: bool = True,
-        new_head: bool = False,
-        max_rows: int | None = None,
-    ) -> Any:
-        """The rows of ``sources``; of a classifier's classes, in its order, unless it may get a new head.
-
-        Of more than ``max_rows`` the first ones; what comes after is not read, but where it says which classes there
-        are.
-        """
-        data = _as_written(data or self.data)
-        if self.task == "classification" and data.class_names is None and not new_head:
-            data = replace(data, class_names=class_names_of(model_config))
-        longest = most_tokens(tokenizer, model_config)
-        all_classes = self.task == "classification" and data.class_names is None
-        dataset = load_dataset_for(
-            self.task,
-            _given(sources),
-            tokenizer,
-            replace(data, sequence_length=min(longest, data.sequence_length)),
-            is_encoder_decoder=bool(model_config.is_encoder_decoder),
-            vocab_size=model_config.get_text_config().vocab_size,
-            labelled=labelled,
-            max_rows=None if all_classes else max_rows,
-        )
-        if self.task == "classification" and classifies(model_config) and labelled and not new_head:
-            names = dataset.class_names or ()
-            if data.class_names is None and not all(name.isdigit() for name in names):
-                raise ValueError(
-                    f"the model does not say which of its classes are {', '.join(names)}: name them in its order, with "
-                    "--class-names"
-                )
-            if len(names) != model_config.num_labels:
-                raise ValueError(
-                    f"the data has {len(names)} classes and the model {model_config.num_labels}: name the model's, in "
-                    "their order, with --class-names"
-                )
-        if data.sequence_length > longest:
-            err.print(f"sequence_length {data.sequence_length} is beyond the model's {longest} positions: used those")
-        return dataset if max_rows is None else dataset.head(max_rows)
-
-    def load_references(
-        self, tokenizer: Any, model_config: Any, max_prompts: int | None
-    ) -> tuple[dict[str, list[str]], PaddedRows]:
-        """Each prompt of ``text`` once, with all its completions; and these rows as ``load`` gives them."""
-        data = _as_written(self.data)
-        texts = load_prompts(_given(self.text), data, tokenizer)
-        references = dict(islice(group_references(*texts).items(), max_prompts))
-        rows = generation_rows(
-            [prompt for prompt, several in references.items() for _ in several],
-            [one for several in references.values() for one in several],
-            tokenizer,
-            replace(data, sequence_length=min(most_tokens(tokenizer, model_config), data.sequence_length)),
-            bool(model_config.is_encoder_decoder),
-            model_config.get_text_config().vocab_size,
-        )
-        return references, rows
-
-
-def _given(sources: tuple[str, ...]) -> tuple[str, ...]:
-    if not sources:
-        raise ValueError("no data: give --text FILE (or a hub data set id)")
-    return sources
-
-
-def _as_written(data: DataConfig) -> DataConfig:
-    """With the line ends that a template means: a shell hands over ``"{mr}\\n"`` as a backslash and an n."""
-    templates = {name: _unescaped(text) for name in ("prompt", "completion") if "{" in (text := getattr(data, name))}
-    return replace(data, completion_end=_unescaped(data.completion_end or "") or None, **templates)
-
-
-def _unescaped(text: str) -> str:
-    return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 @dataclass
@@ -168,10 +41,6 @@ class DeviceOptions:
         return device, self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
 
 
-def generating_head(model_config: Any) -> Head:
-    return "seq2seq" if model_config.is_encoder_decoder else "causal"
-
-
 def open_model(
     name: str, head: Head, device: torch.device, dtype: torch.dtype | str, trust_remote_code: bool = False
 ) -> PreTrainedModel:
@@ -179,12 +48,6 @@ def open_model(
     with err.status("loading the model"):
         model = load_model(name, head, dtype, new_head=False, trust_remote_code=trust_remote_code)
         return model.to(device)  # pyright: ignore[reportArgumentType]
-
-
-def pad_alike_(model: PreTrainedModel, dataset: Any) -> None:
-    """Tell a model with one answer a row what its rows are padded with: a decoder's answer is at the token before."""
-    if dataset.class_names is not None:
-        model.config.get_text_config().pad_token_id = dataset.collator.pad_token_id
 
 
 def check_folder(output: str | Path, model: str | None = None, instead: str = "give another one") -> None:

@@ -1,32 +1,44 @@
 """Progress of a training run: a bar on a terminal, a line at each logging step elsewhere."""
 
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from lte.cli.console import err
+from lte.cli.console import err, track
+from lte.training.run import Watcher
 
 
-def train_with_progress(trainer: Trainer, resume: str | bool | None = None) -> None:
-    """``trainer.train()`` with this progress in place of the trainer's own.
+class OnTerminal(Watcher):
+    """Bars and lines on stderr in place of the trainer's own."""
 
-    Raises:
-        KeyboardInterrupt: saying what there is to go on from.
-    """
-    progress = TrainingProgress()
-    trainer.add_callback(progress)
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
-    try:
-        with progress:
-            trainer.train(resume_from_checkpoint=resume)
-    except KeyboardInterrupt:
-        at = f"interrupted at step {trainer.state.global_step} of {trainer.state.max_steps}"
-        if progress.saved:
-            raise KeyboardInterrupt(f"{at}: with --resume it goes on from step {progress.saved}") from None
-        raise KeyboardInterrupt(f"{at}, before its first checkpoint: it has to begin anew") from None
+    def waiting(self, what: str) -> AbstractContextManager[Any]:
+        return err.status(what)
+
+    def track(self, items: Iterable[Any], what: str) -> Iterable[Any]:
+        return track(items, what)
+
+    def train(self, trainer: Trainer, resume: bool | str | None = None) -> None:
+        """``trainer.train()``.
+
+        Raises:
+            KeyboardInterrupt: saying what there is to go on from.
+        """
+        progress = TrainingProgress()
+        trainer.add_callback(progress)
+        trainer.remove_callback(ProgressCallback)
+        trainer.remove_callback(PrinterCallback)
+        try:
+            with progress:
+                trainer.train(resume_from_checkpoint=resume)
+        except KeyboardInterrupt:
+            at = f"interrupted at step {trainer.state.global_step} of {trainer.state.max_steps}"
+            if progress.saved:
+                raise KeyboardInterrupt(f"{at}: with --resume it goes on from step {progress.saved}") from None
+            raise KeyboardInterrupt(f"{at}, before its first checkpoint: it has to begin anew") from None
 
 
 class TrainingProgress(TrainerCallback):

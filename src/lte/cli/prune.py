@@ -8,7 +8,8 @@ from torch.utils.data import DataLoader
 
 from lte.cli.console import err, out, print_json
 from lte.cli.main import parse
-from lte.cli.options import DataOptions, DeviceOptions, Output, check_folder, open_model
+from lte.cli.options import DeviceOptions, Output, check_folder, open_model
+from lte.evaluation.inputs import Inputs
 from lte.methods.weight_pruning import MagnitudeConfig, WandaConfig, prune_, weight_sparsity
 from lte.saving import saving
 from lte.surgery.cost import cost_per_token
@@ -31,7 +32,7 @@ class Prune:
     """With wanda: how many tokens of the data to look at."""
     json: bool = False
     """Print one JSON object on the last line."""
-    data: DataOptions = field(default_factory=DataOptions)
+    data: Inputs = field(default_factory=Inputs)
     where: DeviceOptions = field(default_factory=DeviceOptions)
 
     def config(self) -> MagnitudeConfig:

@@ -13,7 +13,7 @@ from lte.cli.console import err, out
 from lte.cli.main import parse
 from lte.cli.options import DeviceOptions, open_model
 from lte.cli.sweep import ROWS
-from lte.cli.train import SUMMARY
+from lte.evaluation.record import SUMMARY
 from lte.files import write_whole
 from lte.report.curves import gather
 from lte.report.page import Head, html, markdown, pngs

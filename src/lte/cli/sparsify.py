@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from lte.cli.console import err, out, track
 from lte.cli.main import parse
 from lte.cli.method_options import method_in, method_name, with_method
-from lte.cli.options import DataOptions, DeviceOptions, Output, check_folder, open_model
+from lte.cli.options import DeviceOptions, Output, check_folder, open_model
+from lte.evaluation.inputs import Inputs
 from lte.methods.teal import teal_
 from lte.modules.recording import sparse_layers
 from lte.saving import saving
@@ -39,7 +40,7 @@ class Sparsify:
             "--method NAME --help shows the options of that one."
         ),
     ] = "lte"
-    data: DataOptions = field(default_factory=DataOptions)
+    data: Inputs = field(default_factory=Inputs)
     where: DeviceOptions = field(default_factory=DeviceOptions)
 
 
@@ -64,7 +65,8 @@ def main(argv: Sequence[str]) -> None:
 def parse_sparsify(argv: Sequence[str]) -> Any:
     """The options and the method's, checked as far as they can be before a model is loaded."""
     config_class = TEALConfig if method_name(argv) == TEALConfig.name else method_in(argv)
-    options = parse(with_method(Sparsify, config_class), "sparsify", argv)
+    later = getattr(config_class, "of_training", ())
+    options = parse(with_method(Sparsify, config_class, later), "sparsify", argv)
     check_folder(options.output, options.model)
     return options
 

@@ -31,7 +31,8 @@ from lte.cli.prune import parse_prune
 from lte.cli.sparsify import parse_sparsify
 from lte.cli.sweep_identity import row_identity, what_differs
 from lte.cli.sweep_table import Row, line_of, name_of, show
-from lte.cli.train import SUMMARY, parse_train
+from lte.cli.train import parse_train
+from lte.evaluation.record import SUMMARY
 from lte.files import append_line
 from lte.surgery.reading import read_json
 from lte.training.lock import alone_in

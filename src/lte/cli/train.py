@@ -5,43 +5,29 @@ import json
 import re
 import shlex
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import torch
-import transformers
 import tyro
 import yaml
-from torch import Tensor
-from torch.utils.data import DataLoader
-from transformers import EvalPrediction, PreTrainedModel, set_seed
 
-from lte import __version__
-from lte.cli.console import err, print_json, track
+from lte.cli.console import print_json
 from lte.cli.eval_tables import show
 from lte.cli.main import parse
 from lte.cli.method_options import chosen, method_in, with_method
-from lte.cli.options import DataOptions, DeviceOptions, check_folder, pad_alike_
-from lte.cli.progress import train_with_progress
-from lte.data.batches import split_held_out
-from lte.evaluation.evaluate import evaluate, label_metrics
-from lte.files import write_whole
-from lte.saving import saving
-from lte.surgery.convert import densify, sparsify_
-from lte.surgery.families import check_family
-from lte.surgery.loading import class_names_of, load_config, load_model, load_tokenizer
+from lte.cli.options import DeviceOptions, check_folder
+from lte.evaluation.inputs import Inputs
 from lte.surgery.method import Method
+from lte.surgery.training_options import check_target
 from lte.training.arguments import LTETrainingArguments
-from lte.training.checks import check_dtype
-from lte.training.lock import alone_in
-from lte.training.trainer import LTETrainer
 
-SUMMARY = "lte_training.json"
+if TYPE_CHECKING:
+    from lte.training.run import Trained
+
 ELSEWHERE = ("target_sparsity", "seed")
 """Options of methods that are training's, too."""
 
@@ -73,7 +59,7 @@ class Train:
     model: str
     """A local folder, a hub id, or a .gguf file; dense, or already sparse."""
     training: TrainArguments
-    data: DataOptions = field(default_factory=DataOptions)
+    data: Inputs = field(default_factory=Inputs)
     where: DeviceOptions = field(default_factory=DeviceOptions)
     eval_text: tuple[str, ...] = ()
     """Held-out data, evaluated once training is over; without it, part of --text is held out."""
@@ -98,10 +84,10 @@ class Train:
 
 def main(argv: Sequence[str]) -> None:
     options = parse_train(argv)
-    result = train(options, argv)
-    show(result["evaluation"])
+    made = train(options, argv)
+    show(made.evaluation)
     if options.json:
-        print_json({**result, "evaluation": asdict(result["evaluation"])})
+        print_json(made.summary)
 
 
 def parse_train(argv: Sequence[str]) -> Train:
@@ -185,139 +171,30 @@ def _hints(cls: type) -> dict[str, Any]:
     return {name: hint for one in [hints, *inner] for name, hint in one.items()}
 
 
-def train(options: Train, argv: Sequence[str]) -> dict[str, Any]:
-    """Convert, train, save and evaluate; give what the summary file holds.
+def train(options: Train, argv: Sequence[str]) -> "Trained":
+    """Run what was asked for: :func:`lte.training.run.train` with bars and lines on the terminal."""
+    from lte.cli.progress import OnTerminal  # after parsing: --help needs no trainer
+    from lte.training.run import train as run
 
-    Raises:
-        ValueError: another run uses the output folder, and all that ``LTETrainer`` refuses.
-    """
-    args = options.training
-    with alone_in(cast(str, args.output_dir)) if args.process_index == 0 else nullcontext():
-        return _train(options, argv)
-
-
-def _train(options: Train, argv: Sequence[str]) -> dict[str, Any]:
-    args = options.training
-    set_seed(args.seed)
+    args, inputs = options.training, options.data
+    if args.recipe == "default":
+        check_target(args.target_sparsity)
     target = {} if args.target_sparsity is None else {"target_sparsity": args.target_sparsity}
-    method = chosen(options, seed=args.seed, **target)
     device, dtype = options.where.resolve()
-    check_dtype(dtype)
-    config = load_config(options.model, options.where.trust_remote_code)
-    tokenizer = load_tokenizer(options.model, options.where.trust_remote_code)
-    if args.load_best_model_at_end and not options.calibration_text:
-        raise ValueError(
-            "load_best_model_at_end would choose by the data of the final evaluation: give --calibration-text FILE"
-        )
-    train_set, held_out, calibration = _load_data(options, config, tokenizer)
-    model = _load_sparse(options, method, config, device, dtype, train_set)
-    trainer = LTETrainer(
-        model=model,
+    return run(
+        options.model,
+        chosen(options, seed=args.seed, **target),
+        inputs.text,
+        task=inputs.task,
+        data_config=inputs.data,
+        eval_data=options.eval_text,
+        calibration_data=options.calibration_text,
+        held_out=options.held_out,
+        resume=options.resume,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=options.where.trust_remote_code,
+        watcher=OnTerminal(),
+        command=shlex.join(["lte", "train", *argv]),
         args=args,
-        train_dataset=train_set,
-        calibration_dataset=None if calibration is None else calibration.head(args.calibration_rows),
-        eval_dataset=held_out if calibration is None else calibration,
-        data_collator=train_set.collator,
-        processing_class=tokenizer,
-        **_metrics(options.data.task),
     )
-    train_with_progress(trainer, options.resume or args.resume_from_checkpoint)
-    folder = Path(cast(str, args.output_dir))
-    if args.should_save:
-        (folder / SUMMARY).unlink(missing_ok=True)  # of another model, until this one is evaluated
-    if not args.is_dense:
-        trainer.save_model(str(folder))
-    elif args.should_save:  # a plain checkpoint, that any method can convert
-        with saving(folder) as fresh:
-            densify(model).save_pretrained(fresh)
-            tokenizer.save_pretrained(fresh)
-    batch_size = args.per_device_eval_batch_size
-    result = evaluate(model, held_out, batch_size, progress=lambda batches: track(batches, "evaluating"))
-    summary = {
-        "command": shlex.join(["lte", "train", *argv]),
-        "environment": environment(device),
-        "seed": args.seed,
-        "recipe": args.recipe,
-        "method": trainer.method.to_dict(),
-        "target_sparsity": args.target_sparsity,
-        "eta": trainer.training.state().get("eta", 0.0),
-        "steps": asdict(trainer.stages.plan),
-        "evaluation": result,
-    }
-    if args.should_save:
-        write_whole(folder / SUMMARY, json.dumps({**summary, "evaluation": asdict(result)}, indent=2) + "\n")
-    return summary
-
-
-def environment(device: torch.device) -> dict[str, str]:
-    """Where a number was measured."""
-    return {
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads",
-        "lte": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def _load_data(options: Train, config: Any, tokenizer: Any) -> tuple[Any, Any, Any]:
-    """Training, held-out and calibration data (None: the trainer keeps rows out)."""
-    load = partial(options.data.load, tokenizer=tokenizer, model_config=config, new_head=True)
-    data = load(options.data.text)
-    trained_on = class_names_of(config)
-    fits = options.data.task == "classification" and trained_on and set(data.class_names) <= set(trained_on)
-    if fits and options.data.data.class_names is None:
-        data = load(options.data.text, data=replace(options.data.data, class_names=trained_on))
-    like_data = replace(options.data.data, class_names=data.class_names)
-    calibration = None
-    if options.calibration_text:
-        evaluated = options.training.eval_strategy != "no"  # otherwise thresholds are all that is set on it
-        calibration = load(options.calibration_text, data=like_data, labelled=evaluated)
-    if options.eval_text:
-        train_set, held_out = data, load(options.eval_text, data=like_data)
-    else:
-        train_set, held_out = split_held_out(data, options.held_out, options.training.seed)
-    return train_set, held_out, calibration
-
-
-def _metrics(task: str) -> dict[str, Any]:
-    """What ``Trainer`` measures beside the loss where rows have labels; ``--metric-for-best-model`` can name it."""
-    if task not in ("classification", "regression"):
-        return {}
-
-    def measured(predictions: EvalPrediction) -> dict[str, float]:
-        found = label_metrics(torch.as_tensor(predictions.predictions).float(), torch.as_tensor(predictions.label_ids))
-        return {name: value for name, value in found.items() if name not in ("loss", "perplexity")}
-
-    def logits_of(outputs: Any, _labels: Tensor) -> Tensor:
-        return outputs[0] if isinstance(outputs, tuple) else outputs
-
-    return {"compute_metrics": measured, "preprocess_logits_for_metrics": logits_of}
-
-
-def _load_sparse(
-    options: Train, method: Method, config: Any, device: torch.device, dtype: Any, train_set: Any
-) -> PreTrainedModel:
-    check_family(config)
-    class_names, labels = train_set.class_names, {}
-    if class_names is not None:
-        labels = {"num_labels": len(class_names), "id2label": dict(enumerate(class_names))}
-        labels["label2id"] = {name: index for index, name in enumerate(class_names)}
-        one = options.data.task == "regression"  # a checkpoint may remember what it was trained for before
-        labels["problem_type"] = "regression" if one else "single_label_classification"
-    with err.status("loading the model"):
-        head = options.data.head(config, new=True)
-        trusted = {"trust_remote_code": options.where.trust_remote_code}
-        model = load_model(options.model, head, torch.float32 if dtype == "auto" else dtype, **trusted, **labels)
-        model.to(device)  # pyright: ignore[reportArgumentType]
-    pad_alike_(model, train_set)
-    if not hasattr(model.config, "lte"):
-        batches, grouped = None, options.training.dense_fraction == 0  # else the trainer does, after the dense stage
-        if method.needs_activations and grouped:
-            batches = DataLoader(train_set, batch_size=1, shuffle=True, collate_fn=train_set.collator)
-        progress = partial(track, description="grouping neurons")
-        sparsify_(model, method, batches, progress, fit=False, grouped=grouped)
-    elif (made_by := model.config.lte["method"]) != method.name:
-        raise ValueError(f"{options.model} was made sparse by {made_by}: give --method {made_by}, or the dense model")
-    return model

@@ -21,7 +21,7 @@ def chat_in(value: Any, name: str, answer: Callable[[str], str] = str) -> Chat:
         answer: made of the text of each answer.
     """
     chat: list[Any] = value if isinstance(value, list) else [None]
-    if not all(isinstance(message, dict) and "role" in message and len(message) > 1 for message in chat):
+    if not all(isinstance(one, dict) and one.get("role") is not None and len(one) > 1 for one in chat):
         raise ValueError(
             f"column {name!r} holds no chat: a list of messages with role and content is needed (in .jsonl, .json or "
             ".parquet)"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ class PostHoc(Targeted):
     Raises:
         ValueError: an option outside its range.
     """
+
+    added_later: ClassVar[tuple[str, ...]] = ("activation",)
 
     tau: float = field(default=0.5, init=False)
     tokens: int = 4096

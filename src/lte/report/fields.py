@@ -19,6 +19,12 @@ def _finite(value: Any) -> bool:
     return _number(value) and math.isfinite(value)
 
 
+def _method(value: Any) -> bool:
+    options = value.values() if isinstance(value, dict) else ()
+    plain = all(one is None or isinstance(one, str | int | float) for one in options)
+    return plain and isinstance(value, dict) and isinstance(value.get("method"), str)
+
+
 TEXT: Kind = ("a text", lambda value: isinstance(value, str))
 WHOLE: Kind = ("a whole number", lambda value: _finite(value) and value == int(value))
 QUALITY: Kind = ("a number", _number)
@@ -26,8 +32,8 @@ AMOUNT: Kind = ("a number of 0 or more", lambda value: _finite(value) and value 
 POSITIVE: Kind = ("a number above 0", lambda value: _finite(value) and value > 0)
 SHARE: Kind = ("a number from 0 to 1", lambda value: _number(value) and not (value < 0 or value > 1))  # or NaN
 METHOD: Kind = (
-    "a text, or an object whose field method is one",
-    lambda value: isinstance(value.get("method") if isinstance(value, dict) else value, str),
+    "a text, or an object whose field method is one, and whose options are single values",
+    lambda value: isinstance(value, str) or _method(value),
 )
 
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from lte.evaluation.record import SUMMARY
 from lte.report.fields import (
     AMOUNT,
     METHOD,
@@ -70,6 +71,8 @@ def read_rows(path: Path) -> list[Row]:
     else:
         lines = enumerate(text.split("\n"), 1)
         found = [_read(line, f"{path} line {number}") for number, line in lines if line.strip()]
+    if path.name == SUMMARY:
+        check_fields(found[0] if found else {}, {"evaluation": OBJECT}, str(path), ("evaluation",))
     if not found:
         raise ValueError(f"{path} is empty: give a file that lte sweep, train, eval or bench has written")
     return found

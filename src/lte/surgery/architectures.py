@@ -18,20 +18,20 @@ from typing import Any
 import transformers
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lte.files import write_whole
 from lte.saving import finish_saving, saving
+from lte.surgery.auto import MODEL_TYPE, LTEAutoConfig
 from lte.surgery.complete import check_complete
 from lte.surgery.heads import models_of
-from lte.surgery.method import ADDED_LATER, Method
+from lte.surgery.method import Method
 from lte.surgery.sites import find_sites
 from lte.surgery.teal import SECTION as TEAL
 from lte.surgery.teal import TEALConfig
 from lte.surgery.tensor_parallel import shard_experts_
 
-MODEL_TYPE = "lte"
 CODE_FILE = "modeling_lte"
 REFUSAL = "this model is sparse and stock classes would run it densely: pip install lte, import lte, use AutoModel..."
 _ON_DISK = ("base_model_type", "auto_map", "transformers_weights")
@@ -74,19 +74,10 @@ class LTEConfigMixin:
         return result
 
 
-class LTEAutoConfig(PretrainedConfig):
-    """Stands for every LTE config in ``AutoConfig``; reading one gives the class of its base model type."""
-
-    model_type = MODEL_TYPE
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        values = _in_memory(config_dict)
-        return lte_config_class(CONFIG_MAPPING[values["model_type"]]).from_dict(values, **kwargs)  # pyright: ignore
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Nothing to do: ``auto_map`` is written by the config of the base model type."""
+def read_config(config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    """The config of a sparse model, of its base model type's class, from the content of its ``config.json``."""
+    values = _in_memory(config_dict)
+    return lte_config_class(CONFIG_MAPPING[values["model_type"]]).from_dict(values, **kwargs)  # pyright: ignore
 
 
 def _in_memory(values: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +96,7 @@ def _in_memory(values: dict[str, Any]) -> dict[str, Any]:
             f"or make your own architecture known with AutoConfig.register({base_type!r}, ...) before loading"
         )
     made = (Method if teal is None else TEALConfig).from_dict(method)  # so that errors come early
-    if lacking := sorted({*made.to_dict(), *(("mode",) if teal is None else ())} - method.keys() - {*ADDED_LATER}):
+    if lacking := sorted({*made.to_dict(), *(("mode",) if teal is None else ())} - method.keys() - {*made.added_later}):
         raise ValueError(
             f"config.json lacks {', '.join(lacking)} in its section {'lte' if teal is None else TEAL}: it was written "
             "by hand or is damaged, save the model again with save_pretrained"
@@ -290,6 +281,3 @@ def __getattr__(name: str) -> type:
     if isinstance(base, type) and issubclass(base, PreTrainedModel):
         return lte_model_class(base)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-AutoConfig.register(MODEL_TYPE, LTEAutoConfig)

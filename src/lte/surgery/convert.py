@@ -28,8 +28,6 @@ def sparsify_(
     method: Method,
     data: Iterable[dict[str, Tensor]] | None = None,
     progress: Callable[[Iterable[Site]], Iterable[Site]] = iter,
-    fit: bool = True,
-    grouped: bool = True,
 ) -> PreTrainedModel:
     """Give every FFN of ``model`` experts and a router, in place.
 
@@ -47,18 +45,45 @@ def sparsify_(
             routers. What 4096 tokens do to the neurons is kept in bf16 on the CPU while grouping by co-activation:
             0.4 GB for a model of 135M parameters, 3 GB for one of 7B.
         progress: wraps the iteration over FFNs, e.g. in a progress bar.
-        grouped: False leaves the neurons where they are, for ``LTETrainer`` to group after its dense stage or, where it
-            has none, at its start: a run with a dense stage need not group twice.
-        fit: False leaves mode dense where a method that needs no training would set its routers now. ``LTETrainer``
-            sets them after its dense stage.
 
     Returns:
         The same model.
 
     Raises:
         ValueError: unknown family, expert size that does not divide d_ff, already sparse, shared out by tensor
-            parallelism, data missing.
+            parallelism, data missing. The model is then as it was.
     """
+    sites = _checked(model, method)
+    batches = _needed(data, method, max(RECORDED_TOKENS * method.needs_activations, method.fit_tokens))
+    undo = method.prepare_(model)
+    try:
+        orders = list(group(model, sites, method, batches, progress))  # all before routers go in
+    except BaseException:
+        undo()
+        raise
+    for site, order in zip(sites, orders, strict=True):
+        site.permute_neurons(order)
+    _put_in(model, sites, method)
+    method.fit(model, batches)
+    return model
+
+
+def install_routers_(model: PreTrainedModel, method: Method) -> PreTrainedModel:
+    """Give every FFN a router, and leave all else to training: neurons stay where they are, routers as they are drawn.
+
+    For ``LTETrainer``, which groups and fits on the weights that its dense stage leaves.
+
+    Raises:
+        ValueError: as :func:`sparsify_`, but no data is needed.
+    """
+    sites = _checked(model, method)
+    method.prepare_(model)
+    _put_in(model, sites, method, grouped=False)
+    return model
+
+
+def _checked(model: PreTrainedModel, method: Method) -> list[Site]:
+    """The FFNs of a model that the method can convert."""
     if any(isinstance(module, Selecting) for module in model.modules()) or hasattr(model.config, TEAL):
         raise ValueError("the model is sparse already: load the dense checkpoint to convert it again")
     check_not_shared(model, "sparsify_ groups")
@@ -70,24 +95,14 @@ def sparsify_(
     if len({id(weight) for weight in weights}) < len(weights):
         raise ValueError(f"{type(model).__name__} shares FFN weights between layers: that is not supported")
     lte_model_class(type(model))  # made now, so that an error leaves the model as it was
-    recorded = RECORDED_TOKENS * (method.needs_activations and grouped)
-    batches = _needed(data, method, max(recorded, method.fit_tokens if fit else 0))
-    undo = method.prepare_(model)
-    try:
-        # all before routers go in, for the same reason
-        orders = list(group(model, sites, method, batches, progress)) if grouped else [None] * len(sites)
-    except BaseException:
-        undo()
-        raise
+    return sites
+
+
+def _put_in(model: PreTrainedModel, sites: list[Site], method: Method, grouped: bool = True) -> None:
     generator = torch.Generator().manual_seed(method.seed)
-    for site, order in zip(sites, orders, strict=True):
-        if order is not None:
-            site.permute_neurons(order)
+    for site in sites:
         install_(site, method).reset(generator)
     become_lte_(model, {**method.to_dict(), "mode": "dense", **({} if grouped else {"grouped": False})})
-    if fit:
-        method.fit(model, batches)
-    return model
 
 
 def _needed(data: Iterable[dict[str, Tensor]] | None, method: Method, tokens: int) -> list[dict[str, Tensor]]:
@@ -117,16 +132,22 @@ def group(
         yield grouping_permutation(labels_F)
 
 
-def regroup_(model: PreTrainedModel, method: Method, data: Iterable[dict[str, Tensor]]) -> None:
+def regroup_(
+    model: PreTrainedModel,
+    method: Method,
+    data: Iterable[dict[str, Tensor]],
+    progress: Callable[[Iterable[Site]], Iterable[Site]] = iter,
+) -> None:
     """Group the neurons of a sparse model in mode dense (anew), on the weights that it has by now (LTE paper, 4.1).
 
     All ranks take the order that the first finds.
 
     Args:
         data: read by a method that groups by activations; others read none.
+        progress: as :func:`sparsify_`.
     """
     sites = find_sites(model, model.config.model_type)
-    for site, order in zip(sites, group(model, sites, method, data), strict=True):
+    for site, order in zip(sites, group(model, sites, method, data, progress), strict=True):
         site.permute_neurons(broadcast(order.to(model.device)))  # pyright: ignore[reportArgumentType]
     model.config.lte.pop("grouped", None)
 

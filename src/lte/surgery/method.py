@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
@@ -19,12 +20,11 @@ if TYPE_CHECKING:
 
 Made = TypeVar("Made")
 
+_ALL = "lte.methods.all"
+"""Importing it makes the methods that come with lte known by their names. It stands above this file."""
+
 STATE = ("mode", "grouped")
 """What a config's section ``lte`` holds beside the method: the mode, and ``grouped: False`` until neurons are."""
-
-ADDED_LATER = ("compensation_rank", "activation", "allocation")
-"""Options that early saved models lack. Without them a model is as it was then: their defaults. All others are written
-with every model, and without one of them a model would be another."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,11 @@ class Method:
     """
 
     name: ClassVar[str] = ""
+    added_later: ClassVar[tuple[str, ...]] = ()
+    """Options that early saved models lack. Without them a model is as it was then: their defaults. All others are
+    written with every model, and without one of them a model would be another."""
+    of_training: ClassVar[tuple[str, ...]] = ()
+    """Options that do nothing before the model is trained."""
     _by_name: ClassVar[dict[str, type["Method"]]] = {}
 
     expert_size: int = 32
@@ -116,6 +121,8 @@ class Method:
         Raises:
             ValueError: there is none.
         """
+        if name not in Method._by_name:
+            import_module(_ALL)
         cls = Method._by_name.get(str(name))
         if cls is None:
             raise ValueError(f"unknown method {name!r}: this version of lte knows {', '.join(sorted(Method._by_name))}")

@@ -36,6 +36,7 @@ class TEALConfig:
     """
 
     name: ClassVar[str] = "teal"
+    added_later: ClassVar[tuple[str, ...]] = ("allocation",)
 
     target_sparsity: float = 0.5
     tokens: int = 4096

@@ -59,12 +59,17 @@ class Training:
             raise ValueError(
                 f"recipe='paper' trains LTE's routers, not those of {self.method.name}: take the default recipe"
             )
-        made_for, asked = self.method.target_sparsity, self.options.target_sparsity
-        if asked is not None and asked != made_for:
+        made_for, asked = self.target, self.options.target_sparsity
+        if asked not in (None, made_for):
             raise ValueError(
                 f"the model was made for target_sparsity {made_for}, but the arguments ask for {asked}: "
                 "make them one, or convert the dense model again"
             )
+
+    @property
+    def target(self) -> float | None:
+        """The sparsity that the run is to reach; None where it has none."""
+        return None if self.options.is_dense else self.method.target_sparsity
 
     @property
     def fits(self) -> bool:

@@ -54,6 +54,15 @@ DENSE = "dense"
 """In place of a schedule: no routers at all, the baseline that a sparse model of the same budget is held against."""
 
 
+def check_target(target_sparsity: float | None) -> None:
+    """Raise ValueError unless it is a sparsity that the default recipe can meet."""
+    if target_sparsity is None or not 0 < target_sparsity < 1:
+        raise ValueError(
+            f"target_sparsity is {target_sparsity}, but the default recipe needs a fraction between 0 and 1, e.g. 0.5 "
+            "(or take recipe='paper' with eta)"
+        )
+
+
 @dataclass
 class TrainingOptions:
     """The part of :class:`~lte.training.arguments.LTETrainingArguments` that Hugging Face's does not have."""
@@ -63,7 +72,8 @@ class TrainingOptions:
         metadata={"help": "default: meets a target sparsity; paper: literal; dense: a baseline."},
     )
     target_sparsity: float | None = field(
-        default=None, metadata={"help": "Fraction of inactive neurons to reach, in (0, 1); default recipe."}
+        default=None,
+        metadata={"help": "Fraction of inactive neurons to reach, in (0, 1); default recipe."},
     )
     eta: float | None = field(
         default=None, metadata={"help": "Weight of the efficiency loss, 0 to 2 in the paper; paper recipe."}
@@ -169,11 +179,8 @@ class TrainingOptions:
 
     def _check_goal(self) -> None:
         if self.recipe == "default":
-            if self.target_sparsity is None or not 0 < self.target_sparsity < 1:
-                raise ValueError(
-                    f"target_sparsity is {self.target_sparsity}, but the default recipe needs a fraction "
-                    "between 0 and 1, e.g. 0.5 (or take recipe='paper' with eta)"
-                )
+            if self.target_sparsity is not None:
+                check_target(self.target_sparsity)
             if self.eta is not None:
                 raise ValueError("eta is set, but the default recipe finds eta itself: drop it, or take recipe='paper'")
         elif self.target_sparsity is not None:

@@ -19,7 +19,7 @@ class LTETrainingArguments(TrainingOptions, TrainingArguments):
     each stage starts with a fresh optimizer; without ``restart_hard`` the hard stage goes on where the soft one ended.
 
     Raises:
-        ValueError: unknown recipe; default recipe without ``target_sparsity``, paper recipe with it.
+        ValueError: unknown recipe; paper recipe with ``target_sparsity``.
     """
 
     warmup_steps: float = field(

@@ -71,7 +71,7 @@ def check_sharded(plan: StagePlan, training: Training, args: LTETrainingArgument
         )
     if not grouped:
         raise ValueError(
-            "neurons cannot be grouped when parameters are sharded: leave grouped=False out of lte.sparsify_"
+            "neurons cannot be grouped when parameters are sharded: convert the model with lte.sparsify_ before"
         )
     if training.fits:
         raise ValueError("routers cannot be fitted when parameters are sharded: give router_start='random'")

@@ -164,7 +164,7 @@ def _first_rows(dataset: Any, count: int) -> Any:
 @torch.no_grad()
 def _try_calibration(trainer: Any, model: nn.Module) -> None:
     """A forward pass over the first batch that thresholds will be set on, if any will be."""
-    if trainer.rows.held_out is None or trainer.args.target_sparsity is None:
+    if trainer.rows.held_out is None or trainer.training.target is None:
         return
     batch = next(trainer.rows.held_out(), None)
     if batch is None:

@@ -111,7 +111,7 @@ class _Stages(TrainerCallback, ExportableState):  # checkpoints know it by this 
     def calibrate(self) -> None:
         """Move the thresholds so that rows which are not trained on have the target's sparsity."""
         trainer = self.trainer
-        if trainer.rows.held_out is not None and trainer.args.target_sparsity is not None:
+        if trainer.rows.held_out is not None and trainer.training.target is not None:
             trainer.stop_if_diverged()
             trainer.training.calibrate(trainer.rows)
 

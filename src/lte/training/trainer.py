@@ -13,6 +13,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from lte.data.batches import hold_out_for_calibration
 from lte.modules.recording import sparse_layers, track_sparsity
+from lte.surgery.convert import install_routers_
 from lte.surgery.method import Method
 from lte.surgery.stages import Stage, StagePlan
 from lte.surgery.training import Rows
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class LTETrainer(ResumingTrainer, WatchedTrainer, SavingTrainer):
-    """Trains a model made sparse by ``lte.sparsify_``: dense (optional), soft and hard stage in one ``train()``.
+    """Makes a model sparse and trains it: dense (optional), soft and hard stage in one ``train()``.
 
     With a method whose routers are not trained there is no soft stage: after the dense one neurons are grouped anew and
     routers set on training rows, and the model gets used to them (hard). A mixture of experts has its balance loss in
@@ -43,6 +44,9 @@ class LTETrainer(ResumingTrainer, WatchedTrainer, SavingTrainer):
     mixture ``balance_loss``.
 
     Args:
+        model: dense, with a ``method``; or sparse already, by ``lte.sparsify_`` or as a run before left it.
+        method: what makes a dense model sparse, e.g. ``lte.LTEConfig(target_sparsity=0.5)``. Neurons are grouped once,
+            when the dense stage is over.
         calibration_dataset: rows to set thresholds on in the hard stage, so that ``target_sparsity`` is met on
             text like it: best a sample of what the model will see. None keeps some rows out of training for it.
 
@@ -53,9 +57,9 @@ class LTETrainer(ResumingTrainer, WatchedTrainer, SavingTrainer):
         distiller: has the teacher, where there is one.
 
     Raises:
-        ValueError: a dense model, one of a method that the recipe or its target does not fit, one without logits that a
-            teacher's could be compared with, one that is shared out by tensor parallelism, arguments of another class,
-            or several GPUs in one process.
+        ValueError: a dense model without a method, a sparse one with another, one of a method that the recipe or its
+            target does not fit, one without logits that a teacher's could be compared with, one that is shared out by
+            tensor parallelism, arguments of another class, or several GPUs in one process.
     """
 
     args: LTETrainingArguments
@@ -65,19 +69,23 @@ class LTETrainer(ResumingTrainer, WatchedTrainer, SavingTrainer):
         model: Any = None,
         args: LTETrainingArguments | None = None,
         calibration_dataset: Any = None,
+        method: Method | None = None,
         **kwargs: Any,
     ):
         if not isinstance(args, LTETrainingArguments):
-            raise ValueError("LTETrainer needs args=lte.LTETrainingArguments(output_dir, target_sparsity=...)")
+            raise ValueError("LTETrainer needs args=lte.LTETrainingArguments(output_dir, ...)")
+        if method is not None:
+            install_routers_(model, method)
         check_model(model, args)
-        self.method = Method.from_dict(model.config.lte)
-        self.training = self.method.training(args)
+        self.training = Method.from_dict(model.config.lte).training(args)
+        self.method: Method = self.training.method
+        model.config.lte |= self.method.to_dict()
         for layer in sparse_layers(model).values():  # a run before may have frozen them; the optimizer is made now
             layer.router.requires_grad_(True)
             if layer.compensation is not None:
                 layer.compensation.requires_grad_(True)
         self.calibration_dataset, train_dataset = calibration_dataset, kwargs.get("train_dataset")
-        if args.target_sparsity is not None and calibration_dataset is None and train_dataset is not None:
+        if self.training.target is not None and calibration_dataset is None and train_dataset is not None:
             kept_out = hold_out_for_calibration(train_dataset, args.calibration_rows, args.seed)
             kwargs["train_dataset"], self.calibration_dataset = kept_out
         self._causal = is_causal(model)

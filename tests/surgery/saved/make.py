@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 
 import lte
+from lte.surgery.convert import install_routers_
 
 IDS = torch.tensor([[5, 9, 3, 14, 20, 2, 7, 11], [8, 4, 23, 6, 17, 12, 19, 10]])
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 24, "max_position_embeddings": 16}
@@ -31,8 +32,8 @@ def dense(family: str = "llama") -> PreTrainedModel:
     return model.eval()
 
 
-def sparse(config: object, family: str = "llama", mode: str = "hard", **options: object) -> PreTrainedModel:
-    model = lte.sparsify_(dense(family), config, data=[{"input_ids": IDS}] * 4, **options)
+def sparse(config: object, family: str = "llama", mode: str = "hard") -> PreTrainedModel:
+    model = lte.sparsify_(dense(family), config, data=[{"input_ids": IDS}] * 4)
     for name, parameter in model.named_parameters():
         if "router" in name or "compensation" in name:
             torch.manual_seed(len(name))
@@ -48,7 +49,7 @@ def kinds() -> dict[str, PreTrainedModel]:
         "lte-soft": sparse(lte.LTEConfig(expert_size=4, tau=0.4, grouping="coactivation"), mode="soft"),
         "lte-compensation": sparse(lte.LTEConfig(expert_size=8, compensation_rank=2, grouping="random")),
         "lte-opt": sparse(lte.LTEConfig(expert_size=4, compensation_rank=2), "opt"),
-        "lte-dense-not-grouped": sparse(lte.LTEConfig(expert_size=4), mode="dense", grouped=False),
+        "lte-dense-not-grouped": install_routers_(dense(), lte.LTEConfig(expert_size=4)),
         "moefication": sparse(lte.MoEficationConfig(expert_size=4, **half)),
         "deja-vu": sparse(lte.DejaVuConfig(expert_size=4, rank=4, **half)),
         "cats": sparse(lte.CATSConfig(**half)),

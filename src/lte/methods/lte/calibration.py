@@ -68,6 +68,9 @@ def calibrate_(model: nn.Module, batches: Iterable[dict[str, Any]], target_spars
             sparsity,
             target_sparsity,
         )
+    section: Any = getattr(getattr(model, "config", None), "lte", None)
+    if section is not None:
+        section["target_sparsity"] = target_sparsity
     return total
 
 

@@ -10,7 +10,7 @@ from lte.methods.experts import Grouped
 from lte.modules.compensation import Compensation
 from lte.modules.router import Router
 from lte.surgery.sites import Site
-from lte.surgery.training_options import TrainingOptions
+from lte.surgery.training_options import TrainingOptions, check_target
 
 if TYPE_CHECKING:
     from lte.methods.lte.training import LTETraining
@@ -27,6 +27,7 @@ class LTEConfig(Grouped):
         seed: of grouping and router initialisation.
         compensation_rank: rank R of a linear stand-in for idle experts, which costs ``2 D R`` weights a token
             (:class:`~lte.modules.compensation.Compensation`); 0 (paper) is none.
+        target_sparsity: fraction of neurons that training is to leave idle, in (0, 1); None with the paper's recipe.
 
     Raises:
         ValueError: an option outside its range.
@@ -34,10 +35,16 @@ class LTEConfig(Grouped):
 
     name: ClassVar[str] = "lte"
 
+    added_later: ClassVar[tuple[str, ...]] = ("compensation_rank", "target_sparsity")
+    of_training: ClassVar[tuple[str, ...]] = ("target_sparsity",)
+
     compensation_rank: int = 0
+    target_sparsity: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.target_sparsity is not None:
+            check_target(self.target_sparsity)
         if self.compensation_rank < 0:
             raise ValueError(f"compensation_rank is {self.compensation_rank}, but a rank is 0 (none) or more")
         if not 0 < self.tau < 1:

@@ -1,6 +1,7 @@
 """How LTE trains (LTE paper, section 4): losses on scores, a sigmoid that sharpens, eta that meets a sparsity."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from lte.modules.evaluating import evaluating
 from lte.modules.recording import Recording, track_sparsity
 from lte.surgery.stages import Stage, StagePlan
 from lte.surgery.training import Rows
+from lte.surgery.training_options import check_target
 
 _USUAL_SPARSITY = 0.5  # that a start is made for where none is asked for
 _COMPARISONS = 10  # in the soft stage, of training rows' sparsity with that of others
@@ -32,7 +34,17 @@ class LTETraining(LearnedTraining):
     """
 
     def check(self) -> None:
-        """Any options do: the routers of one model can be trained for any sparsity."""
+        """Take the target of the options: the routers of one model can be trained for any.
+
+        Raises:
+            ValueError: the default recipe, and no target.
+        """
+        if self.options.recipe == "paper":
+            self.method = replace(self.method, target_sparsity=None)
+        elif not self.options.is_dense:
+            asked = self.options.target_sparsity
+            self.method = replace(self.method, target_sparsity=self.method.target_sparsity if asked is None else asked)
+            check_target(self.method.target_sparsity)
 
     def begin(self, model: Any, plan: StagePlan, compiled: Callable[..., Any]) -> None:
         super().begin(model, plan, compiled)
@@ -41,7 +53,7 @@ class LTETraining(LearnedTraining):
     def forget(self) -> None:
         super().forget()
         self.eta: float | Tensor = self.options.eta or 0.0
-        self.controller = SparsityController(self.options.target_sparsity or 0.0, ramp=self.options.sparsity_ramp)
+        self.controller = SparsityController(self.target or 0.0, ramp=self.options.sparsity_ramp)
 
     def enter(self, stage: Stage, rows: Rows) -> None:
         if stage == "hard":
@@ -51,7 +63,7 @@ class LTETraining(LearnedTraining):
 
     def start_compensation(self, batches: Iterable[dict[str, Tensor]]) -> None:
         if any(layer.compensation is not None for layer in self.layers.values()):
-            fit_compensations_(self.model, batches, self.options.target_sparsity or _USUAL_SPARSITY)
+            fit_compensations_(self.model, batches, self.target or _USUAL_SPARSITY)
 
     def before_step(self, stage: Stage, progress: float) -> None:
         """Sharpen the sigmoid in the first part of the soft stage."""
@@ -72,7 +84,7 @@ class LTETraining(LearnedTraining):
 
     def after_step(self, stage: Stage, progress: float, step: int, sparsity: Tensor, rows: Rows) -> None:
         """Move eta toward the target."""
-        if stage != "soft" or self.options.target_sparsity is None:
+        if stage != "soft" or self.target is None:
             return
         if step % max(_APART, self.run_plan.soft // _COMPARISONS) == 0:
             self.compare(sparsity, rows)
@@ -91,11 +103,11 @@ class LTETraining(LearnedTraining):
     def calibrate(self, rows: Rows) -> None:
         """Shift all thresholds by one amount, the mean of those that the ranks find."""
         assert rows.held_out is not None
-        assert self.options.target_sparsity is not None
+        assert self.target is not None
         routers = [layer.linear_router for layer in self.layers.values()]
         before = [router.bias.clone() for router in routers]
         with rows.autocast():
-            shift = calibrate_(self.model, rows.held_out(), self.options.target_sparsity)
+            shift = calibrate_(self.model, rows.held_out(), self.target)
         mean = cast(Tensor, reduce(torch.tensor(shift, device=PartialState().device), reduction="mean"))
         for router, bias in zip(routers, before, strict=True):
             router.bias.data.copy_(bias - mean / router.temperature)

@@ -1,0 +1,266 @@
+"""A whole run: load a model and data, make the model sparse, train, save, evaluate. ``lte train`` is this function."""
+
+import json
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import EvalPrediction, PreTrainedModel, set_seed
+
+from lte.data.batches import split_held_out
+from lte.data.config import DataConfig
+from lte.data.sources import Source
+from lte.data.tasks import Task
+from lte.evaluation.evaluate import Evaluation, evaluate, label_metrics
+from lte.evaluation.inputs import Inputs, pad_alike_
+from lte.evaluation.record import SUMMARY, environment
+from lte.files import write_whole
+from lte.saving import saving
+from lte.surgery.convert import densify, install_routers_, regroup_
+from lte.surgery.families import check_family
+from lte.surgery.loading import class_names_of, load_config, load_model, load_tokenizer
+from lte.surgery.method import Method
+from lte.training.arguments import LTETrainingArguments
+from lte.training.checks import check_dtype
+from lte.training.lock import alone_in
+from lte.training.trainer import LTETrainer
+
+
+class Watcher:
+    """What a run shows while it goes on; this one shows what ``transformers.Trainer`` does. Made to be overridden."""
+
+    def waiting(self, what: str) -> AbstractContextManager[Any]:
+        """Around something that takes a while."""
+        return nullcontext()
+
+    def track(self, items: Iterable[Any], what: str) -> Iterable[Any]:
+        """The items, one after the other."""
+        return items
+
+    def train(self, trainer: LTETrainer, resume: bool | str | None) -> None:
+        trainer.train(resume_from_checkpoint=resume)
+
+
+@dataclass
+class Trained:
+    """What a run has made.
+
+    Attributes:
+        model: as it was saved; of recipe ``dense`` the converted model that the plain one was made of.
+        tokenizer: of the model.
+        trainer: which trained it.
+        evaluation: on held-out data.
+        summary: what ``lte_training.json`` holds.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    trainer: LTETrainer
+    evaluation: Evaluation
+    summary: dict[str, Any]
+
+
+def train(
+    model: str,
+    method: Method | None = None,
+    data: Source | tuple[Source, ...] = (),
+    output_dir: str | None = None,
+    *,
+    task: Task = "language_modelling",
+    data_config: DataConfig | None = None,
+    eval_data: Source | tuple[Source, ...] = (),
+    calibration_data: Source | tuple[Source, ...] = (),
+    held_out: float = 0.02,
+    resume: bool | str | None = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str = "auto",
+    trust_remote_code: bool = False,
+    watcher: Watcher | None = None,
+    command: str = "",
+    args: LTETrainingArguments | None = None,
+    **training: Any,
+) -> Trained:
+    """Train a model to use few of its neurons, and save it with its tokenizer.
+
+    ``lte.train("HuggingFaceTB/SmolLM2-135M", lte.LTEConfig(target_sparsity=0.5), "train.txt", "out", max_steps=300)``
+
+    Args:
+        model: a local folder, a hub id, or a ``.gguf`` file; dense, or sparse by the same method.
+        method: which, e.g. ``lte.LTEConfig(target_sparsity=0.5)``; its type picks it. None is LTE.
+        data: files or hub data sets to train on.
+        output_dir: where the model, checkpoints and ``lte_training.json`` go.
+        task: what the data is.
+        data_config: how it is read, ``lte.DataConfig``.
+        eval_data: held-out data, evaluated once training is over; without it a part of ``data`` is held out.
+        calibration_data: to set thresholds on, best a sample of what the model will see; without it, rows of ``data``.
+        held_out: how much of ``data``: a fraction, or from 1 a number of rows.
+        resume: go on from the last whole checkpoint in ``output_dir``, if there is one; or from the one that is named.
+        device: None takes a GPU if there is one.
+        dtype: of the weights; ``"auto"`` is float32.
+        trust_remote_code: whether code that comes with the model may run.
+        watcher: shows progress.
+        command: what the summary says that was run.
+        args: of the training, in place of ``output_dir`` and ``training``.
+        training: options of ``lte.LTETrainingArguments``, e.g. ``max_steps`` and ``learning_rate``.
+
+    Raises:
+        ValueError: what cannot be right of all these, before any training; another run uses the folder; training
+            diverged.
+    """
+    if args is None:
+        args = LTETrainingArguments(output_dir, **training)
+    elif output_dir is not None or training:
+        raise ValueError(f"args are given, so {', '.join(['output_dir', *training])} belongs into them")
+    inputs = Inputs(_several(data), task, data_config or DataConfig())
+    run = _Run(
+        model,
+        method or Method.named("lte")(),
+        inputs,
+        args,
+        _several(eval_data),
+        _several(calibration_data),
+        held_out,
+        torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
+        dtype,
+        trust_remote_code,
+        watcher or Watcher(),
+        command,
+    )
+    with alone_in(cast(str, args.output_dir)) if args.process_index == 0 else nullcontext():
+        return run(resume)
+
+
+def _several(sources: Source | tuple[Source, ...]) -> tuple[Any, ...]:
+    return tuple(sources) if isinstance(sources, list | tuple) else (sources,)
+
+
+@dataclass
+class _Run:
+    """The arguments of :func:`train`."""
+
+    model: str
+    method: Method
+    inputs: Inputs
+    args: LTETrainingArguments
+    eval_data: tuple[Any, ...]
+    calibration_data: tuple[Any, ...]
+    held_out: float
+    device: torch.device
+    dtype: torch.dtype | str
+    trust: bool
+    watcher: Watcher
+    command: str
+
+    def __call__(self, resume: bool | str | None) -> Trained:
+        args, watcher = self.args, self.watcher
+        set_seed(args.seed)
+        self.method.training(args)  # says now if the two do not fit
+        check_dtype(self.dtype)
+        config, tokenizer = load_config(self.model, self.trust), load_tokenizer(self.model, self.trust)
+        if args.load_best_model_at_end and not self.calibration_data:
+            raise ValueError(
+                "load_best_model_at_end would choose by the data of the final evaluation: give --calibration-text FILE"
+            )
+        train_set, held_out, calibration = self._load_data(config, tokenizer)
+        model = self._load_sparse(config, train_set)
+        trainer = LTETrainer(
+            model=model,
+            args=args,
+            train_dataset=train_set,
+            calibration_dataset=None if calibration is None else calibration.head(args.calibration_rows),
+            eval_dataset=held_out if calibration is None else calibration,
+            data_collator=train_set.collator,
+            processing_class=tokenizer,
+            **_metrics(self.inputs.task),
+        )
+        watcher.train(trainer, resume or args.resume_from_checkpoint)
+        self._save(trainer, model, tokenizer)
+        batch_size = args.per_device_eval_batch_size
+        found = evaluate(model, held_out, batch_size, progress=lambda batches: watcher.track(batches, "evaluating"))
+        summary = {
+            "command": self.command,
+            "environment": environment(self.device),
+            "seed": args.seed,
+            "recipe": args.recipe,
+            "method": trainer.method.to_dict(),
+            "target_sparsity": trainer.training.target,
+            "eta": trainer.training.state().get("eta", 0.0),
+            "steps": asdict(trainer.stages.plan),
+            "evaluation": asdict(found),
+        }
+        if args.should_save:
+            write_whole(trainer.folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+        return Trained(model, tokenizer, trainer, found, summary)
+
+    def _load_data(self, config: Any, tokenizer: Any) -> tuple[Any, Any, Any]:
+        """Training, held-out and calibration data (None: the trainer keeps rows out)."""
+        inputs, args = self.inputs, self.args
+        load = partial(inputs.load, tokenizer=tokenizer, model_config=config, new_head=True)
+        data = load(inputs.text)
+        trained_on = class_names_of(config)
+        fits = inputs.task == "classification" and trained_on and set(data.class_names) <= set(trained_on)
+        if fits and inputs.data.class_names is None:
+            data = load(inputs.text, data=replace(inputs.data, class_names=trained_on))
+        like_data = replace(inputs.data, class_names=data.class_names)
+        calibration = None
+        if self.calibration_data:
+            evaluated = args.eval_strategy != "no"  # otherwise thresholds are all that is set on it
+            calibration = load(self.calibration_data, data=like_data, labelled=evaluated)
+        if self.eval_data:
+            return data, load(self.eval_data, data=like_data), calibration
+        return *split_held_out(data, self.held_out, args.seed), calibration
+
+    def _load_sparse(self, config: Any, train_set: Any) -> PreTrainedModel:
+        check_family(config)
+        class_names, labels = train_set.class_names, {}
+        if class_names is not None:
+            labels = {"num_labels": len(class_names), "id2label": dict(enumerate(class_names))}
+            labels["label2id"] = {name: index for index, name in enumerate(class_names)}
+            one = self.inputs.task == "regression"  # a checkpoint may remember what it was trained for before
+            labels["problem_type"] = "regression" if one else "single_label_classification"
+        with self.watcher.waiting("loading the model"):
+            head = self.inputs.head(config, new=True)
+            dtype = torch.float32 if self.dtype == "auto" else self.dtype
+            model = load_model(self.model, head, dtype, trust_remote_code=self.trust, **labels)
+            model.to(self.device)  # pyright: ignore[reportArgumentType]
+        pad_alike_(model, train_set)
+        if not hasattr(model.config, "lte"):
+            install_routers_(model, self.method)
+            if self.args.dense_fraction == 0:  # else the trainer does, after the dense stage
+                batches = DataLoader(train_set, batch_size=1, shuffle=True, collate_fn=train_set.collator)
+                progress = partial(self.watcher.track, what="grouping neurons")
+                regroup_(model, self.method, batches if self.method.needs_activations else (), progress)
+        elif (made_by := model.config.lte["method"]) != self.method.name:
+            raise ValueError(f"{self.model} was made sparse by {made_by}: give --method {made_by}, or the dense model")
+        return model
+
+    def _save(self, trainer: LTETrainer, model: PreTrainedModel, tokenizer: Any) -> None:
+        folder = trainer.folder
+        if self.args.should_save:
+            (folder / SUMMARY).unlink(missing_ok=True)  # of another model, until this one is evaluated
+        if not self.args.is_dense:
+            trainer.save_model(str(folder))
+        elif self.args.should_save:  # a plain checkpoint, that any method can convert
+            with saving(folder) as fresh:
+                densify(model).save_pretrained(fresh)
+                tokenizer.save_pretrained(fresh)
+
+
+def _metrics(task: str) -> dict[str, Callable[..., Any]]:
+    """What ``Trainer`` measures beside the loss where rows have labels; ``metric_for_best_model`` can name it."""
+    if task not in ("classification", "regression"):
+        return {}
+
+    def measured(predictions: EvalPrediction) -> dict[str, float]:
+        found = label_metrics(torch.as_tensor(predictions.predictions).float(), torch.as_tensor(predictions.label_ids))
+        return {name: value for name, value in found.items() if name not in ("loss", "perplexity")}
+
+    def logits_of(outputs: Any, _labels: Tensor) -> Tensor:
+        return outputs[0] if isinstance(outputs, tuple) else outputs
+
+    return {"compute_metrics": measured, "preprocess_logits_for_metrics": logits_of}
