@@ -5,13 +5,15 @@ import json
 import tracemalloc
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from transformers import BertConfig
 
 from byte_tokenizer import byte_tokenizer
 from lte.data import text_files, tokenise
+from lte.data.prompts import load_prompts
 from lte.data.sources import read_rows
-from lte.data.tasks import DataConfig, load_dataset_for, load_prompts, load_texts
+from lte.data.tasks import DataConfig, load_dataset_for, load_texts
 from lte.data.text_files import read_pieces
 from lte.evaluation.inputs import Inputs
 
@@ -49,8 +51,7 @@ def test_small_files_may_expand_as_they_like(tmp_path):
 
 
 def test_parquet_bombs_are_refused(tmp_path):
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(pyarrow.table({"text": ["a" * 1_000_000] * 300}), tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a" * 1_000_000] * 300}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"a\.parquet: .*unpacks to over 100 times"):
         list(read_rows(tmp_path / "a.parquet"))
 

@@ -7,7 +7,8 @@ import torch
 
 from byte_tokenizer import byte_tokenizer, with_bos
 from lte.data.batches import IGNORED
-from lte.data.tasks import DataConfig, load_dataset_for, load_prompts
+from lte.data.prompts import load_prompts
+from lte.data.tasks import DataConfig, load_dataset_for
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<eos>\n{% endfor %}"

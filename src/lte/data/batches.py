@@ -18,14 +18,18 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Subset
 
+from lte.data.mapped_ids import MappedIds
+from lte.data.stored_columns import StoredColumn
+
 IGNORED = -100  # a label the loss leaves out
+_LOOKED_AT = 1 << 22  # tokens at once, when blocks are sought
 
 
 class PackedBlocks(Dataset[dict[str, Tensor]]):
     """A stream of token ids cut into blocks of S; the last incomplete block is left out.
 
     Row: {"input_ids": (S,) int64, "labels": (S,) int64}; the model shifts the labels. No attention_mask, as every
-    token is real. `ids` are the tokens of these blocks, one array of uint16 or uint32, maybe a file.
+    token is real. `ids` are the tokens of these blocks, uint16 or uint32: an array, maybe a file, or Arrow files.
 
     Each block begins with `bos`, as each text that the tokenizer makes does: before the next S - 1 tokens of the
     stream, or where the stream has a document's BOS there, with that one. A BOS is context and no label, unless it is
@@ -35,7 +39,9 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
 
     class_names = None
 
-    def __init__(self, ids: np.ndarray, sequence_length: int, bos: Sequence[int] = (), eos: int | None = None):
+    def __init__(
+        self, ids: np.ndarray | MappedIds, sequence_length: int, bos: Sequence[int] = (), eos: int | None = None
+    ):
         self.sequence_length = sequence_length
         self.bos = tuple(bos)
         if sequence_length <= len(self.bos):
@@ -56,8 +62,9 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"block {index} of {len(self)}")
         start = int(self._starts[index])
-        own = () if _begins(self.ids, start, self.bos) else self.bos
-        text = self.ids[start : start + self.sequence_length - len(own)].astype(np.int64)
+        text = np.asarray(self.ids[start : start + self.sequence_length]).astype(np.int64)
+        own = () if tuple(text[: len(self.bos)].tolist()) == self.bos else self.bos
+        text = text[: self.sequence_length - len(own)]
         block = torch.from_numpy(np.concatenate([np.array(own, dtype=np.int64), text]))
         labels = block.masked_fill(torch.isin(block, self._context), IGNORED)
         labels[: len(self.bos)] = IGNORED
@@ -87,26 +94,33 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def _block_starts(ids: np.ndarray, sequence_length: int, bos: tuple[int, ...]) -> tuple[np.ndarray, int]:
+def _block_starts(ids: np.ndarray | MappedIds, sequence_length: int, bos: tuple[int, ...]) -> tuple[np.ndarray, int]:
     """Where blocks start in the stream, int64, and where the last one stops."""
     if not bos:
         count = len(ids) // sequence_length
         return np.arange(count) * sequence_length, count * sequence_length
     starts, start = array("q"), 0
-    while True:
-        stop = start + sequence_length - (0 if _begins(ids, start, bos) else len(bos))
-        if stop > len(ids):
-            return np.array(starts, dtype=np.int64), start
-        starts.append(start)
-        start = stop
+    for first in range(0, len(ids), _LOOKED_AT):
+        begins = _begins(ids, first, bos)
+        while start < min(first + _LOOKED_AT, len(ids)):
+            starts.append(start)
+            start += sequence_length - (0 if begins[start - first] else len(bos))
+    if start > len(ids):
+        start = starts.pop()
+    return np.array(starts, dtype=np.int64), start
 
 
-def _begins(ids: np.ndarray, start: int, bos: tuple[int, ...]) -> bool:
-    return tuple(ids[start : start + len(bos)].tolist()) == bos
+def _begins(ids: np.ndarray | MappedIds, first: int, bos: tuple[int, ...]) -> bytes:
+    """For `_LOOKED_AT` places from `first` on, a byte each: whether BOS is there."""
+    stop = first + _LOOKED_AT + len(bos) - 1
+    window = ids[first:stop] if isinstance(ids, np.ndarray) else ids.read(first, stop)
+    found, places = np.zeros(len(window), dtype=bool), max(0, len(window) - len(bos) + 1)
+    found[:places] = np.all([window[i : i + places] == token for i, token in enumerate(bos)], axis=0)
+    return found.tobytes()
 
 
 class PaddedRows(Dataset[dict[str, Tensor]]):
-    """Rows of different lengths, kept as small arrays and padded by `collator` only when batched.
+    """Rows of different lengths, kept as small arrays or on disk, and padded by `collator` only when batched.
 
     Row: {"input_ids": (L,), "labels": (L,) or ()} int64, and "token_type_ids" (L,) where the tokenizer has
     them; labels of regression are () float32, and rows may have none. `class_names` are the labels in order of
@@ -119,7 +133,7 @@ class PaddedRows(Dataset[dict[str, Tensor]]):
         collator: PaddingCollator,
         class_names: tuple[str, ...] | None = None,
     ):
-        self.columns = {name: [_small(value) for value in values] for name, values in columns.items()}
+        self.columns: dict[str, Sequence[Any]] = {name: _small(values) for name, values in columns.items()}
         self.collator = collator
         self.class_names = class_names
 
@@ -127,11 +141,10 @@ class PaddedRows(Dataset[dict[str, Tensor]]):
         return len(self.columns["input_ids"])
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        row = {name: values[index] for name, values in self.columns.items()}
         return {
-            name: torch.as_tensor(
-                values[index] if values[index].dtype == np.float32 else values[index].astype(np.int64)
-            )
-            for name, values in self.columns.items()
+            name: torch.tensor(value if value.dtype == np.float32 else value.astype(np.int64))
+            for name, value in row.items()
         }
 
     def head(self, count: int) -> PaddedRows:
@@ -141,13 +154,19 @@ class PaddedRows(Dataset[dict[str, Tensor]]):
     def select(self, indices: Iterable[int]) -> PaddedRows:
         """A dataset of the rows at `indices`, in that order."""
         order = list(indices)
-        columns = {name: [values[i] for i in order] for name, values in self.columns.items()}
+        columns = {
+            name: values.select(order) if isinstance(values, StoredColumn) else [values[i] for i in order]
+            for name, values in self.columns.items()
+        }
         return PaddedRows(columns, self.collator, self.class_names)
 
 
-def _small(value: Any) -> np.ndarray:
-    array = np.asarray(value)
-    return array.astype(np.float32 if array.dtype.kind == "f" else np.int32, copy=False)
+def _small(values: Sequence[Any]) -> Sequence[Any]:
+    """Each value as an array of 32 bits; what lies on disk has been made of such ones."""
+    if isinstance(values, StoredColumn):
+        return values
+    arrays = map(np.asarray, values)
+    return [one.astype(np.float32 if one.dtype.kind == "f" else np.int32, copy=False) for one in arrays]
 
 
 @dataclass(frozen=True)

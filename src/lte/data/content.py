@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lte.data.batches import PackedBlocks, PaddedRows
-from lte.data.digest import digest, digest_of_array
+from lte.data.digest import digest, digest_of_ids
 
 _SAMPLED = 64  # rows of a dataset that is not ours
 
@@ -24,7 +24,7 @@ def content_of(dataset: Any) -> Any:
     if isinstance(dataset, Mapping):
         return {name: content_of(one) for name, one in dataset.items()}
     if isinstance(dataset, PackedBlocks):
-        content = digest([digest_of_array(dataset.ids).encode(), _sampled(dataset).encode()])  # ids, and rows of them
+        content = digest([digest_of_ids(dataset.ids).encode(), _sampled(dataset).encode()])  # ids, and rows of them
         shape = {"sequence_length": dataset.sequence_length, "bos": [*dataset.bos]}
         return {"rows": len(dataset), **shape, "content": content}
     if isinstance(dataset, PaddedRows):

@@ -9,6 +9,8 @@ from typing import Any, cast
 
 import numpy as np
 
+from lte.data.mapped_ids import MappedIds
+
 _CHUNK = 1 << 24  # bytes: a thread's share, and what it holds of a file
 
 
@@ -21,6 +23,14 @@ def digest_of_file(path: Path) -> str:
             return file.read(_CHUNK)
 
     return _digest(path.stat().st_size, read)
+
+
+def digest_of_ids(ids: np.ndarray | MappedIds) -> str:
+    """Return the fingerprint of the content of token ids, which may lie in files; not of their shape and type."""
+    if isinstance(ids, np.ndarray):
+        return digest_of_array(ids)
+    size, count = ids.dtype.itemsize, len(ids)
+    return _digest(count * size, lambda start: ids.read(start // size, (start + _CHUNK) // size).tobytes())
 
 
 def digest_of_array(array: np.ndarray) -> str:

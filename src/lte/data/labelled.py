@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -13,20 +15,25 @@ from transformers import PreTrainedTokenizerBase
 from lte.data.batches import PaddedRows
 from lte.data.columns import cell, is_missing, text_of
 from lte.data.config import DataConfig
-from lte.data.rows import collator_for, warn_cut, warn_skipped
+from lte.data.rows import check_token_ids, collator_for, warn_cut, warn_skipped
 from lte.data.sources import Source, as_list
+from lte.data.stored import key_of
+from lte.data.stored_columns import columns_of
 from lte.data.tokenise import BATCH_ROWS
+
+_LABEL = "label as it is written"  # a column that no tokenizer makes
 
 
 def classification_rows(
     sources: Source | Sequence[Source],
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
+    vocab_size: int,
     labelled: bool,
     max_rows: int | None = None,
 ) -> PaddedRows:
     """Labels are the places of their names in `class_names`; in the rows they may be written as these places."""
-    columns, labels = _texts_and_labels(sources, tokenizer, config, labelled, max_rows)
+    columns, labels = _texts_and_labels(sources, tokenizer, config, vocab_size, labelled, max_rows)
     class_names = config.class_names
     if labelled:
         class_names = class_names or _sorted_labels(labels)
@@ -40,7 +47,7 @@ def classification_rows(
             raise ValueError(
                 f"{where}: labels {', '.join(unknown)} are not among class_names, {', '.join(class_names)}"
             )
-        columns["labels"] = [ids[label] for label in labels]
+        columns["labels"] = np.array([ids[label] for label in labels], dtype=np.int32)
     return PaddedRows(columns, collator_for(tokenizer, config.pad_to_multiple_of), class_names)
 
 
@@ -48,13 +55,14 @@ def regression_rows(
     sources: Source | Sequence[Source],
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
+    vocab_size: int,
     labelled: bool,
     max_rows: int | None = None,
 ) -> PaddedRows:
     """Labels are numbers. `class_names` is the label's column alone: the model's head needs one output."""
-    columns, labels = _texts_and_labels(sources, tokenizer, config, labelled, max_rows)
+    columns, labels = _texts_and_labels(sources, tokenizer, config, vocab_size, labelled, max_rows)
     if labelled:
-        columns["labels"] = [_number(label, config.label_column) for label in labels]
+        columns["labels"] = np.array([_number(label, config.label_column) for label in labels], dtype=np.float32)
     return PaddedRows(columns, collator_for(tokenizer, config.pad_to_multiple_of), (config.label_column,))
 
 
@@ -62,44 +70,64 @@ def _texts_and_labels(
     sources: Source | Sequence[Source],
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
+    vocab_size: int,
     labelled: bool,
-    max_rows: int | None = None,
-) -> tuple[dict[str, list[Any]], list[str]]:
+    max_rows: int | None,
+) -> tuple[dict[str, Sequence[Any]], list[str]]:
     """What the tokenizer makes of the texts, by column, and the labels as they are written, if they are wanted."""
     names = [name.strip() for name in config.text_column.split(",")]
     if len(names) > 2:
         raise ValueError(f"text_column names {len(names)} columns: classification takes one or a pair, a,b")
-    texts: list[tuple[str, ...]] = []  # (text,) or (text, second text) a row
-    labels: list[str] = []
-    for source in as_list(sources):
+    listed = as_list(sources)
+
+    def rows() -> Iterator[dict[str, Any]]:
+        found = islice(_found(listed, names, config, labelled), max_rows)
+        return _tokenised(found, tokenizer, config.sequence_length, vocab_size)
+
+    read = replace(config, class_names=None, pad_to_multiple_of=1)
+    columns = columns_of(rows, key_of(listed, tokenizer, max_rows, "labelled", read, vocab_size, labelled))
+    labels = [label for label in columns.pop(_LABEL) if label is not None]
+    return columns, labels
+
+
+def _found(
+    sources: Sequence[Source], names: Sequence[str], config: DataConfig, labelled: bool
+) -> Iterator[tuple[tuple[str, ...], str | None]]:
+    """(text,) or (text, second text) of each row with text, and its label."""
+    for source in sources:
         cells, total, kept = [text_of(name, source) for name in names], 0, 0
         for total, row in enumerate(config.rows(source), 1):
-            found = tuple(text(row, total) for text in cells)
-            label = _label(cell(row, config.label_column, source, total), source, total) if labelled else ""
-            if any(text.strip() for text in found):
+            texts = tuple(text(row, total) for text in cells)
+            label = _label(cell(row, config.label_column, source, total), source, total) if labelled else None
+            if any(text.strip() for text in texts):
                 kept += 1
-                texts.append(found)
-                labels += [label] if labelled else []
-            if len(texts) == max_rows:
-                break
+                yield texts, label
         warn_skipped(total - kept, total, f"{source}: rows with no text")
-        if len(texts) == max_rows:
-            break
-    columns: dict[str, list[Any]] = {}
-    cut = 0
+
+
+def _tokenised(
+    found: Iterator[tuple[tuple[str, ...], str | None]],
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    vocab_size: int,
+) -> Iterator[dict[str, Any]]:
+    cut = total = 0
     tokenise: Any = tokenizer  # its signature is wider than a checker can follow
-    for start in range(0, len(texts), BATCH_ROWS):
+    while rows := list(islice(found, BATCH_ROWS)):
+        texts, labels = zip(*rows, strict=True)
         batch = tokenise(
-            *(list(side) for side in zip(*texts[start : start + BATCH_ROWS], strict=True)),
+            *(list(side) for side in zip(*texts, strict=True)),
             truncation=True,
-            max_length=config.sequence_length,
+            max_length=sequence_length,
             return_attention_mask=False,
         )
         cut += sum(bool(encoding.overflowing) for encoding in batch.encodings or ())
-        for name, values in batch.items():
-            columns.setdefault(name, []).extend(np.array(ids, dtype=np.int32) for ids in values)
-    warn_cut(cut, len(texts), "rows", config.sequence_length)
-    return columns, labels
+        total += len(rows)
+        for *values, label in zip(*batch.values(), labels, strict=True):
+            row = {name: np.array(ids, dtype=np.int32) for name, ids in zip(batch, values, strict=True)}
+            check_token_ids([row["input_ids"]], vocab_size, "the tokenizer")
+            yield {**row, _LABEL: label}
+    warn_cut(cut, total, "rows", sequence_length)
 
 
 def _label(value: Any, source: Source, number: int) -> str:

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from itertools import islice
+from itertools import chain
 
 from transformers import PreTrainedTokenizerBase
 
@@ -34,22 +34,25 @@ def load_prompts(
 
     Rows with an empty completion are skipped, counted and warned of; ValueError when none is left.
     """
-    config = config or DataConfig()
-    endings = _Endings(config, tokenizer)
-    total = 0
-
-    def kept() -> Iterator[tuple[str, str]]:
-        nonlocal total
-        for source in as_list(sources):
-            for prompt, completion in _pairs(source, config, tokenizer, endings):
-                total += 1
-                if completion.strip():
-                    yield prompt, completion
-
-    pairs = list(islice(kept(), max_rows))
-    warn_skipped(total - len(pairs), total, "rows with an empty completion")
-    endings.warn()
+    pairs = list(prompt_pairs(as_list(sources), config or DataConfig(), tokenizer, max_rows))
     return [prompt for prompt, _ in pairs], [completion for _, completion in pairs]
+
+
+def prompt_pairs(
+    sources: Sequence[Source], config: DataConfig, tokenizer: PreTrainedTokenizerBase | None, max_rows: int | None
+) -> Iterator[tuple[str, str]]:
+    """The same, pair by pair, read as they are asked for; what was left out is said at the end."""
+    endings = _Endings(config, tokenizer)
+    total = kept = 0
+    for pair in chain.from_iterable(_pairs(source, config, tokenizer, endings) for source in sources):
+        total += 1
+        if pair[1].strip():
+            kept += 1
+            yield pair
+            if kept == max_rows:
+                break
+    warn_skipped(total - kept, total, "rows with an empty completion")
+    endings.warn()
 
 
 def _pairs(

@@ -1,8 +1,8 @@
 """Reading what a user points at: local files and hub data sets, as texts, rows or token ids.
 
 Rows and texts are read as they are asked for, and no more of them is kept here; only a `.json` is read whole. What
-is tokenised once into a `.npy` is memory-mapped. Only parquet and the hub need more than the standard library and
-numpy, and import it when they are used.
+is tokenised once into a `.npy` is memory-mapped. `datasets` and pyarrow are imported where they are used: they take a
+second to import.
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ Source = str | os.PathLike[str]
 Row = dict[str, Any]
 
 TEXT_EXTENSIONS = (".txt", ".jsonl", ".json", ".csv", ".tsv")  # each also as .gz
-BINARY_EXTENSIONS = (".parquet", ".npy")
+BINARY_EXTENSIONS = (".parquet", ".arrow", ".npy")
 _KNOWN = f"{', '.join(TEXT_EXTENSIONS)} (each also .gz), {', '.join(BINARY_EXTENSIONS)}"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[^:/\\]*){0,2}")  # owner/name[:configuration[:split]]
-_PARQUET_ROWS = 64  # at once: a dictionary holds long texts once, and rows each
-_MISSING = 'needs the {} package: pip install "lte[data]"'
+_ROWS = 64  # of Arrow at once: a dictionary holds long texts once, and rows each
 
 
 def as_list(sources: Source | Sequence[Source]) -> list[Source]:
@@ -65,7 +64,7 @@ def read_token_ids(path: Source) -> np.ndarray:
     try:
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # its header is a piece of Python, which numpy tokenises
-        raise ValueError(f"{path}: empty, truncated or not a .npy array: {_first_line(error)}") from error
+        raise ValueError(f"{path}: empty, truncated or not a .npy array: {first_line(error)}") from error
     if not isinstance(ids, np.memmap) or ids.offset + ids.nbytes != Path(path).stat().st_size:
         raise ValueError(f"{path}: the file is not as long as its header says: save the array again")
     if ids.dtype not in (np.dtype(np.uint16), np.dtype(np.uint32)):
@@ -83,17 +82,17 @@ def read_rows(source: Source, header: Sequence[str] = (), skip_bad_rows: bool = 
     Of a `.csv` or `.tsv` that has no header line, `header` names the columns. Rows of these with a wrong number of
     fields are an error, or with `skip_bad_rows` left out, counted and warned of.
 
-    Raises ValueError (or FileNotFoundError, ImportError) in one line when the source cannot be read: the first lines
+    Raises ValueError (or FileNotFoundError) in one line when the source cannot be read: the first lines
     of a file are given before the last ones are looked at.
     """
     kind = extension(source)
     path = Path(source)
     if kind is None:
-        rows = _hub_rows(os.fspath(source))
+        rows = iter(hub_data(os.fspath(source)))
     elif kind == ".npy":
         raise ValueError(f"{source}: token ids have no columns, they serve language modelling only")
-    elif kind == ".parquet":
-        rows = _parquet_rows(path)
+    elif kind in (".parquet", ".arrow"):
+        rows = _arrow_rows(path, kind)
     elif kind == ".txt":
         rows = iter([{"text": read_text(path)}])
     elif kind == ".jsonl":
@@ -145,37 +144,51 @@ def _parsed(text: str, path: Path, line: int | None = None) -> Any:
         raise ValueError(f"{where}: not JSON ({error.msg}, column {error.colno}){hint}") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in brackets
         where = path if line is None else f"{path}, line {line}"
-        raise ValueError(f"{where}: JSON that cannot be read: {_first_line(error)}") from error
+        raise ValueError(f"{where}: JSON that cannot be read: {first_line(error)}") from error
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError(f"{path} {_MISSING.format('pyarrow')}") from error
+def _arrow_rows(path: Path, kind: str) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
     unpacked = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(_PARQUET_ROWS):
-            unpacked += batch.nbytes
-            check_expansion(path, unpacked)
-            yield from batch.to_pylist()
+        with pyarrow.OSFile(os.fspath(path)) as file:
+            batches = (
+                _arrow_batches(file) if kind == ".arrow" else pyarrow.parquet.ParquetFile(file).iter_batches(_ROWS)
+            )
+            for batch in batches:
+                unpacked += batch.nbytes
+                check_expansion(path, unpacked)
+                yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise ValueError(f"{path}: not a readable parquet file: {_first_line(error)}") from error
+        raise ValueError(f"{path}: not a readable {kind[1:]} file: {first_line(error)}") from error
 
 
-def _hub_rows(source: str) -> Iterator[Row]:
+def _arrow_batches(file: Any) -> Iterator[Any]:
+    """Of both forms that Arrow files have: a stream, as `datasets` writes it, or one with an index at its end."""
+    from pyarrow import ArrowInvalid, ipc
+
     try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(f"{source}: no such file, and a hub data set {_MISSING.format('datasets')}") from error
+        stream = ipc.open_stream(file)
+    except ArrowInvalid:
+        indexed = ipc.open_file(file)
+        stream = (indexed.get_batch(i) for i in range(indexed.num_record_batches))
+    for batch in stream:
+        yield from (batch.slice(start, _ROWS) for start in range(0, len(batch), _ROWS))
+
+
+def hub_data(source: str) -> Any:
+    """Return a hub data set, as `datasets` gives it; raise ValueError where the hub does not give it."""
+    import datasets
+
     name, configuration, split = [*source.split(":"), "", ""][:3]
     try:
-        rows: Any = datasets.load_dataset(name, configuration or None, split=split or "train")
-        yield from rows
+        return datasets.load_dataset(name, configuration or None, split=split or "train")
     except Exception as error:  # the hub's errors share no class, and the user needs their line only
-        raise ValueError(f"{source}: no such file, and the hub has not given it: {_first_line(error)}") from error
+        raise ValueError(f"{source}: no such file, and the hub has not given it: {first_line(error)}") from error
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its type."""
     return next(iter(str(error).splitlines()), type(error).__name__)

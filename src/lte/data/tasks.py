@@ -5,22 +5,29 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lte.data.batches import IGNORED, PackedBlocks, PaddedRows
+from lte.data.batches import PackedBlocks, PaddedRows
 from lte.data.columns import text_of
 from lte.data.config import DataConfig
 from lte.data.labelled import classification_rows, regression_rows
-from lte.data.prompts import load_prompts
-from lte.data.rows import check_token_ids, collator_for, warn_cut, warn_skipped
+from lte.data.mapped_ids import MappedIds, rows_of
+from lte.data.pairs import tokenised_pairs
+from lte.data.prompts import prompt_pairs
+from lte.data.rows import check_token_ids, collator_for, warn_skipped
 from lte.data.sources import Row, Source, as_list, extension, read_rows, read_token_ids
+from lte.data.stored import kept, key_of
+from lte.data.stored_columns import columns_of
 from lte.data.text_files import read_pieces
-from lte.data.tokenise import encode, eos_id, tokenise_documents, without_start, wrapping
+from lte.data.tokenise import eos_id, tokenise_documents, wrapping
 
 logger = logging.getLogger(__name__)
+
+_ROWS = 16  # of ids, before they are written: 4 MB
 
 Task = Literal["language_modelling", "generation", "classification", "regression"]
 
@@ -61,13 +68,10 @@ def load_dataset_for(
             raise ValueError("an encoder-decoder model learns generation: give prompt and completion")
         return _packed_blocks(sources, tokenizer, config, vocab_size, max_rows)
     if task == "generation":
-        texts = load_prompts(sources, config, tokenizer, max_rows)
-        return generation_rows(*texts, tokenizer, config, is_encoder_decoder, vocab_size)
+        return _generation_rows(sources, tokenizer, config, is_encoder_decoder, vocab_size, max_rows)
     if task in ("classification", "regression"):
         rows = classification_rows if task == "classification" else regression_rows
-        dataset = rows(sources, tokenizer, config, labelled, max_rows)
-        check_token_ids(dataset.columns["input_ids"], vocab_size, "the tokenizer")
-        return dataset
+        return rows(sources, tokenizer, config, vocab_size, labelled, max_rows)
     raise ValueError(f"unknown task {task!r}: use one of {', '.join(get_args(Task))}")
 
 
@@ -104,14 +108,20 @@ def _packed_blocks(
     vocab_size: int,
     max_rows: int | None,
 ) -> PackedBlocks:
-    listed = as_list(sources)
+    listed, read = as_list(sources), (config.text_column, config.header, config.skip_bad_rows)
+    dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+    def stream() -> Iterator[np.ndarray]:
+        pieces = (piece for source in listed for piece in _pieces_of(source, tokenizer, config, vocab_size))
+        return (ids.astype(dtype) for ids in _joined(pieces, tokenizer, vocab_size))
+
     if len(listed) == 1 and extension(listed[0]) == ".npy":
         ids = read_token_ids(listed[0])  # stays memory-mapped
         check_token_ids(_sliced(ids), vocab_size, listed[0])
+    elif key := key_of(listed, tokenizer, max_rows, "ids", vocab_size, read):
+        ids = MappedIds(kept(lambda: rows_of(stream(), dtype), key, rows_at_once=_ROWS))
     else:
-        pieces = (piece for source in listed for piece in _pieces_of(source, tokenizer, config, vocab_size))
-        most = None if max_rows is None else max_rows * config.sequence_length
-        ids = _joined(pieces, tokenizer, vocab_size, most)
+        ids = _in_memory(stream(), dtype, None if max_rows is None else max_rows * config.sequence_length)
     eos: Any = tokenizer.eos_token_id
     dataset = PackedBlocks(ids, config.sequence_length, wrapping(tokenizer)[0], eos)
     left_out = len(ids) - len(dataset.ids)
@@ -137,24 +147,47 @@ def _sliced(ids: np.ndarray, size: int = 1 << 20) -> Iterator[np.ndarray]:
 
 
 def _joined(
-    pieces: Iterable[tuple[bool, np.ndarray]], tokenizer: PreTrainedTokenizerBase, vocab_size: int, most: int | None
-) -> np.ndarray:
-    """One stream (tokens,) of documents with EOS between two, unless it is there: uint16 where ids fit, or uint32.
-
-    No piece is asked for once there are `most` tokens.
-    """
-    code, dtype = ("H", np.uint16) if vocab_size <= 2**16 else ("I", np.uint32)
-    joined = array(code)
+    pieces: Iterable[tuple[bool, np.ndarray]], tokenizer: PreTrainedTokenizerBase, vocab_size: int
+) -> Iterator[np.ndarray]:
+    """One stream (tokens,), in pieces, of documents with EOS between two, unless it is there."""
+    last = None
     for starts, ids in pieces:
-        if starts and joined:
+        if starts and last is not None:
             eos = eos_id(tokenizer)
             check_token_ids([np.array([eos])], vocab_size, "the tokenizer's EOS")
-            if joined[-1] != eos and ids[0] != eos:
-                joined.append(eos)
-        joined.frombytes(ids.astype(dtype).tobytes())
-        if most is not None and len(joined) >= most:
+            if last != eos and ids[0] != eos:
+                yield np.array([eos])
+        yield ids
+        last = ids[-1]
+
+
+def _in_memory(stream: Iterable[np.ndarray], dtype: np.dtype, most: int | None) -> np.ndarray:
+    """The ids (tokens,) of a stream; no piece is asked for once there are `most`."""
+    ids = array(dtype.char)
+    for piece in stream:
+        ids.frombytes(piece.tobytes())
+        if most is not None and len(ids) >= most:
             break
-    return np.frombuffer(joined, dtype)
+    return np.frombuffer(ids, dtype)
+
+
+def _generation_rows(
+    sources: Source | Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    is_encoder_decoder: bool,
+    vocab_size: int,
+    max_rows: int | None,
+) -> PaddedRows:
+    listed, read = as_list(sources), replace(config, pad_to_multiple_of=1)
+    template = getattr(tokenizer, "chat_template", None)
+    key = key_of(listed, tokenizer, max_rows, "generation", vocab_size, read, is_encoder_decoder, template)
+
+    def rows() -> Iterator[dict[str, np.ndarray]]:
+        pairs = prompt_pairs(listed, config, tokenizer, max_rows)
+        return tokenised_pairs(pairs, tokenizer, config.sequence_length, is_encoder_decoder, vocab_size)
+
+    return PaddedRows(columns_of(rows, key), collator_for(tokenizer, config.pad_to_multiple_of))
 
 
 def generation_rows(
@@ -166,35 +199,6 @@ def generation_rows(
     vocab_size: int,
 ) -> PaddedRows:
     """The dataset of texts, as `load_dataset_for` makes it of sources for the task generation."""
-    size, total = config.sequence_length, len(prompts)
-    start, end = wrapping(tokenizer)
-    target_start, target_end = wrapping(tokenizer, target=True) if is_encoder_decoder else ([], [])
-    target_end = target_end or [eos_id(tokenizer)]
-    input_ids: list[np.ndarray] = []  # arrays, as lists of ints take many times the memory
-    labels: list[np.ndarray] = []
-    cut_prompts = cut_completions = 0
-    # Prompt and completion are tokenised apart: in generation, too, the prompt is tokenised alone.
-    encoded = zip(encode(prompts, tokenizer), encode(completions, tokenizer, target=True), strict=True)
-    for written, completion in encoded:
-        prompt = without_start(written, start)
-        if is_encoder_decoder:
-            prompt_room = size - len(start) - len(end)
-            target_room = size - len(target_start) - len(target_end)
-            inputs = start + prompt[:prompt_room] + end
-            answer = target_start + completion[:target_room] + target_end
-            ignored = 0
-            cut_completions += len(completion) > target_room
-        else:
-            # A completion that is cut must not end in EOS: it would teach to stop in the middle.
-            answer = (completion + target_end)[: size - len(start)]
-            prompt_room = size - len(start) - len(answer)
-            context = start + prompt[max(0, len(prompt) - prompt_room) :]
-            inputs, ignored = context + answer, len(context)
-            cut_completions += len(answer) <= len(completion)
-        cut_prompts += len(prompt) > prompt_room
-        input_ids.append(np.array(inputs, dtype=np.int32))
-        labels.append(np.array([IGNORED] * ignored + answer, dtype=np.int32))
-    warn_cut(cut_prompts, total, "prompts", size)
-    warn_cut(cut_completions, total, "completions", size)
-    check_token_ids(input_ids, vocab_size, "the tokenizer")
-    return PaddedRows({"input_ids": input_ids, "labels": labels}, collator_for(tokenizer, config.pad_to_multiple_of))
+    pairs = zip(prompts, completions, strict=True)
+    rows = tokenised_pairs(pairs, tokenizer, config.sequence_length, is_encoder_decoder, vocab_size)
+    return PaddedRows(columns_of(lambda: rows, None), collator_for(tokenizer, config.pad_to_multiple_of))
