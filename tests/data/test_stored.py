@@ -122,11 +122,11 @@ def test_the_same_rows_as_in_memory(tmp_path, monkeypatch, task, labelled):
     monkeypatch.setattr("lte.data.stored_columns._AT_ONCE", 7)
     rows = [{"text": one, "prompt": one, "completion": one[::-1], "label": str(i % 3)} for i, one in enumerate(TEXTS)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = DataConfig(sequence_length=40, pad_to_multiple_of=8)
+    config, tokenizer = DataConfig(sequence_length=40, pad_to_multiple_of=8), with_bos()
 
     def load(large: int) -> PaddedRows:
         monkeypatch.setattr(stored, "LARGE", large)
-        found = load_dataset_for(task, tmp_path / "a.jsonl", with_bos(), config, labelled=labelled)
+        found = load_dataset_for(task, tmp_path / "a.jsonl", tokenizer, config, labelled=labelled)
         assert isinstance(found, PaddedRows)
         return found
 

@@ -47,7 +47,7 @@ def classification_rows(
             raise ValueError(
                 f"{where}: labels {', '.join(unknown)} are not among class_names, {', '.join(class_names)}"
             )
-        columns["labels"] = np.array([ids[label] for label in labels], dtype=np.int32)
+        columns["labels"] = [ids[label] for label in labels]
     return PaddedRows(columns, collator_for(tokenizer, config.pad_to_multiple_of), class_names)
 
 
@@ -62,7 +62,7 @@ def regression_rows(
     """Labels are numbers. `class_names` is the label's column alone: the model's head needs one output."""
     columns, labels = _texts_and_labels(sources, tokenizer, config, vocab_size, labelled, max_rows)
     if labelled:
-        columns["labels"] = np.array([_number(label, config.label_column) for label in labels], dtype=np.float32)
+        columns["labels"] = [_number(label, config.label_column) for label in labels]
     return PaddedRows(columns, collator_for(tokenizer, config.pad_to_multiple_of), (config.label_column,))
 
 

@@ -6,6 +6,7 @@ half written is ever read, and of several processes one writes and the others wa
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -60,7 +61,8 @@ def kept(make: Callable[[], Iterable[dict[str, Any]]], key: str, rows_at_once: i
         NotWritten: a full disk, missing permissions and the like.
         ValueError: what is kept is damaged. What `make` raises is raised as it is.
     """
-    import datasets
+    from datasets import Dataset, config
+    from datasets.exceptions import DatasetGenerationError
 
     failed: list[Exception] = []
 
@@ -71,12 +73,12 @@ def kept(make: Callable[[], Iterable[dict[str, Any]]], key: str, rows_at_once: i
             failed.append(error)
             raise
 
-    cache = datasets.config.HF_DATASETS_CACHE
+    cache = config.HF_DATASETS_CACHE
     try:
-        with writing(f"the cache {cache} (HF_DATASETS_CACHE names another one)"), _bar_on_terminals(datasets):
+        with writing(f"the cache {cache} (HF_DATASETS_CACHE names another one)"), _bar_on_terminals():
             try:
-                made = datasets.Dataset.from_generator(rows, fingerprint=key, writer_batch_size=rows_at_once)
-            except datasets.exceptions.DatasetGenerationError as error:
+                made = Dataset.from_generator(rows, fingerprint=key, writer_batch_size=rows_at_once)
+            except DatasetGenerationError as error:
                 raise error.__cause__ or error from None
     except Exception as error:
         if failed:
@@ -89,16 +91,18 @@ def kept(make: Callable[[], Iterable[dict[str, Any]]], key: str, rows_at_once: i
 
 
 @contextmanager
-def _bar_on_terminals(datasets: Any) -> Iterator[None]:
+def _bar_on_terminals() -> Iterator[None]:
     """Leave out the progress bar of `datasets` where stderr is no terminal."""
-    shown = datasets.utils.is_progress_bar_enabled()
+    from datasets import utils
+
+    shown = utils.is_progress_bar_enabled()
     if not sys.stderr.isatty():
-        datasets.utils.disable_progress_bar()
+        utils.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
-            datasets.utils.enable_progress_bar()
+            utils.enable_progress_bar()
 
 
 def _state_of(source: Source) -> tuple[Any, ...]:
@@ -110,10 +114,12 @@ def _state_of(source: Source) -> tuple[Any, ...]:
 
 
 def _content_of(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:
-    """All of a tokenizer that its ids depend on."""
+    """All of a tokenizer that its ids depend on; how it cut and padded last is no part of it."""
     from datasets.fingerprint import Hasher
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = Hasher.hash(tokenizer) if backend is None else backend.to_str()
+    content = Hasher.hash(tokenizer) if backend is None else json.loads(backend.to_str())
+    if isinstance(content, dict):
+        content |= {"truncation": None, "padding": None}
     options = type(tokenizer).__qualname__, getattr(tokenizer, "split_special_tokens", None)
     return *options, tokenizer.special_tokens_map, content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 BATCH_ROWS = 1000
 _PIECE = 1 << 18  # characters
+_PIECES = min(16, max(4, os.cpu_count() or 1))  # at once: a tokenizer has a thread for each; 80 MB each at most, about
 _LEAD = "a\n"
 """Stands before a piece while it is tokenised, as some tokenizers mark the start of a text."""
 _CUTS = tuple(map(re.compile, (r"\n(?=[^\r\n])", r"(?= )", r"")))  # from the best place to any
@@ -40,7 +42,7 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
     for text in texts:
         batch.append(as_unicode(text))
         characters += len(text)
-        if len(batch) == BATCH_ROWS or characters >= 4 * _PIECE:
+        if len(batch) == BATCH_ROWS or characters >= _PIECES * _PIECE:
             yield batch
             batch, characters = [], 0
     if batch:

@@ -24,7 +24,7 @@ class Inputs:
     """What to read for a model, and as what. Also a group of command line options: each field says what it takes."""
 
     text: tuple[str, ...] = ()
-    """Data: .txt, .jsonl, .csv, .tsv (each also .gz), .parquet, .npy of token ids, or a hub id[:name][:split]."""
+    """Data: .txt, .jsonl, .csv, .tsv (also .gz), .parquet, .arrow, .npy (token ids), or a hub id[:name][:split]."""
     task: Task = "language_modelling"
     """What the data is: running text, prompts with completions, texts with classes, or texts with numbers."""
     data: DataConfig = field(default_factory=DataConfig)

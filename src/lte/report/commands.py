@@ -75,7 +75,7 @@ def task_of(options: Options) -> str:
     return _short(options["--text"]) + held_out
 
 
-_STORED = re.compile(r"(\.(txt|jsonl|json|csv|tsv|parquet|npy|gz))+$")
+_STORED = re.compile(r"(\.(txt|jsonl|json|csv|tsv|parquet|arrow|npy|gz))+$")
 
 
 def _short(sources: str) -> str:
