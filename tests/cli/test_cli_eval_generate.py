@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from lte.cli.main import main
-from lte.cli.options import _as_written
 from lte.cli.train import parse_train
 from lte.data.prompts import load_prompts
+from lte.evaluation.inputs import _as_written
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 ROWS = [("name[A]", "A is here."), ("name[B], food[x]", "B has x."), ("name[A]", "Here is A."), ("name[C]", "C!")]
