@@ -23,6 +23,7 @@ class MappedIds:
     def __init__(self, files: Sequence[str], start: int = 0, stop: int | None = None):
         self._files = tuple(files)
         self._table = opened(self._files)
+        self._ends = np.cumsum([opened([file]).num_rows for file in self._files])  # rows of the files before and of it
         column = self._table[COLUMN]
         self.dtype = np.dtype(column.type.value_type.to_pandas_dtype())
         if stop is None:
@@ -45,8 +46,10 @@ class MappedIds:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return the ids of a part that is read once: pages of the files that it maps are let go of."""
-        start, stop, _ = slice(start, stop).indices(len(self))
-        return _read(opened(self._files), self._start + start, self._start + stop).copy()
+        start, stop = (self._start + place for place in slice(start, stop).indices(len(self))[:2])
+        first, last = np.searchsorted(self._ends, [start // ROW, (stop - 1) // ROW], side="right")
+        before = int(self._ends[first - 1]) * ROW if first else 0
+        return _read(opened(self._files[first : last + 1]), start - before, stop - before).copy()
 
     def __getstate__(self) -> tuple[Any, ...]:
         return self._files, self._start, self._stop
