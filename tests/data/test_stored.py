@@ -71,11 +71,12 @@ def test_the_same_blocks_as_in_memory(source, monkeypatch, kind, size, shard):
     """Blocks within a row of ids and across several, in one file and in many; parts of them, too."""
     monkeypatch.setattr(datasets.config, "MAX_SHARD_SIZE", shard)
     monkeypatch.setattr("lte.data.batches._LOOKED_AT", 1000)
+    monkeypatch.setattr(mapped_ids, "_RENEWED", 5)
     on_disk, in_memory = (load(source, kind(), large, sequence_length=size) for large in (True, False))
     assert isinstance(on_disk.ids, MappedIds)
     assert isinstance(in_memory.ids, np.ndarray)
     assert on_disk.ids.dtype == in_memory.ids.dtype == np.uint16
-    assert (len(on_disk.ids._files) > 3) == (shard == "4KB")
+    assert (len(on_disk.ids._mapping.files) > 3) == (shard == "4KB")
     assert same(on_disk, in_memory)
     assert same(pickle.loads(pickle.dumps(on_disk)), in_memory)
     for a, b in zip(split_held_out(on_disk, 0.3), split_held_out(in_memory, 0.3), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 ROW = 1 << 16
 """Ids in each row of the files; the last row has fewer."""
 COLUMN = "ids"
+_RENEWED = 512  # reads
 
 
 class MappedIds:
@@ -17,18 +19,12 @@ class MappedIds:
 
     Args:
         files: each with rows of `ROW` ids in the column `ids`, but for the last row of all.
-        start, stop: the part that this one is of all ids.
     """
 
-    def __init__(self, files: Sequence[str], start: int = 0, stop: int | None = None):
-        self._files = tuple(files)
-        self._table = opened(self._files)
-        self._ends = np.cumsum([opened([file]).num_rows for file in self._files])  # rows of the files before and of it
-        column = self._table[COLUMN]
-        self.dtype = np.dtype(column.type.value_type.to_pandas_dtype())
-        if stop is None:
-            stop = (len(column) - 1) * ROW + len(column[-1])
-        self._start, self._stop = start, max(start, stop)
+    def __init__(self, files: Sequence[str]):
+        self._mapping = _Mapping(files)
+        self._start, self._stop = 0, self._mapping.count
+        self.dtype = self._mapping.dtype
 
     def __len__(self) -> int:
         return self._stop - self._start
@@ -36,26 +32,44 @@ class MappedIds:
     def __getitem__(self, part: slice) -> MappedIds:
         start, stop, step = part.indices(len(self))
         assert step == 1, "a view has all ids of its part"
-        view = object.__new__(MappedIds)
-        view.__dict__.update(self.__dict__, _start=self._start + start, _stop=self._start + max(start, stop))
+        view = copy.copy(self)
+        view._start, view._stop = self._start + start, self._start + max(start, stop)
         return view
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        ids = _read(self._table, self._start, self._stop)
+        ids = self._mapping.read(self._start, self._stop)
         return ids.astype(dtype or self.dtype, copy=bool(copy))
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return the ids of a part that is read once: pages of the files that it maps are let go of."""
-        start, stop = (self._start + place for place in slice(start, stop).indices(len(self))[:2])
+        start, stop, _ = slice(start, stop).indices(len(self))
+        return self._mapping.read_once(self._start + start, self._start + stop)
+
+
+class _Mapping:
+    """The files of some ids, mapped into memory. Pages stay resident once they are read, so it is renewed at times."""
+
+    def __init__(self, files: Sequence[str]):
+        self.files = tuple(files)
+        self._ends = np.cumsum([opened([file]).num_rows for file in self.files])  # rows of the files before and of it
+        self._table, self._reads = opened(self.files), 0
+        column = self._table[COLUMN]
+        self.dtype = np.dtype(column.type.value_type.to_pandas_dtype())
+        self.count = (len(column) - 1) * ROW + len(column[-1])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        self._reads += 1
+        if self._reads % _RENEWED == 0:
+            self._table = opened(self.files)
+        return _read(self._table, start, stop)
+
+    def read_once(self, start: int, stop: int) -> np.ndarray:
         first, last = np.searchsorted(self._ends, [start // ROW, (stop - 1) // ROW], side="right")
         before = int(self._ends[first - 1]) * ROW if first else 0
-        return _read(opened(self._files[first : last + 1]), start - before, stop - before).copy()
+        return _read(opened(self.files[first : last + 1]), start - before, stop - before).copy()
 
-    def __getstate__(self) -> tuple[Any, ...]:
-        return self._files, self._start, self._stop
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.__init__(*state)
+    def __reduce__(self) -> Any:
+        return _Mapping, (self.files,)
 
 
 def rows_of(stream: Iterable[np.ndarray], dtype: Any) -> Iterator[dict[str, np.ndarray]]:
