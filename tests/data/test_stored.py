@@ -5,6 +5,7 @@ import os
 import pickle
 import resource
 import signal
+import tracemalloc
 from pathlib import Path
 
 import datasets
@@ -15,7 +16,7 @@ from byte_tokenizer import byte_tokenizer, with_bos
 from lte.data import mapped_ids, stored, tasks
 from lte.data.batches import PackedBlocks, PaddedRows, split_held_out
 from lte.data.content import content_of
-from lte.data.mapped_ids import MappedIds
+from lte.data.mapped_ids import MappedIds, rows_of
 from lte.data.stored_columns import StoredColumn
 from lte.data.tasks import DataConfig, load_dataset_for
 from lte.files import NotWritten
@@ -248,3 +249,26 @@ def test_small_files_stay_in_memory(source, cache):
     config = DataConfig(sequence_length=32)
     assert isinstance(load_dataset_for("language_modelling", source, byte_tokenizer(), config).ids, np.ndarray)
     assert not cache.exists()
+
+
+def test_ids_are_not_kept_in_memory(monkeypatch):
+    """Neither while they are written, nor while blocks are found in them and their fingerprint is made."""
+    monkeypatch.setattr(mapped_ids, "ROW", 1 << 12)
+    monkeypatch.setattr("lte.data.batches._LOOKED_AT", 1 << 14)
+    monkeypatch.setattr("lte.data.digest._CHUNK", 1 << 15)
+    part = np.arange(1 << 14, dtype=np.uint16)
+
+    def blocks(parts: int) -> PackedBlocks:
+        files = stored.kept(lambda: rows_of((part for _ in range(parts)), np.uint16), f"parts{parts}", 2)
+        return PackedBlocks(MappedIds(files), 512, bos=(7,))
+
+    content_of(blocks(2))  # libraries keep what they make at first
+    tracemalloc.start()
+    try:
+        found = blocks(150)
+        content_of(found)
+        used = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(found) > 4_700
+    assert used < 1 << 20 < 4 << 20 < 2 * len(found.ids)
