@@ -1,7 +1,7 @@
 """A whole run: load a model and data, make the model sparse, train, save, evaluate. ``lte train`` is this function."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -251,7 +251,7 @@ class _Run:
                 tokenizer.save_pretrained(fresh)
 
 
-def _metrics(task: str) -> dict[str, Callable[..., Any]]:
+def _metrics(task: str) -> dict[str, Any]:
     """What ``Trainer`` measures beside the loss where rows have labels; ``metric_for_best_model`` can name it."""
     if task not in ("classification", "regression"):
         return {}
