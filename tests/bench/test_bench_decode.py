@@ -40,6 +40,7 @@ def prompt(batch: int = 2) -> torch.Tensor:
     return torch.randint(100, (batch, PROMPT), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_tokens_are_those_of_the_masked_dense_model(sparse, backend, static):
@@ -132,6 +133,7 @@ def test_a_wrong_step_gets_no_time(dense, monkeypatch):
         assert "lte_ms" not in row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_a_right_step_in_bf16_is_timed(dense, backend):
     for row in run(copy.deepcopy(dense).to(torch.bfloat16), backend=backend):

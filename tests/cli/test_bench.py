@@ -106,6 +106,7 @@ def test_decode_a_trained_model(files, tmp_path, capsys):
     assert main([*DECODE, "--model", folder, "--sparsity", "0.5"]) == 2
 
 
+@pytest.mark.slow
 def test_train(files, capsys):
     assert main([*TRAIN, "--model", str(files / "llama"), "--steps", "2", "--json"]) == 0
     found = last_json(capsys)

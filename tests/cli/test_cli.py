@@ -201,7 +201,7 @@ def evaluation_loss(folder, text) -> float:
 
 
 def test_resume(files, tmp_path, monkeypatch, capfd):
-    from lte.training.trainer import LTETrainer
+    from lte.training.stages import _Stages
 
     def given(name, *more):
         options = ["train", "--model", str(files / "llama"), "--text", str(files / "text.txt")]
@@ -210,7 +210,7 @@ def test_resume(files, tmp_path, monkeypatch, capfd):
 
     assert main(given("whole", "--resume")) == 0  # nothing to resume yet
     assert "lte: warning: no whole checkpoint" in capfd.readouterr().err
-    begin_step = LTETrainer.begin_step
+    begin_step = _Stages.begin_step
 
     def stop_at_5(self, step):
         if step == 5:
@@ -218,7 +218,7 @@ def test_resume(files, tmp_path, monkeypatch, capfd):
         begin_step(self, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(LTETrainer, "begin_step", stop_at_5)
+        patch.setattr(_Stages, "begin_step", stop_at_5)
         assert main(given("cut")) == 130
     assert capfd.readouterr().err.splitlines()[-1] == (
         "lte: error: interrupted at step 5 of 8: with --resume it goes on from step 4"

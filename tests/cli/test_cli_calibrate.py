@@ -63,7 +63,8 @@ def test_calibrate(files, sparse, tmp_path, capsys, target):
     assert {name for name in old if not torch.equal(old[name], new[name])} == {
         name for name in old if name.endswith("router.bias")
     }
-    assert json.loads((out / "config.json").read_text())["lte"] == json.loads(before["config.json"])["lte"]
+    was = json.loads(before["config.json"])["lte"]
+    assert json.loads((out / "config.json").read_text())["lte"] == {**was, "target_sparsity": target}
     assert main(["eval", str(out), *given, "--json"]) == 0
     assert last_json(capsys)["sparsity"] == pytest.approx(target, abs=0.01)
 

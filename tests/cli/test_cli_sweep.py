@@ -116,6 +116,7 @@ def test_values_too_long_for_the_name_of_a_folder(files, tmp_path):
     assert again[0].folder == runs[1].folder
 
 
+@pytest.mark.slow
 def test_the_error_of_a_run_is_what_it_said_last(files, tmp_path):
     arguments = [*base(files, text=files / "absent.txt"), "--target-sparsity", "0.5"]
     run = sweep.Run("train", {"seed": "1"}, arguments, None, tmp_path / "a")

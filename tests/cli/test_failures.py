@@ -78,6 +78,7 @@ def test_a_message_does_not_steer_the_terminal():
     assert one_line("a\x1b[2J\n b\x00 c\u202e") == "a\ufffd[2J b\ufffd c\ufffd"
 
 
+@pytest.mark.slow
 def test_python_m_knows_the_errors_of_its_commands():
     command = [sys.executable, "-m", "lte.cli.main", "train", "--bogus"]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=200)
@@ -103,6 +104,7 @@ def test_ctrl_c_while_libraries_are_imported():
     assert (done.returncode, done.stderr) == (130, "lte: error: interrupted\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argv", [[], ["train", "--help"], ["inspect", "MODEL"]])
 def test_a_reader_that_has_gone_is_no_error(files, argv):
     reader, writer = os.pipe()

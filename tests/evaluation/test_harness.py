@@ -151,6 +151,7 @@ def test_generating_shots_and_limit(folder):
     assert 0 < found.sparsity < 1
 
 
+@pytest.mark.slow
 def test_command(folder, tmp_path, capsys):
     model("routers").save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
@@ -173,6 +174,7 @@ def test_a_wrong_name(folder):
         find_tasks(["zzz"], folder)
 
 
+@pytest.mark.slow
 def test_its_own_tasks_are_known():
     assert find_tasks(["hellaswag", "arc_easy"]).names == ["hellaswag", "arc_easy"]
 

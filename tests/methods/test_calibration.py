@@ -1,5 +1,7 @@
 """Moving a model to another sparsity by its routers' biases."""
 
+import copy
+
 import pytest
 import torch
 from tiny_training import dense_llama, markov_blocks, sparse_llama
@@ -58,13 +60,16 @@ def state(model) -> dict:
         "tensors": {name: value.clone() for name, value in model.state_dict().items()},
         "training": [module.training for module in model.modules()],
         "layers": [(layer.tau, layer.mode, layer.kept_in, len(layer.router._forward_hooks)) for layer in layers],
-        "config": model.config.to_dict(),
+        "config": copy.deepcopy(model.config.to_dict()),
         "gradients": [parameter.requires_grad for parameter in model.parameters()],
     }
 
 
-def same_but_biases(model, before: dict) -> None:
+def same_but_biases(model, before: dict, target: float | None = None) -> None:
+    """The config says which sparsity the thresholds are set for: ``target``, or as before."""
     after = state(model)
+    then = before["config"]["lte"].pop("target_sparsity")
+    assert after["config"]["lte"].pop("target_sparsity") == (then if target is None else target)
     tensors = after.pop("tensors")
     assert tensors.keys() == before["tensors"].keys()
     for name, value in tensors.items():
@@ -82,7 +87,7 @@ def test_the_target_is_met_and_nothing_else_changes(target, tau):
     model.model.layers[0].eval()  # as where a part is frozen
     before, batches = state(model), padded_batches()
     shift = calibrate_(model, batches, target)
-    same_but_biases(model, before)
+    same_but_biases(model, before, target)
     for layer, name in zip(sparse_layers(model).values(), (n for n in before["tensors"] if "bias" in n), strict=True):
         assert torch.allclose(layer.router.bias, before["tensors"][name] - shift, atol=1e-5)
     assert sparsity(model, batches) == pytest.approx(target, abs=0.005)
@@ -182,7 +187,7 @@ def test_half_precision():
     model, batches = hard_llama().bfloat16(), padded_batches()
     before = state(model)
     calibrate_(model, batches, 0.7, passes=3)
-    same_but_biases(model, before)
+    same_but_biases(model, before, 0.7)
     assert sparsity(model, batches) == pytest.approx(0.7, abs=0.01)
 
 

@@ -179,7 +179,7 @@ def test_fixed_fields_are_no_options():
         ValueError, match="unknown option expert_size for method 'cats': it has target_sparsity, tokens, activation"
     ):
         Method.from_dict({**saved, "expert_size": 8})
-    options = ["expert_size", "tau", "seed", "grouping", "compensation_rank"]
+    options = ["expert_size", "tau", "seed", "grouping", "compensation_rank", "target_sparsity"]
     assert list(lte.LTEConfig().to_dict()) == ["method", *options]
 
 

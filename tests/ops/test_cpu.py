@@ -44,6 +44,7 @@ def test_equals_the_reference(d_model, d_ff, expert_size, gated, bias, dtype):
             assert error(cpu.sparse_ffn(x_TD, weights, active_TE), x_TD, weights, active_TE) < TOLERANCE[dtype]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rank", [1, 5, 16, 64])
@@ -144,6 +145,7 @@ def test_calls_from_several_threads_at_once():
     call_at_once(make_weights(576, 288, rank=16))
 
 
+@pytest.mark.slow
 def test_without_openmp(monkeypatch):
     weights = make_weights(bias=True, rank=5)
     x_TD = make_x(6, weights)

@@ -327,6 +327,7 @@ def test_compiled_in_one_graph(family, mode):
         assert relative_rms(compiled(**inputs).logits, expected) <= 1e-6
 
 
+@pytest.mark.slow
 def test_a_compiled_model_follows_its_mode():
     model = lte.sparsify_(tiny_model("llama"), CONFIG)
     torch._dynamo.reset()

@@ -28,6 +28,7 @@ def logits(model):
     return model.eval()(**tiny_inputs("llama")).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"max_shard_size": "30KB"}, {"state_dict": True}])
 def test_a_killed_save_pretrained_leaves_the_old_model_the_new_one_or_none(tmp_path, monkeypatch, options):
     monkeypatch.setattr(os, "fsync", lambda _: None)

@@ -51,6 +51,7 @@ def run(folder, tmp_path, code):
     )
 
 
+@pytest.mark.slow
 def test_auto_classes_refuse_without_consent(folder, tmp_path):
     code = """
 assert AutoTokenizer.from_pretrained(folder)("b")["input_ids"] == [2]
@@ -71,6 +72,7 @@ assert "lte" not in sys.modules
     assert [line for line in result.stdout.splitlines() if line in expected] == expected, result.stdout
 
 
+@pytest.mark.slow
 def test_remote_code_runs_where_lte_is_installed(folder, tmp_path):
     code = """
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
@@ -83,6 +85,7 @@ with torch.no_grad():
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_after_import_lte_everything_is_as_ever(folder, tmp_path):
     code = """
 import pickle

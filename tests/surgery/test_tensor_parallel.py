@@ -8,6 +8,8 @@ import pytest
 import tiny_tensor_parallel
 import torch
 
+pytestmark = pytest.mark.slow
+
 WITHIN = 1e-5
 ON_CPU = pytest.mark.skipif(torch.version.cuda is not None, reason="transformers looks for GPUs in this build of torch")
 ON_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

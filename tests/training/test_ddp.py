@@ -9,6 +9,8 @@ import pytest
 import tiny_training
 import torch
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):

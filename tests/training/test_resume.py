@@ -140,6 +140,7 @@ def test_resumed_with_what_is_not_default(tmp_path, step):
     assert_same(resumed, trainer)
 
 
+@pytest.mark.slow
 def test_a_process_that_was_killed(tmp_path, whole):
     command = [sys.executable, tiny_training.__file__, str(tmp_path), "7"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

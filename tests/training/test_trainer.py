@@ -441,6 +441,7 @@ def test_too_few_steps_are_refused_before_training(tmp_path):
         trainer_for(tmp_path, max_steps=4, dense_fraction=0.5, hard_fraction=0.5).train()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own
 @pytest.mark.parametrize("given", [{}, {"ramp": 0.5, "feature_distillation_weight": 1.0}], ids=str)
 def test_a_compiled_run_is_the_same_run(tmp_path, given):

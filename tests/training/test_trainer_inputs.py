@@ -259,6 +259,7 @@ def test_a_head_without_logits_has_no_teacher(tmp_path):
     assert np.isfinite(logged(trainer, "task_loss")).all()
 
 
+@pytest.mark.slow
 def test_a_batch_size_that_was_found_is_kept(tmp_path):
     def too_large(_model, _args, kwargs):
         if len(kwargs["input_ids"]) > 6:

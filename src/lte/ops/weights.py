@@ -1,9 +1,8 @@
 """The weights of one sparse FFN, as the operation takes them: six parts, and the one place that lists their tensors."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import cache
-from typing import Any, Literal, get_args, get_type_hints
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast, get_args
 
 from torch import Tensor
 
@@ -138,52 +137,31 @@ def _fits(name: str, tensor: Tensor | None, shape: tuple[int, ...], up: tuple[in
         raise ValueError(f"{name} is {tuple(tensor.shape)}, but beside up {tuple(up)} it is {tuple(shape)}")
 
 
+TENSORS = (
+    *("up.matrix.rows", "up.bias", "down.matrix.rows", "down.bias", "router.matrix.rows", "router.bias"),
+    *("gate.matrix.rows", "gate.bias", "compensation.compress.rows", "compensation.bias", "compensation.expand.rows"),
+)
+"""The names of the tensors that an FFN may have, in the order of :attr:`FFNWeights.tensors`."""
+
+
+def _flatten(weights: FFNWeights) -> tuple[Tensor | None, ...]:  # as :func:`unflatten` for every token: written out
+    up, down, router = weights.up, weights.down, weights.router
+    gate, low_rank = weights.gate, weights.compensation
+    return (
+        *(up.matrix.rows, up.bias, down.matrix.rows, down.bias, router.matrix.rows, router.bias),
+        *((None, None) if gate is None else (gate.matrix.rows, gate.bias)),
+        *((None, None, None) if low_rank is None else (low_rank.compress.rows, low_rank.bias, low_rank.expand.rows)),
+    )
+
+
 def unflatten(tensors: Sequence[Tensor | None], threshold: float, act: Activation) -> FFNWeights:
     """The weights whose ``tensors`` these are."""
-    leaves = {**dict(zip(TENSORS, tensors, strict=True)), "router.threshold": threshold, "act": act}
-    return _part(FFNWeights, leaves, "")
-
-
-def _part(kind: type, leaves: dict[str, Any], above: str) -> Any:
-    """A part of the weights from its leaves, which are named by their paths; None where no leaf is there."""
-    values = {
-        name: _part(inner, leaves, f"{above}{name}.") if inner in _PARTS else leaves[above + name]
-        for name, inner in _fields(kind)
-    }
-    return None if all(value is None for value in values.values()) else kind(**values)
-
-
-def _flatten(weights: FFNWeights) -> tuple[Tensor | None, ...]:
-    found: list[Any] = []
-    for path in _PATHS:
-        part: Any = weights
-        for name in path:
-            part = getattr(part, name)
-            if part is None:
-                break
-        found.append(part)
-    return tuple(found)
-
-
-_PARTS = (Matrix, Affine, RouterWeights, LowRank)
-
-
-@cache
-def _fields(kind: type) -> tuple[tuple[str, Any], ...]:
-    """What a part is made of: names, each with its type, None left aside."""
-    hints = get_type_hints(kind)
-    given = [one.name for one in fields(kind) if one.init]
-    return tuple((name, (get_args(hints[name]) or [hints[name]])[0]) for name in given)
-
-
-def _paths(kind: type) -> Iterator[tuple[str, ...]]:
-    for name, inner in _fields(kind):
-        if inner in _PARTS:
-            yield from ((name, *path) for path in _paths(inner))
-        elif inner is Tensor:
-            yield (name,)
-
-
-_PATHS = tuple(_paths(FFNWeights))
-TENSORS = tuple(".".join(path) for path in _PATHS)
-"""The names of the tensors that an FFN may have: ``up.matrix.rows``, ``up.bias`` and so on."""
+    up, up_bias, down, down_bias, router, router_bias, gate, gate_bias, compress, bias, expand = cast(Any, tensors)
+    return FFNWeights(
+        Affine(Matrix(up), up_bias),
+        Affine(Matrix(down), down_bias),
+        RouterWeights(Matrix(router), router_bias, threshold),
+        None if gate is None else Affine(Matrix(gate), gate_bias),
+        None if compress is None else LowRank(Matrix(compress), bias, Matrix(expand)),
+        act,
+    )
