@@ -129,6 +129,7 @@ def test_train_from_a_recipe(files, trained, capsys):
     assert math.isfinite(found["perplexity"])
 
 
+@pytest.mark.slow
 def test_generate(trained, capfd):
     given = ["generate", str(trained), "--prompt", "1 and 2", "--max-new-tokens", "5", "--device", "cpu"]
     assert main(given) == 0
