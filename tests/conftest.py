@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -11,3 +12,7 @@ sys.path += [str(Path(__file__).parent / folder) for folder in ("surgery", "trai
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # has to be there when triton is first imported
+
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):  # compiled headers of one are of no use to another
+    folder = Path(tempfile.gettempdir()) / f"torchinductor_{capability}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
