@@ -12,7 +12,7 @@ from lte.inference.packed import (
     Projection,
     activation_name,
 )
-from lte.modules.recording import check_linear, sparse_layers
+from lte.modules.recording import check_hard, check_linear, sparse_layers
 from lte.modules.sparse_ffn import Selecting, SparseFFN
 from lte.modules.tensor_parallel import check_not_shared
 from lte.ops.sparse_ffn import BACKENDS, BackendName
@@ -44,12 +44,7 @@ def optimize_(model: PreTrainedModel, backend: BackendName = "auto") -> PreTrain
     check_not_shared(model, "optimize_ packs")
     layers = sparse_layers(model).values()
     check_linear(layers, "its kernels cannot run it, use the model as it is, it computes the same")
-    modes = sorted({layer.mode for layer in layers} - {"hard"})
-    if modes:
-        raise ValueError(
-            f"the model is in mode {modes[0]}, which uses every expert: train it (lte.LTETrainer ends in mode hard), "
-            'or switch a trained one with lte.set_mode_(model, "hard")'
-        )
+    check_hard(layers, "which uses every expert")
     sites = find_sites(model, model.config.model_type)
     found = [(site.installed, _packed(site, backend)) for site in sites]  # all checked before the first change
     for layer, packed in found:

@@ -43,6 +43,16 @@ def check_linear(layers: Iterable[Selecting], consequence: str) -> None:
         raise ValueError(f"this model's experts are chosen by {type(other).__name__}, not LTE's router: {consequence}")
 
 
+def check_hard(layers: Iterable[Selecting], because: str) -> None:
+    """Raise ValueError unless all layers are in mode hard; ``because`` says what is wrong with another mode."""
+    modes = sorted({layer.mode for layer in layers} - {"hard"})
+    if modes:
+        raise ValueError(
+            f"the model is in mode {modes[0]}, {because}: train it first (lte.LTETrainer ends in mode hard), or switch "
+            'a trained one with lte.set_mode_(model, "hard")'
+        )
+
+
 class TokenMasks:
     """Which tokens of a forward pass are real: what the model was told by its masks and labels."""
 

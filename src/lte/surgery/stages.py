@@ -56,6 +56,10 @@ class StagePlan:
     def total(self) -> int:
         return self.dense + self.soft + self.hard
 
+    def begins_sparse(self, stage: Stage) -> bool:
+        """Whether experts are used from this stage on: it is the first after the dense one, or the first of all."""
+        return stage == "soft" or (stage == "hard" and not self.soft)
+
     def at(self, step: int) -> tuple[Stage, float]:
         """The stage that optimizer step ``step`` (from 0) belongs to, and how far it is through it, in [0, 1]."""
         if step < self.dense:

@@ -102,7 +102,7 @@ class Training:
 
     def enter(self, stage: Stage, rows: Rows) -> None:
         """Change the model as a stage needs it that begins."""
-        if stage == "soft" or (stage == "hard" and not self.run_plan.soft):
+        if self.run_plan.begins_sparse(stage):
             self.start(rows)
         self.set_stage(stage)
 

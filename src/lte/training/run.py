@@ -14,7 +14,7 @@ from transformers import EvalPrediction, PreTrainedModel, set_seed
 
 from lte.data.batches import split_held_out
 from lte.data.config import DataConfig
-from lte.data.sources import Source
+from lte.data.sources import Source, as_list
 from lte.data.tasks import Task
 from lte.evaluation.evaluate import Evaluation, evaluate, label_metrics
 from lte.evaluation.inputs import Inputs, pad_alike_
@@ -114,8 +114,8 @@ def train(
     """
     if args is None:
         args = LTETrainingArguments(output_dir, **training)
-    elif output_dir is not None or training:
-        raise ValueError(f"args are given, so {', '.join(['output_dir', *training])} belongs into them")
+    elif twice := [*(["output_dir"] if output_dir is not None else []), *training]:
+        raise ValueError(f"args are given, so {', '.join(twice)} belongs into them")
     inputs = Inputs(_several(data), task, data_config or DataConfig())
     run = _Run(
         model,
@@ -136,7 +136,7 @@ def train(
 
 
 def _several(sources: Source | tuple[Source, ...]) -> tuple[Any, ...]:
-    return tuple(sources) if isinstance(sources, list | tuple) else (sources,)
+    return tuple(as_list(sources)) if sources else ()
 
 
 @dataclass

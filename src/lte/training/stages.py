@@ -91,7 +91,7 @@ class _Stages(TrainerCallback, ExportableState):  # checkpoints know it by this 
     def enter(self, stage: Stage) -> None:
         """Begin a stage for the first time (not on resuming inside it)."""
         trainer, model, before = self.trainer, self.trainer.plain, self.stage
-        if stage == "soft" or (stage == "hard" and not self.plan.soft):
+        if self.plan.begins_sparse(stage):
             if before == "dense":
                 trainer.stop_if_diverged()
             if before == "dense" or not model.config.lte.get("grouped", True):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lte.core.sampling import stride_for
 from lte.modules.evaluating import evaluating
-from lte.modules.recording import check_linear, record_scores, sparse_layers
+from lte.modules.recording import check_hard, check_linear, record_scores, sparse_layers
 
 logger = logging.getLogger(__name__)
 
@@ -83,12 +83,7 @@ def check_calibration(model: nn.Module, target_sparsity: float) -> None:
     check_target(target_sparsity)
     layers = sparse_layers(model).values()
     check_linear(layers, "convert (or train) the dense model again with another target_sparsity")
-    modes = sorted({layer.mode for layer in layers} - {"hard"})
-    if modes:
-        raise ValueError(
-            f"the model is in mode {modes[0]}, but thresholds are those of mode hard: train it first (lte.LTETrainer "
-            'ends in mode hard), or switch a trained one with lte.set_mode_(model, "hard")'
-        )
+    check_hard(layers, "but thresholds are those of mode hard")
     if not all(0 < layer.tau < 1 for layer in layers):
         raise ValueError("tau is not between 0 and 1 in every layer: no shift of the router's bias reaches it")
 
