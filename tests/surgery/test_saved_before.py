@@ -1,12 +1,13 @@
 """Models that earlier versions saved compute what they computed then. ``saved/make.py`` says how they were made."""
 
+import runpy
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from saved.make import IDS
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import lte
 from lte.surgery.loading import load_model
@@ -22,6 +23,11 @@ def test_it_computes_what_it_computed(folder):
         with torch.no_grad():
             found = model.eval()(input_ids=IDS).logits
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_code_beside_a_model_still_finds_its_classes():
+    found = runpy.run_path(str(SAVED[0].parent / "lte" / "modeling_lte.py"))
+    assert issubclass(found["LTELlamaForCausalLM"], LlamaForCausalLM)
 
 
 def test_each_kind_is_there():

@@ -69,7 +69,8 @@ def main(folder: str) -> None:
         if (Path(folder) / kind).exists():
             continue
         model.bfloat16().save_pretrained(Path(folder) / kind)
-        (Path(folder) / kind / "generation_config.json").unlink(missing_ok=True)
+        for name in ("generation_config.json", *(["modeling_lte.py"] if kind != "lte" else [])):
+            (Path(folder) / kind / name).unlink(missing_ok=True)
         read = AutoModelForCausalLM.from_pretrained(Path(folder) / kind, dtype=torch.float32).eval()
         save_file({"logits": read(input_ids=IDS).logits}, Path(folder) / kind / "computed.safetensors")
 
