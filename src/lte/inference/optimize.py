@@ -12,7 +12,7 @@ from lte.inference.packed import (
     Projection,
     activation_name,
 )
-from lte.modules.recording import check_hard, check_linear, sparse_layers
+from lte.modules.recording import check_hard, check_lte_routers, sparse_layers
 from lte.modules.sparse_ffn import Selecting, SparseFFN
 from lte.modules.tensor_parallel import check_not_shared
 from lte.ops.sparse_ffn import BACKENDS, BackendName
@@ -43,7 +43,7 @@ def optimize_(model: PreTrainedModel, backend: BackendName = "auto") -> PreTrain
         raise ValueError(f"backend is {backend!r}, but it is one of {', '.join(BACKENDS)}")
     check_not_shared(model, "optimize_ packs")
     layers = sparse_layers(model).values()
-    check_linear(layers, "its kernels cannot run it, use the model as it is, it computes the same")
+    check_lte_routers(layers, "its kernels cannot run it, use the model as it is, it computes the same")
     check_hard(layers, "which uses every expert")
     sites = find_sites(model, model.config.model_type)
     found = [(site.installed, _packed(site, backend)) for site in sites]  # all checked before the first change
@@ -51,7 +51,7 @@ def optimize_(model: PreTrainedModel, backend: BackendName = "auto") -> PreTrain
         for projection in (packed.gate, packed.up, packed.down):
             if projection is not None:
                 projection.pack_()
-        layer.linear_router.fold_temperature()
+        layer.lte_router.fold_temperature()
         _become_packed_(layer, packed)
     return model.eval()
 

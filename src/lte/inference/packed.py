@@ -119,7 +119,7 @@ class PackedLayer(Selecting):
             scores_TE = self.router(x_TD)
             self.keep(scores_TE)
             active_TE = threshold(scores_TE, self.tau)
-        weights = self.packed.weights(self.linear_router, self.compensation, self.tau)
+        weights = self.packed.weights(self.lte_router, self.compensation, self.tau)
         return sparse_ffn(x_TD, weights, active_TE, self.packed.backend)
 
     def extra_repr(self) -> str:

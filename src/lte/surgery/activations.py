@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lte.modules.recording import TokenMasks
+from lte.modules.token_masks import TokenMasks
 from lte.surgery.sites import Site
 
 Wanted = tuple[str, nn.Module, Callable[[Tensor], Tensor]]

@@ -52,7 +52,7 @@ class _Fit:
     def add(self, x_TD: Tensor, hidden_TF: Tensor) -> None:
         """An FFN's input, and what its neurons make of it."""
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = self.layer.linear_router.logits(x_TD)
+            logits_TE = self.layer.lte_router.logits(x_TD)
             if self.cut is None:  # of the first tokens: near enough for a start
                 rank = min(logits_TE.numel(), 1 + int(self.sparsity * logits_TE.numel()))
                 self.cut = logits_TE.flatten().kthvalue(rank).values
