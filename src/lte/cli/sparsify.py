@@ -20,7 +20,7 @@ from lte.saving import saving
 from lte.surgery.convert import sparsify_
 from lte.surgery.loading import load_config, load_tokenizer
 from lte.surgery.method import Method
-from lte.surgery.sites import block_linears
+from lte.surgery.sites import linear_sites
 from lte.surgery.teal import TEALConfig
 
 
@@ -74,7 +74,7 @@ def parse_sparsify(argv: Sequence[str]) -> Any:
 def _teal_(model: PreTrainedModel, config: TEALConfig, batches: Iterable[dict[str, Tensor]]) -> str:
     with err.status("setting thresholds"):
         teal_(model, config, batches)
-    return f"thresholds on the inputs of {len(block_linears(model, model.config.model_type))} linear layers"
+    return f"thresholds on the inputs of {len(linear_sites(model, model.config.model_type))} linear layers"
 
 
 def _sparsify_(model: PreTrainedModel, method: Method, batches: Iterable[dict[str, Tensor]]) -> str:

@@ -16,7 +16,7 @@ from lte.modules.recording import SparsityMeter, track_sparsity
 from lte.modules.sparse_ffn import Selecting
 from lte.surgery.complete import check_numbers
 from lte.surgery.cost import cost_per_token
-from lte.surgery.sites import block_linears, find_sites
+from lte.surgery.sites import find_sites, linear_sites
 from lte.surgery.teal import SECTION as TEAL
 
 Meter = SparsityMeter | InputMeter
@@ -82,7 +82,8 @@ def measure(model: PreTrainedModel, entry: nn.Module | None = None) -> Iterator[
     check_numbers("the model", _choosing(entry))
     passes: AbstractContextManager[Meter] = nullcontext(SparsityMeter())
     if hasattr(model.config, TEAL):
-        passes = track_inputs(entry, block_linears(model, model.config.model_type))
+        sites = linear_sites(model, model.config.model_type)
+        passes = track_inputs(entry, {site.name: site.linear for site in sites})
     elif is_sparse(model):
         passes = track_sparsity(entry)
     with passes as meter:
@@ -127,10 +128,9 @@ def spent(model: PreTrainedModel, meter: Meter) -> Spent:
 
 def _spent_by_inputs(model: PreTrainedModel, by_linear: dict[str, float], dense: Cost) -> Spent:
     cost = teal_cost(model, by_linear)
-    names = {id(linear): name for name, linear in block_linears(model, model.config.model_type).items()}
     layers = []
     for site in find_sites(model, model.config.model_type):
-        weights = {names[id(linear)]: linear.get_parameter("weight").numel() for linear in site.projections()}
+        weights = {name: linear.get_parameter("weight").numel() for name, linear in site.projections().items()}
         layers.append(sum(by_linear[name] * count for name, count in weights.items()) / site.num_weights)
     return Spent(
         sparsity=1 - cost.ffn_gflops / dense.ffn_gflops,

@@ -16,7 +16,7 @@ from lte.modules.recording import check_hard, check_lte_routers, sparse_layers
 from lte.modules.sparse_ffn import Selecting, SparseFFN
 from lte.modules.tensor_parallel import check_not_shared
 from lte.ops.sparse_ffn import BACKENDS, BackendName
-from lte.surgery.sites import Site, find_sites
+from lte.surgery.sites import FFNSite, find_sites
 
 
 def optimize_(model: PreTrainedModel, backend: BackendName = "auto") -> PreTrainedModel:
@@ -56,7 +56,7 @@ def optimize_(model: PreTrainedModel, backend: BackendName = "auto") -> PreTrain
     return model.eval()
 
 
-def _packed(site: Site, backend: BackendName) -> Packed:
+def _packed(site: FFNSite, backend: BackendName) -> Packed:
     """What the site's layer will need.
 
     Raises:
@@ -97,7 +97,7 @@ def _packed(site: Site, backend: BackendName) -> Packed:
     )
 
 
-def _projection(site: Site, path: str, down: bool, pre_hooks: int = 0, hooks: int = 0) -> Projection:
+def _projection(site: FFNSite, path: str, down: bool, pre_hooks: int = 0, hooks: int = 0) -> Projection:
     parent, _, name = path.rpartition(".")
     linear = site.module(path)
     return Projection(linear, site.module(parent), name, down == isinstance(linear, nn.Linear), pre_hooks, hooks)

@@ -15,7 +15,7 @@ from lte.modules.tensor_parallel import check_not_shared
 from lte.surgery.activations import Wanted, check_inputs_are_tokens, first_tokens, record_inputs
 from lte.surgery.architectures import become_lte_, lte_model_class
 from lte.surgery.cost import cost_per_token
-from lte.surgery.sites import block_linears, find_sites
+from lte.surgery.sites import check_linears, linear_sites
 from lte.surgery.teal import SECTION, TEALConfig
 
 
@@ -46,8 +46,7 @@ def teal_(model: PreTrainedModel, config: TEALConfig, data: Iterable[dict[str, T
         raise ValueError("the model is sparse already: load the dense checkpoint to convert it")
     check_not_shared(model, "teal_ wants")
     check_inputs_are_tokens(model.config)
-    for site in find_sites(model, model.config.model_type):
-        site.check_projections()
+    check_linears(model, model.config.model_type)
     lte_model_class(type(model))  # made now, so that an error leaves the model as it was
     batches = first_tokens(data, config.tokens)
     if not batches:
@@ -55,7 +54,7 @@ def teal_(model: PreTrainedModel, config: TEALConfig, data: Iterable[dict[str, T
     tokens = min(config.tokens, count_tokens(batches))
     config.install_(model)
     become_lte_(model, config.to_dict(), SECTION)
-    layers = block_linears(model, model.config.model_type)
+    layers = {site.name: site.linear for site in linear_sites(model, model.config.model_type)}
     wanted: list[Wanted] = [(name, linear, lambda x_TI: sample(x_TI.abs(), tokens)) for name, linear in layers.items()]
     sparsity = dict.fromkeys(layers, config.target_sparsity)
     if config.allocation == "greedy":
@@ -85,16 +84,15 @@ def teal_cost(
     """
     dense = cost_per_token(model, 0.0, bytes_per_weight=bytes_per_weight)
     size = model.dtype.itemsize if bytes_per_weight is None else bytes_per_weight
-    linears = block_linears(model, model.config.model_type)
-    by_name = dict.fromkeys(linears, sparsity) if isinstance(sparsity, int | float) else sparsity
-    if missing := linears.keys() - by_name.keys():
+    sites = linear_sites(model, model.config.model_type)
+    names = [site.name for site in sites]
+    by_name = dict.fromkeys(names, sparsity) if isinstance(sparsity, int | float) else sparsity
+    if missing := {*names} - by_name.keys():
         raise ValueError(f"no sparsity given for {len(missing)} linear layers, first {min(missing)}")
-    if not all(0 <= by_name[name] <= 1 for name in linears):
+    if not all(0 <= by_name[name] <= 1 for name in names):
         raise ValueError(f"sparsity is {sparsity}, but it is a fraction between 0 (dense) and 1")
-    saved = {name: by_name[name] * linear.weight.numel() for name, linear in linears.items()}
-    in_ffn = {id(linear) for site in find_sites(model, model.config.model_type) for linear in site.projections()}
-    ffn = sum(weights for name, weights in saved.items() if id(linears[name]) in in_ffn)
-    total = sum(saved.values())
+    saved = {site.name: by_name[site.name] * site.linear.weight.numel() for site in sites}
+    total, ffn = sum(saved.values()), sum(saved[site.name] for site in sites if site.in_ffn)
     return replace(
         dense,
         gflops=dense.gflops - 2 * total / G,

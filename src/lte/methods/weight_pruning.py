@@ -5,14 +5,14 @@ from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from lte.core.selection import top_k
 from lte.modules.tensor_parallel import check_not_shared
 from lte.surgery.activations import check_inputs_are_tokens, first_tokens, record_inputs
-from lte.surgery.sites import block_linears
+from lte.surgery.linears import rows_of
+from lte.surgery.sites import LinearSite, check_linears, linear_sites
 from lte.surgery.teal import SECTION as TEAL
 
 SECTION = "pruning"
@@ -107,19 +107,18 @@ def prune_(
     check_not_shared(model, "prune_ compares")
     if isinstance(config, WandaConfig):
         check_inputs_are_tokens(model.config)
-    linears = block_linears(model, model.config.model_type)
-    for name, linear in linears.items():
-        if not linear.weight.is_floating_point() or linear.weight.is_meta:
-            raise ValueError(f"{name} has weights of {linear.weight.dtype} that cannot be changed: load it unquantised")
-        inputs, group = _rows(linear).shape[1], config.kept_of[1]
+    check_linears(model, model.config.model_type)
+    sites = linear_sites(model, model.config.model_type)
+    for site in sites:
+        inputs, group = rows_of(site.linear).shape[1], config.kept_of[1]
         if group and inputs % group:
-            raise ValueError(f"{name} has {inputs} inputs, which pattern {config.pattern} does not divide")
+            raise ValueError(f"{site.name} has {inputs} inputs, which pattern {config.pattern} does not divide")
     by_input = isinstance(config, WandaConfig)
-    squares: list[Tensor | None] = [None] * len(linears)
+    squares: list[Tensor | None] = [None] * len(sites)
     if isinstance(config, WandaConfig):
-        squares = list(_input_squares(model, linears, config, data))
-    for linear, square_I in zip(linears.values(), squares, strict=True):
-        rows_OI = _rows(linear)
+        squares = list(_input_squares(model, sites, config, data))
+    for site, square_I in zip(sites, squares, strict=True):
+        rows_OI = rows_of(site.linear)
         scores_OI = rows_OI.float().abs()
         if square_I is not None:
             scores_OI *= square_I.sqrt().to(scores_OI.device)
@@ -130,18 +129,13 @@ def prune_(
 
 def weight_sparsity(model: PreTrainedModel) -> float:
     """The fraction of weights that are 0 in the linear layers of the blocks."""
-    weights = [linear.weight for linear in block_linears(model, model.config.model_type).values()]
+    weights = [site.linear.weight for site in linear_sites(model, model.config.model_type)]
     return 1 - sum(int(weight.count_nonzero()) for weight in weights) / sum(weight.numel() for weight in weights)
-
-
-def _rows(linear: nn.Linear | Conv1D) -> Tensor:
-    """``[O, I]``: a row an output, a view of the weight."""
-    return linear.weight.data.T if isinstance(linear, Conv1D) else linear.weight.data
 
 
 def _input_squares(
     model: PreTrainedModel,
-    linears: dict[str, nn.Linear | Conv1D],
+    sites: list[LinearSite],
     config: WandaConfig,
     data: Iterable[dict[str, Tensor]] | None,
 ) -> Iterable[Tensor]:
@@ -150,7 +144,7 @@ def _input_squares(
         raise ValueError("Wanda needs data: pass prune_(model, config, data=batches)")
     if model.config.is_encoder_decoder:
         raise ValueError("Wanda here is for models with one stack of blocks: use MagnitudeConfig for this one")
-    wanted = [(name, linear, _squares) for name, linear in linears.items()]
+    wanted = [(site.name, site.linear, _squares) for site in sites]
     recorded = record_inputs(model, wanted, first_tokens(data, config.tokens), config.tokens)
     return (squares.sum(0) for squares in recorded)
 

@@ -16,7 +16,7 @@ from lte.modules.tensor_parallel import check_not_shared
 from lte.surgery.activations import first_tokens, record_inputs
 from lte.surgery.architectures import become_lte_, dense_class, dense_config, lte_model_class
 from lte.surgery.method import Method
-from lte.surgery.sites import Site, find_sites
+from lte.surgery.sites import FFNSite, find_sites
 from lte.surgery.teal import SECTION as TEAL
 
 RECORDED_TOKENS = 4096
@@ -27,7 +27,7 @@ def sparsify_(
     model: PreTrainedModel,
     method: Method,
     data: Iterable[dict[str, Tensor]] | None = None,
-    progress: Callable[[Iterable[Site]], Iterable[Site]] = iter,
+    progress: Callable[[Iterable[FFNSite]], Iterable[FFNSite]] = iter,
 ) -> PreTrainedModel:
     """Give every FFN of ``model`` experts and a router, in place.
 
@@ -82,7 +82,7 @@ def install_routers_(model: PreTrainedModel, method: Method) -> PreTrainedModel:
     return model
 
 
-def _checked(model: PreTrainedModel, method: Method) -> list[Site]:
+def _checked(model: PreTrainedModel, method: Method) -> list[FFNSite]:
     """The FFNs of a model that the method can convert."""
     if any(isinstance(module, Selecting) for module in model.modules()) or hasattr(model.config, TEAL):
         raise ValueError("the model is sparse already: load the dense checkpoint to convert it again")
@@ -91,14 +91,14 @@ def _checked(model: PreTrainedModel, method: Method) -> list[Site]:
     for site in sites:
         site.check()
         method.check(site)
-    weights = [linear.weight for site in sites for linear in site.projections()]
+    weights = [linear.weight for site in sites for linear in site.projections().values()]
     if len({id(weight) for weight in weights}) < len(weights):
         raise ValueError(f"{type(model).__name__} shares FFN weights between layers: that is not supported")
     lte_model_class(type(model))  # made now, so that an error leaves the model as it was
     return sites
 
 
-def _put_in(model: PreTrainedModel, sites: list[Site], method: Method, grouped: bool = True) -> None:
+def _put_in(model: PreTrainedModel, sites: list[FFNSite], method: Method, grouped: bool = True) -> None:
     generator = torch.Generator().manual_seed(method.seed)
     for site in sites:
         install_(site, method).reset(generator)
@@ -118,10 +118,10 @@ def _needed(data: Iterable[dict[str, Tensor]] | None, method: Method, tokens: in
 
 def group(
     model: PreTrainedModel,
-    sites: list[Site],
+    sites: list[FFNSite],
     method: Method,
     data: Iterable[dict[str, Tensor]],
-    progress: Callable[[Iterable[Site]], Iterable[Site]] = iter,
+    progress: Callable[[Iterable[FFNSite]], Iterable[FFNSite]] = iter,
 ) -> Iterator[Tensor]:
     """The order of each site's neurons that makes the method's experts contiguous. Changes nothing.
 
@@ -136,7 +136,7 @@ def regroup_(
     model: PreTrainedModel,
     method: Method,
     data: Iterable[dict[str, Tensor]],
-    progress: Callable[[Iterable[Site]], Iterable[Site]] = iter,
+    progress: Callable[[Iterable[FFNSite]], Iterable[FFNSite]] = iter,
 ) -> None:
     """Group the neurons of a sparse model in mode dense (anew), on the weights that it has by now (LTE paper, 4.1).
 
@@ -152,7 +152,7 @@ def regroup_(
     model.config.lte.pop("grouped", None)
 
 
-def install_(site: Site, method: Method) -> SparseFFN | SparseActivation:
+def install_(site: FFNSite, method: Method) -> SparseFFN | SparseActivation:
     """Put a sparse FFN where the dense one is. Neurons must be in order; the router is left uninitialised."""
     weight = site.first.weight
     assert isinstance(weight, Tensor)
@@ -217,7 +217,7 @@ def set_mode_(model: nn.Module, mode: Mode) -> None:
         config.lte["mode"] = mode
 
 
-def _record_neurons(model: PreTrainedModel, sites: list[Site], data: Iterable[dict[str, Tensor]]) -> list[Tensor]:
+def _record_neurons(model: PreTrainedModel, sites: list[FFNSite], data: Iterable[dict[str, Tensor]]) -> list[Tensor]:
     """Neurons of every FFN on up to 4096 tokens of ``data``: one ``[T, F]`` a site.
 
     In bf16: half the memory, and the largest neurons do not overflow.

@@ -39,7 +39,7 @@ def model_shape(model: PreTrainedModel, expert_size: int = 32) -> Shape:
     else:
         router_weights = tuple(site.d_model * check_divisible(site.d_ff, expert_size) for site in sites)
         selection = (0,) * len(sites)
-    ffn = {id(linear) for site in sites for linear in site.projections()}
+    ffn = {id(linear) for site in sites for linear in site.projections().values()}
     blocks = {block_of(site.name) for site in sites}
     head = model.get_output_embeddings()
     attention, head_weights, embedding = 0, 0, 0

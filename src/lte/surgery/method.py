@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from lte.core.grouping import check_divisible
 from lte.modules.compensation import Compensation
 from lte.modules.router import BaseRouter
-from lte.surgery.sites import Site
+from lte.surgery.sites import FFNSite
 from lte.surgery.training_options import TrainingOptions
 
 if TYPE_CHECKING:
@@ -56,11 +56,11 @@ class Method:
         if "name" in vars(cls):
             Method._by_name[cls.name] = cls
 
-    def check(self, site: Site) -> None:
+    def check(self, site: FFNSite) -> None:
         """Raise ValueError unless it can convert this FFN. Called for each before the first change."""
         check_divisible(site.d_ff, self.expert_size)
 
-    def group(self, sites: Sequence[Site], activations: Sequence[Tensor]) -> Iterable[Tensor]:
+    def group(self, sites: Sequence[FFNSite], activations: Sequence[Tensor]) -> Iterable[Tensor]:
         """Labels ``[F]`` of each FFN: the expert of each neuron.
 
         Args:
@@ -69,11 +69,11 @@ class Method:
         """
         raise NotImplementedError
 
-    def build_router(self, site: Site, device: torch.device) -> BaseRouter:
+    def build_router(self, site: FFNSite, device: torch.device) -> BaseRouter:
         """A router for this FFN, not yet initialised."""
         raise NotImplementedError
 
-    def build_compensation(self, site: Site, device: torch.device) -> Compensation | None:
+    def build_compensation(self, site: FFNSite, device: torch.device) -> Compensation | None:
         """What stands in for this FFN's idle experts, not yet initialised; None where nothing does."""
         return None
 

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from lte.modules.input_threshold import add_cut_
 from lte.surgery.method import made_of
-from lte.surgery.sites import block_linears
+from lte.surgery.sites import linear_sites
 
 Allocation = Literal["uniform", "greedy"]
 
@@ -73,5 +73,5 @@ class TEALConfig:
     @staticmethod
     def install_(model: PreTrainedModel) -> None:
         """Give every linear layer of the blocks a threshold, 0 until weights are loaded or data is seen."""
-        for linear in block_linears(model, model.config.model_type).values():
-            add_cut_(linear)
+        for site in linear_sites(model, model.config.model_type):
+            add_cut_(site.linear)

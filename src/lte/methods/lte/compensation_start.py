@@ -9,7 +9,7 @@ from torch import Tensor
 from lte.methods.ridge import check_converged, ridge_regression
 from lte.methods.router_start import tokens_to_fit
 from lte.surgery.activations import watch_ffns
-from lte.surgery.sites import Site, find_sites
+from lte.surgery.sites import FFNSite, find_sites
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def fit_compensations_(model: Any, batches: Iterable[dict[str, Tensor]], sparsit
 class _Fit:
     """Sums over tokens of products of what compensation is given with itself and with what is left out."""
 
-    def __init__(self, site: Site, sparsity: float) -> None:
+    def __init__(self, site: FFNSite, sparsity: float) -> None:
         self.layer: Any = site.installed
         self.down_FD = site.down_rows().float()
         self.sparsity = sparsity
