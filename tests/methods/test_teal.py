@@ -248,10 +248,16 @@ def relative_deberta():
         ),
         (
             lambda: lte.TEALConfig.from_dict({"sparsity": 0.5}),
-            "unknown option sparsity for TEAL: it has target_sparsity",
+            "unknown option sparsity for method 'teal': it has target_sparsity",
         ),
-        (lambda: lte.TEALConfig.from_dict({"target_sparsity": "half"}), "TEAL has an option of the wrong type"),
-        (lambda: lte.teal_(tiny_model("llama"), lte.TEALConfig(), data=[]), "TEAL needs data, but the data is empty"),
+        (
+            lambda: lte.TEALConfig.from_dict({"target_sparsity": "half"}),
+            "'teal' has an option of the wrong type",
+        ),
+        (
+            lambda: lte.teal_(tiny_model("llama"), lte.TEALConfig(), data=[]),
+            "needs data, but the data is empty",
+        ),
         (lambda: lte.teal_(tiny_model("t5"), lte.TEALConfig(), data=[]), "not for an encoder-decoder"),
         (lambda: lte.teal_(converted("llama"), lte.TEALConfig(), data=[]), "sparse already: load the dense checkpoint"),
         (lambda: lte.sparsify_(converted("llama"), lte.LTEConfig()), "sparse already: load the dense checkpoint"),

@@ -61,7 +61,7 @@ class DejaVuConfig(Grouped, PostHoc):
     def needs_activations(self) -> bool:
         return super().needs_activations and self.expert_size > 1
 
-    def check(self, site: FFNSite) -> None:
+    def check_site(self, site: FFNSite) -> None:
         self.num_active(check_divisible(site.d_ff, self.expert_size))
 
     def group(self, sites: Sequence[FFNSite], activations: Sequence[Tensor]) -> Iterable[Tensor]:

@@ -36,7 +36,7 @@ class Mixture(Grouped, Targeted):
 
     tau: float = field(default=0.0, init=False)
 
-    def check(self, site: FFNSite) -> None:
+    def check_site(self, site: FFNSite) -> None:
         self.num_active(check_divisible(site.d_ff, self.expert_size))
 
     def num_active(self, num_experts: int) -> int:

@@ -60,7 +60,7 @@ class MoEficationConfig(Grouped, PostHoc):
     def fit_tokens(self) -> int:
         return self.tokens if self.selection == "mlp" else 0
 
-    def check(self, site: FFNSite) -> None:
+    def check_site(self, site: FFNSite) -> None:
         self.num_active(check_divisible(site.d_ff, self.expert_size))
 
     def build_router(self, site: FFNSite, device: torch.device) -> "ChoosingRouter":

@@ -34,7 +34,7 @@ class StaticPruningConfig(PostHoc):
     expert_size: int = field(default=1, init=False)
     seed: int = field(default=0, init=False)
 
-    def check(self, site: FFNSite) -> None:
+    def check_site(self, site: FFNSite) -> None:
         self.num_active(site.d_ff)
 
     def build_router(self, site: FFNSite, device: torch.device) -> "FixedRouter":

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lte.core.sampling import stride_for
 from lte.modules.evaluating import evaluating
 from lte.modules.recording import check_hard, check_lte_routers, record_scores, sparse_layers
+from lte.surgery.conversion import section_of
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +69,7 @@ def calibrate_(model: nn.Module, batches: Iterable[dict[str, Any]], target_spars
             sparsity,
             target_sparsity,
         )
-    section: Any = getattr(getattr(model, "config", None), "lte", None)
-    if section is not None:
+    if section := section_of(getattr(model, "config", None)):
         section["target_sparsity"] = target_sparsity
     return total
 

@@ -34,6 +34,7 @@ class LTEConfig(Grouped):
     """
 
     name: ClassVar[str] = "lte"
+    soft_computes_all: ClassVar[bool] = True
 
     added_later: ClassVar[tuple[str, ...]] = ("compensation_rank", "target_sparsity")
     of_training: ClassVar[tuple[str, ...]] = ("target_sparsity",)
