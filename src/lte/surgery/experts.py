@@ -56,7 +56,7 @@ def regroup_(
     section_of(model.config).pop("grouped", None)
 
 
-def install_(site: FFNSite, method: "Method") -> SparseFFN | SparseActivation:
+def replace_ffn_(site: FFNSite, method: "Method") -> SparseFFN | SparseActivation:
     """Put a sparse FFN where the dense one is. Neurons must be in order; the router is left uninitialised."""
     weight = site.first.weight
     assert isinstance(weight, Tensor)

@@ -19,7 +19,7 @@ from lte.surgery.architectures import become_lte_
 from lte.surgery.conversion import Batch, Conversion, Progress, section_of
 from lte.surgery.convert import set_mode_
 from lte.surgery.cost import Spent, cost_per_token
-from lte.surgery.experts import RECORDED_TOKENS, group, install_
+from lte.surgery.experts import RECORDED_TOKENS, group, replace_ffn_
 from lte.surgery.sites import FFNSite, find_sites
 from lte.surgery.training_options import TrainingOptions
 
@@ -134,12 +134,12 @@ class Method(Conversion):
         """
         generator = torch.Generator().manual_seed(self.seed)
         for site in find_sites(model, model.config.model_type):
-            install_(site, self).reset(generator)
+            replace_ffn_(site, self).reset(generator)
         become_lte_(model, self, mode="dense", **state)
 
     def install_(self, model: PreTrainedModel) -> None:
         for site in find_sites(model, model.config.model_type):
-            sparse = install_(site, self)
+            sparse = replace_ffn_(site, self)
             if not any(tensor.is_meta for tensor in sparse.router.state_dict().values()):
                 sparse.reset()
         set_mode_(model, mode_of(model.config))
