@@ -18,12 +18,12 @@ class BaseRouter(nn.Module):
         reads: what it is given: the FFN's ``input`` ``[..., D]``; its ``activation`` ``[..., F]``, the gate's in a
             gated FFN; or the ``neurons`` ``[..., F]``, as the down projection takes them. What it reads is computed
             for all neurons, and charged so.
-        is_linear: whether it is LTE's :class:`Router`, which calibration and kernels are made for.
+        is_lte: whether it is LTE's :class:`Router`, which calibration and kernels are made for.
         scales: whether what it keeps is scaled by its score in mode hard too, as a mixture of experts does.
     """
 
     reads: ClassVar[Reads] = "input"
-    is_linear: ClassVar[bool] = False
+    is_lte: ClassVar[bool] = False
     scales: ClassVar[bool] = False
 
     def __init__(self, num_experts: int):
@@ -58,7 +58,7 @@ class Router(BaseRouter):
     Shapes: weight ``[E, D]``, bias ``[E]``, input ``[..., D]``, scores ``[..., E]``.
     """
 
-    is_linear: ClassVar[bool] = True
+    is_lte: ClassVar[bool] = True
     weight: nn.Parameter
     bias: nn.Parameter
     temperature: Tensor

@@ -61,9 +61,9 @@ class Selecting(nn.Module):
         return self.router.num_weights + (0 if self.compensation is None else self.compensation.num_weights)
 
     @property
-    def linear_router(self) -> Router:
-        """The router, where it is LTE's (``check_linear`` says so to users)."""
-        assert self.router.is_linear
+    def lte_router(self) -> Router:
+        """The router, where it is LTE's (``check_lte_routers`` says so to users)."""
+        assert self.router.is_lte
         return cast(Router, self.router)  # peft can put a wrapper around it
 
     @property
@@ -107,7 +107,7 @@ class Selecting(nn.Module):
         """Whether no one asks for scores of experts that other processes have; gradients need them (ExpertShard)."""
         return (
             self.shard is not None
-            and self.router.is_linear
+            and self.router.is_lte
             and self.compensation is None
             and not self.recorded
             and not torch.is_grad_enabled()

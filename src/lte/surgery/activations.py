@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lte.modules.recording import TokenMasks
-from lte.surgery.sites import Site
+from lte.modules.token_masks import TokenMasks
+from lte.surgery.sites import FFNSite
 
 Wanted = tuple[str, nn.Module, Callable[[Tensor], Tensor]]
 """The layer a module belongs to, by name; the module; what to keep of its input ``[T, ...]``, one row or more."""
@@ -92,7 +92,7 @@ def watch_inputs(
 
 def watch_ffns(
     model: PreTrainedModel,
-    sites: Sequence[Site],
+    sites: Sequence[FFNSite],
     batches: Iterable[dict[str, Tensor]],
     see: Callable[[int, Tensor, Tensor], None],
     max_tokens: int,
