@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from lte.cli.console import err, out, print_json, table, track
 from lte.cli.eval_origin import keep_calibration
 from lte.cli.main import parse
-from lte.cli.options import DeviceOptions, Model, check_folder, open_model
+from lte.cli.options import DeviceOptions, Model, as_written, check_folder, open_model
 from lte.evaluation.evaluate import Evaluation, evaluate
 from lte.evaluation.inputs import Inputs, pad_alike_
 from lte.methods.lte.calibration import calibrate_, check_calibration, check_target
@@ -48,6 +48,7 @@ class Calibrate:
 
 def main(argv: Sequence[str]) -> None:
     options = parse_calibrate(argv)
+    options.data = as_written(options.data)
     folder = _output(options)
     device, dtype = DeviceOptions(options.device).resolve()
     trusted = options.trust_remote_code

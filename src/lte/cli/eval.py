@@ -13,7 +13,7 @@ from lte.cli.console import print_json, track
 from lte.cli.eval_origin import origin
 from lte.cli.eval_tables import show, show_answered, show_generated, show_tasks
 from lte.cli.main import parse
-from lte.cli.options import DeviceOptions, Model, open_model, optimize_where_possible_
+from lte.cli.options import DeviceOptions, Model, as_written, open_model, optimize_where_possible_
 from lte.evaluation.evaluate import evaluate
 from lte.evaluation.generation import evaluate_generation
 from lte.evaluation.harness import evaluate_tasks, find_tasks
@@ -87,6 +87,7 @@ class Eval:
 
 def main(argv: Sequence[str]) -> None:
     options = parse_eval(argv)
+    options.data = as_written(options.data)
     device, dtype = options.where.resolve()
     config = load_config(options.model, options.where.trust_remote_code)
     tokenizer = load_tokenizer(options.model, options.where.trust_remote_code)

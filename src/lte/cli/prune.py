@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from lte.cli.console import err, out, print_json
 from lte.cli.main import parse
-from lte.cli.options import DeviceOptions, Output, check_folder, open_model
+from lte.cli.options import DeviceOptions, Output, as_written, check_folder, open_model
 from lte.evaluation.inputs import Inputs
 from lte.methods.weight_pruning import MagnitudeConfig, WandaConfig, prune_, weight_sparsity
 from lte.saving import saving
@@ -43,6 +43,7 @@ class Prune:
 
 def main(argv: Sequence[str]) -> None:
     options = parse_prune(argv)
+    options.data = as_written(options.data)
     device, dtype = options.where.resolve()
     config = load_config(options.model, options.where.trust_remote_code)
     tokenizer = load_tokenizer(options.model, options.where.trust_remote_code)

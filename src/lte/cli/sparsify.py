@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from lte.cli.console import err, out, track
 from lte.cli.main import parse
 from lte.cli.method_options import method_in, method_name, with_method
-from lte.cli.options import DeviceOptions, Output, check_folder, open_model
+from lte.cli.options import DeviceOptions, Output, as_written, check_folder, open_model
 from lte.evaluation.inputs import Inputs
 from lte.methods.teal import teal_
 from lte.modules.recording import sparse_layers
@@ -46,6 +46,7 @@ class Sparsify:
 
 def main(argv: Sequence[str]) -> None:
     options = parse_sparsify(argv)
+    options.data = as_written(options.data)
     method: Method | TEALConfig = options.chosen_method
     device, dtype = options.where.resolve()
     config = load_config(options.model, options.where.trust_remote_code)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, set_seed
 
+from lte.argument_error import Argument, ArgumentError
 from lte.data.batches import split_held_out
 from lte.data.config import DataConfig
 from lte.data.sources import Source, as_list
@@ -163,8 +164,9 @@ class _Run:
         check_dtype(self.dtype)
         config, tokenizer = load_config(self.model, self.trust), load_tokenizer(self.model, self.trust)
         if args.load_best_model_at_end and not self.calibration_data:
-            raise ValueError(
-                "load_best_model_at_end would choose by the data of the final evaluation: give --calibration-text FILE"
+            raise ArgumentError(
+                "load_best_model_at_end would choose by the data of the final evaluation: give ",
+                Argument("calibration_data", "FILE"),
             )
         train_set, held_out, calibration = self._load_data(config, tokenizer)
         model = self._load_sparse(config, train_set)
@@ -236,7 +238,8 @@ class _Run:
                 progress = partial(self.watcher.track, what="grouping neurons")
                 regroup_(model, self.method, batches if self.method.needs_activations else (), progress)
         elif (made_by := model.config.lte["method"]) != self.method.name:
-            raise ValueError(f"{self.model} was made sparse by {made_by}: give --method {made_by}, or the dense model")
+            how = (Argument("method"), f" {made_by}, or the dense model")
+            raise ArgumentError(f"{self.model} was made sparse by {made_by}: give ", *how)
         return model
 
     def _save(self, trainer: LTETrainer, model: PreTrainedModel, tokenizer: Any) -> None:
