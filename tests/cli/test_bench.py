@@ -18,7 +18,7 @@ FFN += ["--sparsity", "0", "0.5", "--tokens", "1", "3", "--dtype", "float32"]
 DECODE = ["bench", "decode", "--backend", "reference", "--device", "cpu", "--expert-size", "8", "--repeats", "1"]
 DECODE += ["--dtype", "float32", "--prompt-tokens", "8", "--new-tokens", "8"]
 TRAIN = ["bench", "train", "--device", "cpu", "--expert-size", "8", "--batch", "2", "--sequence-length", "16"]
-FIELDS = {"command", "device", "versions", "commit", "copy_gb_per_s", "rows"}
+FIELDS = {"bench", "command", "device", "versions", "commit", "copy_gb_per_s", "rows"}
 
 
 @pytest.fixture(autouse=True)

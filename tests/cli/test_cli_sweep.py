@@ -4,10 +4,7 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -282,18 +279,6 @@ def test_a_sweep_that_is_killed_leaves_nothing_running(files, tmp_path):
     time.sleep(1)
     with alone_in(tmp_path / "seed-1"), alone_in(tmp_path):
         pass
-
-
-@pytest.fixture
-def in_process(monkeypatch):
-    """Commands run here, without the seconds that each process takes to begin."""
-
-    def run(command, *, stdout, stderr, **_):
-        with redirect_stdout(StringIO()) as printed, redirect_stderr(stderr):
-            code = main(command[3:])
-        return subprocess.CompletedProcess(command, code, printed.getvalue())
-
-    monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(run=run, PIPE=subprocess.PIPE))
 
 
 def swept(command, files, folder, *options):

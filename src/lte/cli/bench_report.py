@@ -3,6 +3,7 @@
 import json
 import math
 import platform
+import shlex
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -58,9 +59,12 @@ class BenchOutput:
 class Report:
     """Collects rows. Each is shown and kept in ``OUTPUT.partial`` at once, so that a run cut short loses only one."""
 
-    def __init__(self, command: str, device: torch.device, gb_per_s: float | None, output: str | None) -> None:
+    def __init__(
+        self, bench: str, argv: Sequence[str], device: torch.device, gb_per_s: float | None, output: str | None
+    ) -> None:
         self.values: dict[str, Any] = {
-            "command": command,
+            "bench": bench,
+            "command": shlex.join(["lte", "bench", bench, *argv]),
             "device": device_name(device),
             "versions": versions(),
             "commit": commit(),

@@ -1,5 +1,6 @@
 """``lte calibrate``: another sparsity for a trained model, without training it again."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,11 +11,12 @@ import tyro
 from torch.utils.data import DataLoader
 
 from lte.cli.console import err, out, print_json, table, track
-from lte.cli.eval_origin import keep_calibration
 from lte.cli.main import parse
 from lte.cli.options import DeviceOptions, Model, as_written, check_folder, open_model
 from lte.evaluation.evaluate import Evaluation, evaluate
 from lte.evaluation.inputs import Inputs, pad_alike_
+from lte.evaluation.origin import keep_calibration
+from lte.evaluation.record import Made, given
 from lte.methods.lte.calibration import calibrate_, check_calibration, check_target
 from lte.saving import saving
 from lte.surgery.loading import load_config, load_tokenizer
@@ -69,7 +71,8 @@ def main(argv: Sequence[str]) -> None:
     with saving(folder) as fresh:
         model.save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
-        keep_calibration(Path(options.model), fresh, argv, measured=options.in_place)
+        made = Made(shlex.join(["lte", "calibrate", *argv]), "", options.data.text, given(options))
+        keep_calibration(Path(options.model), fresh, made, measured=options.in_place)
     _show(before, after, f"{len(held_out)} rows, calibrated on {len(calibration)} others")
     out.print(f"saved to {folder}", soft_wrap=True, markup=False)
     if options.json:

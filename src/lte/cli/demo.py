@@ -120,6 +120,7 @@ def main(argv: Sequence[str]) -> None:
             "seed": options.seed,
             "seconds": round(time.perf_counter() - started, 1),
             "picture": str(picture),
+            **{name: made["lte"].summary[name] for name in ("command", "environment", "model", "method", "made")},
             **{
                 name: {**asdict(result), "decode_tokens_per_second": speeds[name], "sample": samples[name]}
                 for name, result in results.items()

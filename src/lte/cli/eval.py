@@ -1,8 +1,9 @@
 """``lte eval``: quality, sparsity and cost of a model, by what it predicts, generates, answers, or by lm_eval."""
 
 import json
+import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,6 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lte.cli.console import print_json, track
-from lte.cli.eval_origin import origin
 from lte.cli.eval_tables import show, show_answered, show_generated, show_tasks
 from lte.cli.main import parse
 from lte.cli.options import DeviceOptions, Model, as_written, open_model, optimize_where_possible_
@@ -21,7 +21,8 @@ from lte.evaluation.inputs import Inputs, pad_alike_
 from lte.evaluation.measuring import Spent
 from lte.evaluation.mmlu import evaluate_mmlu
 from lte.evaluation.mmlu_questions import Split, read_mmlu
-from lte.evaluation.record import environment
+from lte.evaluation.origin import evaluation_record
+from lte.evaluation.record import Measured, given
 from lte.files import write_whole
 from lte.ops.sparse_ffn import BackendName
 from lte.surgery.convert import set_mode_
@@ -175,12 +176,20 @@ def _tasks(
 
 
 def _print_row(options: Eval, argv: Sequence[str], config: PretrainedConfig, result: Spent, **further: Any) -> None:
-    """With --json: what was measured, but for the predictions, where, and of which model."""
+    """With --json: what was measured, where, and of which model."""
     if options.json:
         device, _ = options.where.resolve()
-        values = {name: value for name, value in asdict(result).items() if name != "predictions"}
-        row = origin(options.model, config, result, argv)
-        print_json({**row, "environment": environment(device), **values, **further})
+        command = shlex.join(["lte", "eval", *argv])
+        record = evaluation_record(command, options.model, config, _measured(options), result, device, **further)
+        print_json(record.flat_row())
+
+
+def _measured(options: Eval) -> Measured:
+    if options.questions.mmlu is not None:
+        return Measured("MMLU", (options.questions.mmlu,), given(options))
+    if options.harness.tasks is not None:
+        return Measured("lm_eval", tuple(options.harness.tasks.split(",")), given(options))
+    return Measured("data", options.data.text, given(options))
 
 
 def _open(options: Eval, head: Head, device: torch.device, dtype: torch.dtype | str) -> PreTrainedModel:

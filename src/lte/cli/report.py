@@ -12,7 +12,6 @@ from lte import __version__
 from lte.cli.console import err, out
 from lte.cli.main import parse
 from lte.cli.options import DeviceOptions, open_model
-from lte.cli.sweep import ROWS
 from lte.evaluation.record import SUMMARY
 from lte.files import write_whole
 from lte.report.curves import gather
@@ -21,6 +20,7 @@ from lte.report.results import Results, read_results
 from lte.report.routing import Routing, route
 from lte.report.sections import sections
 from lte.surgery.loading import load_config, load_tokenizer
+from lte.training.sweep_rows import ROWS
 
 FORMATS = ("html", "md", "png")
 

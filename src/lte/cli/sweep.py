@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import math
 import os
 import queue
 import shlex
@@ -24,20 +23,17 @@ from lte.cli.calibrate import parse_calibrate
 from lte.cli.child import PARENT
 from lte.cli.console import err, print_json
 from lte.cli.eval import parse_eval
-from lte.cli.eval_origin import training_of
 from lte.cli.main import parse_known
 from lte.cli.options import Output
 from lte.cli.prune import parse_prune
 from lte.cli.sparsify import parse_sparsify
-from lte.cli.sweep_identity import row_identity, what_differs
-from lte.cli.sweep_table import Row, line_of, name_of, show
+from lte.cli.sweep_table import line_of, show
 from lte.cli.train import parse_train
 from lte.evaluation.record import SUMMARY
 from lte.files import append_line
-from lte.surgery.reading import read_json
 from lte.training.lock import alone_in
-
-ROWS = "rows.jsonl"
+from lte.training.row_identity import row_identity
+from lte.training.sweep_rows import ROWS, Row, diverged, of_made, of_trained, read_rows, row_of
 
 
 @dataclass(frozen=True)
@@ -63,8 +59,6 @@ COMMANDS = {
     "prune": Swept(parse_prune),
     "calibrate": Swept(parse_calibrate),
 }
-_ASKED = ("model", "seed", "target_sparsity", "recipe", "steps")
-"""In the row of a command that does not evaluate, where there is such."""
 
 
 @dataclass
@@ -133,16 +127,15 @@ def main(argv: Sequence[str]) -> int:
 
 def _run(runs: Sequence[Run], folder: Path, options: Sweep) -> list[Row]:
     """Execute what is not done yet; give the rows of all."""
-    before = _read(folder / ROWS)
-    done = {row["command"]: row for row in before if "error" not in row}
-    _check_same_options(runs, before, folder)
-    todo = [run for run in runs if run.command not in done]
+    before = read_rows(folder / ROWS)
+    done = {run.folder: row_of(run.varied, run.identity, run.command, before, folder) for run in runs}
+    todo = [run for run in runs if done[run.folder] is None]
     err.print(f"{len(runs)} runs, {len(runs) - len(todo)} of them done already", markup=False)
-    for row in execute(todo, options.jobs, options.discard_models):
+    for run, row in execute(todo, options.jobs, options.discard_models):
         append_line(folder / ROWS, json.dumps(row))
         err.print(line_of(row), markup=False, soft_wrap=True)
-        done[row["command"]] = row
-    return [done[run.command] for run in runs]
+        done[run.folder] = row
+    return [row for row in done.values() if row is not None]
 
 
 def plan(name: str, vary: Sequence[str], base: Sequence[str], folder: Path, evals: Sequence[str] = ()) -> list[Run]:
@@ -198,16 +191,16 @@ def _folder_name(varied: dict[str, str]) -> str:
     return f"{whole[:200].decode(errors='ignore')}-{hashlib.sha256(whole).hexdigest()[:12]}"
 
 
-def execute(runs: Sequence[Run], jobs: int, discard_models: bool) -> Iterable[Row]:
-    """Rows as they come. Each run is a process of its own, so that one that fails takes no other with it."""
+def execute(runs: Sequence[Run], jobs: int, discard_models: bool) -> Iterable[tuple[Run, Row]]:
+    """Runs with their rows, as they come. Each is a process of its own: one that fails takes no other with it."""
     slots: queue.SimpleQueue[int] = queue.SimpleQueue()
     for slot in range(jobs):
         slots.put(slot)
 
-    def one(run: Run) -> Row:
+    def one(run: Run) -> tuple[Run, Row]:
         slot = slots.get()
         try:
-            return _execute(run, _environment(slot, jobs), discard_models)
+            return run, _execute(run, _environment(slot, jobs), discard_models)
         finally:
             slots.put(slot)
 
@@ -239,12 +232,11 @@ def _execute(run: Run, environment: dict[str, str], discard_models: bool) -> Row
             file.flush()  # before the next one's errors
             if arguments[0] == "eval":
                 found.append(json.loads(done.stdout.splitlines()[-1]))
-    row |= {"seconds": round(time.perf_counter() - began, 1), **_summary(run, found)}
-    loss = row["evaluation"].get("loss")
-    if loss is not None and not math.isfinite(loss):
-        return {name: row[name] for name in ("run", "command", "identity")} | {
-            "error": f"the run diverged: its loss is {loss}"
-        }
+    made = shlex.join(["lte", *run.commands[0]])
+    said = of_trained(run.folder, found) if COMMANDS[run.name].evaluates else of_made(made, run.options, found)
+    if reason := diverged(said):
+        return {**row, "error": reason}
+    row |= {"seconds": round(time.perf_counter() - began, 1), **said}
     if discard_models:
         for path in run.folder.iterdir():
             if path.is_dir():
@@ -254,20 +246,6 @@ def _execute(run: Run, environment: dict[str, str], discard_models: bool) -> Row
         if not any(run.folder.iterdir()):
             run.folder.rmdir()
     return row
-
-
-def _summary(run: Run, evals: list[Row]) -> Row:
-    """What training says of itself; elsewhere the like, of what was asked for and the first evaluation."""
-    if COMMANDS[run.name].evaluates:
-        trained = read_json(run.folder / SUMMARY)
-        summary = {name: value for name, value in trained.items() if name != "command"}
-    else:
-        first, *evals = evals
-        method = first["method"]
-        asked = training_of(run.options.model, method["method"]) | method | vars(run.options)
-        summary = {"environment": first["environment"], **{name: asked[name] for name in _ASKED if name in asked}}
-        summary |= {"method": method, "evaluation": first}
-    return {**summary, "evals": evals} if evals else summary
 
 
 def _environment(slot: int, jobs: int) -> dict[str, str]:
@@ -280,37 +258,6 @@ def _environment(slot: int, jobs: int) -> dict[str, str]:
         environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     return environment
-
-
-def _check_same_options(runs: Sequence[Run], before: Sequence[Row], folder: Path) -> None:
-    """Raise ValueError unless the rows there are made from the same options and files, as far as they say so."""
-    planned = {json.dumps(run.varied): run for run in runs}
-    for row in before:
-        run = planned.get(json.dumps(row["run"]))
-        if run is None or "error" in row:
-            continue
-        if run.command != row["command"]:
-            raise ValueError(f"{folder} holds {name_of(row)} made with other options: take another folder with -o")
-        if "identity" in row and (changed := what_differs(row["identity"], run.identity)):
-            raise ValueError(f"{folder} holds {name_of(row)}, but then {changed}: take another folder with -o")
-
-
-def _read(path: Path) -> list[Row]:
-    """The rows of a sweep so far.
-
-    Raises:
-        ValueError: a line that is none, as one that was cut off while it was written.
-    """
-    rows = []
-    for number, line in enumerate(_lines(path), 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict) or not {"run", "command"} <= row.keys():
-            raise ValueError(f"{path} line {number} is no row of a sweep: take it out, and its run is done again")
-        rows.append(row)
-    return rows
 
 
 def _lines(path: Path) -> list[str]:

@@ -19,7 +19,7 @@ from lte.data.sources import Source, as_list
 from lte.data.tasks import Task
 from lte.evaluation.evaluate import Evaluation, evaluate, label_metrics
 from lte.evaluation.inputs import Inputs, pad_alike_
-from lte.evaluation.record import SUMMARY, environment
+from lte.evaluation.record import SUMMARY, Made, Record, environment
 from lte.files import write_whole
 from lte.saving import saving
 from lte.surgery.convert import densify, install_routers_, regroup_
@@ -29,6 +29,7 @@ from lte.surgery.method import Method
 from lte.training.arguments import LTETrainingArguments
 from lte.training.checks import check_dtype
 from lte.training.lock import alone_in
+from lte.training.record import made_by_training, measured_in_training, names_of
 from lte.training.trainer import LTETrainer
 
 
@@ -160,6 +161,7 @@ class _Run:
     def __call__(self, resume: bool | str | None) -> Trained:
         args, watcher = self.args, self.watcher
         set_seed(args.seed)
+        made = self._made()  # of the options as they were given: the trainer changes some
         self.method.training(args)  # says now if the two do not fit
         check_dtype(self.dtype)
         config, tokenizer = load_config(self.model, self.trust), load_tokenizer(self.model, self.trust)
@@ -184,20 +186,36 @@ class _Run:
         self._save(trainer, model, tokenizer)
         batch_size = args.per_device_eval_batch_size
         found = evaluate(model, held_out, batch_size, progress=lambda batches: watcher.track(batches, "evaluating"))
-        summary = {
-            "command": self.command,
-            "environment": environment(self.device),
-            "seed": args.seed,
-            "recipe": args.recipe,
-            "method": trainer.method.to_dict(),
-            "target_sparsity": trainer.training.target,
-            "eta": trainer.training.state().get("eta", 0.0),
-            "steps": asdict(trainer.stages.plan),
-            "evaluation": asdict(found),
-        }
+        record = Record(
+            command=self.command,
+            model=self.model,
+            made=(made,),
+            measured=measured_in_training(self.inputs, self.eval_data),
+            environment=environment(self.device),
+            seed=args.seed,
+            recipe=args.recipe,
+            method=trainer.method.to_dict(),
+            target_sparsity=trainer.training.target,
+            eta=trainer.training.state().get("eta", 0.0),
+            steps=asdict(trainer.stages.plan),
+            evaluation=asdict(found),
+        )
+        summary = {name: value for name, value in record.row().items() if name != "trained_by"}
         if args.should_save:
             write_whole(trainer.folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
         return Trained(model, tokenizer, trainer, found, summary)
+
+    def _made(self) -> Made:
+        return made_by_training(
+            self.command,
+            self.model,
+            self.method,
+            self.inputs,
+            self.args,
+            calibration_text=names_of(self.calibration_data),
+            held_out=0.0 if self.eval_data else self.held_out,
+            dtype=self.dtype,
+        )
 
     def _load_data(self, config: Any, tokenizer: Any) -> tuple[Any, Any, Any]:
         """Training, held-out and calibration data (None: the trainer keeps rows out)."""

@@ -1,0 +1,57 @@
+"""The record of a training run: what was run, as fields, and what its evaluation gave."""
+
+import os
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import MISSING, fields
+from typing import Any
+
+from transformers.trainer_pt_utils import AcceleratorConfig
+
+from lte.data.sources import Source
+from lte.evaluation.inputs import Inputs
+from lte.evaluation.record import Made, Measured, given, plain
+from lte.surgery.method import Method
+from lte.training.arguments import LTETrainingArguments
+from lte.training.identity import options_of
+
+_GOAL = ("schedule", "recipe", "target_sparsity", "eta")
+"""Options without a default that every run could have."""
+_USUAL = {"method": "lte", "calibration_text": [], "held_out": 0.0, "dtype": "auto"}
+_SAME = {"dtype": "float32"}
+"""In other words."""
+
+
+def made_by_training(
+    command: str, model: str, method: Method, inputs: Inputs, args: LTETrainingArguments, **others: Any
+) -> Made:
+    """What a run makes of a model, see :func:`lte.train`; ``others``: its arguments that are in :data:`_USUAL`."""
+    others |= {"method": method.name, "method_seed": method.seed, "dtype": str(others["dtype"]).removeprefix("torch.")}
+    usual = {**_USUAL, "method_seed": args.seed}
+    ours = {name: value for name, value in plain(others).items() if value not in (usual[name], _SAME.get(name))}
+    return Made(command, model, names_of(inputs.text), {**ours, **given(inputs), **given(method), **given_of(args)})
+
+
+def measured_in_training(inputs: Inputs, eval_data: Sequence[Source]) -> Measured:
+    """What a run's last evaluation is on."""
+    if eval_data:
+        return Measured("data", names_of(eval_data), given(inputs))
+    return Measured("held out", names_of(inputs.text), given(inputs))
+
+
+def given_of(args: LTETrainingArguments) -> dict[str, Any]:
+    """Of the options that change the result, those that are not as the schedule or the library has them; no seed."""
+    usual: Any = copy(args)
+    for one in fields(args):
+        if one.init and one.name not in _GOAL:
+            setattr(usual, one.name, one.default if one.default_factory is MISSING else one.default_factory())
+    usual.accelerator_config = AcceleratorConfig()
+    usual.fill_in()
+    found, default = options_of(args), options_of(usual)
+    goal = {name: found[name] for name in _GOAL if found.get(name) not in (None, "default")}
+    changed = {name: value for name, value in found.items() if value != default.get(name) and name != "seed"}
+    return {**goal, **changed}
+
+
+def names_of(sources: Sequence[Source]) -> tuple[str, ...]:
+    return tuple(os.fspath(source) for source in sources)
