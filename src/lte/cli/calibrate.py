@@ -4,15 +4,15 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import numpy as np
 import tyro
 from torch.utils.data import DataLoader
 
 from lte.cli.console import err, out, print_json, table, track
 from lte.cli.main import parse
 from lte.cli.options import DeviceOptions, Model, as_written, check_folder, open_model
+from lte.data.batches import two_samples
 from lte.evaluation.evaluate import Evaluation, evaluate
 from lte.evaluation.inputs import Inputs, pad_alike_
 from lte.evaluation.origin import keep_calibration
@@ -55,7 +55,8 @@ def main(argv: Sequence[str]) -> None:
     device, dtype = DeviceOptions(options.device).resolve()
     trusted = options.trust_remote_code
     config, tokenizer = load_config(options.model, trusted), load_tokenizer(options.model, trusted)
-    calibration, held_out = _split(options.data.load(options.data.text, tokenizer, config), options.rows, options.seed)
+    data = options.data.load(options.data.text, tokenizer, config)
+    calibration, held_out = two_samples(data, options.rows, options.seed)
     model = open_model(options.model, options.data.head(config), device, dtype, trusted)
     pad_alike_(model, calibration)
     check_calibration(model, options.target_sparsity)  # now, not after the first evaluation
@@ -114,15 +115,6 @@ def _output(options: Calibrate) -> Path:
         raise ValueError(f"{options.model} is no folder to save to: give -o FOLDER")
     check_folder(folder, None if options.in_place else options.model, "give another one, or --in-place")
     return folder
-
-
-def _split(dataset: Any, rows: int, seed: int) -> tuple[Any, Any]:
-    """Rows to calibrate on and others to measure on, drawn from all over the data, so that the two are alike."""
-    if len(dataset) < 2:
-        raise ValueError("the data is one row, but one to calibrate on and one to measure on are needed: give more")
-    count = min(rows, len(dataset) // 2)
-    order = np.random.default_rng(seed).permutation(len(dataset))[: 2 * count].tolist()
-    return dataset.select(sorted(order[:count])), dataset.select(sorted(order[count:]))
 
 
 def _show(before: Evaluation, after: Evaluation, title: str) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -141,15 +141,7 @@ def _route(options: Report, name: str, text: str) -> Routing:
 
 
 def _head(options: Report, results: Results) -> Head:
-    runs = len({(one.run, one.seed, one.method) for one in results.measurements})
-    held: list[Any] = [
-        (runs, "run", "of models"),
-        (len(results.benches), "run", "of lte bench"),
-        (len(results.failures), "failed run", ""),
-        (results.others, "row", "of other kinds, left out"),
-    ]
-    parts = [f"{count} {what}{'s' if count > 1 else ''} {of}".strip() for count, what, of in held if count]
-    lines = [f"{', '.join(parts)}; from {', '.join(options.results)}."] if parts else []
+    lines = [f"{counted}; from {', '.join(options.results)}."] if (counted := results.counted()) else []
     if options.model:
         before = f", before: {options.before}" if options.before else ""
         lines.append(f"Routers of {options.model}{before}, on {options.text}.")

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from lte.evaluation.environment import environment
 from lte.evaluation.measuring import Spent
-from lte.evaluation.record import SUMMARY, Made, Measured, Record, environment, records_in
+from lte.evaluation.record import SUMMARY, Made, Measured, Record, records_in
 from lte.files import write_whole
 from lte.methods.weight_pruning import SECTION as PRUNING
 from lte.surgery.method import STATE

@@ -6,11 +6,7 @@ The command of a row is its caption. Nothing is read from it.
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from importlib.metadata import version
 from typing import Any, Literal, TypeVar
-
-import torch
-import transformers
 
 SUMMARY = "lte_training.json"
 """What training leaves beside a model: how it was made, and what was measured then."""
@@ -140,14 +136,3 @@ def given(options: Any) -> dict[str, Any]:
 def plain(values: Any) -> Any:
     """The same as it comes back from a JSON file."""
     return json.loads(json.dumps(values, default=str))
-
-
-def environment(device: torch.device) -> dict[str, str]:
-    """Where a number was measured."""
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    return {
-        "device": where,
-        "lte": version("lte"),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }

@@ -81,6 +81,17 @@ class Results:
     failures: list[tuple[str, str]] = field(default_factory=list)
     others: int = 0
 
+    def counted(self) -> str:
+        """What there is, in words; measurements of one model, as it was made with one seed, are one run."""
+        runs = {(one.run, one.seed, one.method) for one in self.measurements}
+        held = [
+            (len(runs), "run", "of models"),
+            (len(self.benches), "run", "of lte bench"),
+            (len(self.failures), "failed run", ""),
+            (self.others, "row", "of other kinds, left out"),
+        ]
+        return ", ".join(f"{count} {what}{'s' if count > 1 else ''} {of}".strip() for count, what, of in held if count)
+
 
 def read_results(files: Iterable[Path]) -> Results:
     """Everything in some results files: ``.jsonl``, a row a line, or one JSON object.

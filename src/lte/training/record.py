@@ -3,14 +3,17 @@
 import os
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 from typing import Any
 
+import torch
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from lte.data.sources import Source
+from lte.evaluation.environment import environment
+from lte.evaluation.evaluate import Evaluation
 from lte.evaluation.inputs import Inputs
-from lte.evaluation.record import Made, Measured, given, plain
+from lte.evaluation.record import Made, Measured, Record, given, plain
 from lte.surgery.method import Method
 from lte.training.arguments import LTETrainingArguments
 from lte.training.identity import options_of
@@ -37,6 +40,24 @@ def measured_in_training(inputs: Inputs, eval_data: Sequence[Source]) -> Measure
     if eval_data:
         return Measured("data", names_of(eval_data), given(inputs))
     return Measured("held out", names_of(inputs.text), given(inputs))
+
+
+def run_record(made: Made, measured: Measured, trainer: Any, device: torch.device, evaluation: Evaluation) -> Record:
+    """The record of a run that is over; ``trainer`` is its ``LTETrainer``."""
+    return Record(
+        command=made.command,
+        model=made.model,
+        made=(made,),
+        measured=measured,
+        environment=environment(device),
+        seed=trainer.args.seed,
+        recipe=options_of(trainer.args)["recipe"],
+        method=trainer.method.to_dict(),
+        target_sparsity=trainer.training.target,
+        eta=trainer.training.state().get("eta", 0.0),
+        steps=asdict(trainer.stages.plan),
+        evaluation=asdict(evaluation),
+    )
 
 
 def given_of(args: LTETrainingArguments) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from lte.data.sources import Source, as_list
 from lte.data.tasks import Task
 from lte.evaluation.evaluate import Evaluation, evaluate, label_metrics
 from lte.evaluation.inputs import Inputs, pad_alike_
-from lte.evaluation.record import SUMMARY, Made, Record, environment
+from lte.evaluation.record import SUMMARY, Made
 from lte.files import write_whole
 from lte.saving import saving
 from lte.surgery.convert import densify, install_routers_, regroup_
@@ -29,7 +29,7 @@ from lte.surgery.method import Method
 from lte.training.arguments import LTETrainingArguments
 from lte.training.checks import check_dtype
 from lte.training.lock import alone_in
-from lte.training.record import made_by_training, measured_in_training, names_of
+from lte.training.record import made_by_training, measured_in_training, names_of, run_record
 from lte.training.trainer import LTETrainer
 
 
@@ -186,20 +186,8 @@ class _Run:
         self._save(trainer, model, tokenizer)
         batch_size = args.per_device_eval_batch_size
         found = evaluate(model, held_out, batch_size, progress=lambda batches: watcher.track(batches, "evaluating"))
-        record = Record(
-            command=self.command,
-            model=self.model,
-            made=(made,),
-            measured=measured_in_training(self.inputs, self.eval_data),
-            environment=environment(self.device),
-            seed=args.seed,
-            recipe=args.recipe,
-            method=trainer.method.to_dict(),
-            target_sparsity=trainer.training.target,
-            eta=trainer.training.state().get("eta", 0.0),
-            steps=asdict(trainer.stages.plan),
-            evaluation=asdict(found),
-        )
+        measured = measured_in_training(self.inputs, self.eval_data)
+        record = run_record(made, measured, trainer, self.device, found)
         summary = {name: value for name, value in record.row().items() if name != "trained_by"}
         if args.should_save:
             write_whole(trainer.folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
