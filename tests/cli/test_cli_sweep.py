@@ -62,7 +62,7 @@ def test_a_grid_is_run_once(files, tmp_path, capsys):
 
     others = ["sweep", *base(files, **{"max-steps": 5}), "--vary", "target-sparsity=0.3", "seed=1", "-o", str(tmp_path)]
     assert main(others) == 2
-    assert "made with other options" in capsys.readouterr().err
+    assert "had other options: take another folder" in capsys.readouterr().err
 
 
 @pytest.mark.slow

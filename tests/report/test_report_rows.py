@@ -24,6 +24,7 @@ def good():
     made = {"command": "lte train", "model": "m", "data": ["t.txt"], "options": {"ramp": 0.5, "columns": ["a", "b"]}}
     said = {"made": [made], "measured": {"kind": "held out", "data": ["t.txt"], "options": {"max_rows": 3}}}
     rows = [one | {"evals": [evaluated]}, evaluated | {"command": "lte eval m"}, bench(), one | said, evaluated | said]
+    rows.append(bench() | {"bench": "ffn"})
     return json.loads(json.dumps(rows))  # nothing is in two places
 
 

@@ -2,13 +2,13 @@
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lte.cli.console import print_json, track
 from lte.cli.eval_tables import show, show_answered, show_generated, show_tasks
@@ -93,23 +93,37 @@ def main(argv: Sequence[str]) -> None:
     config = load_config(options.model, options.where.trust_remote_code)
     tokenizer = load_tokenizer(options.model, options.where.trust_remote_code)
     if options.questions.mmlu is not None:
-        _mmlu(options, argv, options.questions.mmlu, config, tokenizer, device, dtype)
-        return
-    if options.harness.tasks is not None:
-        _tasks(options, argv, options.harness.tasks.split(","), config, tokenizer, device, dtype)
-        return
-    references = {}
-    if options.generate:
-        references, dataset = options.data.load_references(tokenizer, config, options.max_rows)
+        measure = _answer_mmlu
+    elif options.harness.tasks is not None:
+        measure = _run_tasks
     else:
-        dataset = options.data.load(options.data.text, tokenizer, config, max_rows=options.max_rows)
-    model = _open(options, options.data.head(config), device, dtype)
+        measure = _generate if options.generate else _predict
+    result, further = measure(options, config, tokenizer, lambda head: _open(options, head, device, dtype))
+    if options.json:
+        command = shlex.join(["lte", "eval", *argv])
+        record = evaluation_record(command, options.model, config, _measured(options), result, device, **further)
+        print_json(record.flat_row())
+
+
+Opened = Callable[[Head], PreTrainedModel]
+"""The model with a head: loaded once the data has been read."""
+Found = tuple[Spent, dict[str, Any]]
+"""What was measured, and further values by name."""
+
+
+def _predict(options: Eval, config: PretrainedConfig, tokenizer: Any, opened: Opened) -> Found:
+    dataset = options.data.load(options.data.text, tokenizer, config, max_rows=options.max_rows)
+    model = opened(options.data.head(config))
     pad_alike_(model, dataset)
-    if not options.generate:
-        result = evaluate(model, dataset, options.batch_size, progress=lambda batches: track(batches, "evaluating"))
-        show(result)
-        _print_row(options, argv, config, result)
-        return
+    result = evaluate(model, dataset, options.batch_size, progress=lambda batches: track(batches, "evaluating"))
+    show(result)
+    return result, {}
+
+
+def _generate(options: Eval, config: PretrainedConfig, tokenizer: Any, opened: Opened) -> Found:
+    references, dataset = options.data.load_references(tokenizer, config, options.max_rows)
+    model = opened(options.data.head(config))
+    pad_alike_(model, dataset)
     generated = evaluate_generation(
         model,
         references,
@@ -124,23 +138,16 @@ def main(argv: Sequence[str]) -> None:
         _write_predictions(Path(options.predictions), references, generated.predictions)
     perplexity = evaluate(model, dataset, options.batch_size, lambda batches: track(batches, "references")).perplexity
     show_generated(generated, perplexity)
-    _print_row(options, argv, config, generated, perplexity=perplexity)
+    return generated, {"perplexity": perplexity}
 
 
-def _mmlu(
-    options: Eval,
-    argv: Sequence[str],
-    folder: str,
-    config: PretrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
-    dtype: torch.dtype | str,
-) -> None:
+def _answer_mmlu(options: Eval, config: PretrainedConfig, tokenizer: Any, opened: Opened) -> Found:
     asked = options.questions
+    assert asked.mmlu is not None
     check_causal(config, "MMLU asks")
-    subjects = read_mmlu(folder, asked.split, asked.subjects, options.max_rows, examples=asked.shots > 0)
+    subjects = read_mmlu(asked.mmlu, asked.split, asked.subjects, options.max_rows, examples=asked.shots > 0)
     result = evaluate_mmlu(
-        _open(options, "causal", device, dtype),
+        opened("causal"),
         subjects,
         tokenizer,
         shots=asked.shots,
@@ -148,23 +155,17 @@ def _mmlu(
         progress=lambda batches: track(batches, "answering"),
     )
     show_answered(result)
-    _print_row(options, argv, config, result)
+    return result, {}
 
 
-def _tasks(
-    options: Eval,
-    argv: Sequence[str],
-    names: list[str],
-    config: PretrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
-    dtype: torch.dtype | str,
-) -> None:
+def _run_tasks(options: Eval, config: PretrainedConfig, tokenizer: Any, opened: Opened) -> Found:
     asked = options.harness
+    assert asked.tasks is not None
     check_causal(config, "lm_eval's tasks ask")
-    tasks = find_tasks([name.strip() for name in names if name.strip()], asked.tasks_folder)
+    names = [name.strip() for name in asked.tasks.split(",") if name.strip()]
+    tasks = find_tasks(names, asked.tasks_folder)
     result = evaluate_tasks(
-        _open(options, "causal", device, dtype),
+        opened("causal"),
         tokenizer,
         tasks,
         shots=asked.num_fewshot,
@@ -172,16 +173,7 @@ def _tasks(
         batch_size=options.batch_size,
     )
     show_tasks(result)
-    _print_row(options, argv, config, result)
-
-
-def _print_row(options: Eval, argv: Sequence[str], config: PretrainedConfig, result: Spent, **further: Any) -> None:
-    """With --json: what was measured, where, and of which model."""
-    if options.json:
-        device, _ = options.where.resolve()
-        command = shlex.join(["lte", "eval", *argv])
-        record = evaluation_record(command, options.model, config, _measured(options), result, device, **further)
-        print_json(record.flat_row())
+    return result, {}
 
 
 def _measured(options: Eval) -> Measured:
