@@ -162,8 +162,7 @@ def _run_tasks(options: Eval, config: PretrainedConfig, tokenizer: Any, opened: 
     asked = options.harness
     assert asked.tasks is not None
     check_causal(config, "lm_eval's tasks ask")
-    names = [name.strip() for name in asked.tasks.split(",") if name.strip()]
-    tasks = find_tasks(names, asked.tasks_folder)
+    tasks = find_tasks(_names(asked.tasks), asked.tasks_folder)
     result = evaluate_tasks(
         opened("causal"),
         tokenizer,
@@ -177,11 +176,16 @@ def _run_tasks(options: Eval, config: PretrainedConfig, tokenizer: Any, opened: 
 
 
 def _measured(options: Eval) -> Measured:
+    how = {name: value for name, value in given(options).items() if name not in ("mmlu", "tasks")}
     if options.questions.mmlu is not None:
-        return Measured("MMLU", (options.questions.mmlu,), given(options))
+        return Measured("MMLU", (options.questions.mmlu,), how)
     if options.harness.tasks is not None:
-        return Measured("lm_eval", tuple(options.harness.tasks.split(",")), given(options))
-    return Measured("data", options.data.text, given(options))
+        return Measured("lm_eval", tuple(_names(options.harness.tasks)), how)
+    return Measured("data", options.data.text, how)
+
+
+def _names(tasks: str) -> list[str]:
+    return [name.strip() for name in tasks.split(",") if name.strip()]
 
 
 def _open(options: Eval, head: Head, device: torch.device, dtype: torch.dtype | str) -> PreTrainedModel:

@@ -63,16 +63,18 @@ def evaluation_record(
 def training_of(name: str, method: str) -> dict[str, Any]:
     """How a model of this method was trained, as fields of a record; none where its folder does not say."""
     path = Path(name) / SUMMARY
-    summary = read_json(path) if path.is_file() else {}
-    made_as = "dense" if summary.get("recipe") == "dense" else (summary.get("method") or {}).get("method")
-    if made_as != method:
+    if not path.is_file():
         return {}
+    summary = read_json(path)
     made = summary.get("made") or []  # none in a summary of before it said so in fields
     since = [summary[_CALIBRATED]] if made and _CALIBRATED in summary else []
     try:
         (trained,) = records_in({**summary, "made": [*made, *since], "evaluation": {}})
+        made_as = "dense" if trained.recipe == "dense" else trained.method.get("method")
     except (TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged, it does not say how the model was trained ({error}): delete it") from None
+    if made_as != method:
+        return {}
     return {
         "trained_by": " && ".join(filter(None, (trained.command, summary.get(_CALIBRATED_BY)))),
         **{name: getattr(trained, name) for name in ("made", "seed", "recipe", "steps")},

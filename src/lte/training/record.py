@@ -16,20 +16,22 @@ from lte.evaluation.inputs import Inputs
 from lte.evaluation.record import Made, Measured, Record, given, plain
 from lte.surgery.method import Method
 from lte.training.arguments import LTETrainingArguments
-from lte.training.identity import options_of
+from lte.training.identity import MAY_CHANGE, options_of
 
 _GOAL = ("schedule", "recipe", "target_sparsity", "eta")
 """Options without a default that every run could have."""
 _USUAL = {"method": "lte", "calibration_text": [], "held_out": 0.0, "dtype": "auto"}
 _SAME = {"dtype": "float32"}
 """In other words."""
+_SAME_RUN = MAY_CHANGE | {"seed"}
 
 
 def made_by_training(
     command: str, model: str, method: Method, inputs: Inputs, args: LTETrainingArguments, **others: Any
 ) -> Made:
     """What a run makes of a model, see :func:`lte.train`; ``others``: its arguments that are in :data:`_USUAL`."""
-    others |= {"method": method.name, "method_seed": method.seed, "dtype": str(others["dtype"]).removeprefix("torch.")}
+    others |= {"method": method.name, "dtype": str(others["dtype"]).removeprefix("torch.")}
+    others["method_seed"] = method.to_dict().get("seed", args.seed)  # some have none
     usual = {**_USUAL, "method_seed": args.seed}
     ours = {name: value for name, value in plain(others).items() if value not in (usual[name], _SAME.get(name))}
     return Made(command, model, names_of(inputs.text), {**ours, **given(inputs), **given(method), **given_of(args)})
@@ -70,8 +72,8 @@ def given_of(args: LTETrainingArguments) -> dict[str, Any]:
     usual.fill_in()
     found, default = options_of(args), options_of(usual)
     goal = {name: found[name] for name in _GOAL if found.get(name) not in (None, "default")}
-    changed = {name: value for name, value in found.items() if value != default.get(name) and name != "seed"}
-    return {**goal, **changed}
+    changed = {name: value for name, value in found.items() if value != default.get(name)}
+    return {**goal, **{name: value for name, value in changed.items() if name.partition(".")[0] not in _SAME_RUN}}
 
 
 def names_of(sources: Sequence[Source]) -> tuple[str, ...]:
