@@ -113,6 +113,11 @@ def test_a_row_of_a_bench_is_named(tmp_path):
         read_results([write(tmp_path / "rows.jsonl", [line])])
 
 
+def test_a_bench_without_a_name_is_read(tmp_path):
+    (found,) = read_results([write(tmp_path / "rows.jsonl", [bench() | {"command": "lte bench  "}])]).benches
+    assert found["bench"] == ""
+
+
 def test_the_summary_of_a_training_run_has_an_evaluation(tmp_path):
     whole = row("lte", 10.0)
     assert len(read_results([write(tmp_path / "lte_training.json", [whole])]).measurements) == 1

@@ -1,4 +1,4 @@
-"""Rows of before rows had fields for how a model was made and measured: both are read off the commands, here alone."""
+"""Older rows have no fields for how a model was made and measured: both are read from their commands, here alone."""
 
 import re
 import shlex
@@ -17,7 +17,7 @@ def upgraded(row: Row) -> Row:
     """The row with ``made`` and ``measured`` in it and in its evaluations, or with ``bench``; itself if it has them."""
     row, command = _with_options(row), _text(row, "command")
     if isinstance(row.get("rows"), list) and "bench" not in row and command.startswith("lte bench "):
-        return {**row, "bench": command.split()[2]}
+        return {**row, "bench": "".join(command.split()[2:3])}
     if isinstance(row.get("evaluation"), dict):
         evals = row.get("evals")
         further = {"evals": [_evaluated(row, one) for one in evals]} if isinstance(evals, list) else {}
