@@ -83,7 +83,7 @@ def test_a_disk_that_is_too_small(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: usage(wanted))
     trainer.train()
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: usage(weights))
-    trainer_for(tmp_path / "other", recipe="dense").train()
+    trainer_for(tmp_path / "other", schedule="dense").train()
 
 
 @pytest.mark.parametrize("name", ["wandb", "magic"])
@@ -101,7 +101,7 @@ def test_a_logger_that_is_not_there(tmp_path, monkeypatch, name):
 
 
 def test_a_metric_to_choose_by_that_nobody_measures(tmp_path):
-    best = {"recipe": "dense", "load_best_model_at_end": True, **SAVING}
+    best = {"schedule": "dense", "load_best_model_at_end": True, **SAVING}
     data = {"some": markov_blocks(20), "other": markov_blocks(20)}
     trainer = evaluated(tmp_path, data, metric_for_best_model="accuracy", **best)
     refused(trainer, "metric_for_best_model is 'accuracy', but evaluation gives .*other_loss.* some_loss")

@@ -143,7 +143,7 @@ def test_a_second_run_trains_what_the_first_froze(tmp_path):
     model = lte.sparsify_(tiny_model("llama"), lte.LTEConfig(expert_size=8, grouping="random", compensation_rank=4))
     first = LTETrainer(
         model,
-        arguments(tmp_path, recipe="dense", max_steps=2),
+        arguments(tmp_path, schedule="dense", max_steps=2),
         train_dataset=small(),
         data_collator=PackedBlocks.collator,
     )
@@ -222,7 +222,7 @@ def test_callbacks_that_remember_can_be_resumed(tmp_path):
             sparse_llama(),
             arguments(
                 tmp_path,
-                recipe="dense",
+                schedule="dense",
                 restore_callback_states_from_checkpoint=True,
                 metric_for_best_model="eval_loss",
                 **saving,

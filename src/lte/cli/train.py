@@ -177,7 +177,7 @@ def train(options: Train, argv: Sequence[str]) -> "Trained":
     from lte.training.run import train as run
 
     args, inputs = options.training, options.data
-    if args.recipe == "default":
+    if args.schedule == "default":
         check_target(args.target_sparsity)
     target = {} if args.target_sparsity is None else {"target_sparsity": args.target_sparsity}
     device, dtype = options.where.resolve()

@@ -54,10 +54,10 @@ class Training:
         self.forget()
 
     def check(self) -> None:
-        """Raise ValueError unless the options fit the method: its own sparsity, and no recipe for LTE's routers."""
-        if self.options.recipe == "paper":
+        """Raise ValueError unless the options fit the method: its own sparsity, and no schedule for LTE's routers."""
+        if self.options.schedule == "paper":
             raise ValueError(
-                f"recipe='paper' trains LTE's routers, not those of {self.method.name}: take the default recipe"
+                f"schedule='paper' trains LTE's routers, not those of {self.method.name}: take the default schedule"
             )
         made_for, asked = self.target, self.options.target_sparsity
         if asked not in (None, made_for):

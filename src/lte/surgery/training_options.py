@@ -55,11 +55,11 @@ DENSE = "dense"
 
 
 def check_target(target_sparsity: float | None) -> None:
-    """Raise ValueError unless it is a sparsity that the default recipe can meet."""
+    """Raise ValueError unless the default schedule can meet this sparsity."""
     if target_sparsity is None or not 0 < target_sparsity < 1:
         raise ValueError(
-            f"target_sparsity is {target_sparsity}, but the default recipe needs a fraction between 0 and 1, e.g. 0.5 "
-            "(or take recipe='paper' with eta)"
+            f"target_sparsity is {target_sparsity}, but the default schedule needs a fraction between 0 and 1, e.g. "
+            "0.5 (or take schedule='paper' with eta)"
         )
 
 
@@ -67,16 +67,20 @@ def check_target(target_sparsity: float | None) -> None:
 class TrainingOptions:
     """The part of :class:`~lte.training.arguments.LTETrainingArguments` that Hugging Face's does not have."""
 
-    recipe: str = field(
-        default="default",
-        metadata={"help": "default: meets a target sparsity; paper: literal; dense: a baseline."},
+    schedule: str | None = field(
+        default=None,
+        metadata={
+            "help": "default (if none is given): meets a target sparsity; paper: trains as the paper says; dense: a "
+            "dense baseline."
+        },
     )
+    recipe: str | None = field(default=None, metadata={"help": "The former name of --schedule."})
     target_sparsity: float | None = field(
         default=None,
-        metadata={"help": "Fraction of inactive neurons to reach, in (0, 1); default recipe."},
+        metadata={"help": "Fraction of inactive neurons to reach, in (0, 1); default schedule."},
     )
     eta: float | None = field(
-        default=None, metadata={"help": "Weight of the efficiency loss, 0 to 2 in the paper; paper recipe."}
+        default=None, metadata={"help": "Weight of the efficiency loss, 0 to 2 in the paper; paper schedule."}
     )
     dense_fraction: float = field(
         default=0.25,
@@ -113,7 +117,7 @@ class TrainingOptions:
         default=None, metadata={"help": "Peak learning rate of the dense stage, where it is not that of the others."}
     )
     calibration_rows: int = field(
-        default=64, metadata={"help": "Training rows kept out (at most 5 %) to set thresholds on; default recipe."}
+        default=64, metadata={"help": "Training rows kept out (at most 5 %) to set thresholds on; default schedule."}
     )
     restart_hard: bool | None = field(
         default=None,
@@ -133,7 +137,7 @@ class TrainingOptions:
     @property
     def is_dense(self) -> bool:
         """Whether the run is a dense baseline: of the options only ``dense_learning_rate`` is read."""
-        return self.recipe == DENSE
+        return self.schedule == DENSE
 
     @property
     def distils(self) -> bool:
@@ -146,12 +150,17 @@ class TrainingOptions:
         Raises:
             ValueError: unknown schedule, an option outside its range, options that contradict each other.
         """
-        if self.recipe not in (*SCHEDULES, DENSE):
-            raise ValueError(f"recipe is {self.recipe!r}, but it is one of {', '.join(sorted([*SCHEDULES, DENSE]))}")
+        if self.schedule and self.recipe:
+            raise ValueError("schedule and recipe are two names of one option: give schedule alone")
+        self.schedule, self.recipe = self.schedule or self.recipe or "default", None
+        if self.schedule not in (*SCHEDULES, DENSE):
+            raise ValueError(
+                f"schedule is {self.schedule!r}, but it is one of {', '.join(sorted([*SCHEDULES, DENSE]))}"
+            )
         if self.is_dense:
             self.dense_fraction, self.hard_fraction = 1.0, 0.0
             self.distillation_weight = self.feature_distillation_weight = 0.0
-        schedule = SCHEDULES["default" if self.is_dense else self.recipe]
+        schedule = SCHEDULES["default" if self.is_dense else self.schedule]
         for one in fields(Schedule):
             if getattr(self, one.name) is None:
                 setattr(self, one.name, getattr(schedule, one.name))
@@ -178,17 +187,18 @@ class TrainingOptions:
             raise ValueError(f"temperature is {self.temperature}, but it grows from 1, so it is at least 1")
 
     def _check_goal(self) -> None:
-        if self.recipe == "default":
+        if self.schedule == "default":
             if self.target_sparsity is not None:
                 check_target(self.target_sparsity)
             if self.eta is not None:
-                raise ValueError("eta is set, but the default recipe finds eta itself: drop it, or take recipe='paper'")
+                raise ValueError("eta is set, but the default schedule finds eta: drop eta, or take schedule='paper'")
         elif self.target_sparsity is not None:
             raise ValueError(
-                f"target_sparsity is set, but recipe={self.recipe!r} has no target: drop it, or take the default recipe"
+                f"target_sparsity is set, but schedule={self.schedule!r} has no target: drop it, or take the "
+                "default schedule"
             )
         elif not self.is_dense and (self.eta is None or self.eta < 0):
-            raise ValueError(f"eta is {self.eta}, but recipe='paper' needs an eta >= 0 (the paper: 0 to 2)")
+            raise ValueError(f"eta is {self.eta}, but schedule='paper' needs an eta >= 0 (the paper: 0 to 2)")
 
     def _get(self, name: str) -> float:
         value = getattr(self, name)

@@ -19,7 +19,7 @@ class LTETrainingArguments(TrainingOptions, TrainingArguments):
     each stage starts with a fresh optimizer; without ``restart_hard`` the hard stage goes on where the soft one ended.
 
     Raises:
-        ValueError: unknown recipe; paper recipe with ``target_sparsity``.
+        ValueError: an unknown schedule, an option outside its range, or options that contradict each other.
     """
 
     warmup_steps: float = field(
@@ -39,7 +39,7 @@ class LTETrainingArguments(TrainingOptions, TrainingArguments):
             name = "load_best_model_at_end" if self.load_best_model_at_end else "save_strategy='best'"
             raise ValueError(
                 f"{name} could choose a model of the dense or soft stage, when more experts were active: only "
-                "recipe='dense' takes it"
+                "schedule='dense' takes it"
             )
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = True  # frozen routers, and a dense stage that has none in its graph

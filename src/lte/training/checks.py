@@ -51,7 +51,7 @@ def check_callbacks(callbacks: Iterable[TrainerCallback], args: LTETrainingArgum
     if not args.is_dense and any(isinstance(one, EarlyStoppingCallback) for one in callbacks):
         raise ValueError(
             "EarlyStoppingCallback compares evaluations of all stages, and the dense one has the best: only "
-            "recipe='dense' takes it"
+            "schedule='dense' takes it"
         )
 
 

@@ -103,7 +103,9 @@ def options_of(args: LTETrainingArguments) -> dict[str, Any]:
     kept = MAY_CHANGE - {*CHOOSE} if args.load_best_model_at_end else MAY_CHANGE
     if args.is_dense:
         kept |= {one.name for one in fields(Schedule)}  # it reads none of them
-    flat = {name: value for one, value in args.to_dict().items() for name, value in _flat(one, value).items()}
+    given = args.to_dict()
+    given["recipe"] = given.pop("schedule")  # runs of before have written it under its former name
+    flat = {name: value for one, value in given.items() for name, value in _flat(one, value).items()}
     return _plain({name: value for name, value in flat.items() if name not in kept})
 
 

@@ -51,7 +51,7 @@ class Trained:
     """What a run has made.
 
     Attributes:
-        model: as it was saved; of recipe ``dense`` the converted model that the plain one was made of.
+        model: as it was saved; with ``schedule="dense"`` the converted model that the saved plain one was made of.
         tokenizer: of the model.
         trainer: which trained it.
         evaluation: on held-out data.
@@ -186,7 +186,7 @@ class _Run:
             "command": self.command,
             "environment": environment(self.device),
             "seed": args.seed,
-            "recipe": args.recipe,
+            "recipe": args.schedule,
             "method": trainer.method.to_dict(),
             "target_sparsity": trainer.training.target,
             "eta": trainer.training.state().get("eta", 0.0),

@@ -57,7 +57,7 @@ class LTETrainer(ResumingTrainer, WatchedTrainer, SavingTrainer):
         distiller: has the teacher, where there is one.
 
     Raises:
-        ValueError: a dense model without a method, a sparse one with another, one of a method that the recipe or its
+        ValueError: a dense model without a method, a sparse one with another, one of a method that the schedule or its
             target does not fit, one without logits that a teacher's could be compared with, one that is shared out by
             tensor parallelism, arguments of another class, or several GPUs in one process.
     """

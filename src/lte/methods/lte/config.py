@@ -27,7 +27,7 @@ class LTEConfig(Grouped):
         seed: of grouping and router initialisation.
         compensation_rank: rank R of a linear stand-in for idle experts, which costs ``2 D R`` weights a token
             (:class:`~lte.modules.compensation.Compensation`); 0 (paper) is none.
-        target_sparsity: fraction of neurons that training is to leave idle, in (0, 1); None with the paper's recipe.
+        target_sparsity: fraction of neurons that training is to leave idle, in (0, 1); None with ``schedule="paper"``.
 
     Raises:
         ValueError: an option outside its range.

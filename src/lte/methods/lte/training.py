@@ -37,9 +37,9 @@ class LTETraining(LearnedTraining):
         """Take the target of the options: the routers of one model can be trained for any.
 
         Raises:
-            ValueError: the default recipe, and no target.
+            ValueError: the default schedule without a target.
         """
-        if self.options.recipe == "paper":
+        if self.options.schedule == "paper":
             self.method = replace(self.method, target_sparsity=None)
         elif not self.options.is_dense:
             asked = self.options.target_sparsity
