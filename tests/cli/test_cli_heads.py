@@ -61,7 +61,7 @@ def test_classes_are_in_the_models_order(classifier, tmp_path, capsys):
     assert accuracy(capsys, model, *TASK, *data) == 1
     assert accuracy(capsys, model, *TASK, *write(tmp_path / "one.jsonl", {"with": "bad"})) == 1
     assert accuracy(capsys, model, *TASK, *write(tmp_path / "places.jsonl", {"the": "0", "with": "1"})) == 1
-    assert "labels worse are not among class_names, good, bad" in refused(
+    assert "labels worse are not in class_names, which are good, bad" in refused(
         capsys, "eval", model, *TASK, *write(tmp_path / "other.jsonl", {"the": "good", "with": "worse"})
     )
 
@@ -135,7 +135,7 @@ def test_another_task_is_refused(classifier, files, tmp_path, capsys):
     numbers = write(tmp_path / "numbers.jsonl", {"the": 1.5, "with": 2.5})
     assert "but the task is regression" in refused(capsys, "eval", model, "--task", "regression", *numbers)
     three = write(tmp_path / "three.jsonl", {"the": "a", "with": "b", "of": "c"})
-    assert "are not among class_names" in refused(capsys, "eval", model, *TASK, *three)
+    assert "are not in class_names" in refused(capsys, "eval", model, *TASK, *three)
 
 
 def test_a_model_without_the_head_is_refused(files, tmp_path, capsys):

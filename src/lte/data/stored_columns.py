@@ -15,7 +15,7 @@ _AT_ONCE = 1000  # rows
 
 
 class StoredColumn(Sequence[Any]):
-    """One column of Arrow files, of rows in an order of one's own: arrays (L,) int32, numbers or texts."""
+    """One column of Arrow files, with its rows in any order: arrays (L,) int32, numbers or texts."""
 
     def __init__(self, files: Sequence[str], name: str, order: np.ndarray | None = None):
         self._files, self._name, self._table = tuple(files), name, opened(files)
@@ -65,7 +65,7 @@ class StoredColumn(Sequence[Any]):
 
 
 def columns_of(make: Callable[[], Iterable[dict[str, Any]]], key: str | None) -> dict[str, Sequence[Any]]:
-    """Return the columns of the rows that `make` gives: on disk under this key, or without a key in memory.
+    """Return the columns of the rows that `make` gives. They are on disk under this key, or in memory without a key.
 
     Raises:
         NotWritten, ValueError: as :func:`kept`.
