@@ -134,7 +134,7 @@ def test_no_row_to_calibrate_on(tmp_path):
 def test_an_evaluation_that_is_not_finite_before_any_step(tmp_path):
     trainer = evaluated(tmp_path, markov_blocks(20))
     trainer.model.lm_head.weight.data.fill_(3e38)
-    refused(trainer, r"eval_loss is \w+ of the first batch before any step: see that its rows have labels")
+    refused(trainer, r"eval_loss is \w+ on the first batch, before any step: check that its rows have labels")
 
 
 def test_a_model_that_is_broken_before_training(tmp_path):

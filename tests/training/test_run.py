@@ -65,7 +65,7 @@ def test_a_dense_run_leaves_a_plain_model(given, tmp_path):
     ("options", "said"),
     [
         ({}, "target_sparsity is None, but the default schedule needs a fraction"),
-        ({"method": lte.LTEConfig(target_sparsity=0.5), "args": object()}, "belongs into them"),
+        ({"method": lte.LTEConfig(target_sparsity=0.5), "args": object()}, "inside args"),
         ({"method": lte.CATSConfig(target_sparsity=0.5), "target_sparsity": 0.6}, "made for target_sparsity 0.5"),
         ({"method": lte.CATSConfig(), "schedule": "paper", "eta": 1.0}, "not those of cats"),
     ],

@@ -165,7 +165,7 @@ def test_training_again_begins_anew(tmp_path, caplog):
     trainer.train()
     assert "start anew" not in caplog.text
     trainer_for(tmp_path, trainer.model, max_steps=8).train()
-    assert "in mode hard, trained already: its weights are kept, but its routers and thresholds start" in caplog.text
+    assert "in mode hard, so it is trained already: its weights are kept, but its routers and thresholds" in caplog.text
     trainer.training.controller.integral = 9.0
     trainer.stages.begin(None)
     assert (trainer.training.eta, trainer.training.controller.integral, trainer.distiller.teacher) == (0.0, 0.0, None)

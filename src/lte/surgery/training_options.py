@@ -1,4 +1,4 @@
-"""How a run trains, beside what ``transformers.TrainingArguments`` say: schedule, target, routers, distillation."""
+"""The options of a run that ``transformers.TrainingArguments`` lacks: schedule, target, routers, distillation."""
 
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a schedule decides; each field can be overridden by the option of its name."""
+    """The values of a schedule. The option with the name of a field overrides it."""
 
     hard_fraction: float
     separability_weight: float
@@ -51,7 +51,7 @@ SCHEDULES = {
     ),
 }
 DENSE = "dense"
-"""In place of a schedule: no routers at all, the baseline that a sparse model of the same budget is held against."""
+"""This name in place of a schedule means no routers: the dense baseline for sparse models of the same budget."""
 
 
 def check_target(target_sparsity: float | None) -> None:
@@ -65,7 +65,7 @@ def check_target(target_sparsity: float | None) -> None:
 
 @dataclass
 class TrainingOptions:
-    """The part of :class:`~lte.training.arguments.LTETrainingArguments` that Hugging Face's does not have."""
+    """The fields of :class:`~lte.training.arguments.LTETrainingArguments` that are not Hugging Face's."""
 
     schedule: str | None = field(
         default=None,
@@ -91,44 +91,52 @@ class TrainingOptions:
     )
     separability_weight: float | None = field(default=None, metadata={"help": "Weight of the separability loss."})
     separability_floor: float = field(
-        default=1e-4, metadata={"help": "Smallest (score - tau)^2 that the separability loss divides by."}
+        default=1e-4, metadata={"help": "Smallest divisor (score - tau)^2 of the separability loss."}
     )
     router_learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate of the routers."})
     router_weight_decay: float | None = field(default=None, metadata={"help": "Weight decay of the routers."})
     router_bias: float | None = field(
         default=None,
-        metadata={"help": "Bias of the routers (where fitted, its mean) at the start of the soft stage; 0 freezes it."},
+        metadata={
+            "help": "Bias of the routers at the start of the soft stage (the mean bias of fitted ones); 0 freezes it."
+        },
     )
     router_start: str | None = field(
         default=None,
-        metadata={"help": "random, or fitted: to what each expert contributes in the dense model, on training rows."},
+        metadata={
+            "help": "random, or fitted: fitted on training rows to what each expert contributes in the dense model."
+        },
     )
     temperature: float | None = field(
-        default=None, metadata={"help": "Sharpness of the sigmoid that the soft stage grows to; it starts at 1."}
+        default=None, metadata={"help": "Temperature of the sigmoid at the end of the soft stage; it starts at 1."}
     )
     ramp: float | None = field(
         default=None,
-        metadata={"help": "Share of the soft stage in which the temperature grows; then it stays. In (0, 1]."},
+        metadata={"help": "Share of the soft stage in which the temperature grows; then it is constant. In (0, 1]."},
     )
     sparsity_ramp: float = field(
-        default=1 / 3, metadata={"help": "Share of the soft stage after which the target is wanted in full. In (0, 1]."}
+        default=1 / 3,
+        metadata={"help": "Share of the soft stage in which the wanted sparsity grows to the target. In (0, 1]."},
     )
     dense_learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate of the dense stage, where it is not that of the others."}
+        default=None,
+        metadata={"help": "Peak learning rate of the dense stage, if it differs from that of the other stages."},
     )
     calibration_rows: int = field(
-        default=64, metadata={"help": "Training rows kept out (at most 5 %) to set thresholds on; default schedule."}
+        default=64, metadata={"help": "Training rows (at most 5 %) that are kept out for thresholds; default schedule."}
     )
     restart_hard: bool | None = field(
         default=None,
-        metadata={"help": "The hard stage warms up anew (paper); else it goes on as the soft one ended."},
+        metadata={"help": "The hard stage has its own warm-up (paper); otherwise it continues the soft stage."},
     )
     distillation_weight: float | None = field(
         default=None, metadata={"help": "Share of the task loss that is KL to the dense model's outputs, in [0, 1]."}
     )
     feature_distillation_weight: float | None = field(
         default=None,
-        metadata={"help": "Weight of the relative squared error of hidden states to the dense model's; 0 for none."},
+        metadata={
+            "help": "Weight of the relative squared error of hidden states against the dense model's; 0 for none."
+        },
     )
 
     if TYPE_CHECKING:
@@ -136,19 +144,19 @@ class TrainingOptions:
 
     @property
     def is_dense(self) -> bool:
-        """Whether the run is a dense baseline: of the options only ``dense_learning_rate`` is read."""
+        """Whether the run is a dense baseline, which reads only ``dense_learning_rate`` of these options."""
         return self.schedule == DENSE
 
     @property
     def distils(self) -> bool:
-        """Whether the stages after the dense one learn from the model that it left."""
+        """Whether the stages after the dense one learn from the model of the dense stage."""
         return bool(self.distillation_weight or self.feature_distillation_weight)
 
     def fill_in(self) -> None:
-        """Give each option that is None the schedule's value.
+        """Set each option that is None to the schedule's value.
 
         Raises:
-            ValueError: unknown schedule, an option outside its range, options that contradict each other.
+            ValueError: an unknown schedule, an option outside its range, or options that contradict each other.
         """
         if self.schedule and self.recipe:
             raise ValueError("schedule and recipe are two names of one option: give schedule alone")
@@ -174,7 +182,7 @@ class TrainingOptions:
         if self._get("feature_distillation_weight") < 0:
             raise ValueError(f"feature_distillation_weight is {self.feature_distillation_weight}, but it is at least 0")
         if self.router_start not in ("random", "fitted"):
-            raise ValueError(f"router_start is {self.router_start!r}, but it is random or fitted")
+            raise ValueError(f"router_start is {self.router_start!r}, but it must be random or fitted")
         if not 0 < self._get("ramp") <= 1:
             raise ValueError(f"ramp is {self.ramp}, but it is a share of the soft stage, above 0 and at most 1")
         if not 0 < self.sparsity_ramp <= 1:
