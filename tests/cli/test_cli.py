@@ -234,7 +234,7 @@ def test_resume(files, tmp_path, monkeypatch, capfd):
         patch.setattr(_Stages, "begin_step", stop_at_5)
         assert main(given("cut")) == 130
     assert capfd.readouterr().err.splitlines()[-1] == (
-        "lte: error: interrupted at step 5 of 8: with --resume it goes on from step 4"
+        "lte: error: interrupted at step 5 of 8: --resume continues from step 4"
     )
     assert not (tmp_path / "cut" / SUMMARY).exists()
     assert main(given("cut", "--resume")) == 0
@@ -295,7 +295,7 @@ def refused(capfd, argv, said):
         (["--target-sparsity", "0.5", "--expert-size", "7"], "7"),
         (["--target-sparsity", "0.5", "--text", "none.txt"], "none.txt"),
         (["--target-sparsity", "0.5", "--device", "gpu"], "gpu"),
-        (["--target-sparsity", "0.5", "--max-steps", "1", "--hard-fraction", "1.0"], "soft stage none"),
+        (["--target-sparsity", "0.5", "--max-steps", "1", "--hard-fraction", "1.0"], "soft stage no step"),
         (["--target-sparsity", "0.5", "--calibration-rows", "0"], "calibration_rows"),
         (["--target-sparsity", "0.5", "--held-out", "5000"], "hold out"),
         (["--target-sparsity", "0.5", "--model", "./none"], "no such folder"),

@@ -99,7 +99,7 @@ def test_a_step_that_does_not_compile_is_refused_with_the_cure(monkeypatch):
     torch._dynamo.reset()
     model = lte.optimize_(sparse(), "reference")
     compiled_by(RuntimeError("no C++\ncompiler"))
-    with pytest.raises(ValueError, match=r"does not compile here: .*no C\+\+ compiler.*; leave --compile away"):
+    with pytest.raises(ValueError, match=r"does not compile here: .*no C\+\+ compiler.*; leave --compile out"):
         lte.generate(model, prompts()[0][None], compile=True, **GREEDY)
 
 

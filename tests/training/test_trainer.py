@@ -437,7 +437,7 @@ def test_what_is_refused(tmp_path):
 
 
 def test_too_few_steps_are_refused_before_training(tmp_path):
-    with pytest.raises(ValueError, match="leave the soft stage none"):
+    with pytest.raises(ValueError, match="leave the soft stage no step"):
         trainer_for(tmp_path, max_steps=4, dense_fraction=0.5, hard_fraction=0.5).train()
 
 

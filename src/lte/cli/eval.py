@@ -30,7 +30,7 @@ from lte.surgery.loading import Head, check_causal, load_config, load_tokenizer
 
 @dataclass
 class MMLUOptions:
-    """MMLU, instead of data of one's own."""
+    """MMLU, instead of your own data."""
 
     mmlu: str | None = None
     """Answer MMLU's questions: a folder as it was released, with dev/ and test/."""
@@ -44,7 +44,7 @@ class MMLUOptions:
 
 @dataclass
 class HarnessOptions:
-    """Tasks of lm-evaluation-harness, instead of data of one's own."""
+    """Tasks of lm-evaluation-harness, instead of your own data."""
 
     tasks: str | None = None
     """Run these of lm_eval's tasks, e.g. hellaswag,arc_easy, or patterns such as mmlu_*."""

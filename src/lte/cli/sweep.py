@@ -81,7 +81,7 @@ class Sweep:
     """Measurements of each model, further ones after train: lte eval without its model, as one string:
     "eval --text FILE"."""
     jobs: int = 1
-    """Runs at a time, dealt out to the GPUs there are; each gets its share of the cores."""
+    """Number of runs at a time. They share all GPUs, and each gets its share of the cores."""
     discard_models: bool = False
     """Delete each model once it is evaluated."""
     json: bool = False

@@ -56,7 +56,7 @@ def _steps(model: PreTrainedModel, compile: bool | None, options: dict[str, Any]
     """How Hugging Face is told to run the steps."""
     recording = any(isinstance(module, Selecting) and bool(module.kept_in) for module in model.modules())
     if compile and recording:
-        raise ValueError("scores are being recorded, which a compiled step cannot do: leave compile=True away")
+        raise ValueError("scores are being recorded, which a compiled step cannot do: leave compile=True out")
     if compile is None:
         compile = model.device.type == "cuda" and model._can_compile_fullgraph and not recording
     if not compile or options.get("past_key_values") is not None:
@@ -81,7 +81,7 @@ def _explained(compile: bool) -> Iterator[None]:
             raise
         reason = one_line(error).partition(" Set TORCH")[0]  # less torch's advice to those who look into torch
         raise ValueError(
-            f"this model's step does not compile here: {reason}; leave --compile away (compile=False)"
+            f"this model's step does not compile here: {reason}; leave --compile out (compile=False)"
         ) from error
 
 

@@ -24,7 +24,7 @@ def sparse_layers(model: nn.Module) -> dict[str, Selecting]:
     found = {name: module for name, module in model.named_modules() if isinstance(module, Selecting)}
     if not found and hasattr(getattr(model, "config", None), "teal"):
         raise ValueError(
-            f"{type(model).__name__} has TEAL's thresholds and no sparse FFN: use it as it is, or convert the dense "
+            f"{type(model).__name__} has no sparse FFN but TEAL's thresholds: use it as it is, or convert the dense "
             "model again"
         )
     if not found:

@@ -50,7 +50,7 @@ def sparsify_(
         The same model.
 
     Raises:
-        ValueError: unknown family, expert size that does not divide d_ff, already sparse, shared out by tensor
+        ValueError: unknown family, expert size that does not divide d_ff, already sparse, divided by tensor
             parallelism, data missing. The model is then as it was.
     """
     sites = _checked(model, method)
@@ -191,7 +191,7 @@ def densify(model: PreTrainedModel) -> PreTrainedModel:
         A new model on the same device; the two share no weights.
 
     Raises:
-        ValueError: a model without sparse FFNs, or one that is shared out by tensor parallelism.
+        ValueError: a model without sparse FFNs, or one that is divided by tensor parallelism.
     """
     check_not_shared(model, "densify copies")
     ours = tuple(f"{name}.{child}." for name in sparse_layers(model) for child in ("router", "compensation"))

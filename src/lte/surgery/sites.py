@@ -76,10 +76,9 @@ class Site:
         return [path for path in (self.family.gate, self.family.up, self.family.down) if path]
 
     def check_projections(self) -> None:
-        """Whether its projections are plain linear layers, with weights that can be read and reordered.
+        """Raise ValueError unless the projections are plain linear layers with weights that can be reordered.
 
-        Raises:
-            ValueError: one that is wrapped, quantised or on the meta device.
+        A projection may not be wrapped, quantised or on the meta device.
         """
         for path in self._projection_paths():
             linear, where = self.module(path), f"{self.name}.{path}"
@@ -96,10 +95,9 @@ class Site:
                 raise ValueError(f"{where} is on the meta device: load the model's weights first, without offloading")
 
     def check(self) -> None:
-        """Whether the FFN is what its family row says and its weights can be reordered.
+        """Raise ValueError unless the FFN is as its family's row says and its weights can be reordered.
 
-        Raises:
-            ValueError: as :meth:`check_projections`; sizes that do not match, a part the row does not name.
+        In addition to :meth:`check_projections`, sizes must match, and the row must name all parts.
         """
         family = self.family
         self.check_projections()

@@ -182,7 +182,7 @@ class TrainingOptions:
         if self._get("feature_distillation_weight") < 0:
             raise ValueError(f"feature_distillation_weight is {self.feature_distillation_weight}, but it is at least 0")
         if self.router_start not in ("random", "fitted"):
-            raise ValueError(f"router_start is {self.router_start!r}, but it must be random or fitted")
+            raise ValueError(f"router_start is {self.router_start!r}, but it is random or fitted")
         if not 0 < self._get("ramp") <= 1:
             raise ValueError(f"ramp is {self.ramp}, but it is a share of the soft stage, above 0 and at most 1")
         if not 0 < self.sparsity_ramp <= 1:
