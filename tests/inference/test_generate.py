@@ -1,13 +1,21 @@
-from functools import partial
+import copy
+import logging
+from contextlib import contextmanager
 
 import pytest
 import torch
 from tiny_models import VOCABULARY, tiny_inputs, tiny_model
-from transformers import CompileConfig
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import lte
+from lte.inference import attention as attention_file
+from lte.inference import decoder as decoder_file
 from lte.inference import generate as generate_file
+from lte.ops import slot_attention
+from lte.surgery.families import known_families
 
 GENERATING = ["llama", "gemma3_text", "phi3", "gpt2", "gpt_neox", "opt", "bloom", "mpt", "falcon", "t5", "bart"]
 GREEDY = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0}
@@ -48,6 +56,150 @@ def test_an_optimised_model_gives_the_same_tokens(family):
     assert torch.equal(lte.generate(model, inputs, **GREEDY), expected)
 
 
+CAUSAL = [
+    family
+    for family in known_families()
+    if (kind := MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[family], None)) is not None
+    and family not in ("bert", "roberta", "xlm-roberta", "camembert", "electra", "bart", "mbart", "pegasus", "marian")
+]
+LEFT_TO_HUGGING_FACE = {"bloom", "gpt_neo", "mpt"}
+"""They count positions by themselves, or look at them on the host."""
+
+
+def lively(family, **changes):
+    """A tiny model whose tokens differ from each other."""
+    model = tiny_model(family, **changes).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3 if parameter.ndim > 1 else 1)
+    return model
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("options", [{"eos_token_id": None}, {"repetition_penalty": 1.3, "eos_token_id": [7, 8, 9]}])
+def test_tokens_are_those_of_hugging_face(family, options, caplog):
+    generate_file._say_once.cache_clear()
+    caplog.set_level(logging.INFO, "lte")
+    model = lively(family)
+    options = {**GREEDY, "max_new_tokens": 16, **options}
+    for inputs in (left_padded(), {"input_ids": prompts()[1][None]}):
+        assert torch.equal(lte.generate(model, inputs, **options), model.generate(**inputs, **options))
+    assert ("is decoded by model.generate" in caplog.text) == (family in LEFT_TO_HUGGING_FACE)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text", "olmo3", "cohere2", "ministral"])
+@pytest.mark.parametrize("form", ["bool", "int64"])
+def test_a_sliding_window_is_looked_through(family, form, monkeypatch):
+    model = lively(family, sliding_window=4)
+    if form == "int64":
+        read_filled_slots_alone(monkeypatch)
+    options = {**GREEDY, "eos_token_id": None}
+    expected = model.generate(**left_padded(), **options)
+    assert torch.equal(lte.generate(model, left_padded(), **options), expected)
+
+
+def read_filled_slots_alone(monkeypatch):
+    """As on a GPU: the attention that knows slots by number, here by its reference."""
+    right = attention_file.mask_form
+    monkeypatch.setattr(decoder_file, "mask_form", lambda model, graph: right(model, True))
+    monkeypatch.setattr(attention_file, "missing", lambda name: None)
+    monkeypatch.setattr(attention_file, "slot_attention", slot_attention.reference)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen2", "phi3", "opt"])
+def test_attention_over_filled_slots(family, monkeypatch):
+    read_filled_slots_alone(monkeypatch)
+    model = lively(family)
+    options = {**GREEDY, "eos_token_id": None}
+    expected = model.generate(**left_padded(), **options)
+    implementation = model.config._attn_implementation
+    assert torch.equal(lte.generate(model, left_padded(), **options), expected)
+    assert model.config._attn_implementation == implementation
+
+
+def test_a_soft_cap_keeps_its_own_attention():
+    model = tiny_model("gemma2")
+    assert attention_file.mask_form(model, graph=True) != torch.int64
+
+
+SAMPLING = [
+    {"temperature": 1.7},
+    {"top_k": 5},
+    {"top_p": 0.7},
+    {"min_p": 0.05},
+    {"typical_p": 0.8},
+    {"epsilon_cutoff": 0.01},
+    {"renormalize_logits": True, "top_k": 7, "temperature": 0.6, "repetition_penalty": 1.2},
+]
+
+
+@pytest.mark.parametrize("sampling", SAMPLING, ids=str)
+def test_samples_are_those_of_hugging_face(sampling, caplog):
+    generate_file._say_once.cache_clear()
+    caplog.set_level(logging.INFO, "lte")
+    model = lively("llama")
+    options = {
+        "max_new_tokens": 12,
+        "pad_token_id": 0,
+        "do_sample": True,
+        "eos_token_id": [7, 8],
+        "top_k": 0,
+        **sampling,
+    }
+    torch.manual_seed(4)
+    expected = model.generate(**left_padded(), **options)
+    assert torch.equal(lte.generate(model, left_padded(), seed=4, **options), expected)
+    assert "is decoded by model.generate" not in caplog.text
+
+
+@pytest.mark.parametrize("fewest", [{"min_new_tokens": 6}, {"min_length": 12}], ids=str)
+def test_a_text_is_not_ended_early(fewest):
+    model = lively("llama")
+    ends = model.generate(**left_padded(), **GREEDY, eos_token_id=None)[:, max(LENGTHS)].unique().tolist()
+    options = {**GREEDY, "eos_token_id": ends}
+    assert lte.generate(model, left_padded(), **options).shape[1] < max(LENGTHS) + 5
+    made = lte.generate(model, left_padded(), **options, **fewest)
+    assert torch.equal(made, model.generate(**left_padded(), **options, **fewest))
+    assert made.shape[1] >= max(LENGTHS) + 5
+
+
+class Forbidding(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        scores[:, 3:20] = -torch.inf
+        return scores
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"num_beams": 2}, "beam search is none of greedy and sampling"),
+        ({"logits_processor": LogitsProcessorList([Forbidding()])}, "Forbidding looks at more than scores"),
+        ({"no_repeat_ngram_size": 2}, "NoRepeatNGramLogitsProcessor looks at more than scores"),
+        ({"cache_implementation": "static"}, "cache_implementation is given"),
+        ({"use_cache": False}, "it is to keep no keys and values"),
+        ({"return_dict_in_generate": True}, "more than tokens is asked for"),
+    ],
+)
+def test_what_the_loop_does_not_do_is_left_to_hugging_face(asked, reason, caplog):
+    generate_file._say_once.cache_clear()
+    caplog.set_level(logging.INFO, "lte")
+    model = lively("llama")
+    options = {**GREEDY, "eos_token_id": None, **asked}
+    found, expected = lte.generate(model, left_padded(), **options), model.generate(**left_padded(), **options)
+    if asked.get("return_dict_in_generate"):
+        found, expected = found.sequences, expected.sequences
+    assert torch.equal(found, expected)
+    assert f"LlamaForCausalLM is decoded by model.generate: {reason}" in " ".join(caplog.text.split())
+    assert len(caplog.records) == 1
+
+
+def test_time_that_is_over_ends_the_texts():
+    made = lte.generate(
+        lively("llama"), left_padded(), **{**GREEDY, "max_new_tokens": 40}, eos_token_id=None, max_time=0
+    )
+    assert made.shape[1] == max(LENGTHS) + 1
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 @pytest.mark.parametrize("steps", [{}, {"cache_implementation": "static"}])
 def test_padded_rows_give_the_tokens_of_each_prompt_alone(family, steps):
@@ -69,17 +221,95 @@ def test_padding_is_left_out_of_the_sparsity(llama):
     assert together.by_layer == pytest.approx(alone.by_layer, abs=1e-6)
 
 
-def test_compiled_steps_give_the_same_tokens(monkeypatch):
-    monkeypatch.setattr(generate_file, "CompileConfig", partial(CompileConfig, backend="eager"))
+@pytest.fixture
+def compiled_by(monkeypatch):
+    """Steps are compiled by another compiler than inductor, which takes seconds."""
+
+    def use(backend="eager"):
+        torch._dynamo.reset()
+        right = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda step, options, **how: right(step, backend=backend, **how))
+
+    return use
+
+
+def prepared_by(model, inputs, **options):
+    """The tokens, and what was prepared on the way."""
+    seen = []
+
+    @contextmanager
+    def preparing(what):
+        seen.append(what)
+        yield
+
+    return lte.generate(model, inputs, preparing=preparing, **options), seen
+
+
+def test_compiled_steps_give_the_same_tokens_and_are_kept(compiled_by):
+    compiled_by()
     model = lte.optimize_(sparse(), "auto")
     options = {**GREEDY, "eos_token_id": None}
     expected = lte.generate(model, left_padded(), **options)
-    assert not hasattr(model, "_compiled_call")
-    assert torch.equal(lte.generate(model, left_padded(), compile=True, **options), expected)
-    assert model._last_compile_config.fullgraph
-    with lte.track_sparsity(model) as meter:  # not compiled, though the model can be
+    found, prepared = prepared_by(model, left_padded(), compile=True, **options)
+    assert torch.equal(found, expected)
+    assert prepared == ["compiling the decoding step: batch 4, 256 tokens"]
+    shorter = {name: value[:, 2:] for name, value in left_padded().items()}
+    for inputs in (left_padded(), shorter):  # other lengths, the same step
+        found, prepared = prepared_by(model, inputs, compile=True, **options)
+        assert torch.equal(found, lte.generate(model, inputs, **options))
+        assert not prepared
+    alone, prepared = prepared_by(model, prompts()[1][None], compile=True, **options)
+    assert torch.equal(alone, lte.generate(model, prompts()[1][None], **options))
+    assert prepared == ["compiling the decoding step: batch 1, 256 tokens"]
+    with lte.track_sparsity(model) as meter:
         assert torch.equal(lte.generate(model, left_padded(), **options), expected)
     assert 0.1 < meter.overall < 0.9
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: lte.set_mode_(model, "dense"),
+        lambda model: lte.optimize_(model, "reference"),
+        lambda model: model.load_state_dict(
+            {name: one.clone() for name, one in model.state_dict().items()}, assign=True
+        ),
+        lambda model: model.model.layers[0].register_forward_hook(lambda *_: None),
+        lambda model: model.double(),
+    ],
+)
+def test_a_model_that_has_changed_is_compiled_anew(change, compiled_by):
+    compiled_by()
+    model = lte.optimize_(sparse(), "auto")
+    options = {**GREEDY, "eos_token_id": None}
+    prepared_by(model, left_padded(), compile=True, **options)
+    change(model)
+    found, prepared = prepared_by(model, left_padded(), compile=True, **options)
+    assert prepared
+    assert torch.equal(found, lte.generate(model, left_padded(), **options))
+
+
+def test_what_is_kept_goes_neither_into_copies_nor_into_files(compiled_by, tmp_path):
+    compiled_by()
+    model = lte.optimize_(sparse(), "auto")
+    options = {**GREEDY, "eos_token_id": None}
+    expected = lte.generate(model, left_padded(), compile=True, **options)
+    twin = copy.deepcopy(model)
+    assert not twin._decoders._decoders
+    assert torch.equal(lte.generate(twin, left_padded(), **options), expected)
+    torch.save(model, tmp_path / "model.pt")
+    read = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(lte.generate(read, left_padded(), **options), expected)
+    model.save_pretrained(tmp_path / "saved")
+    assert {path.suffix for path in (tmp_path / "saved").iterdir()} <= {".json", ".safetensors", ".py"}
+
+
+def test_few_decoders_are_kept(compiled_by):
+    compiled_by()
+    model = tiny_model("llama")
+    for batch in (1, 2, 4, 8, 16, 1):
+        lte.generate(model, prompts()[0][None].expand(batch, -1), compile=True, **GREEDY)
+    assert [key[0][0] for key in model._decoders._decoders] == [4, 8, 16, 1]
 
 
 def test_compile_is_refused_while_recording(llama):
@@ -88,17 +318,12 @@ def test_compile_is_refused_while_recording(llama):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, about itself
-def test_a_step_that_does_not_compile_is_refused_with_the_cure(monkeypatch):
-    def broken(error, graph, inputs):
-        raise error
+def test_a_step_that_does_not_compile_is_refused_with_the_cure(compiled_by):
+    def broken(graph, inputs):
+        raise RuntimeError("no C++\ncompiler")
 
-    def compiled_by(error):
-        backend = partial(broken, error)
-        monkeypatch.setattr(generate_file, "CompileConfig", partial(CompileConfig, backend=backend))
-
-    torch._dynamo.reset()
+    compiled_by(broken)
     model = lte.optimize_(sparse(), "reference")
-    compiled_by(RuntimeError("no C++\ncompiler"))
     with pytest.raises(ValueError, match=r"does not compile here: .*no C\+\+ compiler.*; leave --compile out"):
         lte.generate(model, prompts()[0][None], compile=True, **GREEDY)
 

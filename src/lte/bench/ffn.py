@@ -11,9 +11,10 @@ from torch import Tensor
 from lte.bench import synthetic
 from lte.bench.parity import parity
 from lte.bench.shapes import FFNSize
-from lte.bench.timing import Run, available_memory, cache_bytes, capture, in_turn
+from lte.bench.timing import Run, available_memory, cache_bytes, in_turn
 from lte.core.linear import linear_fp32
 from lte.inference.generate import one_line
+from lte.inference.graphs import capture
 from lte.ops import reference
 from lte.ops.sparse_ffn import BackendName, choose, sparse_ffn
 from lte.ops.weights import FFNWeights

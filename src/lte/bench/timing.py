@@ -20,21 +20,6 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def capture(run: Run) -> Run:
-    """``run`` as a CUDA graph: the call that replays it. It must not wait for the GPU."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # the first calls compile, choose kernels and allocate workspaces
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
-
-
 def in_turn(runs: dict[str, Run], device: torch.device, repeats: int = 20, seconds: float = 3.0) -> dict[str, float]:
     """Median seconds a call of each run, the runs taking turns so that all see the same state of the machine.
 

@@ -3,7 +3,8 @@
 import json
 import os
 import sys
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -28,6 +29,22 @@ def bar() -> Progress:
     """Return a progress bar on stderr. It is visible only on a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, TimeRemainingColumn(), console=err, transient=True, disable=not err.is_terminal)
+
+
+@contextmanager
+def waiting(what: str, beside: Progress | None = None) -> Iterator[None]:
+    """Show a bar without an end, and what is waited for. Where stderr is no terminal, one line says it.
+
+    Args:
+        what: in words.
+        beside: the bars that are shown already.
+    """
+    if not err.is_terminal:
+        err.print(what, markup=False)
+    with nullcontext(beside) if beside is not None else bar() as progress:
+        task = progress.add_task(what, total=None)
+        yield
+        progress.remove_task(task)
 
 
 def track(items: Iterable[T], description: str) -> Iterable[T]:

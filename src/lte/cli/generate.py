@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from lte.cli.console import bar, err, print_json
+from lte.cli.console import bar, err, print_json, waiting
 from lte.cli.main import parse
 from lte.cli.options import DeviceOptions, Model, open_model, optimize_where_possible_
 from lte.data.chat import ChatTemplate
@@ -48,8 +48,9 @@ class Generate:
     """Of sampling."""
     backend: BackendName = "auto"
     """What skips the idle experts of a sparse model; one that is named runs or is an error."""
-    compile: bool = False
-    """Compile the decoding step: tens of seconds once, then faster. It pays for long texts on a GPU."""
+    compile: bool | None = None
+    """Compile the decoding step: up to a minute or two the first time on a machine, seconds later on, then each token
+    is faster. The default is yes on a GPU, no on a CPU."""
     json: bool = False
     """Print one JSON object on the last line."""
     where: DeviceOptions = field(default_factory=DeviceOptions)
@@ -57,11 +58,19 @@ class Generate:
 
 @dataclass
 class Run:
-    """What decoding gave, a prompt each, and the seconds it took in all."""
+    """What decoding gave, a prompt each.
+
+    Attributes:
+        seconds: that decoding took in all.
+        preparing: seconds spent before on compiling and capturing steps.
+        prepared: what that was, in words.
+    """
 
     texts: list[str] = field(default_factory=list)
     completions: list[Completion] = field(default_factory=list)
     seconds: float = 0.0
+    preparing: float = 0.0
+    prepared: list[str] = field(default_factory=list)
 
     @property
     def tokens(self) -> list[int]:
@@ -94,14 +103,16 @@ def main(argv: Sequence[str]) -> None:
         optimize_where_possible_(model, options.backend)
     run = _decode(model, tokenizer, batches, options)
     speed = sum(run.tokens) / run.seconds
-    err.print(f"{sum(run.tokens)} tokens, {speed:.1f} a second" + (" (compiling counted)" if options.compile else ""))
+    err.print(f"{sum(run.tokens)} tokens, {speed:.1f} a second" + _prepared_in(run.preparing))
     sparsity = completions_sparsity(model, run.completions).overall if hasattr(config, "lte") else None
     if sparsity is not None:
         err.print(f"sparsity {sparsity:.1%} (mode {mode})")
     if options.json:
         result = {"texts": run.texts, "tokens": run.tokens, "seconds": round(run.seconds, 4), "mode": mode}
         result |= {"tokens_per_second": round(speed, 2), "sparsity": sparsity}
-        print_json({**result, "device": str(model.device), "backend": options.backend, "compiled": options.compile})
+        result |= {"device": str(model.device), "backend": options.backend, "preparing": round(run.preparing, 4)}
+        result["compiled"] = any(what.startswith("compiling") for what in run.prepared)
+        print_json(result)
 
 
 def _prompts(options: Generate) -> list[str]:
@@ -148,21 +159,31 @@ def _decode(model: PreTrainedModel, tokenizer: Any, batches: list[dict[str, Tens
     )
     run, stops = Run(), stop_ids(model, tokenizer)
     streams = len(batches) == 1 and len(batches[0]["input_ids"]) == 1
-    with _streamer(tokenizer, streams, len(batches) * options.max_new_tokens) as streamer:
-        for index, inputs in enumerate(batches):
+    with _shown(tokenizer, streams, len(batches) * options.max_new_tokens) as (streamer, waits):
+
+        @contextmanager
+        def preparing(what: str) -> Iterator[None]:
             began = time.perf_counter()
+            with waits(what):
+                yield
+            run.prepared.append(what)
+            run.preparing += time.perf_counter() - began
+
+        for index, inputs in enumerate(batches):
+            began = time.perf_counter() - run.preparing
             completions = complete(
                 model,
                 inputs,
                 stops,
                 compile=options.compile,
+                preparing=preparing,
                 seed=options.seed + index,
                 max_new_tokens=options.max_new_tokens,
                 pad_token_id=tokenizer.pad_token_id,
                 streamer=streamer(),
                 **sampling,
             )
-            run.seconds += time.perf_counter() - began
+            run.seconds += time.perf_counter() - run.preparing - began
             run.completions += completions
             run.texts += [tokenizer.decode(one.new, skip_special_tokens=True) for one in completions]
     if not streams:
@@ -170,15 +191,24 @@ def _decode(model: PreTrainedModel, tokenizer: Any, batches: list[dict[str, Tens
     return run
 
 
+def _prepared_in(seconds: float) -> str:
+    return f" after {seconds:.1f} s of preparing" if seconds else ""
+
+
 @contextmanager
-def _streamer(tokenizer: Any, streams: bool, total: int) -> Iterator[Callable[[], BaseStreamer]]:
-    """What each call of ``generate`` gets: the text to stdout, or a bar of tokens where several prompts run."""
+def _shown(
+    tokenizer: Any, streams: bool, total: int
+) -> Iterator[tuple[Callable[[], BaseStreamer], Callable[[str], AbstractContextManager[None]]]]:
+    """What each call of ``generate`` gets, and what shows that a step is being prepared.
+
+    The text goes to stdout; where several prompts run, a bar of tokens takes its place.
+    """
     if streams:
-        yield lambda: TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        yield lambda: TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True), waiting
         return
     with bar() as progress:
         task = progress.add_task("tokens of each prompt", total=total)
-        yield lambda: _Steps(lambda: progress.advance(task))
+        yield lambda: _Steps(lambda: progress.advance(task)), lambda what: waiting(what, progress)
 
 
 class _Steps(BaseStreamer):

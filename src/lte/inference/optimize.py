@@ -3,6 +3,7 @@
 from torch import nn
 from transformers import PreTrainedModel
 
+from lte.inference.graphs import Replays
 from lte.inference.packed import (
     BypassedLinear,
     Packed,
@@ -114,3 +115,4 @@ def _become_packed_(layer: Selecting, packed: Packed) -> None:
             projection.linear.layer = (layer,)  # pyright: ignore
     assert isinstance(layer, PackedLayer)
     layer.packed = packed
+    layer.replays = Replays()

@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from lte.core.selection import threshold
+from lte.inference.graphs import Replays
 from lte.modules.compensation import Compensation
 from lte.modules.router import Router
 from lte.modules.sparse_ffn import Selecting, SparseActivation, SparseFFN
@@ -73,6 +75,10 @@ class Packed:
     act: Activation
     backend: BackendName
 
+    @cached_property
+    def linears(self) -> list[nn.Module]:
+        return [one.linear for one in (self.gate, self.up, self.down) if one is not None]
+
     def untouched(self) -> bool:
         return self.up.untouched() and self.down.untouched() and (self.gate is None or self.gate.untouched())
 
@@ -95,6 +101,7 @@ class PackedLayer(Selecting):
     """What both forms share: when experts are skipped, and how."""
 
     packed: Packed
+    replays: Replays
 
     def skips(self, x_TD: Tensor) -> bool:
         """Whether idle experts are skipped in this pass.
@@ -114,13 +121,26 @@ class PackedLayer(Selecting):
 
     def run(self, x_TD: Tensor) -> Tensor:
         """The FFN's output by ``sparse_ffn``."""
-        active_TE = None
         if self.recorded:
             scores_TE = self.router(x_TD)
             self.keep(scores_TE)
-            active_TE = threshold(scores_TE, self.tau)
+            return self._compute(x_TD, threshold(scores_TE, self.tau))
+        if x_TD.is_cuda and not torch.compiler.is_compiling() and type(x_TD) is Tensor:
+            return self.replays(x_TD, self._key(x_TD), self._compute)
+        return self._compute(x_TD)
+
+    def _compute(self, x_TD: Tensor, active_TE: Tensor | None = None) -> Tensor:
         weights = self.packed.weights(self.linear_router, self.compensation, self.tau)
         return sparse_ffn(x_TD, weights, active_TE, self.packed.backend)
+
+    def _key(self, x_TD: Tensor) -> tuple[object, ...]:
+        """What an output depends on beside the input: where weights lie, for one."""
+        layers = (self.router, *self.packed.linears)
+        tensors = [one for layer in layers for one in layer._parameters.values() if one is not None]
+        if self.compensation is not None:
+            tensors += self.compensation.parameters()
+        places = [one.data_ptr() for one in tensors]
+        return x_TD.dtype, self.tau, self.packed.backend, *places
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, backend={self.packed.backend!r}"

@@ -8,7 +8,7 @@
 3. ``_sum`` adds the programs' outputs in a fixed order, and the compensation of idle experts.
 
 On Hopper each launch begins before the previous one ends (programmatic dependent launch). Before a kernel reads what
-others wrote, it waits until the previous kernel is done.
+others wrote, it waits until the previous kernel is done. ``_route`` loads its weights before it waits.
 """
 # pyright: basic, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false
 
@@ -30,9 +30,11 @@ MAX_RANK = 256  # a higher rank of the compensation does not fit into the regist
 
 
 @triton.jit
-def _dot(x, weight, bias, row, D, HAS_BIAS: tl.constexpr, BLOCK_D: tl.constexpr):
+def _dot(x, weight, bias, row, D, HAS_BIAS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr):
     cols = tl.arange(0, BLOCK_D)
     w_D = tl.load(weight + row * D + cols, mask=cols < D, other=0.0)
+    if PDL:  # x is what the kernel before wrote, the weights are not
+        tl.extra.cuda.gdc_wait()
     x_D = tl.load(x + cols, mask=cols < D, other=0.0)
     product = tl.sum(w_D.to(tl.float32) * x_D.to(tl.float32), axis=0)
     if HAS_BIAS:
@@ -41,8 +43,10 @@ def _dot(x, weight, bias, row, D, HAS_BIAS: tl.constexpr, BLOCK_D: tl.constexpr)
 
 
 @triton.jit
-def _choose(x, router, bias, active, expert, D, threshold, HAS_BIAS: tl.constexpr, BLOCK_D: tl.constexpr):
-    logit = _dot(x, router, bias, expert, D, HAS_BIAS, BLOCK_D)
+def _choose(
+    x, router, bias, active, expert, D, threshold, HAS_BIAS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr
+):
+    logit = _dot(x, router, bias, expert, D, HAS_BIAS, BLOCK_D, PDL)
     tl.store(active + expert, (logit > threshold).to(tl.uint8))
 
 
@@ -68,11 +72,11 @@ def _route(
         tl.extra.cuda.gdc_launch_dependents()
     if COMPENSATED:
         if row < E:
-            _choose(x, router, bias, active, row, D, threshold, HAS_BIAS, BLOCK_D)
+            _choose(x, router, bias, active, row, D, threshold, HAS_BIAS, BLOCK_D, PDL)
         else:
-            tl.store(z + row - E, _dot(x, compress, compress_bias, row - E, D, True, BLOCK_D))
+            tl.store(z + row - E, _dot(x, compress, compress_bias, row - E, D, True, BLOCK_D, PDL))
     else:
-        _choose(x, router, bias, active, row, D, threshold, HAS_BIAS, BLOCK_D)
+        _choose(x, router, bias, active, row, D, threshold, HAS_BIAS, BLOCK_D, PDL)
 
 
 @triton.jit
@@ -239,7 +243,7 @@ def token_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tunin
             COMPENSATED=R > 0,
             BLOCK_D=block_d,
             num_warps=min(8, max(1, block_d // 512)),
-            PDL=overlap["PDL"],  # a plain launch: it starts when all earlier work is done
+            **overlap,
         )
     order = torch.empty(tuning.programs, E, dtype=torch.int32, device=device)
     partial = torch.empty(tuning.programs, D, dtype=torch.float32, device=device)

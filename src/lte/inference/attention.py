@@ -1,0 +1,70 @@
+"""Which attention a decoding step uses, and its own one, registered with Hugging Face's attention functions."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+
+from lte.ops.slot_attention import MAX_WIDTH, slot_attention
+from lte.ops.sparse_ffn import missing
+
+OURS = "lte_slots"
+"""The name of :func:`_attend` among Hugging Face's attentions."""
+
+
+def mask_form(model: PreTrainedModel, graph: bool) -> torch.dtype:
+    """The form of the masks that a step's attention takes, as :func:`~lte.inference.slot_cache.step_masks` makes them.
+
+    Captured on a GPU, models whose attention goes through Hugging Face's interface get the one that reads the filled
+    slots alone, which knows them as numbers: int64.
+    """
+    if model.config._attn_implementation == "eager":
+        return model.dtype
+    text = model.config.get_text_config(decoder=True)
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    plain = model._supports_attention_backend and getattr(text, "attn_logit_softcapping", None) is None
+    ours = graph and plain and width <= MAX_WIDTH and missing("triton") is None
+    return torch.int64 if ours else torch.bool
+
+
+@contextmanager
+def attending(model: PreTrainedModel, form: torch.dtype) -> Iterator[None]:
+    """Within it, the model's attention is the one that takes masks of this form."""
+    if form != torch.int64:
+        yield
+        return
+    configs: dict[int, Any] = {
+        id(part.config): part.config
+        for part in model.modules()
+        if isinstance(getattr(part, "config", None), PretrainedConfig)
+    }
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            config._attn_implementation = OURS
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation = before[key]
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    **other: Any,
+) -> tuple[Tensor, None]:
+    """As Hugging Face's attention functions: ``[B, H, 1, D]`` -> ``[B, 1, H, D]``."""
+    if other.get("softcap") is not None:
+        raise ValueError("attention with a soft cap is none that the decoding step has: use eager attention")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return slot_attention(query[:, :, 0], key, value, attention_mask[:, 0, 0], scale)[:, None], None
+
+
+AttentionInterface.register(OURS, _attend)

@@ -1,0 +1,73 @@
+"""Decoders of a model, kept from one call of ``generate`` to the next for as long as the model stays as it was."""
+
+import threading
+
+import torch
+from transformers import PreTrainedModel
+
+from lte.inference.decoder import Decoder, How, Prompts
+from lte.inference.graphs import Unshared
+from lte.inference.sampling import NotCovered
+from lte.modules.sparse_ffn import Selecting
+
+_MOST = 4
+"""Decoders kept a model: each has a cache of keys and values."""
+_SMALLEST = 256
+
+
+class Kept(Unshared):
+    """The last few decoders of one model.
+
+    Attributes:
+        lock: held while one of them decodes: a step has one place for its tokens.
+        refused: why no step of the model can be captured, once that has been tried.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.refused: str | None = None
+        self._state: object = None
+        self._decoders: dict[tuple[object, ...], Decoder] = {}
+
+    def decoder(self, model: PreTrainedModel, prompts: Prompts, most: int, how: How) -> Decoder:
+        """A decoder with room for these prompts and ``most`` new tokens.
+
+        Where a step is compiled or captured, sizes are rounded up to powers of 2, so that prompts and batches of other
+        sizes find it ready.
+        """
+        batch, slots = prompts.ids.shape[0], prompts.ids.shape[1] + most
+        if not (how.compile or how.graph):
+            return Decoder(model, prompts, batch, slots, how)
+        if self._state != (state := _state(model)):
+            self._state, self.refused = state, None
+            self._decoders.clear()
+        size = _rounded(batch, 1), _rounded(slots, _SMALLEST)
+        if self.refused is not None:
+            raise NotCovered(self.refused)
+        found = self._decoders.pop((size, how), None) or Decoder(model, prompts, *size, how)
+        self._decoders[size, how] = found  # the newest last
+        while len(self._decoders) > _MOST:
+            del self._decoders[next(iter(self._decoders))]
+        return found
+
+
+def kept_with(model: PreTrainedModel) -> Kept:
+    """What is kept with this model."""
+    return vars(model).setdefault("_decoders", Kept())
+
+
+def _rounded(size: int, smallest: int) -> int:
+    return max(smallest, 1 << (size - 1).bit_length())
+
+
+def _state(model: PreTrainedModel) -> object:
+    """All that a captured step has taken for granted: where weights lie, and how each module computes."""
+    tensors = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
+    modules = tuple(
+        (type(one), one.training, len(one._forward_hooks), len(one._forward_pre_hooks), vars(one).get("forward"))
+        for one in model.modules()
+    )
+    routed = tuple(
+        (one.mode, one.tau, getattr(one, "packed", None)) for one in model.modules() if isinstance(one, Selecting)
+    )
+    return tensors, modules, routed, model.config._attn_implementation, model.dtype, torch.is_inference_mode_enabled()

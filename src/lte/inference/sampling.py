@@ -1,0 +1,140 @@
+"""Choosing the next token inside the decoding step: Hugging Face's settings as tensors, nothing read by the host."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import (
+    EpsilonLogitsWarper,
+    LogitNormalization,
+    LogitsProcessor,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+_OF_SCORES_ALONE = (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    MinPLogitsWarper,
+    TypicalLogitsWarper,
+    EpsilonLogitsWarper,
+    LogitNormalization,
+)
+"""They read no tokens and wait for nothing, so they run inside a CUDA graph as they are."""
+
+
+class NotCovered(Exception):
+    """What is asked for is none of what the decoding loop does: ``model.generate`` has to do it."""
+
+
+class Sampler:
+    """What turns logits into the next token: the processors of one call of ``generate``, in its order.
+
+    Args:
+        processors: as ``generate`` prepares them.
+        sample: draw a token by its probability; otherwise the most likely one is taken.
+        stops: ids of the tokens that end a text.
+        prompt_tokens: length of the prompts, padding counted.
+
+    Raises:
+        NotCovered: a processor that needs the host, or that is not Hugging Face's.
+    """
+
+    def __init__(self, processors: Sequence[LogitsProcessor], sample: bool, stops: Sequence[int], prompt_tokens: int):
+        self.sample, self.stops = sample, tuple(stops)
+        self.penalty = 1.0
+        self.fewest = 0
+        self._order: list[Callable[[Tensor, Tokens], Tensor]] = []
+        said: list[object] = [sample, self.stops]
+        for one in processors:
+            if type(one) in _OF_SCORES_ALONE:
+                self._order.append(lambda scores, _tokens, one=one: one(None, scores))  # pyright: ignore
+                said.append((type(one).__name__, tuple(sorted(vars(one).items()))))
+            elif type(one) is RepetitionPenaltyLogitsProcessor and not isinstance(one.prompt_ignore_length, int):
+                self.penalty = one.penalty
+                self._order.append(self._penalise)
+                said.append(("penalty", one.penalty))
+            elif type(one) is MinLengthLogitsProcessor:
+                self._at_least(one.min_length - prompt_tokens, said)
+            elif type(one) is MinNewTokensLengthLogitsProcessor:
+                self._at_least(one.min_new_tokens, said)
+            else:
+                raise NotCovered(f"{type(one).__name__} looks at more than scores")
+        self.key = tuple(said)
+        """Samplers with the same key choose alike."""
+
+    def _at_least(self, new: int, said: list[object]) -> None:
+        self.fewest = max(self.fewest, new)
+        self._order.append(self._go_on)
+        said.append(("fewest", self.fewest))
+
+    def choose(self, logits_BV: Tensor, tokens: "Tokens") -> Tensor:
+        """The next token of each row, ``[B]`` int64."""
+        scores_BV = logits_BV.float()
+        for process in self._order:
+            scores_BV = process(scores_BV, tokens)
+        if self.sample:
+            return torch.multinomial(scores_BV.softmax(-1), 1)[:, 0]
+        return scores_BV.argmax(-1)
+
+    def _penalise(self, scores_BV: Tensor, tokens: "Tokens") -> Tensor:
+        penalised_BV = torch.where(scores_BV < 0, scores_BV * self.penalty, scores_BV / self.penalty)
+        return torch.where(tokens.seen_BV, penalised_BV, scores_BV)
+
+    def _go_on(self, scores_BV: Tensor, tokens: "Tokens") -> Tensor:
+        early = tokens.count < self.fewest
+        return scores_BV.masked_fill(early & tokens.ends_V, -torch.inf)
+
+
+class Tokens:
+    """What has been generated, on the device, where a CUDA graph reads and writes it.
+
+    Attributes:
+        last_B: ``[B]`` int64, each row's last token.
+        made_BN: ``[B, N]`` int64, the new tokens.
+        count: ``[]`` int64, how many of them there are.
+        finished_B: rows whose text has ended; their tokens are padding from then on.
+        seen_BV: tokens that occur in prompt or text, kept for a repetition penalty alone.
+        ends_V: the tokens that end a text.
+    """
+
+    def __init__(self, batch: int, most: int, vocabulary: int, sampler: Sampler, device: torch.device) -> None:
+        self.last_B = torch.zeros(batch, dtype=torch.long, device=device)
+        self.made_BN = torch.zeros(batch, most, dtype=torch.long, device=device)
+        self.count = torch.zeros((), dtype=torch.long, device=device)
+        self.finished_B = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.padding = torch.zeros((), dtype=torch.long, device=device)
+        self.seen_BV = torch.zeros(
+            (batch, vocabulary) if sampler.penalty != 1 else (0, 0), dtype=torch.bool, device=device
+        )
+        self.ends_V = torch.zeros(vocabulary, dtype=torch.bool, device=device)
+        if sampler.stops:
+            self.ends_V[[stop for stop in sampler.stops if stop < vocabulary]] = True
+
+    def begin(self, prompt_BP: Tensor, mask_BP: Tensor, padding: int) -> None:
+        """Start anew with these prompts; rows beyond them have ended already."""
+        rows = len(prompt_BP)
+        self.made_BN.fill_(padding)
+        self.padding.fill_(padding)
+        self.count.zero_()
+        self.finished_B.zero_()
+        self.finished_B[rows:] = True
+        if self.seen_BV.numel():
+            self.seen_BV.zero_()
+            self.seen_BV[:rows].scatter_(1, torch.where(mask_BP.bool(), prompt_BP, prompt_BP[:, -1:]), True)
+
+    def append(self, chosen_B: Tensor) -> None:
+        """Take a token a row; a row that has ended gets padding."""
+        self.last_B.copy_(torch.where(self.finished_B, self.padding, chosen_B))
+        self.made_BN.index_copy_(1, self.count[None], self.last_B[:, None])
+        self.count.add_(1)
+        self.finished_B.logical_or_(self.ends_V[self.last_B])
+        if self.seen_BV.numel():
+            self.seen_BV.scatter_(1, self.last_B[:, None], True)

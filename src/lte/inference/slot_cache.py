@@ -1,0 +1,131 @@
+"""Keys and values for the decoding loop: each row's tokens in slots 0, 1, 2, ..., padding left out."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+
+from lte.inference.sampling import NotCovered
+
+Masks = dict[str, Tensor] | Tensor
+"""What tokens may look at, by kind of layer where a model has kinds."""
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+class SlotLayer(StaticLayer):
+    """One layer's keys and values, ``[B, H, S, d]``, of which a step writes one slot a row."""
+
+    def __init__(self, slots: int, slot_B: Tensor) -> None:
+        super().__init__(max_cache_len=slots)
+        self.slot_B = slot_B
+        self.rows_B = torch.arange(len(slot_B), device=slot_B.device)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write one token a row into its slot; gives all slots."""
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys[self.rows_B, :, self.slot_B] = key_states[:, :, 0]
+        self.values[self.rows_B, :, self.slot_B] = value_states[:, :, 0]
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """More than 0, as after a prompt. Positions and masks are given to the model, so nothing else follows."""
+        return self.max_cache_len - 1
+
+
+class SlotCache(Cache):
+    """A static cache whose rows have lengths of their own.
+
+    A token's slot is its position in the text, so a row needs no mask for padding: it reads slots up to its last one.
+    Layers with a sliding window keep all slots and mask those before the window, which a CUDA graph can do.
+
+    Args:
+        filled: the prompts' cache, which gives shapes, dtype and device.
+        batch: rows, at least the number of prompts.
+        slots: of each row.
+        slot_B: ``[B]`` int64, the slot that the next step writes; the caller moves it.
+    """
+
+    def __init__(self, filled: DynamicCache, batch: int, slots: int, slot_B: Tensor) -> None:
+        super().__init__(layers=[SlotLayer(slots, slot_B) for _ in filled.layers])
+        for layer, prompt in self._beside(filled):
+            layer.lazy_initialization(_rows(prompt.keys, batch), _rows(prompt.values, batch))
+
+    def fill(self, filled: DynamicCache, padding_B: Tensor) -> None:
+        """Take over the prompts' keys and values.
+
+        Args:
+            filled: of prompts that are padded on the left.
+            padding_B: ``[B]`` int64, the number of padding tokens before each prompt.
+        """
+        for layer, prompt in self._beside(filled):
+            length = int(prompt.get_seq_length())
+            batch, heads, kept = prompt.keys.shape[:3]  # a sliding window keeps the last tokens only
+            column_BS = torch.arange(length, device=padding_B.device) + padding_B[:, None] - (length - kept)
+            column_BHS = column_BS.clamp(0, kept - 1)[:, None, :].expand(batch, heads, length)
+            for slots, prompts in ((layer.keys, prompt.keys), (layer.values, prompt.values)):
+                slots[:batch, :, :length] = prompts.gather(
+                    2, column_BHS[..., None].expand(*column_BHS.shape, prompts.shape[-1])
+                )
+
+    def _beside(self, filled: DynamicCache) -> Iterator[tuple[Any, Any]]:
+        return zip(self.layers, filled.layers, strict=True)
+
+
+def mask_kinds(config: PretrainedConfig) -> dict[str, int | None] | int | None:
+    """What a decoder's layers may look back at: the size of the window, None for all, by kind where a model has kinds.
+
+    Raises:
+        NotCovered: another kind of attention.
+    """
+    text = config.get_text_config(decoder=True)
+    window = getattr(text, "sliding_window", None)
+    if getattr(text, "alibi", False) or getattr(text, "attention_chunk_size", None) is not None:
+        raise NotCovered("its attention is neither full nor a sliding window")
+    if not hasattr(text, "layer_types") or text.layer_types is None:
+        return window
+    kinds = set(text.layer_types)
+    if kinds - {FULL, SLIDING}:
+        raise NotCovered(f"it has layers of {', '.join(sorted(kinds - {FULL, SLIDING}))}")
+    return {kind: window if kind == SLIDING else None for kind in sorted(kinds)}
+
+
+def step_masks(kinds: dict[str, int | None] | int | None, slot_B: Tensor, slots: int, form: torch.dtype) -> Masks:
+    """What each row's token may look at, ``[B, 1, 1, S]``, or one such a kind of layer.
+
+    Args:
+        kinds: as :func:`mask_kinds` gives them.
+        slot_B: the slot of each row's token.
+        slots: of each row.
+        form: bool gives True where a token may look, a floating point dtype a mask that is added to scores, int64 the
+            first and the last slot, ``[B, 1, 1, 2]``.
+    """
+
+    def mask(window: int | None) -> Tensor:
+        if form == torch.int64:
+            first_B = torch.zeros_like(slot_B) if window is None else (slot_B - window + 1).clamp(min=0)
+            return torch.stack([first_B, slot_B], -1)[:, None, None]
+        column_S, last_B1 = torch.arange(slots, device=slot_B.device), slot_B[:, None]
+        seen_BS = column_S <= last_B1
+        if window is not None:
+            seen_BS = seen_BS & (column_S > last_B1 - window)
+        seen = seen_BS[:, None, None]
+        return seen if form == torch.bool else torch.where(seen, 0.0, torch.finfo(form).min).to(form)
+
+    return {kind: mask(window) for kind, window in kinds.items()} if isinstance(kinds, dict) else mask(kinds)
+
+
+def check_filled(cache: object) -> None:
+    """Raise NotCovered unless the loop knows how this cache of a prompt keeps its tokens."""
+    if type(cache) is not DynamicCache or any(
+        type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
+    ):
+        raise NotCovered("its cache is none of keys and values alone")
+
+
+def _rows(states: Tensor, batch: int) -> Tensor:
+    """Stands for the keys of ``batch`` rows; only shape, dtype and device are looked at."""
+    return states[:1].expand(batch, *states.shape[1:])
