@@ -15,7 +15,7 @@ from lte.cli.main import parse
 from lte.cli.options import DeviceOptions, Model, check_folder, open_model
 from lte.evaluation.evaluate import Evaluation, evaluate
 from lte.evaluation.inputs import Inputs, pad_alike_
-from lte.methods.lte.calibration import calibrate_, check_calibration, check_target
+from lte.methods.lte.calibration import calibrate_, check_calibration, check_calibration_target
 from lte.saving import saving
 from lte.surgery.loading import load_config, load_tokenizer
 
@@ -91,7 +91,7 @@ def parse_calibrate(argv: Sequence[str]) -> Calibrate:
     _output(options)  # raises ValueError if it cannot save there
     if options.rows < 1:
         raise ValueError(f"rows is {options.rows}: give at least 1")
-    check_target(options.target_sparsity)
+    check_calibration_target(options.target_sparsity)
     return options
 
 

@@ -7,11 +7,11 @@ import string
 from collections.abc import Callable
 from typing import Any
 
-from lte.data.sources import Row, Source
+from lte.data.sources import DataRow, Source
 from lte.data.tokenise import as_unicode
 
 
-def cell(row: Row, name: str, source: Source, number: int) -> Any:
+def cell(row: DataRow, name: str, source: Source, number: int) -> Any:
     """Return one column of row `number` (from 1). Raise ValueError, with the names of columns, if it is missing."""
     if name not in row:
         where = source if number == 1 else f"{source}: row {number}"
@@ -20,7 +20,7 @@ def cell(row: Row, name: str, source: Source, number: int) -> Any:
     return row[name]
 
 
-def text_of(template: str, source: Source) -> Callable[[Row, int], str]:
+def text_of(template: str, source: Source) -> Callable[[DataRow, int], str]:
     """Return a function from a row and its number to a text: the column `template`, or a template's filled {places}.
 
     A missing value (null) is an empty text. Raise ValueError if the template is not valid. The function raises
@@ -44,7 +44,7 @@ def text_of(template: str, source: Source) -> Callable[[Row, int], str]:
             name = field + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
         pieces.append((literal, name))
 
-    def filled(row: Row, number: int) -> str:
+    def filled(row: DataRow, number: int) -> str:
         return "".join(
             literal if name is None else literal + _as_text(row, name, source, number) for literal, name in pieces
         )
@@ -57,7 +57,7 @@ def is_missing(value: Any) -> bool:
     return value is None or value != value
 
 
-def _as_text(row: Row, name: str, source: Source, number: int) -> str:
+def _as_text(row: DataRow, name: str, source: Source, number: int) -> str:
     value = cell(row, name, source, number)
     if is_missing(value):
         return ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lte.data.sources import Row, Source, read_rows
+from lte.data.sources import DataRow, Source, read_rows
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,6 @@ class DataConfig:
             if given is not None and len(set(given)) < len(given):
                 raise ValueError(f"{name} has a name twice: {', '.join(given)}")
 
-    def rows(self, source: Source) -> Iterator[Row]:
+    def rows(self, source: Source) -> Iterator[DataRow]:
         """The rows of a source, read as these options say."""
         return read_rows(source, self.header, self.skip_bad_rows)

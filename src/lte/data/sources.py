@@ -19,7 +19,7 @@ from lte.data.tables import table_rows
 from lte.data.text_files import check_expansion, lines_of, open_text, read_text
 
 Source = str | os.PathLike[str]
-Row = dict[str, Any]
+DataRow = dict[str, Any]
 
 TEXT_EXTENSIONS = (".txt", ".jsonl", ".json", ".csv", ".tsv")  # each also as .gz
 BINARY_EXTENSIONS = (".parquet", ".arrow", ".npy")
@@ -75,7 +75,7 @@ def read_token_ids(path: Source) -> np.ndarray:
     return ids
 
 
-def read_rows(source: Source, header: Sequence[str] = (), skip_bad_rows: bool = False) -> Iterator[Row]:
+def read_rows(source: Source, header: Sequence[str] = (), skip_bad_rows: bool = False) -> Iterator[DataRow]:
     """Give the rows of one source, each a dict from column to value. A `.txt` is one row with the column `text`.
 
     If a `.csv` or `.tsv` has no header line, `header` names the columns. A row of such a file with a wrong number of
@@ -108,7 +108,7 @@ def read_rows(source: Source, header: Sequence[str] = (), skip_bad_rows: bool = 
         raise ValueError(f"{source}: no rows")
 
 
-def _jsonl_rows(path: Path) -> Iterator[Row]:
+def _jsonl_rows(path: Path) -> Iterator[DataRow]:
     blank = True
     with open_text(path, newline="\n") as file:  # JSON strings may hold U+2028, which ends lines elsewhere
         for number, line in enumerate(lines_of(file, path), 1):
@@ -123,7 +123,7 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
         raise ValueError(f"{path}: the file is empty")
 
 
-def _json_rows(path: Path) -> list[Row]:
+def _json_rows(path: Path) -> list[DataRow]:
     """Return all rows of a JSON file. JSON is one value, so the file is read whole: use `.jsonl` for many rows."""
     rows = _parsed(read_text(path), path)
     if isinstance(rows, dict):  # {"0": {...}, "1": {...}}
@@ -146,7 +146,7 @@ def _parsed(text: str, path: Path, line: int | None = None) -> Any:
         raise ValueError(f"{where}: JSON that cannot be read: {first_line(error)}") from error
 
 
-def _arrow_rows(path: Path, kind: str) -> Iterator[Row]:
+def _arrow_rows(path: Path, kind: str) -> Iterator[DataRow]:
     import pyarrow
     import pyarrow.parquet
 

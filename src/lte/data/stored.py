@@ -50,7 +50,7 @@ def key_of(
     return digest([repr((versions, [*map(_state_of, sources)], _content_of(tokenizer), options)).encode()])
 
 
-def kept(make: Callable[[], Iterable[dict[str, Any]]], key: str, rows_at_once: int) -> list[str]:
+def keep_rows(make: Callable[[], Iterable[dict[str, Any]]], key: str, rows_at_once: int) -> list[str]:
     """Return the Arrow files of the rows that `make` gives. `make` is called only if there are none under this key.
 
     Args:

@@ -9,7 +9,7 @@ from typing import Any, overload
 import numpy as np
 
 from lte.data.mapped_ids import opened
-from lte.data.stored import kept
+from lte.data.stored import keep_rows
 
 _AT_ONCE = 1000  # rows
 
@@ -68,10 +68,10 @@ def columns_of(make: Callable[[], Iterable[dict[str, Any]]], key: str | None) ->
     """Return the columns of the rows that `make` gives. They are on disk under this key, or in memory without a key.
 
     Raises:
-        NotWritten, ValueError: as :func:`kept`.
+        NotWritten, ValueError: as :func:`~lte.data.stored.keep_rows`.
     """
     if key is not None:
-        files = kept(make, key, _AT_ONCE)
+        files = keep_rows(make, key, _AT_ONCE)
         return {name: StoredColumn(files, name) for name in opened(files).column_names}
     columns: dict[str, list[Any]] = {}
     for row in make():

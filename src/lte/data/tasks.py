@@ -19,8 +19,8 @@ from lte.data.mapped_ids import MappedIds, rows_of
 from lte.data.pairs import tokenised_pairs
 from lte.data.prompts import prompt_pairs
 from lte.data.rows import check_token_ids, collator_for, warn_skipped
-from lte.data.sources import Row, Source, as_list, extension, read_rows, read_token_ids
-from lte.data.stored import kept, key_of
+from lte.data.sources import DataRow, Source, as_list, extension, read_rows, read_token_ids
+from lte.data.stored import keep_rows, key_of
 from lte.data.stored_columns import columns_of
 from lte.data.text_files import read_pieces
 from lte.data.tokenise import eos_id, tokenise_documents, wrapping
@@ -78,7 +78,7 @@ def load_dataset_for(
 def load_texts(
     sources: Source | Sequence[Source],
     text_column: str = "text",
-    rows: Callable[[Source], Iterable[Row]] = read_rows,
+    rows: Callable[[Source], Iterable[DataRow]] = read_rows,
 ) -> list[str]:
     """Return the documents of all sources, in order: a `.txt` file is one, and so is each row of another source.
 
@@ -87,7 +87,9 @@ def load_texts(
     return ["".join(document) for source in as_list(sources) for document in _documents(source, text_column, rows)]
 
 
-def _documents(source: Source, text_column: str, rows: Callable[[Source], Iterable[Row]]) -> Iterator[Iterable[str]]:
+def _documents(
+    source: Source, text_column: str, rows: Callable[[Source], Iterable[DataRow]]
+) -> Iterator[Iterable[str]]:
     """Give each document of a source, as pieces of text. It is read when it is asked for."""
     if extension(source) == ".txt":
         yield read_pieces(source)
@@ -119,7 +121,7 @@ def _packed_blocks(
         ids = read_token_ids(listed[0])  # stays memory-mapped
         check_token_ids(_sliced(ids), vocab_size, listed[0])
     elif key := key_of(listed, tokenizer, max_rows, "ids", vocab_size, read):
-        ids = MappedIds(kept(lambda: rows_of(stream(), dtype), key, rows_at_once=_ROWS))
+        ids = MappedIds(keep_rows(lambda: rows_of(stream(), dtype), key, rows_at_once=_ROWS))
     else:
         ids = _in_memory(stream(), dtype, None if max_rows is None else max_rows * config.sequence_length)
     eos: Any = tokenizer.eos_token_id

@@ -79,7 +79,7 @@ def check_calibration(model: nn.Module, target_sparsity: float) -> None:
 
     The target must be in (0, 1), and the model must be LTE's, in mode hard.
     """
-    check_target(target_sparsity)
+    check_calibration_target(target_sparsity)
     layers = sparse_layers(model).values()
     check_linear(layers, "convert (or train) the dense model again with another target_sparsity")
     check_hard(layers, "but thresholds are those of mode hard")
@@ -87,7 +87,7 @@ def check_calibration(model: nn.Module, target_sparsity: float) -> None:
         raise ValueError("tau is not between 0 and 1 in every layer: no shift of the router's bias reaches it")
 
 
-def check_target(target_sparsity: float) -> None:
+def check_calibration_target(target_sparsity: float) -> None:
     """Raise ValueError unless the target is in (0, 1), so that thresholds can meet it."""
     if not 0 < target_sparsity < 1:
         raise ValueError(
