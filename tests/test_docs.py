@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,21 @@ def test_the_core_is_as_long_as_contributing_says():
     for name, said in rows:
         assert abs(lengths[name] - int(said)) <= max(10, 0.1 * lengths[name]), (name, lengths[name])
     assert 1000 <= sum(lengths.values()) <= 1400
+
+
+def sentences_of(page: Path) -> Iterator[str]:
+    """The sentences of a page's running text, without code, tables, headings and what stands in brackets."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for paragraph in re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.)\s)|\n(?=[|#])", text):
+        if not paragraph.lstrip().startswith(("|", "#", "![")):
+            plain = re.sub(r"`[^`]*`", "code", " ".join(paragraph.split()))
+            plain = re.sub(r"\([^)]*\)", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", plain))
+            yield from re.split(r"(?<=[.!?:;])\s+", plain)
+
+
+TEACHING = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("tutorial", "usage", "families"))]
+
+
+@pytest.mark.parametrize("page", TEACHING, ids=lambda page: page.name)
+def test_sentences_of_teaching_pages_are_short(page):
+    assert not [one for one in sentences_of(page) if len(re.findall(r"\S*[A-Za-z]\S*", one)) > 30]
