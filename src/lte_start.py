@@ -5,7 +5,7 @@ import os
 import sys
 
 COMMANDS = {
-    "sparsify": "give a dense model experts and routers, and save it",
+    "sparsify": "make a dense model sparse, by any method, and save it",
     "prune": "set single weights of a dense model to 0, by Wanda or by magnitude",
     "train": "train a model to use few neurons, in all stages",
     "sweep": "train, sparsify, prune or calibrate over a grid of options; one row for each run",

@@ -81,7 +81,7 @@ def test_imports_point_left(path):
         ("files", "import torch"),
         ("files", "from lte.saving import saving"),
         ("core", "from transformers import Trainer"),
-        ("modules", "def f():\n    from lte.surgery.sites import Site"),
+        ("modules", "def f():\n    from lte.surgery.sites import FFNSite"),
         ("modules", "if TYPE_CHECKING:\n    import lte.surgery.sites"),
         ("surgery", "from ..training import trainer"),
         ("surgery", "from lte import LTEConfig"),
@@ -105,7 +105,7 @@ def test_a_violation_is_seen(folder, source):
         ),
         ("saving", "import os\nfrom lte.files import sync"),
         ("surgery", "from lte.saving import saving"),
-        ("surgery", "from lte.modules.router import Router\nfrom ..core import losses\nfrom .sites import Site"),
+        ("surgery", "from lte.modules.router import Router\nfrom ..core import losses\nfrom .sites import FFNSite"),
         ("cli", "import lte\nfrom lte import LTEConfig\nfrom lte.inference import packing"),
     ],
 )

@@ -21,17 +21,16 @@ if TYPE_CHECKING:
     from lte.methods.relufication import ReLUficationConfig
     from lte.methods.sigma_moe import SigmaMoEConfig
     from lte.methods.static_pruning import StaticPruningConfig
-    from lte.methods.teal import teal_, teal_cost
+    from lte.methods.teal import TEALConfig, teal_, teal_cost
     from lte.methods.topk_moe import TopKMoEConfig
-    from lte.methods.weight_pruning import MagnitudeConfig, WandaConfig, prune_, weight_sparsity
+    from lte.methods.weight_pruning import MagnitudeConfig, WandaConfig, prune_
     from lte.modules.recording import record_scores, track_sparsity
     from lte.ops.sparse_ffn import sparse_ffn
     from lte.ops.weights import FFNWeights
     from lte.surgery.convert import densify, set_mode_, sparsify_
-    from lte.surgery.cost import cost_per_token
+    from lte.surgery.cost import cost_per_token, weight_sparsity
     from lte.surgery.families import Family, register_family
     from lte.surgery.relufy import relufy_
-    from lte.surgery.teal import TEALConfig
     from lte.training.arguments import LTETrainingArguments
     from lte.training.run import Trained, train
     from lte.training.trainer import LTETrainer
@@ -97,17 +96,16 @@ _HOMES = {
     "lte.methods.relufication": "ReLUficationConfig",
     "lte.methods.sigma_moe": "SigmaMoEConfig",
     "lte.methods.static_pruning": "StaticPruningConfig",
-    "lte.methods.teal": "teal_ teal_cost",
+    "lte.methods.teal": "TEALConfig teal_ teal_cost",
     "lte.methods.topk_moe": "TopKMoEConfig",
-    "lte.methods.weight_pruning": "MagnitudeConfig WandaConfig prune_ weight_sparsity",
+    "lte.methods.weight_pruning": "MagnitudeConfig WandaConfig prune_",
     "lte.modules.recording": "record_scores track_sparsity",
     "lte.ops.sparse_ffn": "sparse_ffn",
     "lte.ops.weights": "FFNWeights",
     "lte.surgery.convert": "densify set_mode_ sparsify_",
-    "lte.surgery.cost": "cost_per_token",
+    "lte.surgery.cost": "cost_per_token weight_sparsity",
     "lte.surgery.families": "Family register_family",
     "lte.surgery.relufy": "relufy_",
-    "lte.surgery.teal": "TEALConfig",
     "lte.training.arguments": "LTETrainingArguments",
     "lte.training.run": "Trained train",
     "lte.training.trainer": "LTETrainer",

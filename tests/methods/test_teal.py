@@ -14,7 +14,7 @@ from lte.core.accounting import G
 from lte.evaluation.measuring import measure, spent
 from lte.methods.teal_allocation import _allocate
 from lte.modules.input_threshold import add_cut_, track_inputs
-from lte.surgery.sites import block_linears
+from lte.surgery.sites import linear_sites
 
 FAMILIES = ["llama", "phi3", "gpt2", "opt", "bert"]
 
@@ -75,7 +75,7 @@ def test_measured_is_what_was_asked_for(family, sparsity):
     with measure(model) as meter:
         for batch in batches(family):
             model(**batch)
-    assert set(meter.by_linear) == set(block_linears(model, family))
+    assert set(meter.by_linear) == {site.name for site in linear_sites(model, family)}
     assert all(abs(one - sparsity) < 0.05 for one in meter.by_linear.values()), meter.by_linear
     found, dense = spent(model, meter), lte.cost_per_token(tiny_model(family))
     assert found.sparsity == pytest.approx(sparsity, abs=0.03)
@@ -211,7 +211,7 @@ def test_cost():
     assert cost.gflops == pytest.approx(cost.attention_gflops + cost.ffn_gflops)
     assert cost.router_gflops == 0
     assert cost.weight_bytes == (attention + ffn) // 4 * 4  # a quarter, fp32
-    by_linear = {name: float(name.endswith("down_proj")) for name in block_linears(model, "llama")}
+    by_linear = {site.name: float(site.name.endswith("down_proj")) for site in linear_sites(model, "llama")}
     assert lte.teal_cost(model, by_linear).ffn_gflops == pytest.approx(2 * ffn * 2 / 3 / G)
     assert lte.teal_cost(model, 0) == lte.cost_per_token(model)
     assert lte.cost_per_token(converted("llama")) == lte.cost_per_token(model)
@@ -248,10 +248,16 @@ def relative_deberta():
         ),
         (
             lambda: lte.TEALConfig.from_dict({"sparsity": 0.5}),
-            "unknown option sparsity for TEAL: it has target_sparsity",
+            "unknown option sparsity for method 'teal': it has target_sparsity",
         ),
-        (lambda: lte.TEALConfig.from_dict({"target_sparsity": "half"}), "TEAL has an option of the wrong type"),
-        (lambda: lte.teal_(tiny_model("llama"), lte.TEALConfig(), data=[]), "TEAL needs data, but the data is empty"),
+        (
+            lambda: lte.TEALConfig.from_dict({"target_sparsity": "half"}),
+            "'teal' has an option of the wrong type",
+        ),
+        (
+            lambda: lte.teal_(tiny_model("llama"), lte.TEALConfig(), data=[]),
+            "needs data, but the data is empty",
+        ),
         (lambda: lte.teal_(tiny_model("t5"), lte.TEALConfig(), data=[]), "not for an encoder-decoder"),
         (lambda: lte.teal_(converted("llama"), lte.TEALConfig(), data=[]), "sparse already: load the dense checkpoint"),
         (lambda: lte.sparsify_(converted("llama"), lte.LTEConfig()), "sparse already: load the dense checkpoint"),

@@ -107,7 +107,7 @@ def test_a_pattern_agrees_with_its_sparsity_to_rounding(sparsity, pattern):
         (lambda: lte.WandaConfig(0.5, "half"), "pattern is 'half'"),
         (lambda: lte.WandaConfig(0.6, "2:4"), "pattern 2:4 is a sparsity of 0.5, but target_sparsity is 0.6"),
         (lambda: lte.WandaConfig(tokens=0), "tokens is 0"),
-        (lambda: lte.prune_(tiny_model("llama"), lte.WandaConfig()), "Wanda needs data"),
+        (lambda: lte.prune_(tiny_model("llama"), lte.WandaConfig()), "this WandaConfig needs data"),
         (lambda: lte.prune_(tiny_model("llama"), lte.WandaConfig(), data=[]), "data is empty"),
         (lambda: lte.prune_(tiny_model("t5"), lte.WandaConfig(), data=[tiny_inputs("t5")]), "use MagnitudeConfig"),
         (lambda: lte.prune_(tiny_model("llama"), lte.MagnitudeConfig(0.8, "1:5")), "which pattern 1:5 does not divide"),
@@ -136,5 +136,5 @@ def test_a_sparse_model_is_refused():
         lte.sparsify_(tiny_model("llama"), lte.LTEConfig(expert_size=8)),
         lte.teal_(tiny_model("llama"), lte.TEALConfig(), data=batches("llama")),
     ):
-        with pytest.raises(ValueError, match="sparse already: load the dense checkpoint to prune it"):
+        with pytest.raises(ValueError, match="sparse already: load the dense checkpoint to convert it"):
             lte.prune_(model, lte.MagnitudeConfig())

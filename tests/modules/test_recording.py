@@ -4,7 +4,8 @@ from torch.utils.data import default_collate
 from transformers import BartConfig, BartForSequenceClassification, BertConfig, BertForSequenceClassification
 
 import lte
-from lte.modules.recording import TokenMasks, sparse_layers
+from lte.modules.recording import sparse_layers
+from lte.modules.token_masks import TokenMasks
 
 LENGTHS = (9, 4, 6)
 EXPERTS = 8

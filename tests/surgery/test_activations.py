@@ -28,7 +28,7 @@ def test_records_up_to_so_many_tokens_of_each_module():
     assert x_TD.shape == (9, 32)
     assert sums.shape == (2, 64)  # a row a batch; the third is not run
     assert model.training
-    assert not any(module._forward_pre_hooks for site in sites for module in site.projections())
+    assert not any(module._forward_pre_hooks for site in sites for module in site.projections().values())
 
 
 def test_encoder_decoder_masks_are_told_apart():

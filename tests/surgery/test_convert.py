@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 import lte
 from lte.modules.recording import sparse_layers
 from lte.modules.sparse_ffn import SparseActivation, SparseFFN
-from lte.surgery import architectures, convert
+from lte.surgery import architectures, convert, experts
 from lte.surgery.convert import install_routers_
 from lte.surgery.sites import find_sites
 
@@ -142,8 +142,8 @@ def test_coactivation_leaves_padding_out():
     batch["attention_mask"][1, 4:] = 0
     model = tiny_model("llama")
     sites = find_sites(model, "llama")
-    padded = convert._record_neurons(model, sites, [batch])
-    apart = convert._record_neurons(
+    padded = experts._record_neurons(model, sites, [batch])
+    apart = experts._record_neurons(
         model, sites, [{"input_ids": batch["input_ids"][:1]}, {"input_ids": batch["input_ids"][1:, :4]}]
     )
     assert [part.shape for part in padded] == [(9 + 4, 64)] * 2

@@ -17,7 +17,8 @@ from lte.data.batches import PackedBlocks
 from lte.modules.evaluating import evaluating
 from lte.modules.recording import sparse_layers, track_sparsity
 from lte.modules.step_log import StepLog
-from lte.surgery.convert import group, install_routers_, regroup_
+from lte.surgery.convert import install_routers_
+from lte.surgery.experts import group, regroup_
 from lte.surgery.sites import find_sites
 from lte.training.trainer import LTETrainer
 

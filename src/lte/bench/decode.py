@@ -205,7 +205,7 @@ def _parity(model: PreTrainedModel, prompt: Tensor, backend: BackendName) -> tup
     layers = list(sparse_layers(model).values())
     inputs = [x_BSD.flatten(0, -2) for x_BSD in seen.values()]
     weights = [
-        cast(PackedLayer, layer).packed.weights(layer.linear_router, layer.compensation, layer.tau) for layer in layers
+        cast(PackedLayer, layer).packed.weights(layer.lte_router, layer.compensation, layer.tau) for layer in layers
     ]
     return parity(inputs, weights, backend), choose(inputs[0], weights[0], backend)
 
@@ -235,7 +235,7 @@ def _wrong_step(lte: Decoder, prompt: Tensor, seed: int) -> str | None:
 @contextmanager
 def _fixed_choice(model: PreTrainedModel, seed: int) -> Iterator[None]:
     """Within it, router biases open half of the experts for every token and shut the others."""
-    routers = [layer.linear_router for layer in sparse_layers(model).values()]
+    routers = [layer.lte_router for layer in sparse_layers(model).values()]
     kept = [router.bias.clone() for router in routers]
     generator = torch.Generator().manual_seed(seed)
     try:

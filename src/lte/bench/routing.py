@@ -21,7 +21,7 @@ def random_routers_(model: nn.Module, seed: int = 0) -> None:
     layers = sparse_layers(model)
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     for layer in layers.values():
-        random_router_(layer.linear_router.weight, generator)
+        random_router_(layer.lte_router.weight, generator)
 
 
 @torch.no_grad()
@@ -30,9 +30,9 @@ def route_(model: nn.Module, tokens_BS: Tensor, sparsity: float, seed: int = 0) 
     layers = list(sparse_layers(model).values())
     targets = layer_targets(len(layers), sparsity, seed)
     for layer in layers:
-        layer.linear_router.bias.fill_(OPEN)
+        layer.lte_router.bias.fill_(OPEN)
     for layer, logits_BSE, target, index in _with_logits(model, tokens_BS, targets):
-        layer.linear_router.bias.copy_(biases(logits_BSE.flatten(0, -2), target, logit(layer.tau), seed + index))
+        layer.lte_router.bias.copy_(biases(logits_BSE.flatten(0, -2), target, logit(layer.tau), seed + index))
     if sparsity not in (0, 1):
         for _ in range(_ROUNDS):
             adjust_(model, tokens_BS, targets)
@@ -42,8 +42,8 @@ def route_(model: nn.Module, tokens_BS: Tensor, sparsity: float, seed: int = 0) 
 def adjust_(model: nn.Module, tokens_BS: Tensor, targets: list[float], first: int = 0) -> None:
     """Shift the biases of each layer to its target on these tokens, from position ``first`` on."""
     for layer, logits_BSE, target, _ in _with_logits(model, tokens_BS, targets):
-        wanted = logits_BSE[:, first:] + layer.linear_router.bias.float()
-        layer.linear_router.bias.add_(shift_to([wanted], target, logit(layer.tau)))
+        wanted = logits_BSE[:, first:] + layer.lte_router.bias.float()
+        layer.lte_router.bias.add_(shift_to([wanted], target, logit(layer.tau)))
 
 
 @torch.no_grad()
@@ -55,7 +55,7 @@ def measure(model: nn.Module, tokens_BS: Tensor, first: int) -> tuple[list[float
     sparsity, union = [], []
     layers = list(sparse_layers(model).values())
     for layer, logits_BSE, _, _ in _with_logits(model, tokens_BS, [0.0] * len(layers)):
-        active_BSE = logits_BSE[:, first:] + layer.linear_router.bias.float() > logit(layer.tau)
+        active_BSE = logits_BSE[:, first:] + layer.lte_router.bias.float() > logit(layer.tau)
         sparsity.append(1 - float(active_BSE.float().mean()))
         union.append(1 - float(active_BSE.any(0).float().mean()))
     return sparsity, union
@@ -84,4 +84,4 @@ def _with_logits(
     layers = sparse_layers(model)
     for index, (name, x_BSD) in enumerate(seen.items()):
         layer = layers[name]
-        yield layer, linear_fp32(x_BSD, layer.linear_router.weight), targets[index], index
+        yield layer, linear_fp32(x_BSD, layer.lte_router.weight), targets[index], index

@@ -26,6 +26,7 @@ from lte.files import write_whole
 from lte.ops.sparse_ffn import BackendName
 from lte.surgery.convert import set_mode_
 from lte.surgery.loading import Head, check_causal, load_config, load_tokenizer
+from lte.surgery.method import mode_of
 
 
 @dataclass
@@ -187,7 +188,7 @@ def _open(options: Eval, head: Head, device: torch.device, dtype: torch.dtype | 
     model = open_model(options.model, head, device, dtype, options.where.trust_remote_code)
     if options.mode != "saved":
         set_mode_(model, options.mode)
-    if options.backend != "auto" or (hasattr(model.config, "lte") and model.config.lte["mode"] == "hard"):
+    if options.backend != "auto" or mode_of(model.config) == "hard":
         optimize_where_possible_(model, options.backend)
     return model
 

@@ -11,10 +11,8 @@ from transformers import PretrainedConfig
 from lte.evaluation.measuring import Spent
 from lte.evaluation.record import SUMMARY
 from lte.files import write_whole
-from lte.methods.weight_pruning import SECTION as PRUNING
-from lte.surgery.method import STATE
+from lte.surgery.conversion import conversion_of, is_sparse
 from lte.surgery.reading import read_json
-from lte.surgery.teal import SECTION as TEAL
 
 _CALIBRATED = "calibrated_by"
 _FEW_ZEROS = 0.01  # a model with fewer weights that are 0 is dense: some are 0 by rounding
@@ -70,10 +68,7 @@ def keep_calibration(model: Path, folder: Path, argv: Sequence[str], measured: b
 
 
 def _method(config: PretrainedConfig, spent: Spent) -> dict[str, Any]:
-    if hasattr(config, "lte"):
-        return {name: value for name, value in config.lte.items() if name not in STATE}
-    if hasattr(config, TEAL):
-        return {"method": TEAL, **getattr(config, TEAL)}
-    if spent.weight_sparsity < _FEW_ZEROS:
+    if not is_sparse(config) and spent.weight_sparsity < _FEW_ZEROS:
         return {"method": "dense"}
-    return getattr(config, PRUNING, {"method": "pruned-weights"})
+    made = conversion_of(config)
+    return {"method": "pruned-weights"} if made is None else {"method": made.name, **made.to_dict()}

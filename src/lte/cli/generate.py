@@ -21,7 +21,9 @@ from lte.data.tokenise import encode, most_tokens, without_start, wrapping
 from lte.evaluation.inputs import generating_head
 from lte.inference.completions import GREEDY, Completion, complete, completions_sparsity, padded, stop_ids
 from lte.ops.sparse_ffn import BackendName
+from lte.surgery.conversion import conversion_of
 from lte.surgery.loading import load_config, load_tokenizer
+from lte.surgery.method import Method, mode_of
 
 
 @dataclass
@@ -98,13 +100,13 @@ def main(argv: Sequence[str]) -> None:
             f"{positions} positions: give less of either"
         )
     model = open_model(options.model, generating_head(config), device, dtype, options.where.trust_remote_code).eval()
-    mode = config.lte["mode"] if hasattr(config, "lte") else "dense"
+    mode, has_routers = mode_of(config), isinstance(conversion_of(config), Method)
     if mode == "hard" or options.backend != "auto":
         optimize_where_possible_(model, options.backend)
     run = _decode(model, tokenizer, batches, options)
     speed = sum(run.tokens) / run.seconds
     err.print(f"{sum(run.tokens)} tokens, {speed:.1f} a second" + _prepared_in(run.preparing))
-    sparsity = completions_sparsity(model, run.completions).overall if hasattr(config, "lte") else None
+    sparsity = completions_sparsity(model, run.completions).overall if has_routers else None
     if sparsity is not None:
         err.print(f"sparsity {sparsity:.1%} (mode {mode})")
     if options.json:

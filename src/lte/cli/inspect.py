@@ -10,15 +10,13 @@ from lte.cli.console import out, print_json, table
 from lte.cli.main import parse
 from lte.cli.options import Model
 from lte.core.grouping import check_divisible
-from lte.methods.teal import teal_cost
-from lte.methods.weight_pruning import SECTION as PRUNING
+from lte.methods.lte import LTEConfig
+from lte.surgery.conversion import Conversion, conversion_of, is_sparse, sections_of
 from lte.surgery.cost import cost_per_token, meta_model
 from lte.surgery.families import check_family
 from lte.surgery.loading import load_config
-from lte.surgery.method import Method
 from lte.surgery.reading import reading
 from lte.surgery.sites import find_sites
-from lte.surgery.teal import SECTION as TEAL
 
 
 @dataclass
@@ -40,8 +38,8 @@ def describe(
     """Return all values that the command prints, as one dictionary."""
     config = load_config(name, trust_remote_code)
     check_family(config)
-    lte, teal = getattr(config, "lte", None), getattr(config, TEAL, None)
-    size = Method.from_dict(lte).expert_size if lte else expert_size
+    made = conversion_of(config) or Conversion()
+    size = getattr(made, "expert_size", expert_size)
     with reading(name):
         model = meta_model(config)
         ffns = [
@@ -57,15 +55,15 @@ def describe(
             for site in find_sites(model, config.model_type)
         ]
         dense = cost_per_token(model, 0.0, size)
-        cost = {s: teal_cost(model, s) if teal else cost_per_token(model, s, size) for s in sparsities}
+        costs = made if is_sparse(config) else LTEConfig(expert_size=size)  # of a dense model, as it would be then
+        cost = {s: costs.cost(model, s) for s in sparsities}
     return {
         "model": name,
         "architecture": type(model).__name__,
         "family": config.model_type,
-        "sparse": lte is not None or teal is not None,
-        "lte": lte,
-        "teal": teal,
-        "pruning": getattr(config, PRUNING, None),
+        "state": made.describe(config),
+        "sparse": is_sparse(config),
+        **sections_of(config),
         "parameters": sum(p.numel() for p in model.parameters()),
         "expert_size": size,
         "num_ffns": len(ffns),
@@ -79,14 +77,8 @@ def main(argv: Sequence[str]) -> None:
     options: Inspect = parse(Inspect, "inspect", argv)
     found = describe(options.model, options.expert_size, options.sparsity, options.trust_remote_code)
     first = found["ffns"][0]
-    state = "dense"
-    if found["lte"]:
-        state = f"sparse by {found['lte']['method']}, mode {found['lte']['mode']}"
-    elif found["teal"]:
-        state = f"TEAL's thresholds, {found['teal']['target_sparsity']:.0%} of the inputs of every linear layer"
-    elif found["pruning"]:
-        state = f"dense, pruned by {found['pruning']['method']} to {found['pruning']['target_sparsity']:.0%}"
-    out.print(f"{found['architecture']}: family {found['family']}, {found['parameters']:,} parameters, {state}")
+    kind, size = f"{found['architecture']}: family {found['family']}", f"{found['parameters']:,} parameters"
+    out.print(f"{kind}, {size}, {found['state']}")
     shapes: dict[tuple, int] = {}
     for ffn in found["ffns"]:
         key = (ffn["d_model"], ffn["d_ff"], ffn["gated"], ffn["experts"], ffn["converts"])

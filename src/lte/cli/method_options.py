@@ -6,13 +6,8 @@ from typing import Any
 
 import tyro
 
+from lte.surgery.conversion import Conversion
 from lte.surgery.method import Method
-
-_OTHER_COMMANDS = {
-    "teal": "lte sparsify --method teal",
-    "wanda": "lte prune --method wanda",
-    "magnitude": "lte prune --method magnitude",
-}
 
 
 def method_name(argv: Sequence[str], default: str = "lte") -> str:
@@ -26,18 +21,18 @@ def method_name(argv: Sequence[str], default: str = "lte") -> str:
 
 
 def method_in(argv: Sequence[str], default: str = "lte") -> type[Method]:
-    """The method that arguments name.
+    """The method with routers that arguments name.
 
     Raises:
         ValueError: there is no such method, or it has no routers.
     """
-    name = method_name(argv, default)
-    if name in _OTHER_COMMANDS:
-        raise ValueError(f"{name} has no routers and is not trained: give {_OTHER_COMMANDS[name]}")
-    return Method.named(name)
+    found = Conversion.named(method_name(argv, default))
+    if not issubclass(found, Method):
+        raise ValueError(f"{found.name} has no routers and is not trained: give lte sparsify --method {found.name}")
+    return found
 
 
-def with_method(command: type, method: type, elsewhere: Collection[str] = ()) -> type:
+def with_method(command: type, method: type[Conversion], elsewhere: Collection[str] = ()) -> type:
     """A command's options and the method's, which are its field ``chosen_method``.
 
     Args:

@@ -1,19 +1,16 @@
-"""``lte prune``: single weights of a dense checkpoint set to 0, by Wanda or by size."""
+"""``lte prune``: ``lte sparsify`` by Wanda or by size, which set single weights to 0; with the cost in JSON."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torch.utils.data import DataLoader
-
-from lte.cli.console import err, out, print_json
+from lte.cli.console import print_json
 from lte.cli.main import parse
-from lte.cli.options import DeviceOptions, Output, check_folder, open_model
+from lte.cli.options import DeviceOptions, Output, check_folder
+from lte.cli.sparsify import convert
 from lte.evaluation.inputs import Inputs
-from lte.methods.weight_pruning import MagnitudeConfig, WandaConfig, prune_, weight_sparsity
-from lte.saving import saving
-from lte.surgery.cost import cost_per_token
-from lte.surgery.loading import load_config, load_tokenizer
+from lte.methods.weight_pruning import MagnitudeConfig, WandaConfig
+from lte.surgery.cost import cost_per_token, weight_sparsity
 
 
 @dataclass
@@ -43,28 +40,15 @@ class Prune:
 
 def main(argv: Sequence[str]) -> None:
     options = parse_prune(argv)
-    device, dtype = options.where.resolve()
-    config = load_config(options.model, options.where.trust_remote_code)
-    tokenizer = load_tokenizer(options.model, options.where.trust_remote_code)
-    head, batches = options.data.kept_head(config), None
-    if options.method == "wanda":
-        dataset = options.data.load(options.data.text, tokenizer, config, labelled=False)
-        batches = DataLoader(dataset, batch_size=1, collate_fn=dataset.collator)
-    model = open_model(options.model, head, device, dtype, options.where.trust_remote_code)
-    with err.status("pruning"):
-        prune_(model, options.config(), batches)
-    with saving(options.output) as fresh:
-        model.save_pretrained(fresh)
-        tokenizer.save_pretrained(fresh)
-    share, dense = weight_sparsity(model), cost_per_token(model).gflops
-    out.print(f"{options.output}: {share:.1%} of the blocks' weights are 0", soft_wrap=True, markup=False)
+    model = convert(options, options.config())
     if options.json:
+        share = weight_sparsity(model)
         print_json(
             {
                 "output": options.output,
                 "weight_sparsity": share,
-                "gflops_per_token_if_skipped": (1 - share) * dense,
-                "gflops_per_token_dense": dense,
+                "gflops_per_token_if_skipped": options.config().cost(model, share).gflops,
+                "gflops_per_token_dense": cost_per_token(model).gflops,
             }
         )
 

@@ -20,7 +20,9 @@ from lte.report.page import Head, html, markdown, pngs
 from lte.report.results import Results, read_results
 from lte.report.routing import Routing, route
 from lte.report.sections import sections
+from lte.surgery.conversion import conversion_of
 from lte.surgery.loading import load_config, load_tokenizer
+from lte.surgery.method import Method
 
 FORMATS = ("html", "md", "png")
 
@@ -112,7 +114,7 @@ def _check(options: Report) -> None:
     if options.text is not None and not Path(options.text).is_file():
         raise FileNotFoundError(f"{options.text}: no such file for --text")
     for name in filter(None, (options.model, options.before)):
-        if not hasattr(load_config(name, options.where.trust_remote_code), "lte"):
+        if not isinstance(conversion_of(load_config(name, options.where.trust_remote_code)), Method):
             raise ValueError(f"{name} has no routers: give a model that lte train or sparsify has made")
 
 

@@ -9,9 +9,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lte.data.tokenise import encode, most_tokens, without_start, wrapping
-from lte.evaluation.measuring import Spent, is_sparse, measure, spent
+from lte.evaluation.measuring import Spent, measure, spent
 from lte.evaluation.text_metrics import TextMetrics
 from lte.inference.completions import GREEDY, Completion, complete, padded, replay, stop_ids
+from lte.surgery.conversion import is_sparse
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def evaluate_generation(
     decoding = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "compile": compile}
     completions = _complete(model, inputs, tokenizer, batch_size, progress, **decoding)
     with measure(model, entry=model.base_model) as meter:
-        if is_sparse(model):
+        if is_sparse(model.config):
             replay(model, completions, batch_size, progress)
     model.train(was_training)
     decode: Any = tokenizer.decode  # of one row a text, which a checker does not know

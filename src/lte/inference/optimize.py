@@ -13,11 +13,11 @@ from lte.inference.packed import (
     Projection,
     activation_name,
 )
-from lte.modules.recording import check_hard, check_linear, sparse_layers
+from lte.modules.recording import check_hard, check_lte_routers, sparse_layers
 from lte.modules.sparse_ffn import Selecting, SparseFFN
 from lte.modules.tensor_parallel import check_not_shared
 from lte.ops.sparse_ffn import BACKENDS, BackendName
-from lte.surgery.sites import Site, find_sites
+from lte.surgery.sites import FFNSite, find_sites
 
 
 def optimize_(model: PreTrainedModel, backend: BackendName = "auto") -> PreTrainedModel:
@@ -44,7 +44,7 @@ def optimize_(model: PreTrainedModel, backend: BackendName = "auto") -> PreTrain
         raise ValueError(f"backend is {backend!r}, but it is one of {', '.join(BACKENDS)}")
     check_not_shared(model, "optimize_ packs")
     layers = sparse_layers(model).values()
-    check_linear(layers, "its kernels cannot run it, use the model as it is, it computes the same")
+    check_lte_routers(layers, "its kernels cannot run it, use the model as it is, it computes the same")
     check_hard(layers, "which uses every expert")
     sites = find_sites(model, model.config.model_type)
     found = [(site.installed, _packed(site, backend)) for site in sites]  # all checked before the first change
@@ -52,12 +52,12 @@ def optimize_(model: PreTrainedModel, backend: BackendName = "auto") -> PreTrain
         for projection in (packed.gate, packed.up, packed.down):
             if projection is not None:
                 projection.pack_()
-        layer.linear_router.fold_temperature()
+        layer.lte_router.fold_temperature()
         _become_packed_(layer, packed)
     return model.eval()
 
 
-def _packed(site: Site, backend: BackendName) -> Packed:
+def _packed(site: FFNSite, backend: BackendName) -> Packed:
     """What the site's layer will need.
 
     Raises:
@@ -98,7 +98,7 @@ def _packed(site: Site, backend: BackendName) -> Packed:
     )
 
 
-def _projection(site: Site, path: str, down: bool, pre_hooks: int = 0, hooks: int = 0) -> Projection:
+def _projection(site: FFNSite, path: str, down: bool, pre_hooks: int = 0, hooks: int = 0) -> Projection:
     parent, _, name = path.rpartition(".")
     linear = site.module(path)
     return Projection(linear, site.module(parent), name, down == isinstance(linear, nn.Linear), pre_hooks, hooks)

@@ -130,7 +130,7 @@ class PackedLayer(Selecting):
         return self._compute(x_TD)
 
     def _compute(self, x_TD: Tensor, active_TE: Tensor | None = None) -> Tensor:
-        weights = self.packed.weights(self.linear_router, self.compensation, self.tau)
+        weights = self.packed.weights(self.lte_router, self.compensation, self.tau)
         return sparse_ffn(x_TD, weights, active_TE, self.packed.backend)
 
     def _key(self, x_TD: Tensor) -> tuple[object, ...]:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from lte.methods.choosing import ChoosingRouter, meet_sparsity_
 from lte.methods.post_hoc import PostHoc
 from lte.modules.router import Reads
-from lte.surgery.sites import Site
+from lte.surgery.sites import FFNSite
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class CATSConfig(PostHoc):
     expert_size: int = field(default=1, init=False)
     seed: int = field(default=0, init=False)
 
-    def build_router(self, site: Site, device: torch.device) -> "ActivationRouter":
+    def build_router(self, site: FFNSite, device: torch.device) -> "ActivationRouter":
         return ActivationRouter(site.d_ff, device=device)
 
     def fit(self, model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> None:

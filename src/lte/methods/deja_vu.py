@@ -15,7 +15,7 @@ from lte.methods.choosing import ChoosingRouter, meet_sparsity_
 from lte.methods.experts import Grouped
 from lte.methods.post_hoc import PostHoc, most_active
 from lte.methods.predictors import check_training, train_predictors_
-from lte.surgery.sites import Site
+from lte.surgery.sites import FFNSite
 
 Selection = Literal["threshold", "top_k"]
 
@@ -61,15 +61,15 @@ class DejaVuConfig(Grouped, PostHoc):
     def needs_activations(self) -> bool:
         return super().needs_activations and self.expert_size > 1
 
-    def check(self, site: Site) -> None:
+    def check_site(self, site: FFNSite) -> None:
         self.num_active(check_divisible(site.d_ff, self.expert_size))
 
-    def group(self, sites: Sequence[Site], activations: Sequence[Tensor]) -> Iterable[Tensor]:
+    def group(self, sites: Sequence[FFNSite], activations: Sequence[Tensor]) -> Iterable[Tensor]:
         if self.expert_size == 1:
             return PostHoc.group(self, sites, activations)
         return super().group(sites, activations)
 
-    def build_router(self, site: Site, device: torch.device) -> "LowRankRouter":
+    def build_router(self, site: FFNSite, device: torch.device) -> "LowRankRouter":
         num_experts = check_divisible(site.d_ff, self.expert_size)
         k = self.num_active(num_experts) if self.selection == "top_k" else None
         return LowRankRouter(site.d_model, num_experts, self.rank or max(1, site.d_model // 8), k, device)

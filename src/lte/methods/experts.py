@@ -16,7 +16,7 @@ from lte.core.grouping import (
     random_grouping,
 )
 from lte.surgery.method import Method
-from lte.surgery.sites import Site
+from lte.surgery.sites import FFNSite
 
 Grouping = Literal["kmeans", "coactivation", "random"]
 
@@ -49,12 +49,12 @@ class Grouped(Method):
     def needs_activations(self) -> bool:
         return self.grouping == "coactivation"
 
-    def group(self, sites: Sequence[Site], activations: Sequence[Tensor]) -> Iterable[Tensor]:
+    def group(self, sites: Sequence[FFNSite], activations: Sequence[Tensor]) -> Iterable[Tensor]:
         return group_neurons(sites, self.grouping, self.expert_size, activations, self.seed)
 
 
 def group_neurons(
-    sites: Sequence[Site], grouping: Grouping, expert_size: int, activations: Sequence[Tensor], seed: int
+    sites: Sequence[FFNSite], grouping: Grouping, expert_size: int, activations: Sequence[Tensor], seed: int
 ) -> Iterator[Tensor]:
     """Give the labels ``[F]`` of each FFN: the expert of each neuron. FFN number ``i`` has the seed ``seed + i``.
 
@@ -74,7 +74,7 @@ def group_neurons(
         yield from group_by_gram(gram_LFF, num_experts[together[0]], [seed + i for i in together])
 
 
-def _alike(sites: Sequence[Site]) -> Iterator[list[int]]:
+def _alike(sites: Sequence[FFNSite]) -> Iterator[list[int]]:
     """Give the numbers of FFNs that are grouped at once: neighbours of one width and device, if memory allows.
 
     On a CPU they are grouped one by one: there, rounds of swaps wait for memory and not for launches.
@@ -85,5 +85,5 @@ def _alike(sites: Sequence[Site]) -> Iterator[list[int]]:
         yield from (numbers[i : i + fit] for i in range(0, len(numbers), fit))
 
 
-def _device(site: Site) -> torch.device:
+def _device(site: FFNSite) -> torch.device:
     return site.feature_rows().device

@@ -12,7 +12,7 @@ from lte.methods.learned import LearnedTraining
 from lte.methods.targeted import Targeted
 from lte.modules.mixture import balance_loss, record_balance
 from lte.modules.recording import Recording
-from lte.surgery.sites import Site
+from lte.surgery.sites import FFNSite
 from lte.surgery.stages import Stage
 from lte.surgery.training_options import TrainingOptions
 
@@ -36,7 +36,7 @@ class Mixture(Grouped, Targeted):
 
     tau: float = field(default=0.0, init=False)
 
-    def check(self, site: Site) -> None:
+    def check_site(self, site: FFNSite) -> None:
         self.num_active(check_divisible(site.d_ff, self.expert_size))
 
     def num_active(self, num_experts: int) -> int:
@@ -56,7 +56,7 @@ class Mixture(Grouped, Targeted):
     def training(self, options: TrainingOptions) -> "MixtureTraining":
         return MixtureTraining(self, options)
 
-    def router_shape(self, site: Site) -> tuple[int, int, int]:
+    def router_shape(self, site: FFNSite) -> tuple[int, int, int]:
         """Return width, number of experts, and number of experts that a token uses."""
         num_experts = check_divisible(site.d_ff, self.expert_size)
         return site.d_model, num_experts, self.num_active(num_experts)

@@ -16,7 +16,7 @@ from lte.methods.experts import Grouped
 from lte.methods.post_hoc import PostHoc
 from lte.methods.predictors import check_training, train_predictors_
 from lte.modules.router import Reads
-from lte.surgery.sites import Site, find_sites
+from lte.surgery.sites import FFNSite, find_sites
 
 Selection = Literal["mlp", "similarity", "oracle"]
 
@@ -60,10 +60,10 @@ class MoEficationConfig(Grouped, PostHoc):
     def fit_tokens(self) -> int:
         return self.tokens if self.selection == "mlp" else 0
 
-    def check(self, site: Site) -> None:
+    def check_site(self, site: FFNSite) -> None:
         self.num_active(check_divisible(site.d_ff, self.expert_size))
 
-    def build_router(self, site: Site, device: torch.device) -> "ChoosingRouter":
+    def build_router(self, site: FFNSite, device: torch.device) -> "ChoosingRouter":
         num_experts = check_divisible(site.d_ff, self.expert_size)
         k = self.num_active(num_experts)
         if self.selection == "oracle":

@@ -12,7 +12,7 @@ from lte.core.linear import linear_fp32
 from lte.methods.mixture import Mixture, check_weight, softmax_of
 from lte.methods.topk_moe import check_weight_sum
 from lte.modules.mixture import MixtureRouter
-from lte.surgery.sites import Site
+from lte.surgery.sites import FFNSite
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class NoisyTopKConfig(Mixture):
         check_weight("load_weight", self.load_weight)
         check_weight_sum(self.weight_sum)
 
-    def build_router(self, site: Site, device: torch.device) -> "NoisyRouter":
+    def build_router(self, site: FFNSite, device: torch.device) -> "NoisyRouter":
         return NoisyRouter(self, *self.router_shape(site), device)
 
 

@@ -12,7 +12,7 @@ from lte.core.selection import expert_norms, top_k
 from lte.methods.targeted import Targeted
 from lte.surgery.convert import set_mode_
 from lte.surgery.relufy import ReLUName, check_activation, relufy_
-from lte.surgery.sites import Site
+from lte.surgery.sites import FFNSite
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class PostHoc(Targeted):
     def prepare_(self, model: PreTrainedModel) -> Callable[[], None]:
         return super().prepare_(model) if self.activation is None else relufy_(model, self.activation)
 
-    def group(self, sites: Sequence[Site], activations: Sequence[Tensor]) -> Iterable[Tensor]:
+    def group(self, sites: Sequence[FFNSite], activations: Sequence[Tensor]) -> Iterable[Tensor]:
         """Return labels that keep the order of neurons. Each neuron is an expert."""
         return [torch.arange(site.d_ff) for site in sites]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from lte.core.selection import expert_norms
 from lte.methods.ridge import check_converged, ridge_regression
 from lte.surgery.activations import watch_ffns
-from lte.surgery.sites import Site, find_sites
+from lte.surgery.sites import FFNSite, find_sites
 
 TOKENS_PER_INPUT = 16
 
@@ -47,7 +47,7 @@ def fit_routers_(model: Any, batches: Iterable[dict[str, Tensor]], bias: float) 
 class _Moments:
     """Sums over tokens: products of an FFN's input (and a 1) with itself and with its experts' contributions."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: FFNSite) -> None:
         self.router: Any = site.installed.router  # a router with weight and bias: LTE's or a mixture's
         self.down_F = site.down_rows().float().norm(dim=1)
         device, inputs = self.down_F.device, site.d_model + 1

@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 from lte.methods.mixture import Mixture, check_weight
 from lte.modules.mixture import MixtureRouter
-from lte.surgery.sites import Site
+from lte.surgery.sites import FFNSite
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class SigmaMoEConfig(Mixture):
         if not 0 <= self.expert_dropout < 1:
             raise ValueError(f"expert_dropout is {self.expert_dropout}, but it is a share in [0, 1), e.g. 0.05")
 
-    def build_router(self, site: Site, device: torch.device) -> "SigmaRouter":
+    def build_router(self, site: FFNSite, device: torch.device) -> "SigmaRouter":
         return SigmaRouter(self, *self.router_shape(site), device)
 
 

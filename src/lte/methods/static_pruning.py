@@ -11,7 +11,7 @@ from lte.core.selection import top_k
 from lte.methods.post_hoc import PostHoc
 from lte.modules.router import BaseRouter
 from lte.surgery.activations import record_inputs
-from lte.surgery.sites import Site, find_sites
+from lte.surgery.sites import FFNSite, find_sites
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class StaticPruningConfig(PostHoc):
     expert_size: int = field(default=1, init=False)
     seed: int = field(default=0, init=False)
 
-    def check(self, site: Site) -> None:
+    def check_site(self, site: FFNSite) -> None:
         self.num_active(site.d_ff)
 
-    def build_router(self, site: Site, device: torch.device) -> "FixedRouter":
+    def build_router(self, site: FFNSite, device: torch.device) -> "FixedRouter":
         return FixedRouter(site.d_ff, device)
 
     @torch.no_grad()

@@ -1,69 +1,147 @@
 """TEAL: small inputs of every linear layer are taken for 0 (Liu et al., arXiv 2408.14690). No routers, no training."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lte.core.accounting import Cost, G
 from lte.methods.choosing import count_tokens
 from lte.methods.cuts import sample, set_cuts_
-from lte.methods.teal_allocation import greedy_sparsities
-from lte.modules.tensor_parallel import check_not_shared
-from lte.surgery.activations import Wanted, check_inputs_are_tokens, first_tokens, record_inputs
-from lte.surgery.architectures import become_lte_, lte_model_class
-from lte.surgery.cost import cost_per_token
-from lte.surgery.sites import block_linears, find_sites
-from lte.surgery.teal import SECTION, TEALConfig
+from lte.methods.teal_allocation import MOST_GREEDY, greedy_sparsities
+from lte.modules.input_threshold import InputMeter, add_cut_, track_inputs
+from lte.surgery.activations import Wanted, check_inputs_are_tokens, record_inputs
+from lte.surgery.architectures import become_lte_
+from lte.surgery.conversion import Batch, Conversion, Progress
+from lte.surgery.convert import sparsify_
+from lte.surgery.cost import Spent, cost_per_token
+from lte.surgery.sites import check_linears, find_sites, linear_sites
+
+Allocation = Literal["uniform", "greedy"]
 
 
-@torch.no_grad()
-def teal_(model: PreTrainedModel, config: TEALConfig, data: Iterable[dict[str, Tensor]]) -> PreTrainedModel:
-    """Give every linear layer of the blocks a threshold on its inputs, in place; the model is sparse at once.
+@dataclass(frozen=True)
+class TEALConfig(Conversion):
+    """How to convert a model for TEAL (Liu et al., arXiv 2408.14690): one threshold a linear layer, no training.
+
+    In every linear layer of the blocks, attention and FFN, the inputs no larger than the layer's threshold are taken
+    for 0. The weights that they would be multiplied with need not be read.
 
     Thresholds are quantiles of the inputs' sizes, set one layer after the other in one pass over the data, each
     behind layers that are sparse by then. Every token is treated alike, whatever else is in its batch; padding is
-    left out of the quantiles. The model's class becomes ``LTE...``, so that it saves under its own name, and the names
-    of its weights stay: only ``*.cut`` is new.
+    left out of the quantiles. The model has to be one stack of blocks, not an encoder-decoder.
 
-    Args:
-        model: dense, of a known family with one stack of blocks.
-        config: ``TEALConfig``.
-        data: batches for the model.
-
-    Returns:
-        The same model.
+    Attributes:
+        target_sparsity: fraction of the inputs to take for 0, in (0, 1): in every layer, or with greedy in the mean
+            over each block's weights.
+        tokens: how many tokens of the data the thresholds are set on.
+        allocation: ``uniform``, or ``greedy``: within each block, the layers that matter least to its output are made
+            sparser than the others. Takes about a hundred passes through each block.
 
     Raises:
-        ValueError: unknown family, an encoder-decoder, a model that is sparse already, data that is empty, weights that
-            are quantised. The model is then as it was.
+        ValueError: an option outside its range.
     """
-    if model.config.is_encoder_decoder:
-        raise ValueError("TEAL here is for models with one stack of blocks, not for an encoder-decoder")
-    if hasattr(model.config, "lte") or hasattr(model.config, SECTION):
-        raise ValueError("the model is sparse already: load the dense checkpoint to convert it")
-    check_not_shared(model, "teal_ wants")
-    check_inputs_are_tokens(model.config)
-    for site in find_sites(model, model.config.model_type):
-        site.check_projections()
-    lte_model_class(type(model))  # made now, so that an error leaves the model as it was
-    batches = first_tokens(data, config.tokens)
-    if not batches:
-        raise ValueError("TEAL needs data, but the data is empty")
-    tokens = min(config.tokens, count_tokens(batches))
-    config.install_(model)
-    become_lte_(model, config.to_dict(), SECTION)
-    layers = block_linears(model, model.config.model_type)
-    wanted: list[Wanted] = [(name, linear, lambda x_TI: sample(x_TI.abs(), tokens)) for name, linear in layers.items()]
-    sparsity = dict.fromkeys(layers, config.target_sparsity)
-    if config.allocation == "greedy":
+
+    name: ClassVar[str] = "teal"
+    section: ClassVar[str] = "teal"
+    stock: ClassVar[bool] = False
+    doing: ClassVar[str] = "setting thresholds"
+    added_later: ClassVar[tuple[str, ...]] = ("allocation",)
+
+    target_sparsity: float = 0.5
+    tokens: int = 4096
+    allocation: Allocation = "uniform"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.target_sparsity < 1:
+            raise ValueError(
+                f"target_sparsity is {self.target_sparsity}, but it is the fraction of inputs taken for 0: "
+                "between 0 and 1, e.g. 0.5"
+            )
+        if self.allocation == "greedy" and self.target_sparsity > MOST_GREEDY:
+            raise ValueError(
+                f"target_sparsity is {self.target_sparsity}, but greedy leaves at least {1 - MOST_GREEDY:.0%} of a "
+                "layer: give allocation='uniform'"
+            )
+        if self.tokens < 1:
+            raise ValueError(f"tokens is {self.tokens}, but at least 1 is needed (usual: 4096)")
+        if self.allocation not in get_args(Allocation):
+            raise ValueError(f"allocation is {self.allocation!r}, but it is one of {', '.join(get_args(Allocation))}")
+
+    def check(self, model: PreTrainedModel) -> None:
+        if model.config.is_encoder_decoder:
+            raise ValueError("TEAL here is for models with one stack of blocks, not for an encoder-decoder")
+        check_inputs_are_tokens(model.config)
+        check_linears(model, model.config.model_type)
+
+    @property
+    def data_tokens(self) -> int:
+        return self.tokens
+
+    @torch.no_grad()
+    def convert_(self, model: PreTrainedModel, batches: list[Batch], progress: Progress) -> None:
+        tokens = min(self.tokens, count_tokens(batches))
+        self.install_(model)
+        become_lte_(model, self)
+        layers = _linears(model)
+        wanted: list[Wanted] = [
+            (name, linear, lambda x_TI: sample(x_TI.abs(), tokens)) for name, linear in layers.items()
+        ]
+        sparsity = dict.fromkeys(layers, self.target_sparsity)
+        if self.allocation == "greedy":
+            model.eval()
+            sizes = dict(zip(layers, record_inputs(model, wanted, batches, tokens), strict=True))
+            sparsity = greedy_sparsities(model, layers, sizes, batches[0], self.target_sparsity, progress)
+        set_cuts_(model, wanted, [sparsity[name] for name in layers], progress(batches), tokens)
         model.eval()
-        sizes = dict(zip(layers, record_inputs(model, wanted, batches, tokens), strict=True))
-        sparsity = greedy_sparsities(model, layers, sizes, batches[0], config.target_sparsity)
-    set_cuts_(model, wanted, [sparsity[name] for name in layers], batches, tokens)
-    return model.eval()
+
+    def install_(self, model: PreTrainedModel) -> None:
+        """Give every linear layer of the blocks a threshold, 0 until weights are loaded or data is seen."""
+        for linear in _linears(model).values():
+            add_cut_(linear)
+
+    def cost(self, model: PreTrainedModel, sparsity: float | Mapping[str, float] = 0.0) -> Cost:
+        return teal_cost(model, sparsity)
+
+    @contextmanager
+    def meter(self, model: PreTrainedModel, entry: nn.Module) -> Iterator[InputMeter]:
+        with track_inputs(entry, _linears(model)) as meter:
+            yield meter
+
+    def spent(self, model: PreTrainedModel, meter: InputMeter) -> Spent:
+        by_linear, dense = meter.by_linear, cost_per_token(model)
+        cost = teal_cost(model, by_linear)
+        layers = []
+        for site in find_sites(model, model.config.model_type):
+            weights = {name: linear.get_parameter("weight").numel() for name, linear in site.projections().items()}
+            layers.append(sum(by_linear[name] * count for name, count in weights.items()) / site.num_weights)
+        return Spent(
+            sparsity=1 - cost.ffn_gflops / dense.ffn_gflops,
+            layer_sparsity=layers,
+            attention_sparsity=1 - cost.attention_gflops / dense.attention_gflops,
+            gflops_per_token=cost.gflops,
+            gflops_per_token_dense=dense.gflops,
+            mode="hard",
+        )
+
+    def describe(self, config: Any) -> str:
+        return f"TEAL's thresholds, {self.target_sparsity:.0%} of the inputs of every linear layer"
+
+    def outcome(self, model: PreTrainedModel) -> str:
+        return f"thresholds on the inputs of {len(_linears(model))} linear layers"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options. The section's name is the conversion's, so it is not written twice."""
+        return {name: value for name, value in super().to_dict().items() if name != "method"}
+
+
+def teal_(model: PreTrainedModel, config: TEALConfig, data: Iterable[dict[str, Tensor]]) -> PreTrainedModel:
+    """:func:`lte.sparsify_` with a :class:`TEALConfig`."""
+    return sparsify_(model, config, data)
 
 
 def teal_cost(
@@ -76,7 +154,7 @@ def teal_cost(
     threshold is not counted, as activations are not.
 
     Args:
-        model: dense or converted by :func:`teal_`.
+        model: dense or converted for TEAL.
         sparsity: fraction of inputs that are 0, one number or one a linear layer of the blocks, by name.
         bytes_per_weight: None takes the model's dtype.
 
@@ -85,16 +163,15 @@ def teal_cost(
     """
     dense = cost_per_token(model, 0.0, bytes_per_weight=bytes_per_weight)
     size = model.dtype.itemsize if bytes_per_weight is None else bytes_per_weight
-    linears = block_linears(model, model.config.model_type)
-    by_name = dict.fromkeys(linears, sparsity) if isinstance(sparsity, int | float) else sparsity
-    if missing := linears.keys() - by_name.keys():
+    sites = linear_sites(model, model.config.model_type)
+    names = [site.name for site in sites]
+    by_name = dict.fromkeys(names, sparsity) if isinstance(sparsity, int | float) else sparsity
+    if missing := {*names} - by_name.keys():
         raise ValueError(f"no sparsity given for {len(missing)} linear layers, first {min(missing)}")
-    if not all(0 <= by_name[name] <= 1 for name in linears):
+    if not all(0 <= by_name[name] <= 1 for name in names):
         raise ValueError(f"sparsity is {sparsity}, but it is a fraction between 0 (dense) and 1")
-    saved = {name: by_name[name] * linear.weight.numel() for name, linear in linears.items()}
-    in_ffn = {id(linear) for site in find_sites(model, model.config.model_type) for linear in site.projections()}
-    ffn = sum(weights for name, weights in saved.items() if id(linears[name]) in in_ffn)
-    total = sum(saved.values())
+    saved = {site.name: by_name[site.name] * site.linear.weight.numel() for site in sites}
+    total, ffn = sum(saved.values()), sum(saved[site.name] for site in sites if site.in_ffn)
     return replace(
         dense,
         gflops=dense.gflops - 2 * total / G,
@@ -102,3 +179,7 @@ def teal_cost(
         attention_gflops=dense.attention_gflops - 2 * (total - ffn) / G,
         weight_bytes=round(dense.weight_bytes - total * size),
     )
+
+
+def _linears(model: PreTrainedModel) -> dict[str, nn.Module]:
+    return {site.name: site.linear for site in linear_sites(model, model.config.model_type)}

@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lte.modules.input_threshold import CUT
+from lte.surgery.conversion import Progress
 from lte.surgery.sites import block_of
-from lte.surgery.teal import MOST_GREEDY
 
 Call = tuple[tuple, dict[str, Any]]
 """The arguments of a call of a block."""
+MOST_GREEDY = 0.95
+"""The highest sparsity of a layer."""
 
 _TOKENS = 512  # tokens of each row on which outputs are compared
 _SHARE = 0.05  # share of a block's weights that a step leaves unread
@@ -27,6 +29,7 @@ def greedy_sparsities(
     sizes: Mapping[str, Tensor],
     batch: dict[str, Tensor],
     target: float,
+    progress: Progress = iter,
 ) -> dict[str, float]:
     """Return a sparsity for each of ``linears``, by name, so that ``target`` of each block's weights are left unread.
 
@@ -36,6 +39,7 @@ def greedy_sparsities(
     Args:
         sizes: a sample of the sizes of each layer's inputs in the dense model, in any order.
         batch: the batch on which the block's outputs are compared.
+        progress: wraps the iteration over blocks.
     """
     names = {module: name for name, module in model.named_modules()}
     blocks: dict[str, list[str]] = {}
@@ -47,7 +51,7 @@ def greedy_sparsities(
     mask = batch.get("attention_mask")
     chosen: dict[str, float] = {}
     real_BT = None if mask is None else mask.to(model.device).bool()
-    for block, call in calls.items():
+    for block, call in progress(calls.items()):
         inside = {name: linears[name] for name in blocks[names[block]]}
         chosen |= _allocate(partial(_output, block, call, real_BT), inside, ranked, target)
     return chosen

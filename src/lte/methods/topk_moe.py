@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lte.methods.mixture import Mixture, check_weight, softmax_of
 from lte.modules.mixture import MixtureRouter
-from lte.surgery.sites import Site
+from lte.surgery.sites import FFNSite
 
 Scores = Literal["softmax", "sigmoid"]
 
@@ -44,7 +44,7 @@ class TopKMoEConfig(Mixture):
         if self.scores not in get_args(Scores):
             raise ValueError(f"scores is {self.scores!r}, but it is one of {', '.join(get_args(Scores))}")
 
-    def build_router(self, site: Site, device: torch.device) -> "TopKRouter":
+    def build_router(self, site: FFNSite, device: torch.device) -> "TopKRouter":
         return TopKRouter(self, *self.router_shape(site), device)
 
 

@@ -1,27 +1,29 @@
 """One-shot pruning of single weights, by Wanda (Sun et al., arXiv 2306.11695) or size: no routers, a stock model."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from lte.core.selection import top_k
-from lte.modules.tensor_parallel import check_not_shared
-from lte.surgery.activations import check_inputs_are_tokens, first_tokens, record_inputs
-from lte.surgery.sites import block_linears
-from lte.surgery.teal import SECTION as TEAL
-
-SECTION = "pruning"
-"""What a config calls how the model was pruned; no code needs it to load the model."""
+from lte.surgery.activations import check_inputs_are_tokens, record_inputs
+from lte.surgery.conversion import Batch, Conversion, Progress
+from lte.surgery.convert import sparsify_
+from lte.surgery.cost import weight_sparsity
+from lte.surgery.linears import rows_of
+from lte.surgery.sites import LinearSite, check_linears, linear_sites
 
 
 @dataclass(frozen=True)
-class MagnitudeConfig:
+class MagnitudeConfig(Conversion):
     """How to prune by size: of each matrix the weights with the least ``|w|``.
+
+    The model's class, size and speed stay, and nothing but its weights is needed to load it; its config says how it was
+    pruned. :func:`lte.weight_sparsity` says how many weights are 0. Hardware that skips them would be left with
+    ``1 - weight_sparsity(model)`` of ``cost_per_token(model).gflops``.
 
     Attributes:
         target_sparsity: fraction of the weights to make 0, in every linear layer of the blocks.
@@ -32,6 +34,8 @@ class MagnitudeConfig:
     """
 
     name: ClassVar[str] = "magnitude"
+    section: ClassVar[str] = "pruning"
+    doing: ClassVar[str] = "pruning"
 
     target_sparsity: float = 0.5
     pattern: str | None = None
@@ -56,6 +60,40 @@ class MagnitudeConfig:
         kept, _, group = (self.pattern or "").partition(":")
         return (int(kept), int(group)) if kept.isdecimal() and group.isdecimal() else (0, 0)
 
+    def check(self, model: PreTrainedModel) -> None:
+        check_linears(model, model.config.model_type)
+        for site in linear_sites(model, model.config.model_type):
+            inputs, group = rows_of(site.linear).shape[1], self.kept_of[1]
+            if group and inputs % group:
+                raise ValueError(f"{site.name} has {inputs} inputs, which pattern {self.pattern} does not divide")
+
+    @torch.no_grad()
+    def convert_(self, model: PreTrainedModel, batches: list[Batch], progress: Progress) -> None:
+        sites = linear_sites(model, model.config.model_type)
+        lengths = self.input_lengths(model, sites, progress(batches))
+        for site, length_I in zip(progress(sites), lengths, strict=True):
+            rows_OI = rows_of(site.linear)
+            scores_OI = rows_OI.float().abs()
+            if length_I is not None:
+                scores_OI *= length_I.to(scores_OI.device)
+            rows_OI.mul_(_kept(scores_OI, self, by_row=length_I is not None))
+        setattr(model.config, self.section, self.to_dict())
+
+    def input_lengths(
+        self, model: PreTrainedModel, sites: list[LinearSite], batches: Iterable[Batch]
+    ) -> list[Tensor] | list[None]:
+        """Of each layer's inputs the length over tokens, ``[I]``, which its weights are multiplied by; None: by none.
+
+        With lengths, weights are compared within each output, and without within each matrix.
+        """
+        return [None] * len(sites)
+
+    def describe(self, config: Any) -> str:
+        return f"dense, pruned by {self.name} to {self.target_sparsity:.0%}"
+
+    def outcome(self, model: PreTrainedModel) -> str:
+        return f"{weight_sparsity(model):.1%} of the blocks' weights are 0"
+
 
 @dataclass(frozen=True)
 class WandaConfig(MagnitudeConfig):
@@ -79,80 +117,27 @@ class WandaConfig(MagnitudeConfig):
         if self.tokens < 1:
             raise ValueError(f"tokens is {self.tokens}, but at least 1 is needed (usual: 4096)")
 
+    def check(self, model: PreTrainedModel) -> None:
+        if model.config.is_encoder_decoder:
+            raise ValueError("Wanda here is for models with one stack of blocks: use MagnitudeConfig for this one")
+        check_inputs_are_tokens(model.config)
+        super().check(model)
 
-@torch.no_grad()
+    @property
+    def data_tokens(self) -> int:
+        return self.tokens
+
+    def input_lengths(self, model: PreTrainedModel, sites: list[LinearSite], batches: Iterable[Batch]) -> list[Tensor]:
+        wanted = [(site.name, site.linear, _squares) for site in sites]
+        recorded = record_inputs(model, wanted, batches, self.tokens)
+        return [squares.sum(0).sqrt() for squares in recorded]
+
+
 def prune_(
     model: PreTrainedModel, config: MagnitudeConfig, data: Iterable[dict[str, Tensor]] | None = None
 ) -> PreTrainedModel:
-    """Set single weights of every linear layer in the blocks (attention and FFN) to 0, in place.
-
-    The model's class, size and speed stay; its config says how it was pruned. :func:`weight_sparsity` says how many
-    weights are 0; hardware that skips them would be left with ``1 - weight_sparsity(model)`` of
-    ``cost_per_token(model).gflops``.
-
-    Args:
-        model: dense, of a known family.
-        config: ``WandaConfig`` or ``MagnitudeConfig``.
-        data: batches for the model, needed by Wanda.
-
-    Returns:
-        The same model.
-
-    Raises:
-        ValueError: unknown family, a model that is sparse already, data missing, a matrix that the pattern does not
-            fit, quantised weights, Wanda on an encoder-decoder. The model is then as it was.
-    """
-    if hasattr(model.config, "lte") or hasattr(model.config, TEAL):
-        raise ValueError("the model is sparse already: load the dense checkpoint to prune it")
-    check_not_shared(model, "prune_ compares")
-    if isinstance(config, WandaConfig):
-        check_inputs_are_tokens(model.config)
-    linears = block_linears(model, model.config.model_type)
-    for name, linear in linears.items():
-        if not linear.weight.is_floating_point() or linear.weight.is_meta:
-            raise ValueError(f"{name} has weights of {linear.weight.dtype} that cannot be changed: load it unquantised")
-        inputs, group = _rows(linear).shape[1], config.kept_of[1]
-        if group and inputs % group:
-            raise ValueError(f"{name} has {inputs} inputs, which pattern {config.pattern} does not divide")
-    by_input = isinstance(config, WandaConfig)
-    squares: list[Tensor | None] = [None] * len(linears)
-    if isinstance(config, WandaConfig):
-        squares = list(_input_squares(model, linears, config, data))
-    for linear, square_I in zip(linears.values(), squares, strict=True):
-        rows_OI = _rows(linear)
-        scores_OI = rows_OI.float().abs()
-        if square_I is not None:
-            scores_OI *= square_I.sqrt().to(scores_OI.device)
-        rows_OI.mul_(_kept(scores_OI, config, by_row=by_input))
-    setattr(model.config, SECTION, {"method": config.name, **asdict(config)})
-    return model
-
-
-def weight_sparsity(model: PreTrainedModel) -> float:
-    """The fraction of weights that are 0 in the linear layers of the blocks."""
-    weights = [linear.weight for linear in block_linears(model, model.config.model_type).values()]
-    return 1 - sum(int(weight.count_nonzero()) for weight in weights) / sum(weight.numel() for weight in weights)
-
-
-def _rows(linear: nn.Linear | Conv1D) -> Tensor:
-    """``[O, I]``: a row an output, a view of the weight."""
-    return linear.weight.data.T if isinstance(linear, Conv1D) else linear.weight.data
-
-
-def _input_squares(
-    model: PreTrainedModel,
-    linears: dict[str, nn.Linear | Conv1D],
-    config: WandaConfig,
-    data: Iterable[dict[str, Tensor]] | None,
-) -> Iterable[Tensor]:
-    """Of each layer's inputs the sum of squares over tokens, ``[I]``."""
-    if data is None:
-        raise ValueError("Wanda needs data: pass prune_(model, config, data=batches)")
-    if model.config.is_encoder_decoder:
-        raise ValueError("Wanda here is for models with one stack of blocks: use MagnitudeConfig for this one")
-    wanted = [(name, linear, _squares) for name, linear in linears.items()]
-    recorded = record_inputs(model, wanted, first_tokens(data, config.tokens), config.tokens)
-    return (squares.sum(0) for squares in recorded)
+    """:func:`lte.sparsify_` with a :class:`WandaConfig` or a :class:`MagnitudeConfig`."""
+    return sparsify_(model, config, data)
 
 
 def _squares(x_TI: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from lte.modules.recording import TokenMasks
 from lte.modules.tensor_parallel import check_not_shared
+from lte.modules.token_masks import TokenMasks
 
 CUT = "cut"
 

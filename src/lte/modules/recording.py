@@ -1,6 +1,5 @@
 """Records router scores during forward passes and measures their sparsity. Padding does not count."""
 
-import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,8 +10,10 @@ from torch import Tensor, nn
 
 from lte.core.accounting import count_active
 from lte.core.selection import threshold
+from lte.modules.input_threshold import CUT
 from lte.modules.kept import kept
 from lte.modules.sparse_ffn import Selecting
+from lte.modules.token_masks import TokenMasks
 
 
 def sparse_layers(model: nn.Module) -> dict[str, Selecting]:
@@ -22,7 +23,7 @@ def sparse_layers(model: nn.Module) -> dict[str, Selecting]:
         ValueError: the model has none, because it is dense or TEAL's.
     """
     found = {name: module for name, module in model.named_modules() if isinstance(module, Selecting)}
-    if not found and hasattr(getattr(model, "config", None), "teal"):
+    if not found and any(name.rpartition(".")[2] == CUT for name, _ in model.named_buffers()):
         raise ValueError(
             f"{type(model).__name__} has no sparse FFN but TEAL's thresholds: use it as it is, or convert the dense "
             "model again"
@@ -32,13 +33,13 @@ def sparse_layers(model: nn.Module) -> dict[str, Selecting]:
     return found
 
 
-def check_linear(layers: Iterable[Selecting], consequence: str) -> None:
+def check_lte_routers(layers: Iterable[Selecting], consequence: str) -> None:
     """Raise ValueError unless all routers are LTE's, which are one linear map and a sigmoid.
 
     Args:
         consequence: the end of the message.
     """
-    other = next((layer.router for layer in layers if not layer.router.is_linear), None)
+    other = next((layer.router for layer in layers if not layer.router.is_lte), None)
     if other is not None:
         raise ValueError(f"this model's experts are chosen by {type(other).__name__}, not LTE's router: {consequence}")
 
@@ -51,46 +52,6 @@ def check_hard(layers: Iterable[Selecting], because: str) -> None:
             f"the model is in mode {modes[0]}, {because}: train it first (lte.LTETrainer ends in mode hard), or switch "
             'a trained one with lte.set_mode_(model, "hard")'
         )
-
-
-class TokenMasks:
-    """The tokens of a forward pass that are not padding, from the masks and labels that the model got."""
-
-    def __init__(self, model: nn.Module) -> None:
-        # also under DDP or a LoRA wrapper; getattr of a missing attribute of a module would be slow
-        configs = (vars(part).get("config") for part in model.modules())
-        self.encoder_decoder = any(getattr(config, "is_encoder_decoder", False) for config in configs)
-        self._masks: dict[str, Tensor | None] = {}
-
-    def see(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Take the masks from the arguments of a forward pass."""
-        given = dict(kwargs)
-        if args:
-            given |= inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        mask, decoder_mask = given.get("attention_mask"), given.get("decoder_attention_mask")
-        labels = given.get("labels")
-        if decoder_mask is None and self.encoder_decoder:
-            if isinstance(labels, Tensor) and labels.ndim == 2:
-                decoder_mask = labels.ne(-100)  # the decoder reads the labels, shifted to the right
-            elif given.get("decoder_input_ids") is None and isinstance(mask, Tensor) and mask.ndim == 2:
-                decoder_mask = nn.functional.pad(
-                    mask, (1, -1), value=1
-                )  # a classifier's decoder reads the text, shifted to the right
-        self._masks = {"encoder": mask, "decoder": decoder_mask}
-
-    def is_decoder(self, name: str) -> bool:
-        """Return whether layer ``name`` is in the decoder of an encoder-decoder."""
-        return self.encoder_decoder and "decoder" in name.split(".")
-
-    def of(self, name: str, leading: torch.Size) -> Tensor | None:
-        """Return the mask of layer ``name`` in the ``leading`` shape of its tokens; None if no token is padding."""
-        mask = self._masks.get("decoder" if self.is_decoder(name) else "encoder")
-        if not isinstance(mask, Tensor) or mask.ndim != 2:
-            return None
-        length = leading.numel() // mask.shape[0]
-        if length > mask.shape[1]:  # prompt tuning adds tokens at the start
-            mask = nn.functional.pad(mask, (length - mask.shape[1], 0), value=1)
-        return mask[:, -length:].reshape(leading)  # with a KV cache the mask is longer than the new tokens
 
 
 class Recording:

@@ -18,12 +18,12 @@ class BaseRouter(nn.Module):
         reads: its argument. ``input`` is the FFN's input ``[..., D]``. ``activation`` ``[..., F]`` is that of the gate
             in a gated FFN. ``neurons`` ``[..., F]`` are the inputs of the down projection. All values that a router
             reads are computed for all neurons, and their cost is counted.
-        is_linear: whether it is LTE's :class:`Router`, which calibration and kernels are made for.
+        is_lte: whether it is LTE's :class:`Router`, which calibration and kernels are made for.
         scales: whether mode hard scales an expert by its score too, as in a mixture of experts.
     """
 
     reads: ClassVar[Reads] = "input"
-    is_linear: ClassVar[bool] = False
+    is_lte: ClassVar[bool] = False
     scales: ClassVar[bool] = False
 
     def __init__(self, num_experts: int):
@@ -58,7 +58,7 @@ class Router(BaseRouter):
     Shapes: weight ``[E, D]``, bias ``[E]``, input ``[..., D]``, scores ``[..., E]``.
     """
 
-    is_linear: ClassVar[bool] = True
+    is_lte: ClassVar[bool] = True
     weight: nn.Parameter
     bias: nn.Parameter
     temperature: Tensor

@@ -61,9 +61,9 @@ class Selecting(nn.Module):
         return self.router.num_weights + (0 if self.compensation is None else self.compensation.num_weights)
 
     @property
-    def linear_router(self) -> Router:
-        """The router, which must be LTE's (``check_linear`` raises the error for users)."""
-        assert self.router.is_linear
+    def lte_router(self) -> Router:
+        """The router, which must be LTE's (``check_lte_routers`` raises the error for users)."""
+        assert self.router.is_lte
         return cast(Router, self.router)  # peft may have wrapped it
 
     @property
@@ -107,7 +107,7 @@ class Selecting(nn.Module):
         """Return whether this process's own scores are enough. Gradients need all scores (see ExpertShard)."""
         return (
             self.shard is not None
-            and self.router.is_linear
+            and self.router.is_lte
             and self.compensation is None
             and not self.recorded
             and not torch.is_grad_enabled()

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lte.modules.recording import TokenMasks
-from lte.surgery.sites import Site
+from lte.modules.token_masks import TokenMasks
+from lte.surgery.sites import FFNSite
 
 Wanted = tuple[str, nn.Module, Callable[[Tensor], Tensor]]
 """The name of a module's layer, the module, and a function from its input ``[T, ...]`` to the rows to keep."""
@@ -91,7 +91,7 @@ def watch_inputs(
 
 def watch_ffns(
     model: PreTrainedModel,
-    sites: Sequence[Site],
+    sites: Sequence[FFNSite],
     batches: Iterable[dict[str, Tensor]],
     see: Callable[[int, Tensor, Tensor], None],
     max_tokens: int,

@@ -1,7 +1,7 @@
 """Saving and loading: ``LTE...`` classes, made on demand from Hugging Face's, known to the Auto classes.
 
 ``LTELlamaForCausalLM`` is ``LlamaForCausalLM`` whose FFNs are replaced before weights are loaded. In
-memory its config is a Llama config with a section ``lte`` (of TEAL's models ``teal``). On disk ``config.json`` has
+memory its config is a Llama config with a section of its conversion: ``lte`` has methods. On disk ``config.json`` has
 ``model_type: lte`` and ``base_model_type: llama``, so that code which does not know ``lte`` refuses it
 instead of running it densely; a stock class named outright, ``LlamaForCausalLM.from_pretrained``,
 stumbles over ``transformers_weights``, which holds the reason where a file name belongs. Every class
@@ -25,11 +25,8 @@ from lte.files import write_whole
 from lte.saving import finish_saving, saving
 from lte.surgery.auto import MODEL_TYPE, LTEAutoConfig
 from lte.surgery.complete import check_complete
+from lte.surgery.conversion import Conversion, conversion_of, is_sparse, section_of
 from lte.surgery.heads import models_of
-from lte.surgery.method import Method
-from lte.surgery.sites import find_sites
-from lte.surgery.teal import SECTION as TEAL
-from lte.surgery.teal import TEALConfig
 from lte.surgery.tensor_parallel import shard_experts_
 
 CODE_FILE = "modeling_lte"
@@ -42,7 +39,7 @@ class LTEConfigMixin:
     """What an ``LTE...Config`` adds to Hugging Face's: a section, and its own model type on disk."""
 
     lte: dict[str, Any]
-    """The method and its options. A model converted by ``lte.teal_`` has a section ``teal`` instead."""
+    """The method and its options. A conversion of another kind than methods has a section of its own instead."""
 
     def to_json_file(self, json_file_path: Any, use_diff: bool = True) -> None:
         values = json.loads(self.to_json_string(use_diff=use_diff))  # pyright: ignore[reportAttributeAccessIssue]
@@ -82,9 +79,8 @@ def read_config(config_dict: dict[str, Any], **kwargs: Any) -> Any:
 
 def _in_memory(values: dict[str, Any]) -> dict[str, Any]:
     """The content of a ``config.json``, as its base model type has it."""
-    base_type, teal = values.get("base_model_type"), values.get(TEAL)
-    method = values.get("lte") if teal is None else teal
-    if not isinstance(base_type, str) or not isinstance(method, dict):
+    base_type = values.get("base_model_type")
+    if not isinstance(base_type, str) or not is_sparse(values):
         section = "lte" if isinstance(base_type, str) else "base_model_type"
         raise ValueError(
             f"config.json says model_type {MODEL_TYPE}, but its section {section} is missing or damaged: "
@@ -95,11 +91,12 @@ def _in_memory(values: dict[str, Any]) -> dict[str, Any]:
             f"config.json has base_model_type {base_type!r}, which transformers does not know: update transformers, "
             f"or make your own architecture known with AutoConfig.register({base_type!r}, ...) before loading"
         )
-    made = (Method if teal is None else TEALConfig).from_dict(method)  # so that errors come early
-    if lacking := sorted({*made.to_dict(), *(("mode",) if teal is None else ())} - method.keys() - {*made.added_later}):
+    made = conversion_of(values)  # now, so that errors come early
+    assert made is not None
+    if lacking := made.lacking(section_of(values)):
         raise ValueError(
-            f"config.json lacks {', '.join(lacking)} in its section {'lte' if teal is None else TEAL}: it was written "
-            "by hand or is damaged, save the model again with save_pretrained"
+            f"config.json lacks {', '.join(lacking)} in its section {made.section}: it was written by hand or is "
+            "damaged, save the model again with save_pretrained"
         )
     return {**{name: value for name, value in values.items() if name not in _ON_DISK}, "model_type": base_type}
 
@@ -109,20 +106,11 @@ class LTEModelMixin:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # pyright: ignore[reportCallIssue]
-        from lte.surgery.convert import install_, set_mode_  # they build on this module
-
         assert isinstance(self, PreTrainedModel)
-        if hasattr(config, TEAL):
-            TEALConfig.from_dict(getattr(config, TEAL)).install_(self)
-            return
-        if not hasattr(config, "lte"):
+        made = conversion_of(config)
+        if made is None or made.stock:
             raise ValueError(f"{type(self).__name__} needs a config with a section lte; make one with lte.sparsify_")
-        method = Method.from_dict(config.lte)
-        for site in find_sites(self, config.model_type):
-            sparse = install_(site, method)
-            if not any(tensor.is_meta for tensor in sparse.router.state_dict().values()):
-                sparse.reset()
-        set_mode_(self, config.lte.get("mode", "dense"))
+        made.install_(self)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -151,8 +139,7 @@ class LTEModelMixin:
                 f"{pretrained_model_name_or_path}: a .safetensors file is cut short or damaged ({error}); copy it again"
             ) from error
         check_complete(pretrained_model_name_or_path, model, info, resized)
-        if not hasattr(model.config, TEAL):
-            shard_experts_(model)
+        shard_experts_(model)
         return (model, info) if wants_info else model
 
     def save_pretrained(
@@ -231,25 +218,30 @@ def dense_class(made: type) -> Any:
     return base
 
 
-def dense_config(config: Any, section: str = "lte") -> Any:
+def dense_config(config: Any) -> Any:
     """A copy of an LTE config in the form that it has in Hugging Face."""
     _mixin, base = type(config).__bases__
-    values = {
-        name: value for name, value in config.to_dict().items() if name not in (section, "auto_map", "architectures")
-    }
-    return base.from_dict(values)
+    made = conversion_of(config)
+    assert made is not None
+    left_out = (made.section, "auto_map", "architectures")
+    return base.from_dict({name: value for name, value in config.to_dict().items() if name not in left_out})
 
 
-def become_lte_(model: PreTrainedModel, values: dict[str, Any], section: str = "lte") -> None:
-    """Change a converted model's class and config to their LTE forms. The config object it had is left alone."""
-    base, copies = type(model.config), {}
+def become_lte_(model: PreTrainedModel, conversion: Conversion, **state: Any) -> None:
+    """Change a converted model's class and config to their LTE forms. The config object it had is left alone.
+
+    Args:
+        conversion: which the config says it was.
+        state: what its section says beside the options.
+    """
+    base, copies, section = type(model.config), {}, {**conversion.to_dict(), **state}
     part: Any
     for part in model.modules():  # the head and the backbone share one config object, or hold copies of it
         if isinstance(config := getattr(part, "config", None), PretrainedConfig):
             part.config = copy.deepcopy(config, copies)
             if type(config) is base:
                 part.config.__class__ = lte_config_class(base)
-                setattr(part.config, section, values)
+                setattr(part.config, conversion.section, section)
     model.__class__ = lte_model_class(type(model))
     forget_gguf_(model)
 

@@ -1,6 +1,7 @@
 """The cost of a Hugging Face model per token, read off its modules, for any family in the table."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -18,7 +19,32 @@ from lte.core.accounting import Cost, Shape, cost
 from lte.core.grouping import check_divisible
 from lte.modules.sparse_ffn import Selecting
 from lte.surgery.heads import own_class
-from lte.surgery.sites import block_of, find_sites
+from lte.surgery.sites import block_of, find_sites, linear_sites
+
+
+@dataclass(kw_only=True)
+class Spent:
+    """What a token took, mean over the tokens that were seen.
+
+    Attributes:
+        sparsity: fraction of inactive neurons, mean over tokens and layers; 0 for a dense model. Of a TEAL model the
+            fraction of FFN weights that its zeros leave unread.
+        layer_sparsity: the same, layer by layer.
+        attention_sparsity: fraction of the attention projections' weights left unread; 0 but for TEAL.
+        weight_sparsity: fraction of the weights in the blocks' linear layers that are 0, of a model without routers or
+            thresholds: :func:`lte.prune_` makes such. Their FLOPs are not counted.
+        gflops_per_token, gflops_per_token_dense: FFN, attention projections and routers, G = 2^30. In LTE's mode soft
+            every expert is computed, whatever its score.
+        mode: dense, soft or hard.
+    """
+
+    sparsity: float
+    layer_sparsity: list[float]
+    gflops_per_token: float
+    gflops_per_token_dense: float
+    attention_sparsity: float = 0.0
+    weight_sparsity: float = 0.0
+    mode: str = "dense"
 
 
 def model_shape(model: PreTrainedModel, expert_size: int = 32) -> Shape:
@@ -39,7 +65,7 @@ def model_shape(model: PreTrainedModel, expert_size: int = 32) -> Shape:
     else:
         router_weights = tuple(site.d_model * check_divisible(site.d_ff, expert_size) for site in sites)
         selection = (0,) * len(sites)
-    ffn = {id(linear) for site in sites for linear in site.projections()}
+    ffn = {id(linear) for site in sites for linear in site.projections().values()}
     blocks = {block_of(site.name) for site in sites}
     head = model.get_output_embeddings()
     attention, head_weights, embedding = 0, 0, 0
@@ -101,6 +127,12 @@ def cost_per_token(
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         bytes_per_weight = dtype.itemsize if isinstance(dtype, torch.dtype) else 2
     return cost(model_shape(model, expert_size), sparsity, router, bytes_per_weight)
+
+
+def weight_sparsity(model: PreTrainedModel) -> float:
+    """The fraction of weights that are 0 in the linear layers of the blocks."""
+    weights = [site.linear.weight for site in linear_sites(model, model.config.model_type)]
+    return 1 - sum(int(weight.count_nonzero()) for weight in weights) / sum(weight.numel() for weight in weights)
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:

@@ -1,66 +1,68 @@
-"""What a method is: a frozen dataclass that groups neurons, builds routers and fits them. Its type is the choice."""
+"""What a method is: a conversion that groups the neurons of FFNs into experts, and gives them routers."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lte.core.accounting import Cost
 from lte.core.grouping import check_divisible
 from lte.modules.compensation import Compensation
+from lte.modules.recording import SparsityMeter, sparse_layers, track_sparsity
 from lte.modules.router import BaseRouter
-from lte.surgery.sites import Site
+from lte.modules.sparse_ffn import Mode
+from lte.surgery.architectures import become_lte_
+from lte.surgery.conversion import Batch, Conversion, Progress, section_of
+from lte.surgery.convert import set_mode_
+from lte.surgery.cost import Spent, cost_per_token
+from lte.surgery.experts import RECORDED_TOKENS, group, replace_ffn_
+from lte.surgery.sites import FFNSite, find_sites
 from lte.surgery.training_options import TrainingOptions
 
 if TYPE_CHECKING:
     from lte.surgery.training import Training
-
-Made = TypeVar("Made")
-
-_ALL = "lte.methods.all"
-"""Importing it makes the methods that come with lte known by their names. It stands above this file."""
 
 STATE = ("mode", "grouped")
 """What a config's section ``lte`` holds beside the method: the mode, and ``grouped: False`` until neurons are."""
 
 
 @dataclass(frozen=True)
-class Method:
-    """Base of all methods. A subclass names itself and is then known to saving and loading.
+class Method(Conversion):
+    """Base of all methods.
 
     Subclasses say how neurons are grouped (:meth:`group`) and what routes to the groups
     (:meth:`build_router`). One that needs no training sets its routers in :meth:`fit`.
-    A field declared with ``init=False`` is fixed: no option, and not saved.
     """
 
-    name: ClassVar[str] = ""
-    added_later: ClassVar[tuple[str, ...]] = ()
-    """Options that early saved models lack. Without them a model is as it was then: their defaults. All others are
-    written with every model, and without one of them a model would be another."""
-    of_training: ClassVar[tuple[str, ...]] = ()
-    """Options that do nothing before the model is trained."""
-    _by_name: ClassVar[dict[str, type["Method"]]] = {}
+    section: ClassVar[str] = "lte"
+    state: ClassVar[tuple[str, ...]] = STATE
+    stock: ClassVar[bool] = False
+    doing: ClassVar[str] = "grouping neurons"
+    soft_computes_all: ClassVar[bool] = False
+    """Whether in mode soft every expert is computed, because no score is 0."""
 
     expert_size: int = 32
     tau: float = 0.5
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        """Raise ValueError unless all options are in their range."""
+    def check(self, model: PreTrainedModel) -> None:
+        sites = find_sites(model, model.config.model_type)
+        for site in sites:
+            site.check()
+            self.check_site(site)
+        weights = [linear.weight for site in sites for linear in site.projections().values()]
+        if len({id(weight) for weight in weights}) < len(weights):
+            raise ValueError(f"{type(model).__name__} shares FFN weights between layers: that is not supported")
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "name" in vars(cls):
-            Method._by_name[cls.name] = cls
-
-    def check(self, site: Site) -> None:
-        """Raise ValueError unless it can convert this FFN. Called for each before the first change."""
+    def check_site(self, site: FFNSite) -> None:
+        """Raise ValueError unless it can convert this FFN."""
         check_divisible(site.d_ff, self.expert_size)
 
-    def group(self, sites: Sequence[Site], activations: Sequence[Tensor]) -> Iterable[Tensor]:
+    def group(self, sites: Sequence[FFNSite], activations: Sequence[Tensor]) -> Iterable[Tensor]:
         """Labels ``[F]`` of each FFN: the expert of each neuron.
 
         Args:
@@ -69,11 +71,11 @@ class Method:
         """
         raise NotImplementedError
 
-    def build_router(self, site: Site, device: torch.device) -> BaseRouter:
+    def build_router(self, site: FFNSite, device: torch.device) -> BaseRouter:
         """A router for this FFN, not yet initialised."""
         raise NotImplementedError
 
-    def build_compensation(self, site: Site, device: torch.device) -> Compensation | None:
+    def build_compensation(self, site: FFNSite, device: torch.device) -> Compensation | None:
         """What stands in for this FFN's idle experts, not yet initialised; None where nothing does."""
         return None
 
@@ -81,14 +83,14 @@ class Method:
         """Change the dense model before it is converted, where the method needs another one; gives what undoes it."""
         return lambda: None
 
-    def fit(self, model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> None:
+    def fit(self, model: PreTrainedModel, batches: list[Batch]) -> None:
         """Set the routers of a model just converted, in mode dense. Nothing to do where training does it.
 
         Args:
             batches: the first ``fit_tokens`` of the data, or more; none where that is 0.
         """
 
-    def calibrate(self, model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> None:
+    def calibrate(self, model: PreTrainedModel, batches: list[Batch]) -> None:
         """Set thresholds anew on all of ``batches``, in mode hard. Nothing to do where as many experts always run."""
 
     @property
@@ -101,67 +103,78 @@ class Method:
         """Whether :meth:`group` wants neurons recorded on data."""
         return False
 
+    @property
+    def data_tokens(self) -> int:
+        return max(RECORDED_TOKENS * self.needs_activations, self.fit_tokens)
+
     def training(self, options: TrainingOptions) -> "Training":
         """What it does while ``LTETrainer`` trains a model: here, set routers by :meth:`fit` after the dense stage."""
-        from lte.surgery.training import Training  # which looks at models, as methods do not
+        from lte.surgery.training import Training  # who only converts or loads a model does without
 
         return Training(self, options)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"method": self.name, **{option: getattr(self, option) for option in self.options()}}
+    def convert_(self, model: PreTrainedModel, batches: list[Batch], progress: Progress) -> None:
+        sites = find_sites(model, model.config.model_type)
+        undo = self.prepare_(model)
+        try:
+            orders = list(group(model, sites, self, batches, progress))  # all before routers go in
+        except BaseException:
+            undo()
+            raise
+        for site, order in zip(sites, orders, strict=True):
+            site.permute_neurons(order)
+        self.put_in_(model)
+        self.fit(model, batches)
 
-    @classmethod
-    def options(cls) -> list[str]:
-        return [field.name for field in fields(cls) if field.init]
+    def put_in_(self, model: PreTrainedModel, **state: Any) -> None:
+        """Give every FFN of a dense model a router, drawn from the method's seed, in mode dense.
 
-    @staticmethod
-    def named(name: str | None) -> type["Method"]:
-        """The method of that name.
-
-        Raises:
-            ValueError: there is none.
+        Args:
+            state: what the config says beside the method and the mode.
         """
-        if name not in Method._by_name:
-            import_module(_ALL)
-        cls = Method._by_name.get(str(name))
-        if cls is None:
-            raise ValueError(f"unknown method {name!r}: this version of lte knows {', '.join(sorted(Method._by_name))}")
-        return cls
+        generator = torch.Generator().manual_seed(self.seed)
+        for site in find_sites(model, model.config.model_type):
+            replace_ffn_(site, self).reset(generator)
+        become_lte_(model, self, mode="dense", **state)
 
-    @staticmethod
-    def from_dict(values: dict[str, Any]) -> "Method":
-        """The method that :meth:`to_dict` described. Of a config's section ``lte``, :data:`STATE` is not the method's.
+    def install_(self, model: PreTrainedModel) -> None:
+        for site in find_sites(model, model.config.model_type):
+            sparse = replace_ffn_(site, self)
+            if not any(tensor.is_meta for tensor in sparse.router.state_dict().values()):
+                sparse.reset()
+        set_mode_(model, mode_of(model.config))
 
-        Raises:
-            ValueError: unknown method, unknown option, or one of the wrong type.
-        """
-        values = {option: value for option, value in values.items() if option not in STATE}
-        name = values.pop("method", None)
-        cls = Method.named(name)
-        return made_of(cls, values, cls.options(), f"method {name!r}")
+    def cost(self, model: PreTrainedModel, sparsity: float | Sequence[float] = 0.0) -> Cost:
+        return cost_per_token(model, sparsity, self.expert_size)
+
+    @contextmanager
+    def meter(self, model: PreTrainedModel, entry: nn.Module) -> Iterator[SparsityMeter]:
+        with track_sparsity(entry) as meter:
+            yield meter
+
+    def spent(self, model: PreTrainedModel, meter: SparsityMeter) -> Spent:
+        mode = mode_of(model.config)
+        computes_all = mode == "soft" and self.soft_computes_all
+        cost = cost_per_token(model, 0.0, router=True) if computes_all else cost_per_token(model, meter.by_layer)
+        return Spent(
+            sparsity=meter.overall,
+            layer_sparsity=meter.by_layer,
+            gflops_per_token=cost.gflops,
+            gflops_per_token_dense=cost_per_token(model).gflops,
+            mode=mode,
+        )
+
+    def describe(self, config: Any) -> str:
+        return f"sparse by {self.name}, mode {mode_of(config)}"
+
+    def outcome(self, model: PreTrainedModel) -> str:
+        layers = list(sparse_layers(model).values())
+        return f"{len(layers)} FFNs of {layers[0].router.num_experts} experts x {self.expert_size} neurons"
+
+    def lacking(self, section: Mapping[str, Any]) -> list[str]:
+        return sorted([*super().lacking(section), *({"mode"} - section.keys())])
 
 
-def made_of(cls: type[Made], values: dict[str, Any], options: Sequence[str], title: str) -> Made:
-    """``cls`` with the values of its options; ``title`` is what messages call it.
-
-    Raises:
-        ValueError: unknown option, or one of the wrong type.
-    """
-    if unknown := values.keys() - set(options):
-        raise ValueError(f"unknown option {', '.join(sorted(unknown))} for {title}: it has {', '.join(options)}")
-    hints = get_type_hints(cls)
-    for name, value in values.items():
-        if not _is(value, hints[name]):
-            raise ValueError(f"{title} has an option of the wrong type: {name} {value!r}")
-    return cls(**values)
-
-
-def _is(value: Any, hint: Any) -> bool:
-    """Whether a value, as JSON has it, is what an option is declared as."""
-    if get_origin(hint) is Literal:
-        return isinstance(value, str)  # which one, the class says
-    if get_args(hint):
-        return any(_is(value, one) for one in get_args(hint))
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+def mode_of(config: Any) -> Mode:
+    """The mode in which a model of this config runs its FFNs; dense where they have no routers."""
+    return section_of(config).get("mode", "dense")

@@ -1,4 +1,4 @@
-"""Finding FFNs in a model, and reordering their neurons. Works on ``nn.Linear`` and GPT-2's ``Conv1D``."""
+"""Where a conversion works in a model: at its FFNs, or at each linear layer of its blocks."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,18 +6,67 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
-from transformers.pytorch_utils import Conv1D
 
 from lte.modules.router import Reads
 from lte.modules.sparse_ffn import Selecting
 from lte.surgery.families import Family, check_family, family_rows
+from lte.surgery.linears import Linear, check_plain, reorder_, rows_of, sizes_of
 
 
 @dataclass(frozen=True)
 class Site:
-    """One FFN of a model: a layer, its name in the model, and the family row that describes it."""
+    """A place of a model whose projections are cut into slabs, some of which a token leaves out.
+
+    Attributes:
+        name: in the model.
+    """
 
     name: str
+
+    def projections(self) -> dict[str, nn.Module]:
+        """Its linear layers, by their names in the model."""
+        raise NotImplementedError
+
+    @property
+    def num_weights(self) -> int:
+        """Weights of all its matrices, biases not counted."""
+        sizes = (sizes_of(linear) for linear in self.projections().values())
+        return sum(d_in * d_out for d_in, d_out in sizes)
+
+    def check_projections(self) -> None:
+        """Raise ValueError unless its projections are plain linear layers, with weights that can be changed.
+
+        One that is wrapped, quantised or on the meta device is refused.
+        """
+        for where, linear in self.projections().items():
+            check_plain(where, linear)
+
+
+@dataclass(frozen=True)
+class LinearSite(Site):
+    """One linear layer of a block.
+
+    Attributes:
+        linear: the layer.
+        in_ffn: whether it is a projection of an FFN; attention's are not.
+    """
+
+    linear: Linear
+    in_ffn: bool
+
+    def projections(self) -> dict[str, nn.Module]:
+        return {self.name: self.linear}
+
+
+@dataclass(frozen=True)
+class FFNSite(Site):
+    """One FFN: its projections are cut into experts.
+
+    Attributes:
+        layer: the module that holds it, which is what ``name`` names.
+        family: the row that describes it.
+    """
+
     layer: nn.Module
     family: Family
 
@@ -47,21 +96,15 @@ class Site:
 
     @property
     def d_ff(self) -> int:
-        return _sizes(self.down)[0]
+        return sizes_of(self.down)[0]
 
     @property
     def d_model(self) -> int:
-        return _sizes(self.first)[0]
+        return sizes_of(self.first)[0]
 
     @property
     def gated(self) -> bool:
         return self.family.gate is not None or self.family.fused_gate_up
-
-    @property
-    def num_weights(self) -> int:
-        """Weights of all its matrices, biases not counted."""
-        sizes = (_sizes(linear) for linear in self.projections())
-        return sum(d_in * d_out for d_in, d_out in sizes)
 
     def weights_before(self, reads: Reads) -> int:
         """Weights multiplied to compute, for all neurons, what a router reads."""
@@ -69,30 +112,11 @@ class Site:
             return 0
         return self.d_model * self.d_ff * (2 if reads == "neurons" and self.gated else 1)
 
-    def projections(self) -> list[nn.Module]:
-        return [self.module(path) for path in self._projection_paths()]
+    def projections(self) -> dict[str, nn.Module]:
+        return {f"{self.name}.{path}": self.module(path) for path in self._projection_paths()}
 
     def _projection_paths(self) -> list[str]:
         return [path for path in (self.family.gate, self.family.up, self.family.down) if path]
-
-    def check_projections(self) -> None:
-        """Raise ValueError unless the projections are plain linear layers with weights that can be reordered.
-
-        A projection may not be wrapped, quantised or on the meta device.
-        """
-        for path in self._projection_paths():
-            linear, where = self.module(path), f"{self.name}.{path}"
-            if not isinstance(linear, nn.Linear | Conv1D):
-                raise ValueError(
-                    f"{where} is a {type(linear).__module__}.{type(linear).__name__}, not a linear layer: give the "
-                    "plain model (merge adapters first, e.g. with merge_and_unload; add new ones afterwards)"
-                )
-            _sizes(linear)
-            if type(linear.weight) is not nn.Parameter:  # some quantisers show a float's dtype
-                kind = type(linear.weight).__name__
-                raise ValueError(f"{where} keeps its weight as a {kind}: load the model unquantised and whole")
-            if linear.weight.is_meta:
-                raise ValueError(f"{where} is on the meta device: load the model's weights first, without offloading")
 
     def check(self) -> None:
         """Raise ValueError unless the FFN is as its family's row says and its weights can be reordered.
@@ -101,7 +125,7 @@ class Site:
         """
         family = self.family
         self.check_projections()
-        widths = {path: _sizes(self.module(path))[1] for path in self._projection_paths()[:-1]}
+        widths = {path: sizes_of(self.module(path))[1] for path in self._projection_paths()[:-1]}
         expected = {path: self.d_ff * (2 if family.fused_gate_up else 1) for path in widths}
         if widths != expected:
             raise ValueError(f"{self.name} has a down projection of {self.d_ff} neurons, but widths {widths}")
@@ -120,17 +144,11 @@ class Site:
 
     def feature_rows(self) -> Tensor:
         """``[F, D]``: one row a neuron, from the first FFN weight (of a fused gate and up: the gate's half)."""
-        linear = self.first
-        weight = linear.weight
-        assert isinstance(weight, Tensor)
-        rows = weight.T if isinstance(linear, Conv1D) else weight
-        return rows[: self.d_ff].detach()
+        return rows_of(self.first)[: self.d_ff]
 
     def down_rows(self) -> Tensor:
         """``[F, D]``: what each neuron adds to the output when it is 1."""
-        weight = self.down.weight
-        assert isinstance(weight, Tensor)
-        return (weight if isinstance(self.down, Conv1D) else weight.T).detach()
+        return rows_of(self.down).T
 
     @torch.no_grad()
     def permute_neurons(self, order_F: Tensor) -> None:
@@ -138,12 +156,12 @@ class Site:
         family = self.family
         up_order = torch.cat([order_F, order_F + self.d_ff]) if family.fused_gate_up else order_F
         if family.gate:
-            _reorder(self.module(family.gate), order_F, "out")
-        _reorder(self.module(family.up), up_order, "out")
-        _reorder(self.down, order_F, "in")
+            reorder_(self.module(family.gate), order_F, "out")
+        reorder_(self.module(family.up), up_order, "out")
+        reorder_(self.down, order_F, "in")
 
 
-def find_sites(model: nn.Module, model_type: str) -> list[Site]:
+def find_sites(model: nn.Module, model_type: str) -> list[FFNSite]:
     """The FFNs of a dense model, in the order of its layers.
 
     Raises:
@@ -163,18 +181,26 @@ def find_sites(model: nn.Module, model_type: str) -> list[Site]:
     return sites
 
 
-def block_linears(model: nn.Module, model_type: str) -> dict[str, nn.Linear | Conv1D]:
-    """Every linear layer, by name, of the blocks that hold an FFN: attention and FFN; neither head nor embedding.
+def linear_sites(model: nn.Module, model_type: str) -> list[LinearSite]:
+    """Every linear layer of the blocks that hold an FFN: of attention and FFN; neither head nor embedding.
 
     Raises:
         ValueError: as :func:`find_sites`.
     """
-    blocks = {block_of(site.name) for site in find_sites(model, model_type)}
-    return {
-        name: module
+    ffns = find_sites(model, model_type)
+    blocks = tuple({f"{block_of(site.name)}.": None for site in ffns})
+    of_ffns = {name for site in ffns for name in site.projections()}
+    return [
+        LinearSite(name, module, name in of_ffns)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and any(name.startswith(f"{block}.") for block in blocks)
-    }
+        if isinstance(module, Linear) and name.startswith(blocks)
+    ]
+
+
+def check_linears(model: nn.Module, model_type: str) -> None:
+    """Raise ValueError unless all linear layers of the blocks are plain (:meth:`Site.check_projections`)."""
+    for site in (*find_sites(model, model_type), *linear_sites(model, model_type)):  # FFNs name those that are not
+        site.check_projections()
 
 
 def block_of(name: str) -> str:
@@ -184,36 +210,12 @@ def block_of(name: str) -> str:
     return ".".join(parts[: number + 1])
 
 
-def _matching(model: nn.Module, rows: tuple[Family, ...]) -> Iterator[Site]:
+def _matching(model: nn.Module, rows: tuple[Family, ...]) -> Iterator[FFNSite]:
     for name, module in model.named_modules():
         row = next((row for row in rows if row.fits(module)), None)
         if row is not None:
-            yield Site(name, module, row)
+            yield FFNSite(name, module, row)
 
 
 def _is_nothing(module: nn.Module) -> bool:
     return isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and module.p == 0)
-
-
-def _sizes(linear: nn.Module) -> tuple[int, int]:
-    """Inputs and outputs of a linear layer."""
-    weight = linear.weight
-    if not isinstance(weight, Tensor):  # dynamic quantisation puts a method there
-        raise ValueError(f"{type(linear).__name__} holds quantised weights: load the model unquantised")
-    if weight.ndim != 2 or not weight.is_floating_point() or weight.dtype.itemsize < 2:
-        raise ValueError(
-            f"{type(linear).__name__} holds quantised weights ({weight.dtype} of shape {tuple(weight.shape)}): "
-            "load the model unquantised (or from GGUF, which is dequantised on loading)"
-        )
-    d_out, d_in = weight.shape[::-1] if isinstance(linear, Conv1D) else weight.shape
-    return d_in, d_out
-
-
-def _reorder(linear: nn.Module, order: Tensor, side: str) -> None:
-    weight, bias = linear.weight, linear.bias
-    assert isinstance(weight, Tensor)
-    dim = int((side == "in") != isinstance(linear, Conv1D))
-    order = order.to(weight.device)
-    weight.copy_(weight.index_select(dim, order))
-    if side == "out" and isinstance(bias, Tensor):
-        bias.copy_(bias[order])

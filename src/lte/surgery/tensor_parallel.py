@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lte.modules.recording import sparse_layers
+from lte.modules.sparse_ffn import Selecting
 from lte.modules.tensor_parallel import ExpertShard, processes_of
 
 
@@ -17,7 +17,9 @@ def shard_experts_(model: Any) -> None:
         return
     mesh = model._device_mesh
     mesh = mesh if mesh.ndim == 1 else mesh["tp"]
-    for name, layer in sparse_layers(model).items():
+    for name, layer in model.named_modules():
+        if not isinstance(layer, Selecting):
+            continue
         experts = layer.router.num_experts
         if experts % size:
             raise ValueError(

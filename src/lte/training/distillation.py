@@ -12,7 +12,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from lte.data.batches import IGNORED
 from lte.modules.evaluating import evaluating
-from lte.modules.recording import TokenMasks
+from lte.modules.token_masks import TokenMasks
 
 _ROWS = 2048
 """Rows that are computed at a time if nothing is compiled: logits of a vocabulary in fp32 are large."""

@@ -11,8 +11,8 @@ from accelerate.utils import compile_regions
 from accelerate.utils.operations import ConvertOutputsToFp32
 from torch import Tensor, nn
 
-from lte.modules.recording import TokenMasks
 from lte.modules.step_log import StepLog
+from lte.modules.token_masks import TokenMasks
 from lte.surgery.convert import set_mode_
 from lte.surgery.reading import reading
 from lte.surgery.training_options import TrainingOptions

@@ -21,7 +21,9 @@ from lte.evaluation.inputs import Inputs, pad_alike_
 from lte.evaluation.record import SUMMARY, environment
 from lte.files import write_whole
 from lte.saving import saving
-from lte.surgery.convert import densify, install_routers_, regroup_
+from lte.surgery.conversion import conversion_of
+from lte.surgery.convert import densify, install_routers_
+from lte.surgery.experts import regroup_
 from lte.surgery.families import check_family
 from lte.surgery.loading import class_names_of, load_config, load_model, load_tokenizer
 from lte.surgery.method import Method
@@ -230,14 +232,17 @@ class _Run:
             model = load_model(self.model, head, dtype, trust_remote_code=self.trust, **labels)
             model.to(self.device)  # pyright: ignore[reportArgumentType]
         pad_alike_(model, train_set)
-        if not hasattr(model.config, "lte"):
+        made = conversion_of(model.config)
+        if not isinstance(made, Method):
             install_routers_(model, self.method)
             if self.args.dense_fraction == 0:  # otherwise the trainer groups neurons after the dense stage
                 batches = DataLoader(train_set, batch_size=1, shuffle=True, collate_fn=train_set.collator)
                 progress = partial(self.watcher.track, what="grouping neurons")
                 regroup_(model, self.method, batches if self.method.needs_activations else (), progress)
-        elif (made_by := model.config.lte["method"]) != self.method.name:
-            raise ValueError(f"{self.model} was made sparse by {made_by}: give --method {made_by}, or the dense model")
+        elif made.name != self.method.name:
+            raise ValueError(
+                f"{self.model} was made sparse by {made.name}: give --method {made.name}, or the dense model"
+            )
         return model
 
     def _save(self, trainer: LTETrainer, model: PreTrainedModel, tokenizer: Any) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from lte.surgery.convert import regroup_
+from lte.surgery.experts import regroup_
 from lte.surgery.stages import Stage, StagePlan
 from lte.training.checks import check_sharded
 from lte.training.distiller import keep_dtypes

@@ -75,6 +75,7 @@ class LTETrainer(ResumingTrainer, WatchedTrainer, SavingTrainer):
         if not isinstance(args, LTETrainingArguments):
             raise ValueError("LTETrainer needs args=lte.LTETrainingArguments(output_dir, ...)")
         if method is not None:
+            method.training(args)  # says now if the two do not fit
             install_routers_(model, method)
         check_model(model, args)
         self.training = Method.from_dict(model.config.lte).training(args)

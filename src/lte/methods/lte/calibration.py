@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lte.core.sampling import stride_for
 from lte.modules.evaluating import evaluating
-from lte.modules.recording import check_hard, check_linear, record_scores, sparse_layers
+from lte.modules.recording import check_hard, check_lte_routers, record_scores, sparse_layers
+from lte.surgery.conversion import section_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def calibrate_(model: nn.Module, batches: Iterable[dict[str, Any]], target_spars
         raise ValueError("calibration needs at least one batch and at least one pass")
     check_calibration(model, target_sparsity)
     layers = sparse_layers(model)
-    before = {name: layer.linear_router.bias.clone() for name, layer in layers.items()}
+    before = {name: layer.lte_router.bias.clone() for name, layer in layers.items()}
     total, sparsity = 0.0, math.nan
     try:
         with evaluating(model):
@@ -56,10 +57,10 @@ def calibrate_(model: nn.Module, batches: Iterable[dict[str, Any]], target_spars
                 cut, sparsity = _cut(_margins(model, batches), target_sparsity)
                 total += cut
                 for name, layer in layers.items():  # from the original biases: shifts are added before they are rounded
-                    layer.linear_router.bias.copy_(before[name].float() - total / layer.linear_router.temperature)
+                    layer.lte_router.bias.copy_(before[name].float() - total / layer.lte_router.temperature)
     except BaseException:
         for name, layer in layers.items():
-            layer.linear_router.bias.copy_(before[name])
+            layer.lte_router.bias.copy_(before[name])
         raise
     if abs(sparsity - target_sparsity) > _MISSED:
         logger.warning(
@@ -68,8 +69,7 @@ def calibrate_(model: nn.Module, batches: Iterable[dict[str, Any]], target_spars
             sparsity,
             target_sparsity,
         )
-    section: Any = getattr(getattr(model, "config", None), "lte", None)
-    if section is not None:
+    if section := section_of(getattr(model, "config", None)):
         section["target_sparsity"] = target_sparsity
     return total
 
@@ -81,7 +81,7 @@ def check_calibration(model: nn.Module, target_sparsity: float) -> None:
     """
     check_calibration_target(target_sparsity)
     layers = sparse_layers(model).values()
-    check_linear(layers, "convert (or train) the dense model again with another target_sparsity")
+    check_lte_routers(layers, "convert (or train) the dense model again with another target_sparsity")
     check_hard(layers, "but thresholds are those of mode hard")
     if not all(0 < layer.tau < 1 for layer in layers):
         raise ValueError("tau is not between 0 and 1 in every layer: no shift of the router's bias reaches it")

@@ -9,7 +9,7 @@ from torch import Tensor
 from lte.methods.ridge import check_converged, ridge_regression
 from lte.methods.router_start import tokens_to_fit
 from lte.surgery.activations import watch_ffns
-from lte.surgery.sites import Site, find_sites
+from lte.surgery.sites import FFNSite, find_sites
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def fit_compensations_(model: Any, batches: Iterable[dict[str, Tensor]], sparsit
 class _Fit:
     """Sums over tokens: products of the compensation's input with itself and with the missing output."""
 
-    def __init__(self, site: Site, sparsity: float) -> None:
+    def __init__(self, site: FFNSite, sparsity: float) -> None:
         self.layer: Any = site.installed
         self.down_FD = site.down_rows().float()
         self.sparsity = sparsity
@@ -52,7 +52,7 @@ class _Fit:
     def add(self, x_TD: Tensor, hidden_TF: Tensor) -> None:
         """Add an FFN's input and its neurons."""
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = self.layer.linear_router.logits(x_TD)
+            logits_TE = self.layer.lte_router.logits(x_TD)
             if self.cut is None:  # the quantile of the first tokens is good enough for a start
                 rank = min(logits_TE.numel(), 1 + int(self.sparsity * logits_TE.numel()))
                 self.cut = logits_TE.flatten().kthvalue(rank).values

@@ -9,7 +9,7 @@ from lte.core.grouping import check_divisible
 from lte.methods.experts import Grouped
 from lte.modules.compensation import Compensation
 from lte.modules.router import Router
-from lte.surgery.sites import Site
+from lte.surgery.sites import FFNSite
 from lte.surgery.training_options import TrainingOptions, check_target
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class LTEConfig(Grouped):
     """
 
     name: ClassVar[str] = "lte"
+    soft_computes_all: ClassVar[bool] = True
 
     added_later: ClassVar[tuple[str, ...]] = ("compensation_rank", "target_sparsity")
     of_training: ClassVar[tuple[str, ...]] = ("target_sparsity",)
@@ -55,8 +56,8 @@ class LTEConfig(Grouped):
 
         return LTETraining(self, options)
 
-    def build_router(self, site: Site, device: torch.device) -> Router:
+    def build_router(self, site: FFNSite, device: torch.device) -> Router:
         return Router(site.d_model, check_divisible(site.d_ff, self.expert_size), device)
 
-    def build_compensation(self, site: Site, device: torch.device) -> Compensation | None:
+    def build_compensation(self, site: FFNSite, device: torch.device) -> Compensation | None:
         return Compensation(site.d_model, self.compensation_rank, device) if self.compensation_rank else None

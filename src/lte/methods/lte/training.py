@@ -58,7 +58,7 @@ class LTETraining(LearnedTraining):
     def enter(self, stage: Stage, rows: Rows) -> None:
         if stage == "hard":
             for layer in self.layers.values():
-                layer.linear_router.fold_temperature()
+                layer.lte_router.fold_temperature()
         super().enter(stage, rows)
 
     def start_compensation(self, batches: Iterable[dict[str, Tensor]]) -> None:
@@ -69,7 +69,7 @@ class LTETraining(LearnedTraining):
         """Raise the temperature in the first part of the soft stage."""
         if stage == "soft":
             ramped = min(1.0, progress / cast(float, self.options.ramp))
-            temperatures = [layer.linear_router.temperature for layer in self.layers.values()]
+            temperatures = [layer.lte_router.temperature for layer in self.layers.values()]
             torch._foreach_zero_(temperatures)  # pyright: ignore  # few launches, not one a layer
             torch._foreach_add_(temperatures, cast(float, self.options.temperature) ** ramped)  # pyright: ignore
 
@@ -104,7 +104,7 @@ class LTETraining(LearnedTraining):
         """Shift all thresholds by the mean of the shifts that the ranks find."""
         assert rows.held_out is not None
         assert self.target is not None
-        routers = [layer.linear_router for layer in self.layers.values()]
+        routers = [layer.lte_router for layer in self.layers.values()]
         before = [router.bias.clone() for router in routers]
         with rows.autocast():
             shift = calibrate_(self.model, rows.held_out(), self.target)

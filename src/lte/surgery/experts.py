@@ -1,0 +1,91 @@
+"""Giving FFNs experts: an order of neurons that makes experts contiguous, and a sparse FFN where the dense one is."""
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from accelerate.utils import broadcast
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lte.core.grouping import grouping_permutation
+from lte.modules.sparse_ffn import Roles, SparseActivation, SparseFFN
+from lte.surgery.activations import record_inputs
+from lte.surgery.conversion import Batch, Progress, section_of
+from lte.surgery.sites import FFNSite, find_sites
+
+if TYPE_CHECKING:
+    from lte.surgery.method import Method
+
+RECORDED_TOKENS = 4096
+"""How many tokens grouping by co-activation looks at."""
+
+
+def group(
+    model: PreTrainedModel,
+    sites: list[FFNSite],
+    method: "Method",
+    data: Iterable[Batch],
+    progress: Progress = iter,
+) -> Iterator[Tensor]:
+    """The order of each site's neurons that makes the method's experts contiguous. Changes nothing.
+
+    Args: as :func:`~lte.surgery.convert.sparsify_`; ``model`` may be sparse already, in mode dense.
+    """
+    activations = _record_neurons(model, sites, data) if method.needs_activations else []
+    for labels_F, _site in zip(method.group(sites, activations), progress(sites), strict=True):
+        yield grouping_permutation(labels_F)
+
+
+def regroup_(
+    model: PreTrainedModel,
+    method: "Method",
+    data: Iterable[Batch],
+    progress: Progress = iter,
+) -> None:
+    """Group the neurons of a sparse model in mode dense (anew), on the weights that it has by now (LTE paper, 4.1).
+
+    All ranks take the order that the first finds.
+
+    Args:
+        data: read by a method that groups by activations; others read none.
+        progress: wraps the iteration over FFNs.
+    """
+    sites = find_sites(model, model.config.model_type)
+    for site, order in zip(sites, group(model, sites, method, data, progress), strict=True):
+        site.permute_neurons(broadcast(order.to(model.device)))  # pyright: ignore[reportArgumentType]
+    section_of(model.config).pop("grouped", None)
+
+
+def replace_ffn_(site: FFNSite, method: "Method") -> SparseFFN | SparseActivation:
+    """Put a sparse FFN where the dense one is. Neurons must be in order; the router is left uninitialised."""
+    weight = site.first.weight
+    assert isinstance(weight, Tensor)
+    router = method.build_router(site, weight.device).to(weight.dtype)
+    compensation = method.build_compensation(site, weight.device)
+    if compensation is not None:
+        compensation.to(weight.dtype)
+    family = site.family
+    if family.site is None:
+        sparse = SparseActivation(site.module(family.act), site.first, site.down, router, method.tau, compensation)
+        place = family.act
+    else:
+        child = {
+            role: path.rpartition(".")[2]
+            for role in ("up", "down", "act", "gate", "hidden_dropout", "output_dropout")
+            if (path := getattr(family, role))
+        }
+        roles = Roles(**child, fused_gate_up=family.fused_gate_up)
+        sparse = SparseFFN(site.module(family.site), roles, router, method.tau, compensation)
+        place = family.site
+    sparse.train(site.layer.training)
+    parent, _, name = place.rpartition(".")
+    setattr(site.layer.get_submodule(parent), name, sparse)
+    return sparse
+
+
+def _record_neurons(model: PreTrainedModel, sites: list[FFNSite], data: Iterable[Batch]) -> list[Tensor]:
+    """Neurons of every FFN on up to 4096 tokens of ``data``: one ``[T, F]`` a site.
+
+    In bf16: half the memory, and the largest neurons do not overflow.
+    """
+    return record_inputs(model, [(site.name, site.down, Tensor.bfloat16) for site in sites], data, RECORDED_TOKENS)
