@@ -57,9 +57,9 @@ class LTETrainer(ResumingTrainer, WatchedTrainer, SavingTrainer):
         distiller: has the teacher, if there is one.
 
     Raises:
-        ValueError: a dense model without a method, a sparse model with another method, a schedule or target that does
-            not fit the method, a model without logits for distillation, a model divided by tensor parallelism,
-            arguments of another class, or several GPUs in one process.
+        ValueError: a dense model has no method, a sparse model has another method, or the schedule or target does not
+            fit the method. Or distillation has no logits, tensor parallelism divides the model, the arguments are of
+            another class, or one process has several GPUs.
     """
 
     args: LTETrainingArguments
