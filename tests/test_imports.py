@@ -10,7 +10,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "lte"
 
-BELOW = ("files", "saving")
+BELOW = ("argument_error", "files", "saving")
 """Files below all folders: each imports those before it, and the standard library."""
 FLOORS = ("core", "data", "ops", "modules", "surgery", "methods")
 FLOORS += ("inference", "evaluation", "training", "bench", "report")

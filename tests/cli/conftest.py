@@ -1,5 +1,9 @@
 import json
+import subprocess
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +20,7 @@ from transformers import (
 
 import lte
 from byte_tokenizer import byte_tokenizer
+from lte.cli import sweep
 from lte.cli.main import main
 
 
@@ -54,3 +59,15 @@ def sparse(files, tmp_path_factory):
     lte.set_mode_(model, "hard")
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Commands of a sweep run here, without the seconds that each process takes to begin."""
+
+    def run(command, *, stdout, stderr, **_):
+        with redirect_stdout(StringIO()) as printed, redirect_stderr(stderr):
+            code = main(command[3:])
+        return subprocess.CompletedProcess(command, code, printed.getvalue())
+
+    monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(run=run, PIPE=subprocess.PIPE))

@@ -9,16 +9,16 @@ from transformers import LlamaForCausalLM
 
 from lte.bench import ffn as bench_ffn
 from lte.bench import parity
-from lte.cli.bench_report import commit
 from lte.cli.main import main
 from lte.cli.options import DeviceOptions
+from lte.evaluation.environment import commit
 
 FFN = ["bench", "ffn", "--backend", "reference", "--device", "cpu", "--expert-size", "8", "--repeats", "3"]
 FFN += ["--sparsity", "0", "0.5", "--tokens", "1", "3", "--dtype", "float32"]
 DECODE = ["bench", "decode", "--backend", "reference", "--device", "cpu", "--expert-size", "8", "--repeats", "1"]
 DECODE += ["--dtype", "float32", "--prompt-tokens", "8", "--new-tokens", "8"]
 TRAIN = ["bench", "train", "--device", "cpu", "--expert-size", "8", "--batch", "2", "--sequence-length", "16"]
-FIELDS = {"command", "device", "versions", "commit", "copy_gb_per_s", "rows"}
+FIELDS = {"bench", "command", "device", "versions", "commit", "copy_gb_per_s", "rows"}
 
 
 @pytest.fixture(autouse=True)
@@ -134,7 +134,7 @@ def test_commit_is_of_a_checkout_that_lte_is_part_of(monkeypatch, tmp_path):
     file.parent.mkdir()
     file.touch()
     (tmp_path / "other.py").touch()
-    monkeypatch.setattr("lte.__file__", str(file))
+    monkeypatch.setattr("lte.evaluation.environment.__file__", str(file.parent / "evaluation" / "environment.py"))
     git("init")
     git("add", "other.py")
     git("commit", "-m", "without lte")

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from lte.cli.main import main
+from lte.cli.options import as_written
 from lte.cli.train import parse_train
 from lte.data.prompts import load_prompts
-from lte.evaluation.inputs import _as_written
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 ROWS = [("name[A]", "A is here."), ("name[B], food[x]", "B has x."), ("name[A]", "Here is A."), ("name[C]", "C!")]
@@ -95,7 +95,7 @@ def test_recipes_read_the_published_files(table, tmp_path):
     path.write_text(json.dumps(row) + "\n")
     common = ["--model", "m", "-o", "o", "--target-sparsity", "0.5"]
     e2e = parse_train([str(RECIPES / "e2e.yaml"), *common])
-    assert load_prompts(table, _as_written(e2e.data.data))[0][:2] == ["name[A]\n", "name[B], food[x]\n"]
+    assert load_prompts(table, as_written(e2e.data).data)[0][:2] == ["name[A]\n", "name[B], food[x]\n"]
     helm = ["--prompt", "article", "--completion", "summary_gt"]
     xsum = parse_train([str(RECIPES / "xsum.yaml"), *common, *helm])
-    assert load_prompts(path, _as_written(xsum.data.data)) == ([row["article"]], ["It is."])
+    assert load_prompts(path, as_written(xsum.data).data) == ([row["article"]], ["It is."])

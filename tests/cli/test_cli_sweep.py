@@ -4,10 +4,7 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -65,7 +62,7 @@ def test_a_grid_is_run_once(files, tmp_path, capsys):
 
     others = ["sweep", *base(files, **{"max-steps": 5}), "--vary", "target-sparsity=0.3", "seed=1", "-o", str(tmp_path)]
     assert main(others) == 2
-    assert "made with other options" in capsys.readouterr().err
+    assert "had other options: take another folder" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -282,18 +279,6 @@ def test_a_sweep_that_is_killed_leaves_nothing_running(files, tmp_path):
     time.sleep(1)
     with alone_in(tmp_path / "seed-1"), alone_in(tmp_path):
         pass
-
-
-@pytest.fixture
-def in_process(monkeypatch):
-    """Commands run here, without the seconds that each process takes to begin."""
-
-    def run(command, *, stdout, stderr, **_):
-        with redirect_stdout(StringIO()) as printed, redirect_stderr(stderr):
-            code = main(command[3:])
-        return subprocess.CompletedProcess(command, code, printed.getvalue())
-
-    monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(run=run, PIPE=subprocess.PIPE))
 
 
 def swept(command, files, folder, *options):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lte.report.commands import parse_command, setting_of, split_commands, task_of
+from lte.report.older_rows import parse_command, split_commands
 from lte.report.results import read_results
 from result_rows import bench, row, write
 
@@ -115,7 +115,7 @@ def test_what_a_sweep_made_at_once_is_told_apart_by_how_it_was_made(tmp_path):
     assert [one.task for one in found[:2]] == ["wiki/test", "wiki/other"]
     first, again, other = (one.setting for one in found[::2])
     assert first == again != other
-    assert first.count("models/tiny") == 1
+    assert [option for command in first for option in command].count("--model models/tiny") == 1
 
 
 def test_what_a_sweep_calibrated_is_told_apart_by_the_model_it_began_with(tmp_path):
@@ -206,5 +206,7 @@ def test_where_predictions_went_tells_no_runs_apart(tmp_path):
         ("lte sparsify --model m --text c -o d && lte eval d --text w/t.txt", "w/t", "--model m --text w/t.txt"),
     ],
 )
-def test_what_a_command_says(command, task, setting):
-    assert (task_of(parse_command(command)), setting_of(parse_command(command))) == (task, setting)
+def test_what_a_command_of_an_older_row_says(tmp_path, command, task, setting):
+    one = row("lte", 12.0, 0.5) | {"command": command}
+    (found,) = measured(tmp_path, one)
+    assert (found.task, " ".join(option for of in found.setting for option in of)) == (task, setting)

@@ -21,7 +21,10 @@ def good():
     one["method"] = {"method": "moefication", "selection": "oracle", "activation": "relu", "pattern": "2:4"}
     one["evaluation"] |= {"attention_sparsity": 0.1, "rougeL": 20.0, "method": "lte", "weight_sparsity": 0.0}
     evaluated = one["evaluation"] | tasks
-    rows = [one | {"evals": [evaluated]}, evaluated | {"command": "lte eval m"}, bench()]
+    made = {"command": "lte train", "model": "m", "data": ["t.txt"], "options": {"ramp": 0.5, "columns": ["a", "b"]}}
+    said = {"made": [made], "measured": {"kind": "held out", "data": ["t.txt"], "options": {"max_rows": 3}}}
+    rows = [one | {"evals": [evaluated]}, evaluated | {"command": "lte eval m"}, bench(), one | said, evaluated | said]
+    rows.append(bench() | {"bench": "ffn"})
     return json.loads(json.dumps(rows))  # nothing is in two places
 
 
@@ -88,6 +91,12 @@ def complaint(file):
         ),
         ({"method": {"method": "lte", "expert_size": [8]}}, "whose options are single values"),
         ({"evaluation": []}, "the field evaluation is .., but it has to be an object"),
+        (
+            {"made": [{}, {"data": "t.txt"}]},
+            'line 2, part 2 of made: the field data is "t.txt", but it has to be a list',
+        ),
+        ({"measured": {"options": []}}, r"line 2, measured: the field options is \[\], but it has to be an object"),
+        ({"measured": {"kind": "guess"}}, 'the field kind is "guess", but it has to be one of data, held out, MMLU'),
         ({"evals": [{"mode": 3}]}, "line 2, evaluation 1 of evals: the field mode is 3, but it has to be a text"),
     ],
 )
@@ -102,6 +111,11 @@ def test_a_row_of_a_bench_is_named(tmp_path):
     line["rows"][1]["speedup"] = "fast"
     with pytest.raises(ValueError, match=r'line 1, row 2: the field speedup is "fast", but it has to be a'):
         read_results([write(tmp_path / "rows.jsonl", [line])])
+
+
+def test_a_bench_without_a_name_is_read(tmp_path):
+    (found,) = read_results([write(tmp_path / "rows.jsonl", [bench() | {"command": "lte bench  "}])]).benches
+    assert found["bench"] == ""
 
 
 def test_the_summary_of_a_training_run_has_an_evaluation(tmp_path):

@@ -259,7 +259,7 @@ def test_code_of_a_folder_is_run_on_consent_only(copy_of, tmp_path, monkeypatch,
         values |= {"tokenizer_class": "Made", "auto_map": {"AutoTokenizer": [None, "code.Made"]}}
     (folder / where).write_text(json.dumps(values))
     load = load_config if where == "config.json" else load_tokenizer
-    refused(folder, "brings code of its own", "--trust-remote-code", load=load)
+    refused(folder, "brings code of its own", "give trust_remote_code=True", load=load)
     assert not ran.exists()
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import os
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -113,7 +112,7 @@ def main(argv: Sequence[str]) -> int:
         bandwidth=gb_per_s,
         seed=options.seed,
     )
-    report = Report(shlex.join(["lte", "bench", "decode", *argv]), device, gb_per_s, options.to.output)
+    report = Report("decode", argv, device, gb_per_s, options.to.output)
     report.collect(bench_decode(dense_models(model), sparse, grid), _line)
     code = report.finish(f"decoding {grid.name}", _COLUMNS, options.to.json)
     if options.to.plot is not None:

@@ -1,6 +1,5 @@
 """``lte bench ffn``: one FFN over sparsity and number of tokens. It shows where sparse is faster on this machine."""
 
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -93,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
         bandwidth=gb_per_s,
         seed=options.seed,
     )
-    report = Report(shlex.join(["lte", "bench", "ffn", *argv]), device, gb_per_s, options.to.output)
+    report = Report("ffn", argv, device, gb_per_s, options.to.output)
     report.collect(bench_ffn(grid), _line)
     report.values["crossovers"] = found = crossovers(report.rows)
     for dtype, by_sparsity in found.items():

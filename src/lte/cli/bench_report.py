@@ -2,20 +2,18 @@
 
 import json
 import math
-import platform
-import subprocess
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 
-import lte
 from lte.bench.shapes import SHAPES
 from lte.cli.console import err, print_json, table
+from lte.evaluation.environment import commit, device_name, versions
 from lte.files import append_line, write_whole
 from lte.ops.sparse_ffn import COMPILED, BackendName, missing
 from lte.report.plots import plot_speed
@@ -58,9 +56,12 @@ class BenchOutput:
 class Report:
     """Collects rows. Each is shown and kept in ``OUTPUT.partial`` at once, so that a run cut short loses only one."""
 
-    def __init__(self, command: str, device: torch.device, gb_per_s: float | None, output: str | None) -> None:
+    def __init__(
+        self, bench: str, argv: Sequence[str], device: torch.device, gb_per_s: float | None, output: str | None
+    ) -> None:
         self.values: dict[str, Any] = {
-            "command": command,
+            "bench": bench,
+            "command": shlex.join(["lte", "bench", bench, *argv]),
             "device": device_name(device),
             "versions": versions(),
             "commit": commit(),
@@ -119,51 +120,6 @@ class Report:
 
 def _where(row: Row) -> str:
     return " ".join(f"{key} {value}" for key, value in row.items() if key not in ("error", "shape"))
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    names = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return f"{names[0].partition(':')[2].strip() if names else platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def versions() -> dict[str, str]:
-    """Of everything that takes part."""
-    found = {"lte": lte.__version__, "python": platform.python_version(), "torch": torch.__version__}
-    if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    return found | {
-        name: found_version for name in ("transformers", "triton", "numba") if (found_version := _installed(name))
-    }
-
-
-def _installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def commit() -> str | None:
-    """The commit of the checkout this code is part of, with + where it was changed; None outside a checkout."""
-    folder = Path(lte.__file__).parent
-    try:
-        one = ["git", "-C", str(folder)]
-        tracked = [*one, "ls-files", "--error-unmatch", "__init__.py"]  # not so where lte is installed in a checkout
-        subprocess.run(tracked, capture_output=True, check=True)
-        head = subprocess.run([*one, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*one, "status", "--porcelain", "."], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
 
 
 def check_sparsities(given: Sequence[float]) -> None:

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -81,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"device is {options.device!r}, but training takes the first: set CUDA_VISIBLE_DEVICES")
     model = _model(options, device)
     name = options.model or options.shape
-    report = Report(shlex.join(["lte", "bench", "train", *argv]), device, None, options.to.output)
+    report = Report("train", argv, device, None, options.to.output)
     err.print(
         f"{len(options.variant)} variants, each beside a dense run, {_WARMUP + options.steps} steps a run", markup=False
     )

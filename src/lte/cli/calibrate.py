@@ -1,20 +1,22 @@
 """``lte calibrate``: gives a trained model another sparsity, without training."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import numpy as np
 import tyro
 from torch.utils.data import DataLoader
 
 from lte.cli.console import err, out, print_json, table, track
-from lte.cli.eval_origin import keep_calibration
 from lte.cli.main import parse
-from lte.cli.options import DeviceOptions, Model, check_folder, open_model
+from lte.cli.options import DeviceOptions, Model, as_written, check_folder, open_model
+from lte.data.batches import two_samples
 from lte.evaluation.evaluate import Evaluation, evaluate
 from lte.evaluation.inputs import Inputs, pad_alike_
+from lte.evaluation.origin import keep_calibration
+from lte.evaluation.record import Made, given
 from lte.methods.lte.calibration import calibrate_, check_calibration, check_calibration_target
 from lte.saving import saving
 from lte.surgery.loading import load_config, load_tokenizer
@@ -48,11 +50,13 @@ class Calibrate:
 
 def main(argv: Sequence[str]) -> None:
     options = parse_calibrate(argv)
+    options.data = as_written(options.data)
     folder = _output(options)
     device, dtype = DeviceOptions(options.device).resolve()
     trusted = options.trust_remote_code
     config, tokenizer = load_config(options.model, trusted), load_tokenizer(options.model, trusted)
-    calibration, held_out = _split(options.data.load(options.data.text, tokenizer, config), options.rows, options.seed)
+    data = options.data.load(options.data.text, tokenizer, config)
+    calibration, held_out = two_samples(data, options.rows, options.seed)
     model = open_model(options.model, options.data.head(config), device, dtype, trusted)
     pad_alike_(model, calibration)
     check_calibration(model, options.target_sparsity)  # check now, not after the first evaluation
@@ -68,7 +72,8 @@ def main(argv: Sequence[str]) -> None:
     with saving(folder) as fresh:
         model.save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
-        keep_calibration(Path(options.model), fresh, argv, measured=options.in_place)
+        made = Made(shlex.join(["lte", "calibrate", *argv]), "", options.data.text, given(options))
+        keep_calibration(Path(options.model), fresh, made, measured=options.in_place)
     _show(before, after, f"{len(held_out)} rows, calibrated on {len(calibration)} others")
     out.print(f"saved to {folder}", soft_wrap=True, markup=False)
     if options.json:
@@ -110,15 +115,6 @@ def _output(options: Calibrate) -> Path:
         raise ValueError(f"{options.model} is no folder to save to: give -o FOLDER")
     check_folder(folder, None if options.in_place else options.model, "give another one, or --in-place")
     return folder
-
-
-def _split(dataset: Any, rows: int, seed: int) -> tuple[Any, Any]:
-    """Return rows for calibration and other rows to measure on. Both are drawn from all of the data."""
-    if len(dataset) < 2:
-        raise ValueError("the data is one row, but one to calibrate on and one to measure on are needed: give more")
-    count = min(rows, len(dataset) // 2)
-    order = np.random.default_rng(seed).permutation(len(dataset))[: 2 * count].tolist()
-    return dataset.select(sorted(order[:count])), dataset.select(sorted(order[count:]))
 
 
 def _show(before: Evaluation, after: Evaluation, title: str) -> None:

@@ -1,19 +1,19 @@
 """``lte eval``: quality, sparsity and cost of a model, by what it predicts, generates, answers, or by lm_eval."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lte.cli.console import print_json, track
-from lte.cli.eval_origin import origin
 from lte.cli.eval_tables import show, show_answered, show_generated, show_tasks
 from lte.cli.main import parse
-from lte.cli.options import DeviceOptions, Model, open_model, optimize_where_possible_
+from lte.cli.options import DeviceOptions, Model, as_written, open_model, optimize_where_possible_
 from lte.evaluation.evaluate import evaluate
 from lte.evaluation.generation import evaluate_generation
 from lte.evaluation.harness import evaluate_tasks, find_tasks
@@ -21,7 +21,8 @@ from lte.evaluation.inputs import Inputs, pad_alike_
 from lte.evaluation.measuring import Spent
 from lte.evaluation.mmlu import evaluate_mmlu
 from lte.evaluation.mmlu_questions import Split, read_mmlu
-from lte.evaluation.record import environment
+from lte.evaluation.origin import evaluation_record
+from lte.evaluation.record import Measured, given
 from lte.files import write_whole
 from lte.ops.sparse_ffn import BackendName
 from lte.surgery.convert import set_mode_
@@ -88,27 +89,42 @@ class Eval:
 
 def main(argv: Sequence[str]) -> None:
     options = parse_eval(argv)
+    options.data = as_written(options.data)
     device, dtype = options.where.resolve()
     config = load_config(options.model, options.where.trust_remote_code)
     tokenizer = load_tokenizer(options.model, options.where.trust_remote_code)
     if options.questions.mmlu is not None:
-        _mmlu(options, argv, options.questions.mmlu, config, tokenizer, device, dtype)
-        return
-    if options.harness.tasks is not None:
-        _tasks(options, argv, options.harness.tasks.split(","), config, tokenizer, device, dtype)
-        return
-    references = {}
-    if options.generate:
-        references, dataset = options.data.load_references(tokenizer, config, options.max_rows)
+        measure = _answer_mmlu
+    elif options.harness.tasks is not None:
+        measure = _run_tasks
     else:
-        dataset = options.data.load(options.data.text, tokenizer, config, max_rows=options.max_rows)
-    model = _open(options, options.data.head(config), device, dtype)
+        measure = _generate if options.generate else _predict
+    result, further = measure(options, config, tokenizer, lambda head: _open(options, head, device, dtype))
+    if options.json:
+        command = shlex.join(["lte", "eval", *argv])
+        record = evaluation_record(command, options.model, config, _measured(options), result, device, **further)
+        print_json(record.flat_row())
+
+
+Opened = Callable[[Head], PreTrainedModel]
+"""The model with a head: loaded once the data has been read."""
+Found = tuple[Spent, dict[str, Any]]
+"""What was measured, and further values by name."""
+
+
+def _predict(options: Eval, config: PretrainedConfig, tokenizer: Any, opened: Opened) -> Found:
+    dataset = options.data.load(options.data.text, tokenizer, config, max_rows=options.max_rows)
+    model = opened(options.data.head(config))
     pad_alike_(model, dataset)
-    if not options.generate:
-        result = evaluate(model, dataset, options.batch_size, progress=lambda batches: track(batches, "evaluating"))
-        show(result)
-        _print_row(options, argv, config, result)
-        return
+    result = evaluate(model, dataset, options.batch_size, progress=lambda batches: track(batches, "evaluating"))
+    show(result)
+    return result, {}
+
+
+def _generate(options: Eval, config: PretrainedConfig, tokenizer: Any, opened: Opened) -> Found:
+    references, dataset = options.data.load_references(tokenizer, config, options.max_rows)
+    model = opened(options.data.head(config))
+    pad_alike_(model, dataset)
     generated = evaluate_generation(
         model,
         references,
@@ -123,23 +139,16 @@ def main(argv: Sequence[str]) -> None:
         _write_predictions(Path(options.predictions), references, generated.predictions)
     perplexity = evaluate(model, dataset, options.batch_size, lambda batches: track(batches, "references")).perplexity
     show_generated(generated, perplexity)
-    _print_row(options, argv, config, generated, perplexity=perplexity)
+    return generated, {"perplexity": perplexity}
 
 
-def _mmlu(
-    options: Eval,
-    argv: Sequence[str],
-    folder: str,
-    config: PretrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
-    dtype: torch.dtype | str,
-) -> None:
+def _answer_mmlu(options: Eval, config: PretrainedConfig, tokenizer: Any, opened: Opened) -> Found:
     asked = options.questions
+    assert asked.mmlu is not None
     check_causal(config, "MMLU asks")
-    subjects = read_mmlu(folder, asked.split, asked.subjects, options.max_rows, examples=asked.shots > 0)
+    subjects = read_mmlu(asked.mmlu, asked.split, asked.subjects, options.max_rows, examples=asked.shots > 0)
     result = evaluate_mmlu(
-        _open(options, "causal", device, dtype),
+        opened("causal"),
         subjects,
         tokenizer,
         shots=asked.shots,
@@ -147,23 +156,16 @@ def _mmlu(
         progress=lambda batches: track(batches, "answering"),
     )
     show_answered(result)
-    _print_row(options, argv, config, result)
+    return result, {}
 
 
-def _tasks(
-    options: Eval,
-    argv: Sequence[str],
-    names: list[str],
-    config: PretrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
-    dtype: torch.dtype | str,
-) -> None:
+def _run_tasks(options: Eval, config: PretrainedConfig, tokenizer: Any, opened: Opened) -> Found:
     asked = options.harness
+    assert asked.tasks is not None
     check_causal(config, "lm_eval's tasks ask")
-    tasks = find_tasks([name.strip() for name in names if name.strip()], asked.tasks_folder)
+    tasks = find_tasks(_names(asked.tasks), asked.tasks_folder)
     result = evaluate_tasks(
-        _open(options, "causal", device, dtype),
+        opened("causal"),
         tokenizer,
         tasks,
         shots=asked.num_fewshot,
@@ -171,16 +173,20 @@ def _tasks(
         batch_size=options.batch_size,
     )
     show_tasks(result)
-    _print_row(options, argv, config, result)
+    return result, {}
 
 
-def _print_row(options: Eval, argv: Sequence[str], config: PretrainedConfig, result: Spent, **further: Any) -> None:
-    """With --json: what was measured, but for the predictions, where, and of which model."""
-    if options.json:
-        device, _ = options.where.resolve()
-        values = {name: value for name, value in asdict(result).items() if name != "predictions"}
-        row = origin(options.model, config, result, argv)
-        print_json({**row, "environment": environment(device), **values, **further})
+def _measured(options: Eval) -> Measured:
+    how = {name: value for name, value in given(options).items() if name not in ("mmlu", "tasks")}
+    if options.questions.mmlu is not None:
+        return Measured("MMLU", (options.questions.mmlu,), how)
+    if options.harness.tasks is not None:
+        return Measured("lm_eval", tuple(_names(options.harness.tasks)), how)
+    return Measured("data", options.data.text, how)
+
+
+def _names(tasks: str) -> list[str]:
+    return [name.strip() for name in tasks.split(",") if name.strip()]
 
 
 def _open(options: Eval, head: Head, device: torch.device, dtype: torch.dtype | str) -> PreTrainedModel:

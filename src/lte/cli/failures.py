@@ -7,6 +7,8 @@ import select
 import sys
 import traceback
 
+from lte.argument_error import ArgumentError
+
 BAD_INPUT, BUG, INTERRUPTED, CLOSED = 2, 1, 130, 141
 """Exit codes. The last two are those of a shell for a process that SIGINT or SIGPIPE ended."""
 
@@ -18,6 +20,9 @@ _LOWER = {
     "eval": "--batch-size or --sequence-length, or give --dtype bfloat16",
     "calibrate": "--batch-size or --sequence-length",
 }
+
+_OPTIONS = {"data": "text", "eval_data": "eval_text", "calibration_data": "calibration_text"}
+"""The options of commands that are not called as the parameters in Python are."""
 
 
 class UsageError(Exception):
@@ -40,6 +45,8 @@ def explain(error: BaseException, command: str) -> int:
     if _is_out_of_memory(error):
         lower = _LOWER.get(command, "--sequence-length, or take a smaller model or a machine with more")
         return _say(f"out of memory ({_first_line(error)}): lower {lower}", BAD_INPUT)
+    if isinstance(error, ArgumentError):
+        return _say(error.as_options(_OPTIONS), BAD_INPUT)
     if isinstance(error, ValueError | OSError | ImportError | UsageError):
         return _say(str(error) or type(error).__name__, BAD_INPUT)
     if not os.environ.get("LTE_DEBUG"):

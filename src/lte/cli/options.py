@@ -1,6 +1,6 @@
 """Options that several commands share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,6 +9,7 @@ import tyro
 from transformers import PreTrainedModel
 
 from lte.cli.console import err
+from lte.evaluation.inputs import Inputs
 from lte.inference.optimize import optimize_
 from lte.ops.sparse_ffn import BackendName
 from lte.surgery.loading import Head, load_model
@@ -39,6 +40,18 @@ class DeviceOptions:
         else:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return device, self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+
+
+def as_written(inputs: Inputs) -> Inputs:
+    """With the line ends that templates mean: a shell hands over ``"{mr}\\n"`` as a backslash and an n."""
+    data = inputs.data
+    templates = {name: _unescaped(text) for name in ("prompt", "completion") if "{" in (text := getattr(data, name))}
+    data = replace(data, completion_end=_unescaped(data.completion_end or "") or None, **templates)
+    return replace(inputs, data=data)
+
+
+def _unescaped(text: str) -> str:
+    return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def open_model(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -12,7 +12,6 @@ from lte import __version__
 from lte.cli.console import err, out
 from lte.cli.main import parse
 from lte.cli.options import DeviceOptions, open_model
-from lte.cli.sweep import ROWS
 from lte.evaluation.record import SUMMARY
 from lte.files import write_whole
 from lte.report.curves import gather
@@ -23,6 +22,7 @@ from lte.report.sections import sections
 from lte.surgery.conversion import conversion_of
 from lte.surgery.loading import load_config, load_tokenizer
 from lte.surgery.method import Method
+from lte.training.sweep_rows import ROWS
 
 FORMATS = ("html", "md", "png")
 
@@ -143,15 +143,7 @@ def _route(options: Report, name: str, text: str) -> Routing:
 
 
 def _head(options: Report, results: Results) -> Head:
-    runs = len({(one.run, one.seed, one.method) for one in results.measurements})
-    held: list[Any] = [
-        (runs, "run", "of models"),
-        (len(results.benches), "run", "of lte bench"),
-        (len(results.failures), "failed run", ""),
-        (results.others, "row", "of other kinds, left out"),
-    ]
-    parts = [f"{count} {what}{'s' if count > 1 else ''} {of}".strip() for count, what, of in held if count]
-    lines = [f"{', '.join(parts)}; from {', '.join(options.results)}."] if parts else []
+    lines = [f"{counted}; from {', '.join(options.results)}."] if (counted := results.counted()) else []
     if options.model:
         before = f", before: {options.before}" if options.before else ""
         lines.append(f"Routers of {options.model}{before}, on {options.text}.")

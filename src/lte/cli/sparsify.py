@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from lte.cli.console import out, track
 from lte.cli.main import parse
 from lte.cli.method_options import method_name, with_method
-from lte.cli.options import DeviceOptions, Output, check_folder, open_model
+from lte.cli.options import DeviceOptions, Output, as_written, check_folder, open_model
 from lte.evaluation.inputs import Inputs
 from lte.saving import saving
 from lte.surgery.conversion import Conversion
@@ -46,6 +46,7 @@ def main(argv: Sequence[str]) -> None:
 
 def convert(options: Any, conversion: Conversion) -> PreTrainedModel:
     """Load the model of the options, convert it, save it with its tokenizer, and print the result."""
+    options.data = as_written(options.data)
     device, dtype = options.where.resolve()
     config = load_config(options.model, options.where.trust_remote_code)
     tokenizer = load_tokenizer(options.model, options.where.trust_remote_code)

@@ -2,16 +2,14 @@
 
 import statistics
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from lte.cli.console import err, table
+from lte.training.sweep_rows import Row, name_of
 
 _QUALITIES = ("rougeL", "bleu", "perplexity", "accuracy", "f1", "matthews", "pearson", "spearman")
 _MEASURES = (*_QUALITIES, "sparsity", "gflops_per_token")
 _BEYOND_FFN = ("attention_sparsity", "weight_sparsity")
 """Shown where there is any."""
-
-Row = dict[str, Any]
 
 
 def show(rows: Sequence[Row]) -> None:
@@ -61,10 +59,6 @@ def _mean_and_spread(values: Sequence[float | None]) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
-
-
-def name_of(row: Row) -> str:
-    return ", ".join(f"{name} {value}" for name, value in row["run"].items())
 
 
 def line_of(row: Row) -> str:

@@ -19,7 +19,7 @@ from lte.cli.console import print_json
 from lte.cli.eval_tables import show
 from lte.cli.main import parse
 from lte.cli.method_options import chosen, method_in, with_method
-from lte.cli.options import DeviceOptions, check_folder
+from lte.cli.options import DeviceOptions, as_written, check_folder
 from lte.evaluation.inputs import Inputs
 from lte.surgery.method import Method
 from lte.surgery.training_options import check_target
@@ -178,7 +178,7 @@ def train(options: Train, argv: Sequence[str]) -> "Trained":
     from lte.cli.progress import OnTerminal  # imported after parsing: --help needs no trainer
     from lte.training.run import train as run
 
-    args, inputs = options.training, options.data
+    args, inputs = options.training, as_written(options.data)
     if args.schedule == "default":
         check_target(args.target_sparsity)
     target = {} if args.target_sparsity is None else {"target_sparsity": args.target_sparsity}

@@ -213,6 +213,18 @@ def split_held_out(dataset: AnyTaskDataset, held_out: float, seed: int = 0) -> t
     return dataset.select(sorted(order[count:])), dataset.select(sorted(order[:count]))
 
 
+def two_samples(dataset: AnyTaskDataset, rows: int, seed: int) -> tuple[AnyTaskDataset, AnyTaskDataset]:
+    """Rows to calibrate on and others to measure on, drawn from all over the data, so that the two are alike.
+
+    There are `rows` of each, or half of the data each where it holds fewer; ValueError where it is one row.
+    """
+    if len(dataset) < 2:
+        raise ValueError("the data is one row, but one to calibrate on and one to measure on are needed: give more")
+    count = min(rows, len(dataset) // 2)
+    order = np.random.default_rng(seed).permutation(len(dataset))[: 2 * count].tolist()
+    return dataset.select(sorted(order[:count])), dataset.select(sorted(order[count:]))
+
+
 def hold_out_for_calibration(dataset: Any, rows: int, seed: int) -> tuple[Any, Any]:
     """(training, held-out) rows of any dataset. At most a twentieth is held out; if that is no row, both get all rows.
 

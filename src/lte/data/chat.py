@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from lte.argument_error import Argument, ArgumentError
 from lte.data.tokenise import as_unicode
 
 Chat = list[dict[str, Any]]
@@ -68,8 +69,9 @@ class ChatTemplate:
         if tokenizer is None:
             raise ValueError("chats need the tokenizer, for its template: load_prompts(sources, config, tokenizer)")
         if not getattr(tokenizer, "chat_template", None):
-            raise ValueError(
-                "the tokenizer has no chat template: give prompt and completion, without --chat or --messages"
+            raise ArgumentError(
+                "the tokenizer has no chat template: give prompt and completion, without ",
+                *(Argument("chat"), " or ", Argument("messages")),
             )
         self._tokenizer: Any = tokenizer
 

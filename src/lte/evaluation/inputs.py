@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from lte.argument_error import Argument, ArgumentError
 from lte.data.batches import PaddedRows
 from lte.data.config import DataConfig
 from lte.data.prompts import load_prompts
@@ -41,7 +42,8 @@ class Inputs:
         if not new and classifies(model_config):
             own = "regression" if model_config.num_labels == 1 else "classification"
             if self.task != own:
-                raise ValueError(f"the model's head is for {own}, but the task is {self.task}: give --task {own}")
+                given = f"the model's head is for {own}, but the task is {self.task}: give "
+                raise ArgumentError(given, Argument("task", own))
         if self.task in ("classification", "regression"):
             return "classification"
         if not model_config.is_encoder_decoder:
@@ -74,7 +76,7 @@ class Inputs:
         Of more than ``max_rows`` the first ones; what comes after is not read, but where it says which classes there
         are.
         """
-        data = _as_written(data or self.data)
+        data = data or self.data
         if self.task == "classification" and data.class_names is None and not new_head:
             data = replace(data, class_names=class_names_of(model_config))
         longest = most_tokens(tokenizer, model_config)
@@ -92,14 +94,15 @@ class Inputs:
         if self.task == "classification" and classifies(model_config) and labelled and not new_head:
             names = dataset.class_names or ()
             if data.class_names is None and not all(name.isdigit() for name in names):
-                raise ValueError(
-                    f"the model does not say which of its classes are {', '.join(names)}: name them in its order, with "
-                    "--class-names"
+                raise ArgumentError(
+                    f"the model does not say which of its classes are {', '.join(names)}: name them in its order, ",
+                    *("with ", Argument("class_names")),
                 )
             if len(names) != model_config.num_labels:
-                raise ValueError(
+                raise ArgumentError(
                     f"the data has {len(names)} classes and the model {model_config.num_labels}: name the model's, in "
-                    "their order, with --class-names"
+                    "their order, with ",
+                    Argument("class_names"),
                 )
         if data.sequence_length > longest:
             logger.warning(
@@ -111,7 +114,7 @@ class Inputs:
         self, tokenizer: Any, model_config: Any, max_prompts: int | None
     ) -> tuple[dict[str, list[str]], PaddedRows]:
         """Each prompt of ``text`` once, with all its completions; and these rows as ``load`` gives them."""
-        data = _as_written(self.data)
+        data = self.data
         texts = load_prompts(_given(self.text), data, tokenizer)
         references = dict(islice(group_references(*texts).items(), max_prompts))
         rows = generation_rows(
@@ -127,18 +130,8 @@ class Inputs:
 
 def _given(sources: tuple[str, ...]) -> tuple[str, ...]:
     if not sources:
-        raise ValueError("no data: give --text FILE (or a hub data set id)")
+        raise ArgumentError("no data: give ", Argument("data", "FILE"), " (or a hub data set id)")
     return sources
-
-
-def _as_written(data: DataConfig) -> DataConfig:
-    """With the line ends that a template means: a shell hands over ``"{mr}\\n"`` as a backslash and an n."""
-    templates = {name: _unescaped(text) for name in ("prompt", "completion") if "{" in (text := getattr(data, name))}
-    return replace(data, completion_end=_unescaped(data.completion_end or "") or None, **templates)
-
-
-def _unescaped(text: str) -> str:
-    return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def generating_head(model_config: Any) -> Head:

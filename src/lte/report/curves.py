@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from operator import attrgetter
 
 from lte.report.metrics import Metric
-from lte.report.results import Measurement
+from lte.report.results import Measurement, Setting
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Point:
 
     method: str
     steps: int
-    setting: str
+    setting: Setting
     seeds: int
     value: float
     spread: float | None
@@ -136,11 +136,12 @@ def _task(title: str, measurements: Sequence[Measurement], metric: Metric) -> Ta
 
 def average(measurements: Sequence[Measurement], metric: Metric) -> tuple[list[Point], int]:
     """A point a setting; of a command run again with the same seed the last one counts. And how many did not."""
-    settings: dict[tuple[str, str], dict[int | None, Measurement]] = {}
+    settings: dict[tuple[str, tuple[str, ...], Setting], dict[int | None, Measurement]] = {}
     same = {(one.method, one.run, one.seed, round(one.sparsity, 4), one.steps): one for one in measurements}
     for index, one in enumerate(same.values()):  # by training and once more by lte eval, the last counts
-        setting = one.setting or f"run {index + 1}"  # a row that does not say how it was made is its own
-        settings.setdefault((one.method, setting), {})[one.seed] = replace(one, setting=setting)
+        # a row that does not say how it was made is its own
+        setting = one.setting if any(one.setting) else ((f"run {index + 1}",),)
+        settings.setdefault((one.method, one.data, setting), {})[one.seed] = replace(one, setting=setting)
     kept = sum(map(len, settings.values()))
     return [_point(list(by_seed.values()), metric) for by_seed in settings.values()], len(measurements) - kept
 

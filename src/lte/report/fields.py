@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 Row = dict[str, Any]
@@ -44,6 +44,10 @@ def many(kind: Kind) -> Kind:
 def named(kind: Kind) -> Kind:
     """An object with names that are not known before."""
     return f"an object, each value {kind[0]}", lambda one: isinstance(one, dict) and all(map(kind[1], one.values()))
+
+
+def one_of(names: Collection[str]) -> Kind:
+    return f"one of {', '.join(names)}", lambda value: isinstance(value, str) and value in names
 
 
 OBJECT: Kind = ("an object", lambda value: isinstance(value, dict))

@@ -1,12 +1,13 @@
 """Reading rows of results: what ``lte train``, ``lte eval``, ``lte sweep`` and ``lte bench`` write."""
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from lte.report.commands import parse_command, setting_of, split_commands, task_of
+from lte.evaluation.record import Made, Measured, Record, records_in
 from lte.report.fields import QUALITY
 from lte.report.metrics import ACCURACY, METRICS, Metric
 from lte.report.rows import Row, read_rows
@@ -32,16 +33,22 @@ TITLES = {
 """How the page calls methods; others go by their own name."""
 
 
+Setting = tuple[tuple[str, ...], ...]
+"""Options as a shell has them, command by command."""
+
+
 @dataclass(frozen=True)
 class Measurement:
     """One evaluation of one model.
 
     Attributes:
         qualities: as shown, by metric, in the order of :data:`METRICS`.
-        task: the data it was measured on, as short as the command allows; empty where the row does not say.
+        task: the data it was measured on, as short as its path allows; empty where the row does not say.
+        data: the same as it was given.
         count: of labels, prompts or questions, as ``unit`` says; it tells data apart as well.
         run: what made the model, or its name: measurements of one model share it.
-        setting: the command without seed and folders: runs that share it differ in nothing but the seed.
+        setting: the options of each command that made the model, and of the one that measured it, without the seed and
+            folders to write to: runs that share it differ in nothing but these.
         steps: training steps of all stages; 0 for methods that need none, and where a row does not say.
         sparsity: of FFNs; of a model whose single weights are 0, their share.
         beyond_ffn: what else is sparse, so that sparsities do not compare: attention's inputs, or weights.
@@ -49,12 +56,13 @@ class Measurement:
 
     qualities: Mapping[Metric, float]
     task: str
+    data: tuple[str, ...]
     count: int
     unit: str
     model: str
     method: str
-    run: str
-    setting: str
+    run: Setting
+    setting: Setting
     seed: int | None
     steps: int
     sparsity: float
@@ -73,6 +81,17 @@ class Results:
     failures: list[tuple[str, str]] = field(default_factory=list)
     others: int = 0
 
+    def counted(self) -> str:
+        """What there is, in words; measurements of one model, as it was made with one seed, are one run."""
+        runs = {(one.run, one.seed, one.method) for one in self.measurements}
+        held = [
+            (len(runs), "run", "of models"),
+            (len(self.benches), "run", "of lte bench"),
+            (len(self.failures), "failed run", ""),
+            (self.others, "row", "of other kinds, left out"),
+        ]
+        return ", ".join(f"{count} {what}{'s' if count > 1 else ''} {of}".strip() for count, what, of in held if count)
+
 
 def read_results(files: Iterable[Path]) -> Results:
     """Everything in some results files: ``.jsonl``, a row a line, or one JSON object.
@@ -85,9 +104,9 @@ def read_results(files: Iterable[Path]) -> Results:
         for row in read_rows(path):
             if "error" in row:
                 failed[str(row.get("command", ""))] = _run(row), str(row["error"])
-            elif isinstance(row.get("rows"), list) and str(row.get("command", "")).startswith("lte bench"):
+            elif row.get("bench") is not None:
                 found.benches.append(row)
-                found.failures += [(row["command"], str(one["error"])) for one in row["rows"] if "error" in one]
+                found.failures += [(_run(row), str(one["error"])) for one in row["rows"] if "error" in one]
             elif measured := list(_measurements(row)):
                 for one in measured:
                     if not math.isfinite(one.sparsity):
@@ -112,45 +131,31 @@ def _run(row: Row) -> str:
 
 
 def _measurements(row: Row) -> Iterator[Measurement]:
-    evaluations = [row["evaluation"], *(row.get("evals") or [])] if isinstance(row.get("evaluation"), dict) else [row]
-    for one in evaluations:
-        yield from _measured(row, one, _commands(row, one))
+    for record in records_in(row):
+        if all(isinstance(record.evaluation.get(name), int | float) for name in ("sparsity", "gflops_per_token")):
+            yield from _measured(record)
 
 
-def _commands(row: Row, one: Row) -> list[str]:
-    """What was run for an evaluation, in order: what trained the model, the row's command, the evaluation's own."""
-    command, own = (str(where.get("command", "")) for where in (row, one))
-    made = command if own in ("", command) else split_commands(command)[0]  # the others are evaluations
-    trained = split_commands(row.get("trained_by") or "")  # lte calibrate --in-place may follow lte train
-    return list(dict.fromkeys(filter(None, (*trained, made, own)))) or [""]
-
-
-def _measured(row: Row, one: Row, commands: list[str]) -> Iterator[Measurement]:
-    if not all(isinstance(one.get(name), int | float) for name in ("sparsity", "gflops_per_token")):
-        return
-    steps = row.get("steps")
-    parsed = [parse_command(command, str(row.get("model", ""))) for command in commands]
-    settings = list(map(setting_of, parsed))
-    named = next((options["--model"] for options in parsed if "--model" in options), "")
-    if "trained_by" not in row and "model" in row and not named:  # nothing but its name tells it from other models
-        settings.insert(0, f"--model {row['model']}")
-    single = [one for command in commands for one in split_commands(command)]
-    made = [one for one in single if not one.startswith("lte eval")]
-    method, zeros = _method(row, one), float(one.get("weight_sparsity") or 0.0)
+def _measured(record: Record) -> Iterator[Measurement]:
+    one = record.evaluation
+    method, zeros = _method(record), float(one.get("weight_sparsity") or 0.0)
     pruned = method != "dense" and zeros > 0
-    name = named or (row.get("model", "") if method == "dense" else "")
-    for qualities, task, count, unit in _qualities(one, task_of(parsed[-1])):
+    made = tuple(map(_options, record.made)) or ((f"--model {record.model}",) if record.model else (),)
+    began_with = next((step.model for step in record.made if step.model), "")
+    name = began_with or (record.model if method == "dense" else "")
+    for qualities, task, count, unit in _qualities(one, _task(record.measured)):
         yield Measurement(
             qualities=qualities,
             task=task,
+            data=record.measured.data,
             count=count,
             unit=unit,
             model=Path(name).name,
             method=method,
-            run=" && ".join(made) or str(row.get("model", commands[0])),
-            setting=" ".join(settings),
-            seed=row.get("seed"),
-            steps=sum(steps.values()) if isinstance(steps, dict) else 0,
+            run=made,
+            setting=(*made, _options(record.measured)),
+            seed=record.seed,
+            steps=int(sum(record.steps.values())),
             sparsity=zeros if pruned else float(one["sparsity"]),
             gflops=float(one["gflops_per_token"]),
             gflops_dense=float(one.get("gflops_per_token_dense") or one["gflops_per_token"]),
@@ -159,7 +164,32 @@ def _measured(row: Row, one: Row, commands: list[str]) -> Iterator[Measurement]:
         )
 
 
-def _qualities(one: Row, task: str) -> Iterator[tuple[dict[Metric, float], str, int, str]]:
+def _options(step: Made | Measured) -> tuple[str, ...]:
+    """As a shell has them; a model's and data that it was made of come first, but where older rows have them inside."""
+    of_made = {"model": step.model, "text": " ".join(step.data)} if isinstance(step, Made) else {}
+    first = {name: value for name, value in of_made.items() if value and name not in step.options}
+    return tuple(_as_option(name, value) for name, value in {**first, **step.options}.items())
+
+
+def _as_option(name: str, value: Any) -> str:
+    flag = name if name.startswith("-") or not name else f"--{name.replace('_', '-')}"
+    words = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return flag if value is True else f"{flag} {words}".strip()
+
+
+_STORED = re.compile(r"(\.(txt|jsonl|json|csv|tsv|parquet|arrow|npy|gz))+$")
+
+
+def _task(measured: Measured) -> str:
+    """The data: of each path its last two parts, without what says how it is stored."""
+    if measured.kind in ("MMLU", "lm_eval"):
+        return measured.kind
+    parts = [Path(source).parts[-2:] for source in measured.data]
+    names = " ".join("/".join([*folder, _STORED.sub("", name)]).lstrip("/") for *folder, name in parts)
+    return f"{names}, held out" if names and measured.kind == "held out" else names
+
+
+def _qualities(one: Mapping[str, Any], task: str) -> Iterator[tuple[dict[Metric, float], str, int, str]]:
     """Qualities, task, and how many of what they were measured on; of lm_eval's tasks their accuracies."""
     unit = next((unit for unit in ("prompts", "questions", "tokens") if f"num_{unit}" in one), "tokens")
     found = {metric: metric.scale * one[metric.name] for metric in METRICS if one.get(metric.name) is not None}
@@ -171,19 +201,17 @@ def _qualities(one: Row, task: str) -> Iterator[tuple[dict[Metric, float], str, 
             yield accuracy, name, int((one.get("num_samples") or {}).get(name) or 0), "questions"
 
 
-def _method(row: Row, one: Row) -> str:
+def _method(record: Record) -> str:
     """The title of its method. Where a method has a choice that makes it another one, with that, unless it is ours."""
-    name = one.get("method", row.get("method"))
-    options = name if isinstance(name, dict) else {}
-    name = options.get("method") if isinstance(name, dict) else name
-    recipe = row.get("recipe")
+    options, recipe = record.method, record.recipe
+    name = options.get("method")
     if recipe == "dense" or name == "dense":
         return "dense"
     if name is None:
         if recipe is None:
-            return "dense" if one.get("mode") == "dense" else "unnamed method"
+            return "dense" if record.evaluation.get("mode") == "dense" else "unnamed method"
         name = "lte"
-    title = TITLES.get(str(name), str(name))
+    title = TITLES.get(name, name)
     if options.get("selection", "mlp") not in ("mlp", "threshold"):
         title += f", {str(options['selection']).replace('_', '-')}"
     if options.get("pattern"):

@@ -2,8 +2,9 @@
 
 import json
 from pathlib import Path
+from typing import get_args
 
-from lte.evaluation.record import SUMMARY
+from lte.evaluation.record import SUMMARY, MeasuredOn
 from lte.report.fields import (
     AMOUNT,
     METHOD,
@@ -18,8 +19,10 @@ from lte.report.fields import (
     check_fields,
     many,
     named,
+    one_of,
 )
 from lte.report.metrics import METRICS
+from lte.report.older_rows import upgraded
 
 _EVALUATION: dict[str, Kind] = {
     **dict.fromkeys(("command", "model", "mode"), TEXT),
@@ -30,12 +33,16 @@ _EVALUATION: dict[str, Kind] = {
     **{metric.name: QUALITY for metric in METRICS},
     "method": METHOD,
     "layer_sparsity": many(SHARE),
+    "made": many(OBJECT),
+    "measured": OBJECT,
     "results": named(OBJECT),
     "num_samples": named(AMOUNT),
 }
 _RUN: dict[str, Kind] = {
     **dict.fromkeys(("command", "trained_by", "model", "recipe"), TEXT),
     "method": METHOD,
+    "made": many(OBJECT),
+    "measured": OBJECT,
     "seed": WHOLE,
     "target_sparsity": SHARE,
     "eta": QUALITY,
@@ -44,6 +51,12 @@ _RUN: dict[str, Kind] = {
     "steps": named(AMOUNT),
     "evaluation": OBJECT,
     "evals": many(OBJECT),
+}
+_STEP: dict[str, Kind] = {
+    **dict.fromkeys(("command", "model"), TEXT),
+    "kind": one_of(get_args(MeasuredOn)),
+    "data": many(TEXT),
+    "options": OBJECT,
 }
 _BENCH: dict[str, Kind] = {
     **dict.fromkeys(("dtype", "shape"), TEXT),
@@ -89,13 +102,14 @@ def _read(text: str, where: str) -> Row:
         raise ValueError(f"{where} is not JSON ({reason}): a results file is a row a line") from None
     if not isinstance(row, dict):
         raise ValueError(f"{where} is no JSON object: a results file is an object a line")
+    row = upgraded(row)
     _check(row, where)
     return row
 
 
 def _check(row: Row, where: str) -> None:
     """Refuse a row of ours with a field that is not what we write. Rows of others are counted, and not looked at."""
-    if str(row.get("command", "")).startswith("lte bench") and "rows" in row:
+    if row.get("bench") is not None:
         check_fields(row, {"rows": many(OBJECT)}, where, ("rows",))
         for number, one in enumerate(row["rows"], 1):
             if "error" not in one:
@@ -103,6 +117,19 @@ def _check(row: Row, where: str) -> None:
                 check_fields(one, _BENCH, f"{where}, row {number}", drawn)
     elif "error" not in row and ("evaluation" in row or {"sparsity", "gflops_per_token"} <= row.keys()):
         check_fields(row, _RUN, where)
-        check_fields(row.get("evaluation") or row, _EVALUATION, where)
+        _check_evaluation(row.get("evaluation") or row, where)
         for number, one in enumerate(row.get("evals") or (), 1):
-            check_fields(one, _EVALUATION, f"{where}, evaluation {number} of evals")
+            _check_evaluation(one, f"{where}, evaluation {number} of evals")
+        if "evaluation" in row:
+            _check_steps(row, where)
+
+
+def _check_evaluation(one: Row, where: str) -> None:
+    check_fields(one, _EVALUATION, where)
+    _check_steps(one, where)
+
+
+def _check_steps(one: Row, where: str) -> None:
+    check_fields(one.get("measured") or {}, _STEP, f"{where}, measured")
+    for number, step in enumerate(one.get("made") or (), 1):
+        check_fields(step, _STEP, f"{where}, part {number} of made")

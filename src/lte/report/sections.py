@@ -1,9 +1,9 @@
 """The report's sections, the same for page, Markdown and pictures: text, charts, tables."""
 
 from collections.abc import Sequence
+from itertools import chain
 
 from lte.report.charts import layers_chart, tradeoff
-from lte.report.commands import split_setting
 from lte.report.curves import Task
 from lte.report.layout import Section, Table
 from lte.report.looks import looks_of
@@ -125,17 +125,17 @@ def _numbers(task: Task) -> Table:
     points += [(curve.title, point) for curve in task.curves for point in curve.points]
     qualities = (task.metric.title, compared, *(metric.title for metric in task.others))
     header = ("run", *qualities, "seeds", "sparsity, %", "GFLOPs per token", "of dense", "options")
-    options = [split_setting(point.setting) for _, point in points]
+    options = [[*chain.from_iterable(point.setting)] for _, point in points]
     alike = [one for one in options[0] if all(one in others for others in options)] if len(points) > 1 else []
     rows = []
-    for title, point in points:
+    for (title, point), all_of_them in zip(points, options, strict=True):
         over = ""
         if task.dense is not None:
             difference = point.value - task.dense.value
             over = f"{point.value / task.dense.value:.3f}x" if task.metric.lower else f"{difference:+.2f}"
         further = (_quality(*point.others.get(metric, (None, None))) for metric in task.others)
         numbers = (_quality(point.value, point.spread), over, *further, str(point.seeds), f"{100 * point.sparsity:.1f}")
-        own = " ".join(one for one in split_setting(point.setting) if one not in alike)
+        own = " ".join(one for one in all_of_them if one not in alike)
         rows.append((title, *numbers, f"{point.gflops:.4g}", f"{point.gflops / task.gflops_dense:.0%}", own))
     return Table("All numbers", header, tuple(rows), True, f"Options of all runs: {' '.join(alike)}" if alike else "")
 

@@ -20,7 +20,7 @@ def latency(benches: Sequence[Row]) -> Section:
                 str(bench.get("commit")),
             )
             for bench in benches
-            if str(bench["command"]).startswith(f"lte bench {part}")
+            if bench["bench"] == part
             for row in bench["rows"]
             if "error" not in row
         )

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lte.argument_error import Argument, ArgumentError
+
 LONGEST = 300
 """Characters of another library's message that are passed on."""
 
@@ -31,8 +33,9 @@ def reading(name: str, part: str = "") -> Iterator[None]:
                 raise ValueError(f"{name}: {error}") from error
             raise
         if "trust_remote_code" in str(error):
-            raise ValueError(
-                f"{name} brings code of its own, which was not run: read it; if you trust it, give --trust-remote-code"
+            raise ArgumentError(
+                f"{name} brings code of its own, which was not run: read it; if you trust it, give ",
+                Argument("trust_remote_code", "True"),
             ) from error
         here = Path(name).expanduser().exists()
         if not here and (isinstance(error, OSError) or type(error).__name__ == "HFValidationError"):

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, set_seed
 
+from lte.argument_error import Argument, ArgumentError
 from lte.data.batches import split_held_out
 from lte.data.config import DataConfig
 from lte.data.sources import Source, as_list
 from lte.data.tasks import Task
 from lte.evaluation.evaluate import Evaluation, evaluate, label_metrics
 from lte.evaluation.inputs import Inputs, pad_alike_
-from lte.evaluation.record import SUMMARY, environment
+from lte.evaluation.record import SUMMARY, Made
 from lte.files import write_whole
 from lte.saving import saving
 from lte.surgery.conversion import conversion_of
@@ -30,6 +31,7 @@ from lte.surgery.method import Method
 from lte.training.arguments import LTETrainingArguments
 from lte.training.checks import check_dtype
 from lte.training.lock import alone_in
+from lte.training.record import made_by_training, measured_in_training, names_of, run_record
 from lte.training.trainer import LTETrainer
 
 
@@ -161,13 +163,14 @@ class _Run:
     def __call__(self, resume: bool | str | None) -> Trained:
         args, watcher = self.args, self.watcher
         set_seed(args.seed)
+        made = self._made()  # of the options as they were given: the trainer changes some
         self.method.training(args)  # raises now if the two do not fit
         check_dtype(self.dtype)
         config, tokenizer = load_config(self.model, self.trust), load_tokenizer(self.model, self.trust)
         if args.load_best_model_at_end and not self.calibration_data:
-            raise ValueError(
-                "load_best_model_at_end would choose the model by the data of the final evaluation: give "
-                "--calibration-text FILE"
+            raise ArgumentError(
+                "load_best_model_at_end would choose the model by the data of the final evaluation: give ",
+                Argument("calibration_data", "FILE"),
             )
         train_set, held_out, calibration = self._load_data(config, tokenizer)
         model = self._load_sparse(config, train_set)
@@ -185,20 +188,24 @@ class _Run:
         self._save(trainer, model, tokenizer)
         batch_size = args.per_device_eval_batch_size
         found = evaluate(model, held_out, batch_size, progress=lambda batches: watcher.track(batches, "evaluating"))
-        summary = {
-            "command": self.command,
-            "environment": environment(self.device),
-            "seed": args.seed,
-            "recipe": args.schedule,
-            "method": trainer.method.to_dict(),
-            "target_sparsity": trainer.training.target,
-            "eta": trainer.training.state().get("eta", 0.0),
-            "steps": asdict(trainer.stages.plan),
-            "evaluation": asdict(found),
-        }
+        measured = measured_in_training(self.inputs, self.eval_data)
+        record = run_record(made, measured, trainer, self.device, found)
+        summary = {name: value for name, value in record.row().items() if name != "trained_by"}
         if args.should_save:
             write_whole(trainer.folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
         return Trained(model, tokenizer, trainer, found, summary)
+
+    def _made(self) -> Made:
+        return made_by_training(
+            self.command,
+            self.model,
+            self.method,
+            self.inputs,
+            self.args,
+            calibration_text=names_of(self.calibration_data),
+            held_out=0.0 if self.eval_data else self.held_out,
+            dtype=self.dtype,
+        )
 
     def _load_data(self, config: Any, tokenizer: Any) -> tuple[Any, Any, Any]:
         """Return training, held-out and calibration data. If the last is None, the trainer keeps rows out."""
@@ -240,9 +247,8 @@ class _Run:
                 progress = partial(self.watcher.track, what="grouping neurons")
                 regroup_(model, self.method, batches if self.method.needs_activations else (), progress)
         elif made.name != self.method.name:
-            raise ValueError(
-                f"{self.model} was made sparse by {made.name}: give --method {made.name}, or the dense model"
-            )
+            how = (Argument("method"), f" {made.name}, or the dense model")
+            raise ArgumentError(f"{self.model} was made sparse by {made.name}: give ", *how)
         return model
 
     def _save(self, trainer: LTETrainer, model: PreTrainedModel, tokenizer: Any) -> None:

@@ -38,7 +38,7 @@ def what_differs(then: Mapping[str, str], now: Mapping[str, str]) -> str | None:
     if files:
         return f"{', '.join(files)} had another content"
     if then.get(OPTIONS) != now.get(OPTIONS):
-        return "its recipe, or this version of lte, had other options"
+        return "the command, its recipe, or this version of lte, had other options"
     return None
 
 
