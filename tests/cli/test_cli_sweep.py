@@ -156,7 +156,7 @@ def test_the_table_has_every_quality(capsys):
         (["--vary", "seed=1", "--then", "eval --max-rows 0"], "max_rows is 0"),
         (["--vary", "seed=1", "--then", "train --seed 1"], "is no eval"),
         (["--vary", "seed=1", "--then", "eval --colour red"], "colour"),
-        (["--vary", "seed=1", "--then", "eval"], "does not say on what"),
+        (["--vary", "seed=1", "--then", "eval"], "does not name its data"),
         (["--vary", "seed=1", "--then", "eval --text t.txt --generate"], "only the task generation"),
         (["--vary", "seed=1,1"], "two runs would share the folder seed-1"),
         (["--vary", "output-dir=a,b"], "output-dir cannot vary"),

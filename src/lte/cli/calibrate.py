@@ -101,7 +101,7 @@ def parse_calibrate(argv: Sequence[str]) -> Calibrate:
 
 
 def _output(options: Calibrate) -> Path:
-    """The folder to save to.
+    """Return the folder to save to.
 
     Raises:
         ValueError: no folder is given, or the model's own folder without ``--in-place``.
