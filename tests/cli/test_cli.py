@@ -2,6 +2,8 @@
 
 import json
 import math
+import shlex
+from pathlib import Path
 
 import pytest
 import yaml
@@ -269,6 +271,14 @@ def test_the_schedule_under_both_its_names(tmp_path, name):
     path.write_text(f"{name}: paper\neta: 0.5\n")
     for argv in ([str(path), *given], [f"--{name}", "paper", "--eta", "0.5", *given]):
         assert parse_train(argv).training.schedule == "paper"
+
+
+@pytest.mark.parametrize(("file", "schedule"), [("paper", "paper"), ("wikitext2", "dense")])
+def test_recorded_commands_still_parse(file, schedule):
+    rows = (Path(__file__).parents[2] / "results" / f"{file}.jsonl").read_text().splitlines()
+    commands = [json.loads(row).get("command", "") for row in rows]
+    recorded = next(one for one in commands if one.startswith("lte train") and f"--recipe {schedule}" in one)
+    assert parse_train(shlex.split(recorded.split(" && ")[0])[2:]).training.schedule == schedule
 
 
 def refused(capfd, argv, said):
