@@ -147,7 +147,7 @@ def test_the_table_has_every_quality(capsys):
         (["--vary", "seed"], "does not say what varies"),
         (["--vary", "seed=1,,2"], "does not say what varies"),
         (["--vary", "seed=1", "seed=2"], "varies twice"),
-        (["--vary", "seed=1", "--jobs", "0"], "at least one run"),
+        (["--vary", "seed=1", "--jobs", "0"], "at least 1 is needed"),
         (["--vary", "target-sparsity=0.5,2"], "target_sparsity is 2"),
         (["--vary", "colour=red"], "colour"),
         (["--vary", "method=lte,magic"], "unknown method 'magic'"),
