@@ -1,4 +1,4 @@
-"""Start of the command ``lte``: what needs no library is answered at once; Ctrl-C while they load is one line too."""
+"""Start of the command ``lte``. It answers without libraries if it can, and Ctrl-C gives one line while they load."""
 
 import importlib.metadata
 import os
@@ -6,22 +6,22 @@ import sys
 
 COMMANDS = {
     "sparsify": "make a dense model sparse, by any method, and save it",
-    "prune": "set single weights of a dense model to 0, by Wanda or by size",
-    "train": "train a model to use few neurons, through all stages",
-    "sweep": "train, sparsify, prune or calibrate over a grid of options: a row a run, resumable",
-    "calibrate": "another sparsity for a trained model, without training it again",
-    "eval": "perplexity, accuracy, ROUGE, MMLU or tasks of lm_eval, with sparsity and cost",
+    "prune": "set single weights of a dense model to 0, by Wanda or by magnitude",
+    "train": "train a model to use few neurons, in all stages",
+    "sweep": "train, sparsify, prune or calibrate over a grid of options; one row for each run",
+    "calibrate": "give a trained model another sparsity, without training",
+    "eval": "measure perplexity, accuracy, ROUGE, MMLU or tasks of lm_eval, with sparsity and cost",
     "generate": "continue a prompt",
-    "bench": "dense against sparse in seconds: ffn, decode or train",
-    "report": "one page of results: trade-off curves, Table 1, layers, routers, speed",
-    "inspect": "what a model is, what would be converted, and what a token costs",
-    "demo": "the whole of it on a real small model, on CPU",
+    "bench": "time dense against sparse: ffn, decode or train",
+    "report": "make one page of results: curves, Table 1, layers, routers, speed",
+    "inspect": "show a model's family, its experts, and the cost of a token",
+    "demo": "run everything on a real small model, on a CPU",
 }
-_CLOSED = 141  # as a shell gives it for a process ended by SIGPIPE
+_CLOSED = 141  # the exit code that a shell gives for a process ended by SIGPIPE
 
 
 def answer(arguments: list[str]) -> str | None:
-    """What ``lte`` says of itself, if that is asked for: its commands, or its version."""
+    """Return the list of commands or the version, if the arguments ask for it; else None."""
     if not arguments or arguments[0] in ("-h", "--help"):
         commands = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
         return (
@@ -38,7 +38,9 @@ def main() -> int:
             print(said, flush=True)
             return 0
         from lte.cli.main import main as run
-    except BrokenPipeError:  # nobody reads any more, as behind | head -1; Python would say so once more at its end
+    except (
+        BrokenPipeError
+    ):  # nobody reads the output any more, as with | head -1; Python would print an error at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _CLOSED
     except KeyboardInterrupt:

@@ -122,7 +122,7 @@ def test_what_cannot_be_completed_is_refused(tmp_path, monkeypatch):
     put(tmp_path, SHARDED)
     put(tmp_path / ".lte-saved", SINGLE | {".whole": ""})
     monkeypatch.setattr(os, "replace", failing(errno.EROFS))
-    with pytest.raises(ValueError, match=f"{tmp_path}: saving this model was cut short.*Read-only file system"):
+    with pytest.raises(ValueError, match=f"{tmp_path}: saving this model was interrupted.*Read-only file system"):
         finish_saving(tmp_path)
 
 

@@ -111,7 +111,7 @@ _HOMES = {
     "lte.training.trainer": "LTETrainer",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
-"""Public names load when first used (PEP 562): who loads a model needs no trainer, who trains one no kernels."""
+"""Public names are imported when they are first used (PEP 562). Loading a model needs no trainer, for example."""
 
 _auto.register()
 

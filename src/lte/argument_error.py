@@ -1,4 +1,4 @@
-"""A mistake in an argument: its message names arguments as they were given, as parameters or as a command's options."""
+"""`ArgumentError`: its message names arguments as they were given, as parameters or as options of a command."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Argument:
-    """What a message tells to give. ``value``: as in Python, without quotes; empty where the message has none."""
+    """An argument that a message tells to give. ``value`` is as in Python, without quotes, or empty."""
 
     name: str
     value: str = ""
@@ -15,18 +15,18 @@ class Argument:
         return f"{self.name}={self.value}" if self.value else self.name
 
     def as_option(self, names: Mapping[str, str]) -> str:
-        """As a command has it, whose options have these names where they are not those of the parameters."""
+        """Return it as an option of a command. ``names`` has options whose names differ from the parameters'."""
         flag = f"--{names.get(self.name, self.name).replace('_', '-')}"
         return flag if self.value in ("", "True") else f"{flag} {self.value}"
 
 
 class ArgumentError(ValueError):
-    """Its message is the parts of it, arguments as Python has them."""
+    """An error whose message consists of parts. Arguments in it are written as in Python."""
 
     def __init__(self, *parts: str | Argument) -> None:
         super().__init__("".join(map(str, parts)))
         self.parts = parts
 
     def as_options(self, names: Mapping[str, str]) -> str:
-        """The message with arguments as options, see :meth:`Argument.as_option`."""
+        """Return the message with arguments as options, see :meth:`Argument.as_option`."""
         return "".join(part.as_option(names) if isinstance(part, Argument) else part for part in self.parts)

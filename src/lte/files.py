@@ -1,7 +1,7 @@
-"""Files that are whole at any moment: written beside, flushed to the disk, then renamed.
+"""Files that are complete at any moment. They are written under another name, flushed to the disk, then renamed.
 
-A process that is killed leaves what was there before, or what it wrote, and never a mixture. What it leaves half
-written has a name that begins with ``.lte-new``; the next write into that folder removes it.
+A process that is killed leaves the old file or the new file, never a mixture. An incomplete file has a name that begins
+with ``.lte-new``. The next write into that folder removes it.
 """
 
 import errno
@@ -38,7 +38,7 @@ _CURES = {
 
 
 class NotWritten(OSError):
-    """A file or folder that could not be written: in one line which, why and what to do."""
+    """A file or folder could not be written. The message says in one line which one, why, and what to do."""
 
     def __init__(self, path: str | Path, number: int) -> None:
         super().__init__(f"{path} could not be written ({os.strerror(number)}): {_CURES.get(number, _FULL)}")
@@ -47,7 +47,7 @@ class NotWritten(OSError):
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Let what fails in here because a file cannot be written say so, by any library that writes it.
+    """Turn an error inside the context into NotWritten if the reason is that a file cannot be written.
 
     Raises:
         NotWritten: a full disk, a limit on the size of files, missing permissions and the like.
@@ -62,7 +62,7 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:
-    """Write a file, text as UTF-8. Until it is whole on the disk, what was there before stays.
+    """Write a file; text is written as UTF-8. The old file stays until the new one is complete on the disk.
 
     Raises:
         NotWritten: as :func:`writing`.
@@ -73,9 +73,9 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """Give a path with the same ending to write to; what is there afterwards takes the place of ``path``.
+    """Give a path with the same ending to write to. Afterwards that file replaces ``path``.
 
-    A pipe or a device is written to as it is. Mode: that of the file before, else as the umask says.
+    A pipe or a device is written to directly. The new file has the mode of the old one, or that of the umask.
 
     Raises:
         NotWritten: as :func:`writing`.
@@ -95,7 +95,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 def append_line(path: str | Path, line: str) -> None:
-    """Add a line to a file, whole or not at all. Several processes may do so at once.
+    """Add a line to a file, completely or not at all. Several processes may do this at the same time.
 
     Raises:
         NotWritten: as :func:`writing`.
@@ -110,7 +110,7 @@ def append_line(path: str | Path, line: str) -> None:
             real.touch()
             with locked(real) as held:
                 if held is False:
-                    continue  # another process has replaced it
+                    continue  # another process has replaced the file
                 try:
                     before = real.read_bytes()
                     end = b"" if before.endswith(b"\n") or not before else b"\n"
@@ -124,7 +124,7 @@ def append_line(path: str | Path, line: str) -> None:
 
 @contextmanager
 def new_path(folder: Path, suffix: str | None = None) -> Iterator[Path]:
-    """A new file, or without a suffix a new folder, that is locked while it is used, and gone afterwards."""
+    """Give a new file, or a new folder if there is no suffix. It is locked inside the context, then removed."""
     for path in folder.glob(f"{_NEW}*"):
         with locked(path, wait=False) as held:
             if held:
@@ -137,7 +137,7 @@ def new_path(folder: Path, suffix: str | None = None) -> Iterator[Path]:
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         with locked(path) as held:
             if held is False:
-                continue  # taken for abandoned before it was locked
+                continue  # another process removed it before it was locked
             try:
                 yield path
             finally:
@@ -154,10 +154,10 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[bool | None]:
-    """Hold a file or folder against other processes, until this one ends at the latest.
+    """Lock a file or folder against other processes. The lock ends with this process at the latest.
 
-    Gives whether it is held: False where it has gone meanwhile, or where another process holds it and ``wait`` is
-    false; None where the disk has no locks.
+    Give True if it is locked. Give False if it no longer exists, or if another process holds it and ``wait`` is false.
+    Give None if the disk has no locks.
     """
     if fcntl is None:
         yield None if path.exists() else False
@@ -181,7 +181,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool | None]:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's names, are on the disk, where these can be waited for."""
+    """Wait until a file's content, or a folder's names, are on the disk, if the system can wait for it."""
     if fcntl is None and path.is_dir():
         return
     opened = os.open(path, os.O_RDONLY)
@@ -192,9 +192,9 @@ def sync(path: Path) -> None:
 
 
 def _errno_of(error: Exception) -> int | None:
-    """Why a file could not be written, where that is what an error is about.
+    """Return the error number if an error says that a file could not be written; else None.
 
-    safetensors and tokenizers say it as Rust does, ``torch.save`` only that less was written than it thought.
+    safetensors and tokenizers have Rust's form of message. ``torch.save`` only says that fewer bytes were written.
     """
     if isinstance(error, OSError):
         return error.errno if error.errno in _CURES else None

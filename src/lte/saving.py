@@ -1,7 +1,7 @@
-"""Saving a model into a folder so that a process may be killed at any moment.
+"""Saves a model into a folder, so that a kill of the process at any moment does no harm.
 
-A folder holds the old model, the new one, or neither: then it has no ``config.json``, which nobody loads, and
-:func:`finish_saving` makes the new model of it.
+A folder holds the old model or the new one. In between it has no ``config.json``. Then nobody can load it, and
+:func:`finish_saving` makes the new model complete.
 """
 
 import errno
@@ -15,9 +15,9 @@ from lte.files import locked, new_path, sync, writing
 
 _SAVED = ".lte-saved"
 _WHOLE = ".whole"
-"""In that folder while all of the new model is there, and the old one is yet to be taken away."""
+"""A file in that folder which says that the new model is complete there and the old one must be removed."""
 _HEADS = ("config.json", "adapter_config.json")
-"""Without this file nobody loads the model, so it goes first and comes last."""
+"""Without this file nobody loads the model, so the old one is removed first and the new one is moved last."""
 _WEIGHTS = re.compile(
     r"(?:pytorch_)?model(?P<index>\.(?:safetensors|bin)\.index)?(?P<variant>\.[^.-]+)??(?:-\d{5}-of-\d{5})?"
     r"\.(?(index)json|(?:safetensors|bin))"
@@ -31,13 +31,13 @@ _TOKENIZER = (
 
 @contextmanager
 def saving(folder: str | Path) -> Iterator[Path]:
-    """Give an empty folder to save a model to, with all that belongs to it; afterwards it is moved into ``folder``.
+    """Give an empty folder to save a model to. Afterwards its files are moved into ``folder``.
 
-    Files of the same name are replaced; weights and tokenizer files of the model before go; all others stay. A process
-    that is killed meanwhile leaves the old model, the new one, or a folder without ``config.json`` that
-    :func:`finish_saving` makes the new one of. Where saving fails, ``folder`` is as it was before.
+    Files of the same name are replaced. Weights and tokenizer files of the old model are removed. All other files stay.
+    A process that is killed meanwhile leaves the old model, the new one, or a folder without ``config.json``, of which
+    :func:`finish_saving` makes the new one. If saving fails, ``folder`` is unchanged.
 
-    Needs room for both models. Modes follow the umask.
+    The disk must have room for both models. Modes follow the umask.
 
     Raises:
         NotWritten: as :func:`writing`.
@@ -61,7 +61,7 @@ def saving(folder: str | Path) -> Iterator[Path]:
 
 
 def finish_saving(folder: str | Path) -> None:
-    """Finish moving a model into its folder where the process that saved it was killed meanwhile.
+    """Finish the move of a model into its folder, if the process that saved it was killed meanwhile.
 
     Raises:
         ValueError: the folder cannot be written to.
@@ -69,18 +69,18 @@ def finish_saving(folder: str | Path) -> None:
     saved = Path(folder) / _SAVED
     try:
         while saved.is_dir():
-            with locked(saved) as held:  # by the process that moves it, if that is still at work
+            with locked(saved) as held:  # the process that moves it may still be at work
                 if held is not False:
                     _replace(saved)
     except OSError as error:
         raise ValueError(
-            f"{folder}: saving this model was cut short, and the rest cannot be done from here ({error.strerror}): "
-            "load it once where the folder can be written to, or save it again"
+            f"{folder}: saving this model was interrupted and cannot be finished here ({error.strerror}): "
+            "load it once on a machine that can write to the folder, or save it again"
         ) from error
 
 
 def _move(fresh: Path, folder: Path) -> None:
-    """The folder's model becomes the one in ``fresh``, which this process holds, from the renaming on."""
+    """Make the model in ``fresh``, which this process holds, the model of the folder. It counts from the rename on."""
     (fresh / _WHOLE).touch()
     for path in (fresh, *fresh.rglob("*")):
         sync(path)
@@ -98,7 +98,7 @@ def _move(fresh: Path, folder: Path) -> None:
 
 
 def _replace(saved: Path) -> None:
-    """Take the old model away, and move the new one in. Each step may be the last one of a process."""
+    """Remove the old model and move the new one in. The process may be killed after any step."""
     folder, whole = saved.parent, saved / _WHOLE
     if whole.exists():
         new = {*_files(saved)}
@@ -120,7 +120,7 @@ def _replace(saved: Path) -> None:
 
 
 def _outdated(names: Iterable[str], new: set[str]) -> list[str]:
-    """Those files of the model before that a loader would read beside the new ones."""
+    """Return the files of the old model that a loader would read together with the new ones."""
     weights = {match["variant"] for match in map(_WEIGHTS.fullmatch, new) if match}
     return [
         name

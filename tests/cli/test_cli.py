@@ -2,6 +2,8 @@
 
 import json
 import math
+import shlex
+from pathlib import Path
 
 import pytest
 import yaml
@@ -170,9 +172,9 @@ def test_train_the_other_tasks(files, tmp_path, capsys, model, task, text):
     assert task == "generation" or 0 <= found["accuracy"] <= 1
 
 
-def test_train_the_paper_recipe(files, tmp_path):
+def test_train_the_paper_schedule(files, tmp_path):
     given = ["train", "--model", str(files / "llama"), "--text", str(files / "text.txt"), "-o", str(tmp_path)]
-    assert main([*given, *STEPS, "--recipe", "paper", "--eta", "0.5"]) == 0
+    assert main([*given, *STEPS, "--schedule", "paper", "--eta", "0.5"]) == 0
     assert json.loads((tmp_path / SUMMARY).read_text())["eta"] == 0.5
 
 
@@ -180,7 +182,19 @@ def test_the_best_dense_model_by_other_data_than_the_last_evaluations(files, tmp
     model, text = str(files / "llama"), str(files / "text.txt")
     chosen_by = tmp_path / "validation.txt"
     chosen_by.write_text("".join(f"{n} less {n} makes 0.\n" for n in range(40)))
-    given = ["train", "--model", model, "--text", text, "-o", str(tmp_path / "out"), *STEPS, "--recipe", "dense", *BEST]
+    given = [
+        "train",
+        "--model",
+        model,
+        "--text",
+        text,
+        "-o",
+        str(tmp_path / "out"),
+        *STEPS,
+        "--schedule",
+        "dense",
+        *BEST,
+    ]
     given += ["--eval-text", text, "--calibration-text", str(chosen_by), "--calibration-rows", "2"]
     assert main([*given, "--learning-rate", "0.1", "--lr-scheduler-type", "constant"]) == 0
     losses = {}
@@ -222,7 +236,7 @@ def test_resume(files, tmp_path, monkeypatch, capfd):
         patch.setattr(_Stages, "begin_step", stop_at_5)
         assert main(given("cut")) == 130
     assert capfd.readouterr().err.splitlines()[-1] == (
-        "lte: error: interrupted at step 5 of 8: with --resume it goes on from step 4"
+        "lte: error: interrupted at step 5 of 8: --resume continues from step 4"
     )
     assert not (tmp_path / "cut" / SUMMARY).exists()
     assert main(given("cut", "--resume")) == 0
@@ -251,6 +265,22 @@ def test_recipe_values(tmp_path):
     assert args.lr_scheduler_kwargs == {"num_cycles": 2}
 
 
+@pytest.mark.parametrize("name", ["schedule", "recipe"])
+def test_the_schedule_under_both_its_names(tmp_path, name):
+    path, given = tmp_path / "r.yml", ["--model", "m", "-o", "o"]
+    path.write_text(f"{name}: paper\neta: 0.5\n")
+    for argv in ([str(path), *given], [f"--{name}", "paper", "--eta", "0.5", *given]):
+        assert parse_train(argv).training.schedule == "paper"
+
+
+@pytest.mark.parametrize(("file", "schedule"), [("paper", "paper"), ("wikitext2", "dense")])
+def test_recorded_commands_still_parse(file, schedule):
+    rows = (Path(__file__).parents[2] / "results" / f"{file}.jsonl").read_text().splitlines()
+    commands = [json.loads(row).get("command", "") for row in rows]
+    recorded = next(one for one in commands if one.startswith("lte train") and f"--recipe {schedule}" in one)
+    assert parse_train(shlex.split(recorded.split(" && ")[0])[2:]).training.schedule == schedule
+
+
 def refused(capfd, argv, said):
     code = main([str(one) for one in argv])
     printed = capfd.readouterr()
@@ -269,19 +299,19 @@ def refused(capfd, argv, said):
         (["--target-sparsity", "1.5"], "target_sparsity is 1.5"),
         (["--target-sparsity", "much"], "much"),
         (["--target-sparsity", "0.5", "--eta", "1"], "eta is set"),
-        (["--recipe", "paper"], "needs an eta"),
-        (["--recipe", "none"], "default, dense, paper"),
+        (["--schedule", "paper"], "needs an eta"),
+        (["--schedule", "none"], "default, dense, paper"),
         ([], "target_sparsity is None"),
         (["--target-sparsity", "0.5", "--expert-size", "7"], "7"),
         (["--target-sparsity", "0.5", "--text", "none.txt"], "none.txt"),
         (["--target-sparsity", "0.5", "--device", "gpu"], "gpu"),
-        (["--target-sparsity", "0.5", "--max-steps", "1", "--hard-fraction", "1.0"], "soft stage none"),
+        (["--target-sparsity", "0.5", "--max-steps", "1", "--hard-fraction", "1.0"], "soft stage no step"),
         (["--target-sparsity", "0.5", "--calibration-rows", "0"], "calibration_rows"),
         (["--target-sparsity", "0.5", "--held-out", "5000"], "hold out"),
         (["--target-sparsity", "0.5", "--model", "./none"], "no such folder"),
         (["--target-sparsity", "0.5", *REENTRANT], "non-reentrant"),
-        (["--target-sparsity", "0.5", *BEST], "only recipe='dense'"),
-        (["--recipe", "dense", *BEST], "give --calibration-text"),
+        (["--target-sparsity", "0.5", *BEST], "only schedule='dense'"),
+        (["--schedule", "dense", *BEST], "give --calibration-text"),
     ],
 )
 def test_train_refuses(files, tmp_path, capfd, options, said):
@@ -341,7 +371,7 @@ def test_the_other_commands_refuse(files, sparse, tmp_path, capfd):
 
 
 def test_a_dense_baseline_is_a_plain_checkpoint_that_methods_convert(files, tmp_path):
-    given = ["train", "--model", str(files / "llama"), "--text", str(files / "text.txt"), *STEPS, "--recipe", "dense"]
+    given = ["train", "--model", str(files / "llama"), "--text", str(files / "text.txt"), *STEPS, "--schedule", "dense"]
     assert main([*given, "-o", str(tmp_path / "dense")]) == 0
     config = json.loads((tmp_path / "dense" / "config.json").read_text())
     assert (config["architectures"], "lte" in config, "auto_map" in config) == (["LlamaForCausalLM"], False, False)
@@ -353,7 +383,7 @@ def test_the_best_dense_model_by_accuracy(files, tmp_path):
     rows = str(files / "classes.jsonl")
     best = [one.replace("eval_loss", "eval_accuracy") for one in BEST]
     given = ["train", "--model", str(files / "bert"), "--task", "classification", "--text", rows, "--eval-text", rows]
-    given += ["--calibration-text", rows, *STEPS, "--recipe", "dense", *best, "-o", str(tmp_path)]
+    given += ["--calibration-text", rows, *STEPS, "--schedule", "dense", *best, "-o", str(tmp_path)]
     assert main(given) == 0
     state = json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text())
     found = [logs["eval_accuracy"] for logs in state["log_history"] if "eval_accuracy" in logs]

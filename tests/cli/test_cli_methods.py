@@ -198,7 +198,7 @@ def test_train_refuses(files, tmp_path, capfd):
     refused(capfd, training(files, tmp_path / "a", "--method", "magic", *target), "unknown method 'magic'")
     refused(capfd, training(files, tmp_path / "a", "--method", "cats"), "target_sparsity is None")
     refused(capfd, training(files, tmp_path / "a", "--method", "cats", "--expert-size", "8", *target), "--expert-size")
-    paper = ["--recipe", "paper", "--eta", "0.5"]
+    paper = ["--schedule", "paper", "--eta", "0.5"]
     refused(capfd, training(files, tmp_path / "a", "--method", "cats", *paper), "trains LTE's routers, not those of")
     many = ["--method", "topk-moe", "--expert-size", "32", "--target-sparsity", "0.9"]
     refused(capfd, training(files, tmp_path / "a", *many), "leaves none of 2 experts")

@@ -110,7 +110,7 @@ def test_an_end_of_turn_that_is_no_eos_is_learnt(tmp_path, tokenizer):
         ),
         (TEMPLATE, {"chat": CHAT}, "no column 'messages', the columns are 'chat'"),
         (TEMPLATE, {"messages": CHAT[:2]}, "none of 1 chats has an answer"),
-        ("{{ messages | length }}", {"messages": CHAT}, "does not continue what it gave"),
+        ("{{ messages | length }}", {"messages": CHAT}, "changes the text of earlier turns"),
         ("{{ raise_exception('roles must alternate') }}", {"messages": CHAT}, "refuses a chat: roles must alternate"),
     ],
 )
@@ -173,7 +173,7 @@ def test_answers_of_nothing_are_not_learnt(tmp_path, tokenizer, caplog, template
     source = write(tmp_path / "a.jsonl", [asked("2"), asked(nothing), asked("3", tool_calls=None)])
     assert [one[0] for one in load_prompts(source, DataConfig(messages="messages"), tokenizer)[1]] == ["2", "3"]
     assert "rows with an empty completion: skipped 1 of 3" in caplog.text
-    with pytest.raises(ValueError, match="empty completion: all 1, nothing is left"):
+    with pytest.raises(ValueError, match="empty completion: all 1 rows were skipped"):
         load_prompts(write(tmp_path / "b.jsonl", [asked(nothing)]), DataConfig(messages="messages"), tokenizer)
 
 
@@ -210,7 +210,7 @@ def test_tools_go_to_the_template(tmp_path, tokenizer, written):
         (TEMPLATE, {"messages": CALLS}, "does not write an answer's tool calls"),
         (BESIDE, asked("", tool_calls="add()"), "tool_calls are no list of functions with names"),
         (BESIDE, {**asked("2"), "tools": "add"}, "column 'tools' holds a text that is not JSON"),
-        (BESIDE, {**asked("2"), "tools": 3}, "column 'tools' holds a int, a list of tools is needed"),
+        (BESIDE, {**asked("2"), "tools": 3}, "column 'tools' holds a int, but a list of tools is needed"),
         (CHATML, {"messages": [{"role": 3, "content": "?"}, CHAT[2]]}, "refuses a chat: can only concatenate"),
         (CHATML, {"messages": [{"from": "human", "value": "?"}]}, "column 'messages' holds no chat"),
         (CHATML, {"messages": [{"role": "user", "content": {"a": 1}}]}, "a message's content is a dict"),

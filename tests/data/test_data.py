@@ -197,7 +197,7 @@ def test_hub_error_is_one_line(monkeypatch):
         raise ConnectionError("no route\nlong trace")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(ValueError, match=r"^o/n: no such file, and the hub has not given it: no route$"):
+    with pytest.raises(ValueError, match=r"^o/n: there is no such file, and the hub did not give it: no route$"):
         load_texts("o/n")
 
 
@@ -408,14 +408,14 @@ def test_end_markers_in_completions(tmp_path, tokenizer, caplog):
 def test_a_completion_end_that_ends_nothing_is_said(tmp_path, tokenizer, caplog):
     source = write(tmp_path / "a.jsonl", jsonl([{"prompt": "a", "completion": "b"}]))
     assert load_prompts(source, DataConfig(completion_end="###"), tokenizer) == (["a"], ["b"])
-    assert "no completion ends with completion_end, '###'" in logged(caplog)
+    assert "no completion ends with completion_end ('###')" in logged(caplog)
 
 
 def test_empty_completions_are_counted_and_all_empty_is_an_error(tmp_path, caplog):
     some = [{"prompt": "a", "completion": ""}, {"prompt": "b", "completion": "x"}]
     assert load_prompts(write(tmp_path / "a.jsonl", jsonl(some))) == (["b"], ["x"])
     assert "rows with an empty completion: skipped 1 of 2" in logged(caplog)
-    with pytest.raises(ValueError, match="empty completion: all 1, nothing is left"):
+    with pytest.raises(ValueError, match="empty completion: all 1 rows were skipped"):
         load_prompts(write(tmp_path / "b.jsonl", jsonl(some[:1])))
 
 
@@ -452,7 +452,7 @@ def test_given_class_names_are_honoured(tmp_path, tokenizer):
     dataset = load_dataset_for("classification", source, tokenizer, config)
     assert dataset.class_names == ("neutral", "agree", "deny")
     assert [dataset[i]["labels"].item() for i in range(2)] == [0, 0]
-    with pytest.raises(ValueError, match="labels neutral are not among class_names, agree, deny"):
+    with pytest.raises(ValueError, match="labels neutral are not in class_names, which are agree, deny"):
         load_dataset_for("classification", source, tokenizer, DataConfig(class_names=("agree", "deny")))
 
 
@@ -560,7 +560,7 @@ def bad(name: str, content: str | bytes, message: str, **config):
             r"a.xml: unknown extension '.xml', use one of .txt, .jsonl, .json, .csv, .tsv \(each",
         ),
         bad("a.tar.gz", "x", "unknown extension '.tar.gz'"),
-        bad("a.npy", "x", "token ids have no columns, they serve language modelling only"),
+        bad("a.npy", "x", "token ids have no columns: use them for language modelling only"),
         bad("a.jsonl", '{"q": 1}\n', "a.jsonl: no column 'prompt', the columns are 'q'"),
         bad(
             "a.csv",
@@ -578,9 +578,9 @@ def bad(name: str, content: str | bytes, message: str, **config):
             '{"prompt": "a", "completion": "b"}\n\n{"prompt": \n',
             r"a.jsonl, line 3: not JSON \(Expecting value, column 12\)",
         ),
-        bad("a.jsonl", "[1]\n", "a.jsonl, line 1: a list, a JSON object is needed"),
+        bad("a.jsonl", "[1]\n", "a.jsonl, line 1: this is a list, but a JSON object is needed"),
         bad("a.json", '[{"a": 1},\n{"a": }]', r"a.json, line 2: not JSON"),
-        bad("a.json", '{"a": 1}\n{"a": 2}\n', "or is it JSON lines, named .jsonl"),
+        bad("a.json", '{"a": 1}\n{"a": 2}\n', "If it is JSON lines, name it .jsonl"),
         bad("a.json", '{"a": [1]}', "a list of JSON objects is needed"),
         bad("a.csv", "a,a\n1,2\n", "the header names a column twice: 'a', 'a'"),
         bad("a.csv", "prompt,completion\n1,2\n1,2,3\n", "a.csv, line 3: 3 fields, but the header has 2"),
@@ -597,11 +597,11 @@ def bad(name: str, content: str | bytes, message: str, **config):
         bad(
             "a.jsonl",
             '{"prompt": ["a"], "completion": "b"}',
-            "column 'prompt' holds a list, a text is needed",
+            "column 'prompt' holds a list, but a text is needed",
         ),
         bad("a.jsonl", '{"prompt": "\\ud83d", "completion": "b"}', "column 'prompt': a text is not valid Unicode"),
         bad("a.jsonl", '{"q": "a"}', "no column 'z', the columns are 'q'", prompt="{q} {z}"),
-        bad("a.jsonl", '{"q": "a"}', r"template '{q': .* \(a brace meant as text is doubled\)", prompt="{q"),
+        bad("a.jsonl", '{"q": "a"}', r"template '{q': .* \(write a brace that is text twice\)", prompt="{q"),
         bad("a.jsonl", '{"q": "a"}', "no column '0', the columns are 'q'", prompt="{0}"),
     ],
 )
@@ -622,7 +622,7 @@ def test_gzip_that_is_truncated_or_none(tmp_path):
 
 @pytest.mark.parametrize("name", ["none.jsonl", "folder/none.csv.gz", "none", "/none/at/all", "a b/c"])
 def test_missing_file(name):
-    with pytest.raises(FileNotFoundError, match="no such file, nor is it a hub data set"):
+    with pytest.raises(FileNotFoundError, match="no such file, and it is no hub data set"):
         load_texts(name)
 
 
@@ -683,7 +683,7 @@ def test_fewer_tokens_than_a_block(tmp_path, tokenizer):
         ("text\na\n", r"no column 'label', the columns \(the first line\) are 'text'", {}),
         ("text\tlabel\na\t1\nb\t \n", "row 2 has no label", {}),
         ("text\tlabel\na\t1\n", "the only label is '1'", {}),
-        ("text\tlabel\n \t1\n", "rows with no text: all 1, nothing is left", {}),
+        ("text\tlabel\n \t1\n", "rows with no text: all 1 rows were skipped", {}),
         (
             "text\tlabel\na\t1\n",
             "names 3 columns: classification takes one or a pair",
@@ -700,7 +700,7 @@ def test_bad_options(tmp_path, tokenizer):
     source = write(tmp_path / "a.txt", TEXT)
     with pytest.raises(ValueError, match="unknown task 'lm': use one of language_modelling, generation"):
         load_dataset_for("lm", source, tokenizer)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="an encoder-decoder model learns generation"):
+    with pytest.raises(ValueError, match="an encoder-decoder model learns only the task generation"):
         load_dataset_for("language_modelling", source, tokenizer, is_encoder_decoder=True)
     with pytest.raises(ValueError, match="at least 2"):
         DataConfig(sequence_length=1)

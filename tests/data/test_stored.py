@@ -259,7 +259,7 @@ def test_ids_are_not_kept_in_memory(monkeypatch):
     part = np.arange(1 << 14, dtype=np.uint16)
 
     def blocks(parts: int) -> PackedBlocks:
-        files = stored.kept(lambda: rows_of((part for _ in range(parts)), np.uint16), f"parts{parts}", 2)
+        files = stored.keep_rows(lambda: rows_of((part for _ in range(parts)), np.uint16), f"parts{parts}", 2)
         return PackedBlocks(MappedIds(files), 512, bos=(7,))
 
     content_of(blocks(2))  # libraries keep what they make at first

@@ -238,7 +238,7 @@ def test_what_is_refused():
     next(iter(sparse_layers(model).values())).tau = 0.0
     refused(model, batches, 0.5, "tau is not between")
     empty = {**batches[0], "attention_mask": torch.zeros_like(batches[0]["attention_mask"])}
-    refused(hard_llama(), [empty], 0.5, "all is padding")
+    refused(hard_llama(), [empty], 0.5, "only padding")
 
 
 def test_a_failure_leaves_the_model_as_it_was():

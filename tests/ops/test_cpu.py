@@ -176,11 +176,11 @@ def test_refusals():
     def transposed(name):
         return name, tensors_of(weights)[name].T.contiguous().T
 
-    assert refusal(x=x.double()) == "x is torch.float64, but it takes float32, bfloat16 and float16"
+    assert refusal(x=x.double()) == "x is torch.float64, but the CPU kernels take float32, bfloat16 and float16"
     for name in ("router.matrix.rows", "compensation.expand.rows"):
         assert f"{name} is torch.float64" in refusal(name, tensors_of(weights)[name].double())
     for name in ("up.matrix.rows", "down.matrix.rows", "compensation.compress.rows"):
-        assert f"{name} is not contiguous: lte.optimize_ lays" in refusal(*transposed(name))
+        assert f"{name} is not contiguous: call lte.optimize_" in refusal(*transposed(name))
     assert "differ in dtype" in refusal("gate.matrix.rows", weights.gate.matrix.rows.bfloat16())
     two_each = changed(weights, {"router.matrix.rows": torch.zeros(64, 64), "router.bias": None})
     assert "experts have 2 neurons" in cpu.refuses(x, two_each)

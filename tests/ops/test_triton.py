@@ -272,10 +272,10 @@ def test_inputs_that_are_not_contiguous(tokens):
 @pytest.mark.parametrize(
     ("name", "how", "message"),
     [
-        ("down.matrix.rows", "transposed", "one row a neuron"),
+        ("down.matrix.rows", "transposed", "call lte.optimize_ for an FFN"),
         ("up.matrix.rows", torch.float16, "up.matrix.rows is torch.float16: convert one of them"),
         ("gate.matrix.rows", torch.float16, "gate.matrix.rows is torch.float16: convert one of them"),
-        (ROUTER, "transposed", "one row a neuron"),
+        (ROUTER, "transposed", "call lte.optimize_ for an FFN"),
         (ROUTER, torch.float64, f"{ROUTER} is torch.float64"),
         (COMPRESS, "transposed", f"{COMPRESS} is not contiguous"),
         (EXPAND, "transposed", f"{EXPAND} is not contiguous"),

@@ -215,7 +215,7 @@ def refusals(folder: Path) -> dict[str, str]:
     data = [tiny_models.tiny_inputs("llama")]
     cpu = not torch.cuda.is_available()
     args = lte.LTETrainingArguments(
-        str(folder / "out"), recipe="paper", eta=0.1, max_steps=1, use_cpu=cpu, report_to="none"
+        str(folder / "out"), schedule="paper", eta=0.1, max_steps=1, use_cpu=cpu, report_to="none"
     )
     rows = [{"input_ids": row, "labels": row} for row in data[0]["input_ids"]]
     by_hand = torch.distributed.tensor.parallel

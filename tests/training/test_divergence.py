@@ -20,8 +20,11 @@ RUNS = {
     "kmeans": (lte.LTEConfig(expert_size=8, grouping="kmeans"), {}),
     "random start": (lte.LTEConfig(expert_size=8, grouping="random"), {"router_start": "random"}),
     "no dense stage": (lte.LTEConfig(expert_size=8, grouping="random"), {"dense_fraction": 0.0}),
-    "dense": (lte.LTEConfig(expert_size=8, grouping="random"), {"recipe": "dense"}),
-    "paper": (lte.LTEConfig(expert_size=8, grouping="random"), {"recipe": "paper", "eta": 0.3, "dense_fraction": 0.0}),
+    "dense": (lte.LTEConfig(expert_size=8, grouping="random"), {"schedule": "dense"}),
+    "paper": (
+        lte.LTEConfig(expert_size=8, grouping="random"),
+        {"schedule": "paper", "eta": 0.3, "dense_fraction": 0.0},
+    ),
     "topk-moe": (lte.TopKMoEConfig(expert_size=8, grouping="random"), {}),
     "noisy-topk": (lte.NoisyTopKConfig(expert_size=8, grouping="random"), {}),
     "sigma-moe": (lte.SigmaMoEConfig(expert_size=8, grouping="random"), {}),
@@ -35,7 +38,7 @@ RUNS = {
 
 def run_of(folder, name, **overrides):
     method, options = RUNS[name]
-    if options.get("recipe", "default") == "default":
+    if options.get("schedule", "default") == "default":
         options = {"target_sparsity": method.target_sparsity or 0.5, **options}
     model = install_routers_(dense_llama(), method)
     return LTETrainer(
@@ -63,7 +66,7 @@ def weights_in(folder):
 
 @pytest.mark.parametrize("logging_steps", [1, 100])
 @pytest.mark.parametrize("name", RUNS)
-def test_an_absurd_learning_rate_with_every_method_and_recipe(tmp_path, name, logging_steps):
+def test_an_absurd_learning_rate_with_every_method_and_schedule(tmp_path, name, logging_steps):
     trainer = run_of(
         tmp_path, name, learning_rate=ABSURD, save_strategy="steps", save_steps=1, logging_steps=logging_steps
     )
@@ -91,9 +94,9 @@ def test_a_checkpoint_goes_once_a_step_from_the_next_went_well(tmp_path):
     """With a limit of one, too: weights of 1e30 are finite, and may be saved before anybody knows."""
     saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
     with pytest.raises(ValueError, match="checkpoint-1 is good"):
-        trainer_for(tmp_path, recipe="dense", learning_rate=ABSURD, warmup_steps=2, **saving).train()
+        trainer_for(tmp_path, schedule="dense", learning_rate=ABSURD, warmup_steps=2, **saving).train()
     assert (tmp_path / "checkpoint-1").is_dir()
-    trainer_for(tmp_path / "whole", recipe="dense", max_steps=3, **saving).train()
+    trainer_for(tmp_path / "whole", schedule="dense", max_steps=3, **saving).train()
     assert [folder.name for folder in (tmp_path / "whole").glob("checkpoint-*")] == ["checkpoint-3"]
 
 
@@ -136,7 +139,7 @@ def test_a_batch_without_labels_has_no_gradient_and_is_no_sign(tmp_path):
         return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
 
     model = sparse_llama()
-    args = arguments(tmp_path, recipe="dense", max_steps=3)
+    args = arguments(tmp_path, schedule="dense", max_steps=3)
     LTETrainer(model, args=args, train_dataset=rows, data_collator=collate).train()
 
 
@@ -161,7 +164,7 @@ def test_an_evaluation_that_is_not_finite(tmp_path, value):
 
 
 def test_a_model_that_broke_after_training_is_not_saved(tmp_path):
-    trainer = trainer_for(tmp_path, max_steps=2, recipe="dense")
+    trainer = trainer_for(tmp_path, max_steps=2, schedule="dense")
     trainer.train()
     trainer.model.lm_head.weight.data[3] = math.inf
     with pytest.raises(ValueError, match=r"1 of \d+ weights hold NaN or infinities, first lm_head.weight"):
@@ -177,7 +180,7 @@ class Scaler:
 
 
 def test_overflow_that_the_scaler_of_fp16_handles_is_no_sign(tmp_path, monkeypatch):
-    trainer = trainer_for(tmp_path, max_steps=2, recipe="dense")
+    trainer = trainer_for(tmp_path, max_steps=2, schedule="dense")
     trainer.train()
     norm = torch.tensor(math.inf)
     trainer._get_grad_norm(trainer.model, norm)

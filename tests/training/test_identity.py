@@ -142,14 +142,14 @@ def test_another_option_is_refused(begun, name):
         trainer_for(begun, **SAVING, **{name: OPTIONS[name]}).train(resume_from_checkpoint=True)
 
 
-def test_another_recipe_is_refused(begun):
+def test_another_schedule_is_refused(begun):
     with pytest.raises(ValueError, match="recipe default, and this one paper"):
-        trainer_for(begun, **SAVING, recipe="paper", eta=0.5).train(resume_from_checkpoint=True)
+        trainer_for(begun, **SAVING, schedule="paper", eta=0.5).train(resume_from_checkpoint=True)
 
 
 def test_options_of_lte_all_count():
     ours = {one.name for one in fields(LTETrainingArguments)} - {one.name for one in fields(TrainingArguments)}
-    assert ours - {*OPTIONS} == {"recipe", "eta", "overwrite"}
+    assert ours - {*OPTIONS} == {"schedule", "recipe", "eta", "overwrite"}
     assert ours & MAY_CHANGE == {"overwrite"}
 
 
@@ -172,7 +172,7 @@ def test_what_may_change(begun, tmp_path):
 
 
 def test_what_chooses_the_best_model_may_not(tmp_path):
-    given = {"recipe": "dense", "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 4}
+    given = {"schedule": "dense", "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 4}
     assert "eval_steps" not in options_of(arguments(tmp_path, **given))
     assert options_of(arguments(tmp_path, **given, load_best_model_at_end=True))["eval_steps"] == 2
 

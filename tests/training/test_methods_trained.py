@@ -174,7 +174,7 @@ def test_what_is_refused(tmp_path):
     model = install_routers_(dense_llama(), lte.CATSConfig())
     with pytest.raises(ValueError, match=r"made for target_sparsity 0\.5, but the arguments ask for 0\.7"):
         LTETrainer(model, args=arguments(tmp_path, target_sparsity=0.7))
-    with pytest.raises(ValueError, match="recipe='paper' trains LTE's routers, not those of cats"):
-        LTETrainer(model, args=arguments(tmp_path, recipe="paper", eta=0.5))
-    with pytest.raises(ValueError, match="leave the hard stage none"):
+    with pytest.raises(ValueError, match="schedule='paper' trains LTE's routers, not those of cats"):
+        LTETrainer(model, args=arguments(tmp_path, schedule="paper", eta=0.5))
+    with pytest.raises(ValueError, match="leave the hard stage no step"):
         StagePlan.without_soft(3, 0.9)

@@ -83,7 +83,7 @@ def test_a_disk_that_is_too_small(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: usage(wanted))
     trainer.train()
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: usage(weights))
-    trainer_for(tmp_path / "other", recipe="dense").train()
+    trainer_for(tmp_path / "other", schedule="dense").train()
 
 
 @pytest.mark.parametrize("name", ["wandb", "magic"])
@@ -101,7 +101,7 @@ def test_a_logger_that_is_not_there(tmp_path, monkeypatch, name):
 
 
 def test_a_metric_to_choose_by_that_nobody_measures(tmp_path):
-    best = {"recipe": "dense", "load_best_model_at_end": True, **SAVING}
+    best = {"schedule": "dense", "load_best_model_at_end": True, **SAVING}
     data = {"some": markov_blocks(20), "other": markov_blocks(20)}
     trainer = evaluated(tmp_path, data, metric_for_best_model="accuracy", **best)
     refused(trainer, "metric_for_best_model is 'accuracy', but evaluation gives .*other_loss.* some_loss")
@@ -134,7 +134,7 @@ def test_no_row_to_calibrate_on(tmp_path):
 def test_an_evaluation_that_is_not_finite_before_any_step(tmp_path):
     trainer = evaluated(tmp_path, markov_blocks(20))
     trainer.model.lm_head.weight.data.fill_(3e38)
-    refused(trainer, r"eval_loss is \w+ of the first batch before any step: see that its rows have labels")
+    refused(trainer, r"eval_loss is \w+ on the first batch, before any step: check that its rows have labels")
 
 
 def test_a_model_that_is_broken_before_training(tmp_path):

@@ -35,7 +35,7 @@ def trained(given, folder, method=None, **options):
         (lte.LTEConfig(expert_size=8, target_sparsity=0.5), {}, 0.5),
         (lte.LTEConfig(expert_size=8, target_sparsity=0.5), {"target_sparsity": 0.75}, 0.75),
         (lte.LTEConfig(expert_size=8), {"target_sparsity": 0.5, "dense_fraction": 0.0}, 0.5),
-        (lte.LTEConfig(expert_size=8), {"recipe": "paper", "eta": 0.5}, None),
+        (lte.LTEConfig(expert_size=8), {"schedule": "paper", "eta": 0.5}, None),
         (lte.CATSConfig(target_sparsity=0.5), {}, 0.5),
         (lte.TopKMoEConfig(expert_size=8, target_sparsity=0.5), {}, 0.5),
     ],
@@ -56,7 +56,7 @@ def test_a_model_that_others_load(given, tmp_path, method, options, target):
 
 
 def test_a_dense_run_leaves_a_plain_model(given, tmp_path):
-    made = trained(given, tmp_path, recipe="dense")
+    made = trained(given, tmp_path, schedule="dense")
     assert made.summary["target_sparsity"] is None
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "llama"
 
@@ -64,10 +64,10 @@ def test_a_dense_run_leaves_a_plain_model(given, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({}, "target_sparsity is None, but the default recipe needs a fraction"),
-        ({"method": lte.LTEConfig(target_sparsity=0.5), "args": object()}, "belongs into them"),
+        ({}, "target_sparsity is None, but the default schedule needs a fraction"),
+        ({"method": lte.LTEConfig(target_sparsity=0.5), "args": object()}, "inside args"),
         ({"method": lte.CATSConfig(target_sparsity=0.5), "target_sparsity": 0.6}, "made for target_sparsity 0.5"),
-        ({"method": lte.CATSConfig(), "recipe": "paper", "eta": 1.0}, "not those of cats"),
+        ({"method": lte.CATSConfig(), "schedule": "paper", "eta": 1.0}, "not those of cats"),
     ],
 )
 def test_what_is_refused_before_the_model_is_read(given, tmp_path, options, said):

@@ -24,7 +24,7 @@ def test_a_dense_run_has_one_stage():
     ("total", "dense", "hard"), [(10, 0.5, 0.5), (10, 0.9, 0.2), (10, -0.5, 0.2), (10, 0.2, -0.5), (1, 0.0, 1.0)]
 )
 def test_split_refuses_to_leave_the_soft_stage_none(total, dense, hard):
-    with pytest.raises(ValueError, match="leave the soft stage none"):
+    with pytest.raises(ValueError, match="leave the soft stage no step"):
         StagePlan.split(total, dense, hard)
 
 

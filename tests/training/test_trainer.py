@@ -139,8 +139,8 @@ def test_rows_kept_out_of_training_are_compared_with_those_in_it(tmp_path):
         assert gap == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_paper_recipe(tmp_path):
-    trainer, watch = watched(tmp_path, recipe="paper", eta=0.5)
+def test_the_paper_schedule(tmp_path):
+    trainer, watch = watched(tmp_path, schedule="paper", eta=0.5)
     trainer.train()
     logs = steps_logged(trainer)
     assert {entry["eta"] for entry in logs if "eta" in entry} == {0.5}
@@ -156,8 +156,8 @@ def test_the_paper_recipe(tmp_path):
     assert not watch.changed("hard", "router.weight")
 
 
-def test_the_paper_recipe_ignores_calibration_rows(tmp_path):
-    args = arguments(tmp_path, recipe="paper", eta=0.5, max_steps=4)
+def test_the_paper_schedule_ignores_calibration_rows(tmp_path):
+    args = arguments(tmp_path, schedule="paper", eta=0.5, max_steps=4)
     trainer = LTETrainer(
         sparse_llama(),
         args,
@@ -169,8 +169,8 @@ def test_the_paper_recipe_ignores_calibration_rows(tmp_path):
     assert all((layer.router.bias == 0).all() for layer in sparse_layers(trainer.model).values())
 
 
-def test_the_dense_recipe_leaves_routers_alone(tmp_path):
-    trainer, watch = watched(tmp_path, recipe="dense")
+def test_the_dense_schedule_leaves_routers_alone(tmp_path):
+    trainer, watch = watched(tmp_path, schedule="dense")
     before = {n: p.clone() for n, p in trainer.model.named_parameters()}
     trainer.train()
     assert len(watch.routers["dense"]) == 12
@@ -185,7 +185,7 @@ def test_neurons_are_grouped_anew_on_the_dense_stages_model(tmp_path, grouping):
     method, blocks = lte.LTEConfig(expert_size=8, grouping=grouping), markov_blocks(40)
     batch = PackedBlocks.collator(list(blocks))
     model = lte.sparsify_(dense_llama(), method, [batch])
-    trainer = trainer_for(tmp_path, model=model, train_dataset=blocks, recipe="paper", eta=0.5)
+    trainer = trainer_for(tmp_path, model=model, train_dataset=blocks, schedule="paper", eta=0.5)
     sites = find_sites(model, "llama")
     for site in sites:
         site.permute_neurons(torch.randperm(site.d_ff))
@@ -237,7 +237,7 @@ def test_routers_have_their_own_learning_rate_and_decay(tmp_path):
 def soft_trainer(folder, **overrides) -> LTETrainer:
     """A trainer in the soft stage, before its first step."""
     trainer = trainer_for(
-        folder, recipe="paper", **{"eta": 0.7, "dense_fraction": 0.0, "separability_floor": 1e-2, **overrides}
+        folder, schedule="paper", **{"eta": 0.7, "dense_fraction": 0.0, "separability_floor": 1e-2, **overrides}
     )
     trainer.create_optimizer()
     trainer.create_scheduler(4)
@@ -438,7 +438,7 @@ def test_what_is_refused(tmp_path):
 
 
 def test_too_few_steps_are_refused_before_training(tmp_path):
-    with pytest.raises(ValueError, match="leave the soft stage none"):
+    with pytest.raises(ValueError, match="leave the soft stage no step"):
         trainer_for(tmp_path, max_steps=4, dense_fraction=0.5, hard_fraction=0.5).train()
 
 
@@ -478,7 +478,7 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("given", [{}, {"recipe": "paper", "eta": 0.5}, {"recipe": "dense"}], ids=str)
+@pytest.mark.parametrize("given", [{}, {"schedule": "paper", "eta": 0.5}, {"schedule": "dense"}], ids=str)
 def test_a_step_reads_no_number(tmp_path, given):
     options = {"dense_fraction": 0.0, "hard_fraction": 0.0, "bf16": True, "logging_steps": 100}
     trainer = trainer_for(tmp_path, max_steps=16, **options, **given)

@@ -143,7 +143,7 @@ def test_a_second_run_trains_what_the_first_froze(tmp_path):
     model = lte.sparsify_(tiny_model("llama"), lte.LTEConfig(expert_size=8, grouping="random", compensation_rank=4))
     first = LTETrainer(
         model,
-        arguments(tmp_path, recipe="dense", max_steps=2),
+        arguments(tmp_path, schedule="dense", max_steps=2),
         train_dataset=small(),
         data_collator=PackedBlocks.collator,
     )
@@ -165,7 +165,7 @@ def test_training_again_begins_anew(tmp_path, caplog):
     trainer.train()
     assert "start anew" not in caplog.text
     trainer_for(tmp_path, trainer.model, max_steps=8).train()
-    assert "in mode hard, trained already: its weights are kept, but its routers and thresholds start" in caplog.text
+    assert "in mode hard, so it is trained already: its weights are kept, but its routers and thresholds" in caplog.text
     trainer.training.controller.integral = 9.0
     trainer.stages.begin(None)
     assert (trainer.training.eta, trainer.training.controller.integral, trainer.distiller.teacher) == (0.0, 0.0, None)
@@ -222,7 +222,7 @@ def test_callbacks_that_remember_can_be_resumed(tmp_path):
             sparse_llama(),
             arguments(
                 tmp_path,
-                recipe="dense",
+                schedule="dense",
                 restore_callback_states_from_checkpoint=True,
                 metric_for_best_model="eval_loss",
                 **saving,

@@ -85,7 +85,7 @@ def arguments(folder: str | Path, **overrides: Any) -> LTETrainingArguments:
         "use_cpu": True,
         "disable_tqdm": True,
     }
-    if overrides.get("recipe", "default") == "default":
+    if overrides.get("schedule", overrides.get("recipe", "default")) == "default":
         usual["target_sparsity"] = 0.5
     return LTETrainingArguments(str(folder), **{**usual, **overrides})
 

@@ -106,7 +106,7 @@ def train_both(
             save_strategy="no",
             report_to="none",
             calibration_rows=budget.calibration,
-            recipe="dense" if name == "dense" else "default",
+            schedule="dense" if name == "dense" else "default",
             target_sparsity=None if name == "dense" else target_sparsity,
         )
         made[name] = train(

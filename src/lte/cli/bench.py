@@ -1,4 +1,4 @@
-"""``lte bench``: dense against sparse in seconds, of one FFN, of decoding, of a training step."""
+"""``lte bench``: times dense against sparse: one FFN, decoding, a training step."""
 
 import importlib
 from collections.abc import Sequence
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from lte.cli.failures import UsageError
 
 PARTS = {
-    "ffn": "one FFN over sparsity and number of tokens, and up to where sparse pays on this machine",
-    "decode": "a whole model: prefill, time a token, tokens a second",
+    "ffn": "one FFN over sparsity and number of tokens; shows where sparse is faster here",
+    "decode": "a whole model: prefill, time of a token, tokens per second",
     "train": "a training step",
 }
 

@@ -32,7 +32,7 @@ from lte.modules.sparse_ffn import Selecting
 from lte.surgery.convert import set_mode_, sparsify_
 from lte.surgery.cost import meta_model
 
-_FEWEST_TOKENS = 8  # a step is run four times before its CUDA graph is there
+_FEWEST_TOKENS = 8  # a step runs four times before its CUDA graph exists
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Decode:
     model: str | None = None
     """In place of --shape: a local folder, a hub id, or a .gguf file; dense (gets random routers) or trained sparse."""
     sparsity: Annotated[
-        tuple[float, ...], tyro.conf.arg(help="Sparsities to ask of the routers; not with a trained model.")
+        tuple[float, ...], tyro.conf.arg(help="Sparsities of the routers; not with a trained model.")
     ] = ()
     batch: Annotated[tuple[int, ...], tyro.conf.arg(help="Texts at once.")] = (1,)
     prompt_tokens: int = 128
@@ -49,28 +49,28 @@ class Decode:
     new_tokens: int = 256
     """Tokens to decode after it."""
     dtype: NumericDtype = "bfloat16"
-    """Of the weights. On a CPU dense is timed in fp32 and bf16, whichever is faster counts."""
+    """Dtype of the weights. On a CPU dense is timed in fp32 and bf16, and the faster one counts."""
     backend: BackendOption = "auto"
-    """auto: as a model would choose; device: the one made for it, at any number of tokens."""
+    """auto: as a model chooses; device: the backend for this device, at any number of tokens."""
     expert_size: int = 32
-    """Neurons an expert, of random routers."""
+    """Neurons of an expert, with random routers."""
     repeats: int = 3
     """Texts decoded by each model, in turn; medians are over all their tokens."""
     compile: bool | None = None
     """Whether the step is compiled by torch.compile, dense and sparse; the default is yes on CUDA, no on a CPU."""
     tune: bool | None = None
-    """Whether it is also tuned (coordinate descent), dense and sparse, the fastest torch makes; default as above."""
+    """Whether the step is also tuned (coordinate descent), dense and sparse. The default is that of --compile."""
     attention: Literal["sdpa", "eager"] | None = None
-    """Which of transformers' attentions both models use, by default what the model would; which is fastest for one
-    query, compiled, has to be tried."""
+    """The attention of transformers that both models use. The default is the model's own. Try which one is the fastest
+    for one query."""
     generate: bool = False
-    """Also time model.generate() as it is without options."""
+    """Also time model.generate() without options."""
     seed: int = 0
-    """Of weights, routers and prompts."""
+    """Seed of weights, routers and prompts."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1."""
     trust_remote_code: bool = False
-    """Run code that comes with the model, if it has any. Read it first."""
+    """Run code that comes with the model, if there is any. Read the code first."""
     to: BenchOutput = field(default_factory=BenchOutput)
 
 
@@ -88,12 +88,12 @@ def main(argv: Sequence[str]) -> int:
     gb_per_s = memory_bandwidth(device)
     model, trained = _model(options, device)
     if trained and options.sparsity:
-        raise ValueError(f"{options.model} has trained routers, which set its sparsity: leave --sparsity away")
+        raise ValueError(f"{options.model} has trained routers, which set its sparsity: leave --sparsity out")
     sparsities = () if trained else options.sparsity or (0.0, 0.5, 0.8, 0.9)
     sparse = copy.deepcopy(model)
     if trained:
         set_mode_(model, "dense")
-    else:  # how random or new routers' experts are grouped makes no difference to time
+    else:  # the grouping of random or new routers does not change the time
         sparsify_(sparse, LTEConfig(expert_size=options.expert_size, grouping="random", seed=options.seed))
     err.print(f"memory {gb_per_s:,.0f} GB/s, backend {backend}; building and compiling take a while", markup=False)
     compiles = device.type == "cuda" if options.compile is None else options.compile
@@ -132,10 +132,9 @@ def _model(options: Decode, device: torch.device) -> tuple[PreTrainedModel, bool
 
 
 def _check_memory(shape: str, dtype: torch.dtype) -> None:
-    """Whether the dense and the sparse model fit; a system without memory ends a process without a word.
+    """Raise ValueError unless the dense and the sparse model fit into memory.
 
-    Raises:
-        ValueError: they do not.
+    A system without memory ends a process without a message.
     """
     weights = sum(one.numel() for one in meta_model(shape_config(shape)).parameters())
     needed, free = 2 * weights * dtype.itemsize, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

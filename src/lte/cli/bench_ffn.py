@@ -1,4 +1,4 @@
-"""``lte bench ffn``: one FFN over sparsity and number of tokens, and up to where sparse pays on this machine."""
+"""``lte bench ffn``: one FFN over sparsity and number of tokens. It shows where sparse is faster on this machine."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -32,28 +32,28 @@ from lte.surgery.loading import load_config
 class FFN:
     shape: Shape = "llama2-7b"
     model: str | None = None
-    """In place of --shape, the FFN size of this model: a local folder, a hub id, or a .gguf file."""
+    """Take the FFN size of this model in place of --shape: a local folder, a hub id, or a .gguf file."""
     sparsity: Sparsities = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
     tokens: Annotated[tuple[int, ...], tyro.conf.arg(help="Tokens at once.")] = (1, 2, 4, 8, 16, 32, 64, 512)
     dtype: Annotated[
-        tuple[NumericDtype, ...], tyro.conf.arg(help="Of the weights. None: bfloat16; on a CPU also fp32.")
+        tuple[NumericDtype, ...], tyro.conf.arg(help="Dtype of the weights. None: bfloat16, and on a CPU also fp32.")
     ] = ()
     backend: BackendOption = "device"
-    """device: the one made for it, at any number of tokens; auto: as a model would choose."""
+    """device: the backend for this device, at any number of tokens; auto: as a model chooses."""
     expert_size: int = 32
-    """Neurons an expert."""
+    """Neurons of an expert."""
     compensation_rank: int = 0
-    """Of the linear stand-in for idle experts, which sparse has and dense has not; 0: none."""
+    """Rank of the compensation for idle experts, which only sparse has; 0: none."""
     repeats: int = 20
-    """Samples of which the median is taken."""
+    """Samples for the median."""
     seconds: float = 3.0
-    """On a CPU, at most so long a row (but three samples)."""
+    """On a CPU, the most seconds for a row (with at least three samples)."""
     compile: bool | None = None
     """Whether dense may be compiled by torch.compile; the default is yes on CUDA, no on a CPU."""
     max_autotune: bool = False
-    """Also time dense compiled with max-autotune, which takes long to compile."""
+    """Also time dense compiled with max-autotune. Its compilation takes long."""
     seed: int = 0
-    """Of weights and inputs."""
+    """Seed of weights and inputs."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1."""
     to: BenchOutput = field(default_factory=BenchOutput)
@@ -97,7 +97,7 @@ def main(argv: Sequence[str]) -> int:
     report.values["crossovers"] = found = crossovers(report.rows)
     for dtype, by_sparsity in found.items():
         text = ", ".join(f"{tokens} at {float(sparsity):.0%}" for sparsity, tokens in by_sparsity.items())
-        out.print(f"{dtype}: sparse is at most 3 % slower than dense up to so many tokens: {text}")
+        out.print(f"{dtype}: sparse is at most 3 % slower than dense up to this number of tokens: {text}")
     code = report.finish(f"one FFN of {grid.name}", _COLUMNS, options.to.json)
     if options.to.plot is not None:
         report.plot(options.to.plot, "tokens", f"one FFN of {grid.name}")

@@ -29,10 +29,10 @@ from lte.training.arguments import LTETrainingArguments
 _WARMUP = 5
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "default": {"recipe": "default", "target_sparsity": 0.5},
-    "default without distillation": {"recipe": "default", "target_sparsity": 0.5, "distillation_weight": 0.0},
-    "paper": {"recipe": "paper", "eta": 0.5},
-    "paper with distillation": {"recipe": "paper", "eta": 0.5, "distillation_weight": 0.9},
+    "default": {"schedule": "default", "target_sparsity": 0.5},
+    "default without distillation": {"schedule": "default", "target_sparsity": 0.5, "distillation_weight": 0.0},
+    "paper": {"schedule": "paper", "eta": 0.5},
+    "paper with distillation": {"schedule": "paper", "eta": 0.5, "distillation_weight": 0.9},
 }
 
 
@@ -40,28 +40,28 @@ VARIANTS: dict[str, dict[str, Any]] = {
 class Train:
     shape: Shape = "smollm2-135m"
     variant: tuple[str, ...] = tuple(VARIANTS)
-    """Which of the recipes to time."""
+    """The variants to time."""
     model: str | None = None
     """In place of --shape: a local folder, a hub id, or a .gguf file."""
     batch: int = 16
-    """Rows a step."""
+    """Rows of a step."""
     sequence_length: int = 1024
-    """Tokens a row."""
-    steps: Annotated[int, tyro.conf.arg(help="Steps of which the median is taken, after a few to warm up.")] = 12
+    """Tokens of a row."""
+    steps: Annotated[int, tyro.conf.arg(help="Steps for the median, after some steps of warm-up.")] = 12
     bf16: bool | None = None
     """Autocast to bf16; the default is yes on CUDA, no on a CPU. Weights are fp32."""
     compile: bool = False
-    """Compile the model, dense and sparse alike (--torch-compile of lte train)."""
+    """Compile the dense and the sparse model (--torch-compile of lte train)."""
     graphs: bool = False
-    """With --compile: run what is compiled as CUDA graphs (--torch-compile-mode reduce-overhead)."""
+    """With --compile: run compiled code as CUDA graphs (--torch-compile-mode reduce-overhead)."""
     expert_size: int = 32
-    """Neurons an expert."""
+    """Neurons of an expert."""
     seed: int = 0
-    """Of weights and data."""
+    """Seed of weights and data."""
     device: str = "auto"
     """auto, cpu, cuda."""
     trust_remote_code: bool = False
-    """Run code that comes with the model, if it has any. Read it first."""
+    """Run code that comes with the model, if there is any. Read the code first."""
     to: BenchOutput = field(default_factory=BenchOutput)
 
 
@@ -71,9 +71,9 @@ def main(argv: Sequence[str]) -> int:
     if unknown := set(options.variant) - VARIANTS.keys():
         raise ValueError(f"variant is {', '.join(sorted(unknown))!r}, but there are: {'; '.join(VARIANTS)}")
     if options.graphs and not options.compile:
-        raise ValueError("only what is compiled runs as CUDA graphs: give --compile too")
+        raise ValueError("CUDA graphs need compiled code: give --compile too")
     if options.to.plot is not None:
-        raise ValueError("there is no picture of training steps: leave --plot away")
+        raise ValueError("there is no picture of training steps: leave --plot out")
     options.to.check()
     device, _ = DeviceOptions(options.device).resolve()
     if device.index is not None:
@@ -119,7 +119,7 @@ def _rows(options: Train, name: str, model: PreTrainedModel, device: torch.devic
             "graphs": options.graphs,
         }
         try:
-            dense, dense_memory = _run(options, model, device, folder, dataset, {"recipe": "dense"})
+            dense, dense_memory = _run(options, model, device, folder, dataset, {"schedule": "dense"})
             lte, lte_memory = _run(options, model, device, folder, dataset, VARIANTS[variant])
         except Exception as error:  # out of memory with a teacher, say; the other variants may fit
             yield {**row, "error": one_line(error)}
@@ -169,7 +169,7 @@ def _bf16(options: Train, device: torch.device) -> bool:
 
 
 _COLUMNS: dict[str, Callable[[Row], str]] = {
-    "soft stage, recipe": lambda r: r["variant"],
+    "soft stage, schedule": lambda r: r["variant"],
     "dense ms": lambda r: f"{r['dense_ms']:.1f}",
     "lte ms": lambda r: f"{r['lte_ms']:.1f}",
     "lte / dense": lambda r: f"{r['ratio']:.2f}",

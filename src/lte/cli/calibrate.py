@@ -1,4 +1,4 @@
-"""``lte calibrate``: another sparsity for a trained model, without training it again."""
+"""``lte calibrate``: gives a trained model another sparsity, without training."""
 
 import shlex
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from lte.evaluation.evaluate import Evaluation, evaluate
 from lte.evaluation.inputs import Inputs, pad_alike_
 from lte.evaluation.origin import keep_calibration
 from lte.evaluation.record import Made, given
-from lte.methods.lte.calibration import calibrate_, check_calibration, check_target
+from lte.methods.lte.calibration import calibrate_, check_calibration, check_calibration_target
 from lte.saving import saving
 from lte.surgery.loading import load_config, load_tokenizer
 
-_PASSES = 3  # shifts are larger here than those that correct the drift of a training run
+_PASSES = 3  # shifts here are larger than those of a training run
 
 
 @dataclass
@@ -29,15 +29,15 @@ class Calibrate:
     model: Model
     """A trained sparse model: a local folder or a hub id."""
     target_sparsity: float
-    """Fraction of inactive neurons to have on text like --text."""
+    """Fraction of inactive neurons to reach on text like --text."""
     output: Annotated[str | None, tyro.conf.arg(aliases=("-o",))] = None
     """Folder to save to."""
     in_place: bool = False
     """Save to the model's own folder."""
     rows: int = 64
-    """Rows (blocks) to calibrate on, and as many others to measure on; half of the data each where it holds fewer."""
+    """Number of rows (blocks) for calibration, and of other rows to measure on; at most half of the data each."""
     batch_size: int = 8
-    """Rows a forward pass."""
+    """Rows of a forward pass."""
     seed: Annotated[int, tyro.conf.arg(help="Of the choice of rows.")] = 0
     json: bool = False
     """Print one JSON object on the last line."""
@@ -45,7 +45,7 @@ class Calibrate:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     trust_remote_code: bool = False
-    """Run code that comes with the model, if it has any. Read it first."""
+    """Run code that comes with the model, if there is any. Read the code first."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
     calibration, held_out = two_samples(data, options.rows, options.seed)
     model = open_model(options.model, options.data.head(config), device, dtype, trusted)
     pad_alike_(model, calibration)
-    check_calibration(model, options.target_sparsity)  # now, not after the first evaluation
+    check_calibration(model, options.target_sparsity)  # check now, not after the first evaluation
 
     def measure(what: str) -> Evaluation:
         return evaluate(model, held_out, options.batch_size, progress=lambda batches: track(batches, what))
@@ -91,20 +91,20 @@ def main(argv: Sequence[str]) -> None:
 
 
 def parse_calibrate(argv: Sequence[str]) -> Calibrate:
-    """The options, checked as far as they can be before a model is loaded."""
+    """Return the options, checked as far as possible before a model is loaded."""
     options: Calibrate = parse(Calibrate, "calibrate", argv)
-    _output(options)  # refuses what it cannot save to
+    _output(options)  # raises ValueError if it cannot save there
     if options.rows < 1:
         raise ValueError(f"rows is {options.rows}: give at least 1")
-    check_target(options.target_sparsity)
+    check_calibration_target(options.target_sparsity)
     return options
 
 
 def _output(options: Calibrate) -> Path:
-    """The folder to save to.
+    """Return the folder to save to.
 
     Raises:
-        ValueError: none is given, or the model's own without ``--in-place``.
+        ValueError: no folder is given, or the model's own folder without ``--in-place``.
     """
     if options.output is not None and options.in_place:
         raise ValueError("give --output or --in-place, not both")

@@ -1,4 +1,4 @@
-"""``lte`` as a process of a sweep: it ends when the sweep does, however that ends."""
+"""``lte`` as a process of a sweep. It always ends when the sweep ends."""
 
 import ctypes
 import os
@@ -8,12 +8,12 @@ import threading
 import time
 
 PARENT = "LTE_SWEEP"
-"""The environment's variable that holds the sweep's process id."""
+"""The environment variable with the sweep's process id."""
 _PR_SET_PDEATHSIG = 1
 
 
 def end_with(parent: int) -> None:
-    """Let the kernel kill this process when its parent ends; where it cannot, a thread looks every second."""
+    """Let the kernel kill this process when its parent ends. If it cannot, a thread looks every second."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -22,7 +22,7 @@ def end_with(parent: int) -> None:
 
     if not _told_the_kernel():
         threading.Thread(target=watch, daemon=True).start()
-    if os.getppid() != parent:  # it ended before
+    if os.getppid() != parent:  # the parent has ended already
         os._exit(1)
 
 

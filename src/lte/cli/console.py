@@ -1,4 +1,4 @@
-"""How commands talk: tables and progress on stderr or a terminal, results and JSON on stdout."""
+"""The output of commands: tables and progress on stderr or a terminal, results and JSON on stdout."""
 
 import json
 import os
@@ -16,17 +16,17 @@ T = TypeVar("T")
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Leave it to :mod:`lte.cli.failures`."""
+        """Do nothing: :mod:`lte.cli.failures` handles it."""
         raise BrokenPipeError
 
 
-_FIRST = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun or accelerate have started
+_FIRST = os.environ.get("RANK", "0") == "0"  # the rank among processes that torchrun or accelerate started
 out = _Console(highlight=False, width=None if sys.stdout.isatty() else 132, quiet=not _FIRST)
 err = _Console(stderr=True, highlight=False)
 
 
 def bar() -> Progress:
-    """A progress bar on stderr, where that is a terminal."""
+    """Return a progress bar on stderr. It is visible only on a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, TimeRemainingColumn(), console=err, transient=True, disable=not err.is_terminal)
 
@@ -66,6 +66,6 @@ def table(title: str, header: list[str], rows: Iterable[Iterable[Any]]) -> None:
 
 
 def print_json(values: dict[str, Any]) -> None:
-    """One JSON object on one line, the last of stdout; of several processes the first one's."""
+    """Print one JSON object as the last line of stdout. Of several processes only the first one prints."""
     if _FIRST:
         print(json.dumps(values), flush=True)

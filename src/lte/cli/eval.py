@@ -32,28 +32,28 @@ from lte.surgery.method import mode_of
 
 @dataclass
 class MMLUOptions:
-    """MMLU, instead of data of one's own."""
+    """MMLU, instead of your own data."""
 
     mmlu: str | None = None
     """Answer MMLU's questions: a folder as it was released, with dev/ and test/."""
     shots: int = 5
-    """With --mmlu: examples before a question, fewer where they have no room."""
+    """With --mmlu: number of examples before a question. There are fewer if they have no room."""
     split: Split = "test"
-    """With --mmlu: which questions."""
+    """With --mmlu: the split with the questions."""
     subjects: tuple[str, ...] = ()
-    """With --mmlu: only these, e.g. anatomy high_school_physics."""
+    """With --mmlu: only these subjects, e.g. anatomy high_school_physics."""
 
 
 @dataclass
 class HarnessOptions:
-    """Tasks of lm-evaluation-harness, instead of data of one's own."""
+    """Tasks of lm-evaluation-harness, instead of your own data."""
 
     tasks: str | None = None
     """Run these of lm_eval's tasks, e.g. hellaswag,arc_easy, or patterns such as mmlu_*."""
     tasks_folder: str | None = None
     """With --tasks: a folder of YAML files with tasks of your own, as lm_eval --include_path."""
     num_fewshot: int | None = None
-    """With --tasks: examples before a question; by default each task's own number."""
+    """With --tasks: number of examples before a question. The default is each task's own number."""
     limit: int | None = None
     """With --tasks: only the first questions of each."""
 
@@ -63,22 +63,22 @@ class Eval:
     model: Model
     """A local folder, a hub id, or a .gguf file; dense or sparse."""
     mode: Literal["saved", "dense", "soft", "hard"] = "saved"
-    """How a sparse model runs; saved is how it was saved (hard after training)."""
+    """The mode of a sparse model; saved is the mode in which it was saved (hard after training)."""
     batch_size: int = 8
-    """Rows a forward pass, prompts decoded together."""
+    """Rows of a forward pass, or prompts that are decoded together."""
     max_rows: int | None = None
-    """Only the first rows (blocks; with --generate prompts) of the data; with --mmlu, questions of each subject."""
+    """Take only the first rows (blocks; with --generate prompts) of the data, or with --mmlu questions of a subject."""
     generate: bool = False
-    """Task generation: complete every prompt too, and compare with all its completions in the data: ROUGE, BLEU.
-    Sparsity and cost are then those of prompts and texts."""
+    """Task generation: also complete every prompt and compare with all its completions in the data: ROUGE, BLEU.
+    Sparsity and cost are then those of prompts and generated texts."""
     max_new_tokens: int = 128
-    """With --generate: where a text is cut that does not end."""
+    """With --generate: the most tokens of a text."""
     num_beams: int = 1
     """With --generate: 1 is greedy."""
     predictions: str | None = None
-    """With --generate: a .jsonl file to write, a prompt with its prediction and references a line."""
+    """With --generate: a .jsonl file to write. A line has a prompt with its prediction and references."""
     backend: BackendName = "auto"
-    """What computes the FFNs of a model in mode hard, see lte generate."""
+    """The backend for the FFNs of a model in mode hard, see lte generate."""
     json: bool = False
     """Print one JSON object on the last line."""
     data: Inputs = field(default_factory=Inputs)
@@ -190,7 +190,7 @@ def _names(tasks: str) -> list[str]:
 
 
 def _open(options: Eval, head: Head, device: torch.device, dtype: torch.dtype | str) -> PreTrainedModel:
-    """The model in the mode asked for, skipping idle experts where it can."""
+    """Return the model in the wanted mode. It skips idle experts if it can."""
     model = open_model(options.model, head, device, dtype, options.where.trust_remote_code)
     if options.mode != "saved":
         set_mode_(model, options.mode)
@@ -200,11 +200,11 @@ def _open(options: Eval, head: Head, device: torch.device, dtype: torch.dtype | 
 
 
 def parse_eval(argv: Sequence[str]) -> Eval:
-    """The options, checked as far as they can be before a model is loaded.
+    """Return the options, checked as far as possible before a model is loaded.
 
     Raises:
-        UsageError: options that do not parse.
-        ValueError: an option out of its range, or without the option it belongs to.
+        UsageError: the options cannot be parsed.
+        ValueError: an option is out of its range, or the option that it belongs to is missing.
     """
     options: Eval = parse(Eval, "eval", argv)
     limits = {name: getattr(options, name) for name in ("max_rows", "batch_size", "max_new_tokens", "num_beams")}
@@ -222,13 +222,13 @@ def parse_eval(argv: Sequence[str]) -> Eval:
         if options.questions != MMLUOptions():
             raise ValueError("shots, split and subjects are for MMLU: give its folder with --mmlu")
     elif _has_data(options) or options.harness.tasks is not None:
-        raise ValueError("MMLU brings its own data and task: leave --text, --task, --tasks and --generate away")
+        raise ValueError("MMLU brings its own data and task: leave --text, --task, --tasks and --generate out")
     if options.harness.tasks is None:
         if options.harness != HarnessOptions():
             raise ValueError("tasks_folder, num_fewshot and limit are for tasks of lm_eval: name some with --tasks")
     elif _has_data(options) or options.max_rows is not None:
         raise ValueError(
-            "tasks of lm_eval bring their own data: leave --text, --task and --generate away, and use --limit for "
+            "tasks of lm_eval bring their own data: leave --text, --task and --generate out, and use --limit for "
             "--max-rows"
         )
     if options.generate and options.data.task != "generation":

@@ -1,4 +1,4 @@
-"""What ``lte eval`` measured, as tables."""
+"""The tables of ``lte eval``."""
 
 from lte.cli.console import table
 from lte.evaluation.evaluate import Evaluation

@@ -1,4 +1,4 @@
-"""What a command says when it fails: one line, and after a traceback where to go with it."""
+"""The messages of a command that fails: one line, or a traceback with a request to report it."""
 
 import importlib.metadata
 import os
@@ -10,7 +10,7 @@ import traceback
 from lte.argument_error import ArgumentError
 
 BAD_INPUT, BUG, INTERRUPTED, CLOSED = 2, 1, 130, 141
-"""Exit codes; the last two as a shell gives them for a process ended by SIGINT and SIGPIPE."""
+"""Exit codes. The last two are those of a shell for a process that SIGINT or SIGPIPE ended."""
 
 _LOWER = {
     "train": "--per-device-train-batch-size (and raise --gradient-accumulation-steps), --sequence-length, or give "
@@ -26,16 +26,16 @@ _OPTIONS = {"data": "text", "eval_data": "eval_text", "calibration_data": "calib
 
 
 class UsageError(Exception):
-    """Options that do not parse."""
+    """The options cannot be parsed."""
 
 
 def one_line(text: str) -> str:
-    """On one line, without characters that steer a terminal."""
+    """Return the text on one line, without control characters of a terminal."""
     return "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in " ".join(text.split()))
 
 
 def explain(error: BaseException, command: str) -> int:
-    """Say on stderr what ended a command, and give its exit code. A mistake of ours shows its traceback."""
+    """Write the reason for the end of a command to stderr and return its exit code. Our mistakes show a traceback."""
     if isinstance(error, BrokenPipeError) and _stdout_is_closed():
         return CLOSED
     if isinstance(error, KeyboardInterrupt):
@@ -69,17 +69,17 @@ def _first_line(error: BaseException) -> str:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Of this machine or of a GPU; torch has no type for the first."""
+    """Return whether this machine or a GPU has no memory left. torch has no type for the first."""
     names = {one.__name__ for one in type(error).__mro__}
     return bool(names & {"MemoryError", "OutOfMemoryError"}) or "DefaultCPUAllocator" in str(error)
 
 
 def _stdout_is_closed() -> bool:
-    """Whether nobody reads stdout any more, as behind ``| head -1``; then it is replaced, for what Python flushes."""
+    """Return whether nobody reads stdout any more, as with ``| head -1``. If so, replace it: Python flushes it."""
     try:
         stdout = sys.stdout.fileno()
     except (OSError, ValueError):
-        return False  # it is no file
+        return False  # stdout is no file
     poll = select.poll()
     poll.register(stdout, select.POLLOUT)
     if not any(event & select.POLLERR for _, event in poll.poll(0)):

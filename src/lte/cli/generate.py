@@ -141,7 +141,7 @@ def _prompts(options: Generate) -> list[str]:
 def _encode(tokenizer: Any, prompts: list[str], options: Generate, encoder_decoder: bool) -> Any:
     if options.chat:
         if not tokenizer.chat_template:
-            raise ValueError(f"{options.model} has no chat template: leave --chat away")
+            raise ValueError(f"{options.model} has no chat template: leave --chat out")
         template = ChatTemplate(tokenizer)
         turns = ([{"role": "user", "content": prompt}] for prompt in prompts)
         prompts = [template.render(chat, add_generation_prompt=True) for chat in turns]

@@ -1,4 +1,4 @@
-"""``lte inspect``: what a model is, what would be converted, and what a token costs. Loads no weights."""
+"""``lte inspect``: shows a model's family, its FFNs and the cost of a token. It loads no weights."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,10 +24,10 @@ class Inspect:
     model: Model
     """A local folder, a hub id, or a .gguf file."""
     expert_size: int = 32
-    """Neurons an expert."""
-    sparsity: Annotated[tuple[float, ...], tyro.conf.arg(help="Sparsities to give the cost at.")] = (0.5, 0.7, 0.9)
+    """Neurons of an expert."""
+    sparsity: Annotated[tuple[float, ...], tyro.conf.arg(help="Sparsities for the cost.")] = (0.5, 0.7, 0.9)
     trust_remote_code: bool = False
-    """Run code that comes with the model, if it has any. Read it first."""
+    """Run code that comes with the model, if there is any. Read the code first."""
     json: bool = False
     """Print one JSON object on the last line."""
 
@@ -35,7 +35,7 @@ class Inspect:
 def describe(
     name: str, expert_size: int, sparsities: Sequence[float], trust_remote_code: bool = False
 ) -> dict[str, Any]:
-    """Everything the command prints, as one dictionary."""
+    """Return all values that the command prints, as one dictionary."""
     config = load_config(name, trust_remote_code)
     check_family(config)
     made = conversion_of(config) or Conversion()

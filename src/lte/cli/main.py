@@ -1,4 +1,4 @@
-"""Entry point of ``lte``: find the subcommand, run it, turn bad input into one line and exit code 2."""
+"""Entry point of ``lte``: finds the command, runs it, and turns bad input into one line and exit code 2."""
 
 import contextlib
 import importlib
@@ -15,10 +15,10 @@ from lte_start import COMMANDS, answer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``lte`` with ``argv`` (default: the process's) and give its exit code.
+    """Run ``lte`` with ``argv`` (default: the process's) and return its exit code.
 
-    Bad input gives a line and code 2, whatever finds it: it raises ValueError, OSError, ImportError or UsageError where
-    it is found. Any other exception is a mistake of ours: its traceback and a request to report it, code 1.
+    ValueError, OSError, ImportError and UsageError mean bad input: they give one line and code 2. Any other exception
+    is our mistake: it gives its traceback, a request to report it, and code 1.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -42,7 +42,7 @@ def _run(arguments: list[str]) -> int:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Our own warnings as lines of ours; of other libraries errors only, unless LTE_DEBUG is set."""
+    """Show our own warnings as lines. Show only errors of other libraries, unless LTE_DEBUG is set."""
     ours, handler = logging.getLogger("lte"), _Lines(logging.WARNING)
     ours.addHandler(handler)
     try:
@@ -69,13 +69,13 @@ def parse(options: Callable[..., Any], command: str, argv: Sequence[str]) -> Any
     """Parse ``argv`` into ``options`` with tyro.
 
     Raises:
-        UsageError: in one line, what does not parse.
+        UsageError: the arguments cannot be parsed. The message is one line.
     """
     return _parse(options, command, argv)
 
 
 def parse_known(options: Callable[..., Any], command: str, argv: Sequence[str]) -> tuple[Any, list[str]]:
-    """As :func:`parse`; arguments that are none of these options come back as a list."""
+    """As :func:`parse`, but return arguments that are not among these options as a list."""
     return _parse(options, command, argv, return_unknown_args=True)
 
 
@@ -96,7 +96,7 @@ def _parse(options: Callable[..., Any], command: str, argv: Sequence[str], **mor
             )
     except SystemExit as stop:
         if not stop.code:
-            sys.stdout.flush()  # the help, where its reader has gone
+            sys.stdout.flush()  # the reader of the help is gone
             raise
         plain = re.sub(r"\x1b\[[0-9;]*m|[─│╭╮╰╯]", " ", stderr.getvalue()).split("For full helptext")[0]
         message = " ".join(plain.replace("Required options", "", 1).split())
@@ -104,7 +104,7 @@ def _parse(options: Callable[..., Any], command: str, argv: Sequence[str], **mor
 
 
 _REMOVED = {
-    "--warmup-ratio": "--warmup-steps, where a number below 1 is a share of all steps",
+    "--warmup-ratio": "--warmup-steps, where a number below 1 is a share of each stage",
     "--evaluation-strategy": "--eval-strategy",
     "--no-cuda": "--device cpu",
     "--per-gpu-train-batch-size": "--per-device-train-batch-size",
@@ -119,9 +119,9 @@ _REMOVED = {
     "--push-to-hub-model-id": "--hub-model-id",
     "--push-to-hub-token": "--hub-token",
     "--logging-dir": "the environment variable TENSORBOARD_LOGGING_DIR",
-    "--save-safetensors": "nothing: weights are always saved so",
+    "--save-safetensors": "nothing: weights are always saved in this format",
 }
-"""Options that transformers had before, and what to use."""
+"""Former options of transformers, and their replacements."""
 
 
 def _instead(message: str) -> str:
@@ -129,5 +129,5 @@ def _instead(message: str) -> str:
     return "".join(f"; in place of {old} use {new}" for old, new in _REMOVED.items() if old in unknown)
 
 
-if __name__ == "__main__":  # python -m, which knows this module by another name than those that import it
+if __name__ == "__main__":  # with python -m this module has another name than in imports
     sys.exit(importlib.import_module("lte.cli.main").main())

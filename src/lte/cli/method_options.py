@@ -1,4 +1,4 @@
-"""``--method NAME``: which method, and its options beside those of a command."""
+"""``--method NAME``: the method of a command, and its options besides those of the command."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import field, fields, make_dataclass
@@ -11,7 +11,7 @@ from lte.surgery.method import Method
 
 
 def method_name(argv: Sequence[str], default: str = "lte") -> str:
-    """The name that arguments give with ``--method``, the last time where they do so several times."""
+    """Return the last name that arguments give with ``--method``."""
     name = default
     for flag, value in zip(argv, [*argv[1:], ""], strict=False):
         flag, equals, joined = flag.partition("=")
@@ -21,7 +21,7 @@ def method_name(argv: Sequence[str], default: str = "lte") -> str:
 
 
 def method_in(argv: Sequence[str], default: str = "lte") -> type[Method]:
-    """The method with routers that arguments name.
+    """Return the method with routers that arguments name.
 
     Raises:
         ValueError: there is no such method, or it has no routers.
@@ -33,12 +33,12 @@ def method_in(argv: Sequence[str], default: str = "lte") -> type[Method]:
 
 
 def with_method(command: type, method: type[Conversion], elsewhere: Collection[str] = ()) -> type:
-    """A command's options and the method's, which are its field ``chosen_method``.
+    """Return a dataclass with a command's options and, as its field ``chosen_method``, those of the method.
 
     Args:
         command: a dataclass.
-        method: whose options to add.
-        elsewhere: those that the command has already, by the same name; :func:`chosen` puts them in.
+        method: the method whose options are added.
+        elsewhere: options that the command has already, by the same name. :func:`chosen` fills them in.
     """
     hidden: list[Any] = [
         (one.name, tyro.conf.Suppress[tyro.conf.Fixed[Any]], field(default=one.default))
@@ -53,7 +53,7 @@ def with_method(command: type, method: type[Conversion], elsewhere: Collection[s
 
 
 def chosen(options: Any, **elsewhere: Any) -> Method:
-    """The method that parsed options hold, with those of its options that the command has itself."""
+    """Return the method of parsed options, with those of its options that the command has itself."""
     found: Method = options.chosen_method
     given = {name: value for name, value in elsewhere.items() if name in found.options()}
     return Method.from_dict({**found.to_dict(), **given})

@@ -19,14 +19,14 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 @dataclass
 class DeviceOptions:
-    """Where and in what precision."""
+    """The device and the precision."""
 
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     dtype: Dtype = "auto"
-    """Of the weights; auto keeps the checkpoint's."""
+    """Dtype of the weights; auto keeps the checkpoint's."""
     trust_remote_code: bool = False
-    """Run code that comes with the model, if it has any. Read it first."""
+    """Run code that comes with the model, if there is any. Read the code first."""
 
     def resolve(self) -> tuple[torch.device, torch.dtype | str]:
         if self.device != "auto":
@@ -34,7 +34,7 @@ class DeviceOptions:
                 device = torch.device(self.device)
                 torch.empty(0, device=device)
                 if device.type == "cuda" and device.index is not None:
-                    torch.cuda.set_device(device)  # streams, graphs, events and Triton go to the current one
+                    torch.cuda.set_device(device)  # streams, graphs, events and Triton use the current device
             except (RuntimeError, AssertionError) as error:
                 raise ValueError(f"device {self.device!r} cannot be used here: {str(error).splitlines()[0]}") from None
         else:
@@ -57,21 +57,19 @@ def _unescaped(text: str) -> str:
 def open_model(
     name: str, head: Head, device: torch.device, dtype: torch.dtype | str, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The model on its device, with a word on the terminal while it loads."""
+    """Return the model on its device. The terminal shows that it loads."""
     with err.status("loading the model"):
         model = load_model(name, head, dtype, new_head=False, trust_remote_code=trust_remote_code)
         return model.to(device)  # pyright: ignore[reportArgumentType]
 
 
 def check_folder(output: str | Path, model: str | None = None, instead: str = "give another one") -> None:
-    """Whether a model can be saved there: transformers says no more than a word in its log where it cannot.
+    """Raise ValueError if ``output`` is a file or the model's own folder. transformers would only log it.
 
     Args:
-        model: that it is made from, and that is to be kept.
-        instead: what to do where these two are one folder.
-
-    Raises:
-        ValueError: it is a file, or the model's own folder.
+        output: the folder for the new model.
+        model: the model that the new one is made from.
+        instead: the cure in the message if both are the same folder.
     """
     if Path(output).is_file():
         raise ValueError(f"output {output} is a file: give a folder")
@@ -80,7 +78,7 @@ def check_folder(output: str | Path, model: str | None = None, instead: str = "g
 
 
 def optimize_where_possible_(model: PreTrainedModel, backend: BackendName) -> None:
-    """Skip idle experts. With ``auto``, a model that cannot be optimised runs as it is, and says so."""
+    """Make the model skip idle experts. With ``auto``, a model that cannot do this runs unchanged with a warning."""
     try:
         optimize_(model, backend)
     except ValueError as error:

@@ -13,7 +13,7 @@ from lte.training.run import Watcher
 
 
 class OnTerminal(Watcher):
-    """Bars and lines on stderr in place of the trainer's own."""
+    """Shows bars and lines on stderr in place of the trainer's own."""
 
     def waiting(self, what: str) -> AbstractContextManager[Any]:
         return err.status(what)
@@ -22,10 +22,10 @@ class OnTerminal(Watcher):
         return track(items, what)
 
     def train(self, trainer: Trainer, resume: bool | str | None = None) -> None:
-        """``trainer.train()``.
+        """Call ``trainer.train()``.
 
         Raises:
-            KeyboardInterrupt: saying what there is to go on from.
+            KeyboardInterrupt: the message says from which checkpoint the run can continue.
         """
         progress = TrainingProgress()
         trainer.add_callback(progress)
@@ -37,8 +37,8 @@ class OnTerminal(Watcher):
         except KeyboardInterrupt:
             at = f"interrupted at step {trainer.state.global_step} of {trainer.state.max_steps}"
             if progress.saved:
-                raise KeyboardInterrupt(f"{at}: with --resume it goes on from step {progress.saved}") from None
-            raise KeyboardInterrupt(f"{at}, before its first checkpoint: it has to begin anew") from None
+                raise KeyboardInterrupt(f"{at}: --resume continues from step {progress.saved}") from None
+            raise KeyboardInterrupt(f"{at}, before its first checkpoint: it must start again") from None
 
 
 class TrainingProgress(TrainerCallback):
@@ -48,7 +48,7 @@ class TrainingProgress(TrainerCallback):
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, console=err, disable=not err.is_terminal)
         self._task = self._bar.add_task("training", total=None)
-        self.saved = 0  # the last step that there is a checkpoint of
+        self.saved = 0  # the step of the last checkpoint
 
     def __enter__(self) -> "TrainingProgress":
         self._bar.start()

@@ -1,4 +1,4 @@
-"""``lte prune``: ``lte sparsify`` by Wanda or by size, which set single weights to 0; with the cost in JSON."""
+"""``lte prune``: ``lte sparsify`` by Wanda or magnitude, which set single weights to 0, with the cost in JSON."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ class Prune:
     pattern: str | None = None
     """N:M keeps N of every M consecutive inputs, e.g. 2:4 or 4:8."""
     tokens: int = 4096
-    """With wanda: how many tokens of the data to look at."""
+    """With wanda: the number of tokens of the data."""
     json: bool = False
     """Print one JSON object on the last line."""
     data: Inputs = field(default_factory=Inputs)
@@ -54,8 +54,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 def parse_prune(argv: Sequence[str]) -> Prune:
-    """The options, checked as far as they can be before a model is loaded."""
+    """Return the options, checked as far as possible before a model is loaded."""
     options: Prune = parse(Prune, "prune", argv)
     check_folder(options.output, options.model)
-    options.config()  # refuses what is out of its range
+    options.config()  # raises ValueError for an option out of its range
     return options

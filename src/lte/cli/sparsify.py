@@ -1,4 +1,4 @@
-"""``lte sparsify``: a dense checkpoint in, a sparse one out, by any conversion."""
+"""``lte sparsify``: makes a sparse checkpoint of a dense one, by any conversion."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from lte.surgery.loading import load_config, load_tokenizer
 
 @dataclass
 class Sparsify:
-    """The options that every method has. Those of one method are added."""
+    """The options of every method. Those of the chosen method are added."""
 
     model: str
     """A local folder, a hub id, or a .gguf file."""
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def convert(options: Any, conversion: Conversion) -> PreTrainedModel:
-    """Load the model that the options name, convert it, save it with its tokenizer, and say what was made."""
+    """Load the model of the options, convert it, save it with its tokenizer, and print the result."""
     options.data = as_written(options.data)
     device, dtype = options.where.resolve()
     config = load_config(options.model, options.where.trust_remote_code)
@@ -64,7 +64,7 @@ def convert(options: Any, conversion: Conversion) -> PreTrainedModel:
 
 
 def parse_sparsify(argv: Sequence[str]) -> Any:
-    """The options and the conversion's, checked as far as they can be before a model is loaded."""
+    """Return the options and those of the conversion, checked as far as possible before a model is loaded."""
     chosen = Conversion.named(method_name(argv))
     options = parse(with_method(Sparsify, chosen, chosen.of_training), "sparsify", argv)
     check_folder(options.output, options.model)

@@ -1,4 +1,4 @@
-"""``lte sweep``: a command over a grid of its options, a row a run; what is done is not done again."""
+"""``lte sweep``: runs a command over a grid of its options, with a row for each run. Finished runs are not repeated."""
 
 import json
 import os
@@ -31,21 +31,21 @@ from lte.training.sweep_rows import ROWS, Row, diverged, of_made, of_trained, re
 
 @dataclass
 class Sweep:
-    """After the name of the command: these options, and its own."""
+    """Give these options and those of the command after the name of the command."""
 
     output: Output
-    """Folder for the runs, a folder each, and for their rows (rows.jsonl)."""
+    """Folder for the folders of all runs and for their rows (rows.jsonl)."""
     vary: Annotated[
         tuple[str, ...],
         tyro.conf.arg(help="Options of the command and their values: target-sparsity=0.3,0.5 seed=1,2."),
     ]
     then: tuple[str, ...] = ()
-    """Measurements of each model, further ones after train: lte eval without its model, as one string:
+    """Measurements of each model (further ones after train): lte eval without its model, as one string:
     "eval --text FILE"."""
     jobs: int = 1
-    """Runs at a time, dealt out to the GPUs there are; each gets its share of the cores."""
+    """Number of runs at a time. They share all GPUs, and each gets its share of the cores."""
     discard_models: bool = False
-    """Delete each model once it is evaluated."""
+    """Delete each model after it is evaluated."""
     json: bool = False
     """Print one JSON object on the last line."""
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     name, *argv = argv if argv and argv[0] in COMMANDS else ("train", *argv)
     options, base = parse_known(Sweep, f"sweep {name}", argv)
     if options.jobs < 1:
-        raise ValueError(f"jobs is {options.jobs}, but at least one run goes on at a time")
+        raise ValueError(f"jobs is {options.jobs}, but at least 1 is needed")
     folder = Path(options.output)
     runs = plan(name, options.vary, base, folder, options.then)
     with alone_in(folder):
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(runs: Sequence[Run], folder: Path, options: Sweep) -> list[Row]:
-    """Execute what is not done yet; give the rows of all."""
+    """Execute all runs that are not done yet. Return the rows of all runs."""
     before = read_rows(folder / ROWS)
     done = {run.folder: row_of(run.varied, run.identity, run.command, before, folder) for run in runs}
     todo = [run for run in runs if done[run.folder] is None]
@@ -79,7 +79,7 @@ def _run(runs: Sequence[Run], folder: Path, options: Sweep) -> list[Row]:
 
 
 def execute(runs: Sequence[Run], jobs: int, discard_models: bool) -> Iterable[tuple[Run, Row]]:
-    """Runs with their rows, as they come. Each is a process of its own: one that fails takes no other with it."""
+    """Give runs with their rows when they end. Each run is a process, so a failed run does not stop the others."""
     slots: queue.SimpleQueue[int] = queue.SimpleQueue()
     for slot in range(jobs):
         slots.put(slot)
@@ -116,7 +116,7 @@ def _execute(run: Run, environment: dict[str, str], discard_models: bool) -> Row
                 reason = last.removeprefix("lte: error: ").strip() or f"exit code {done.returncode}"
                 return {**row, "error": reason if arguments[0] == run.name else f"{shlex.join(arguments)}: {reason}"}
             file.write(done.stdout)
-            file.flush()  # before the next one's errors
+            file.flush()  # print it before the errors of the next one
             if arguments[0] == "eval":
                 found.append(json.loads(done.stdout.splitlines()[-1]))
     made = shlex.join(["lte", *run.commands[0]])
@@ -136,7 +136,7 @@ def _execute(run: Run, environment: dict[str, str], discard_models: bool) -> Row
 
 
 def _environment(slot: int, jobs: int) -> dict[str, str]:
-    """Of a run in this slot: one GPU, and a share of the cores unless the user has set it."""
+    """Return the environment of a run in this slot: one GPU, and a share of the cores unless the user set it."""
     environment = dict(os.environ)
     gpus = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
     if gpus == [""]:

@@ -1,4 +1,4 @@
-"""The runs of a sweep: every combination of the values that vary, checked before any of them begins."""
+"""The runs of a sweep: every combination of the varied values, checked before the first run begins."""
 
 import hashlib
 import itertools
@@ -18,13 +18,13 @@ from lte.training.row_identity import row_identity
 
 @dataclass(frozen=True)
 class Swept:
-    """What is to be known of a command that makes a model.
+    """The properties of a command that makes a model.
 
     Attributes:
-        parse: its options, from arguments; refuses what can be refused before a model is loaded.
+        parse: a function from arguments to options. It checks as much as possible before a model is loaded.
         output: the option that names its folder.
-        flags: given to every run. Without ``--resume``, a run cut short begins anew and saves over what there is.
-        evaluates: whether it evaluates the model itself, and says so in its folder.
+        flags: arguments of every run. Without ``--resume``, an interrupted run starts again and overwrites its files.
+        evaluates: whether it evaluates the model itself and writes the result into its folder.
     """
 
     parse: Callable[[Sequence[str]], Any]
@@ -43,7 +43,7 @@ COMMANDS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One point of the grid: what varies, and the whole of the command's options, as arguments and parsed."""
+    """One point of the grid: its varied options, and all options of the command, as arguments and parsed."""
 
     name: str
     varied: dict[str, str]
@@ -55,13 +55,13 @@ class Run:
 
     @property
     def commands(self) -> list[list[str]]:
-        """What makes the model, and each ``lte eval``."""
+        """The command that makes the model, and each ``lte eval``."""
         evals = [["eval", str(self.folder), *shlex.split(one)[1:], "--json"] for one in self.evals]
         return [[self.name, *self.arguments], *evals]
 
     @property
     def identity(self) -> dict[str, str]:
-        """Of what it is made from, as it is now."""
+        """The identity of its options and files, as they are now."""
         return row_identity(self.options, *self.parsed_evals)
 
     @property
@@ -70,10 +70,10 @@ class Run:
 
 
 def plan(name: str, vary: Sequence[str], base: Sequence[str], folder: Path, evals: Sequence[str] = ()) -> list[Run]:
-    """Every combination of the values, each checked by the commands' own parsers before any of them runs.
+    """Return every combination of the values, checked by the commands' own parsers before the first run.
 
     Raises:
-        ValueError: an entry that is not ``option=value,value``, or given twice; no evaluation at all.
+        ValueError: an entry is not ``option=value,value`` or is given twice, or there is no evaluation.
         UsageError: options that the command or ``lte eval`` refuses.
     """
     command = COMMANDS[name]
@@ -99,14 +99,14 @@ def plan(name: str, vary: Sequence[str], base: Sequence[str], folder: Path, eval
         given = [one for option, value in varied.items() for one in (f"--{option}", value)]
         arguments = [*base, *given, command.output, str(inside), *command.flags]
         runs.append(Run(name, varied, arguments, command.parse(arguments), inside, tuple(evals)))
-    parsed = []  # here, since parsing takes stderr away for a moment, from other threads too
+    parsed = []  # here, because parsing replaces stderr for a moment, for other threads too
     for one in evals:
         if shlex.split(one)[:1] != ["eval"]:
-            raise ValueError(f"{one!r} is no eval: write it as for a shell without the model, 'eval --text FILE'")
+            raise ValueError(f"{one!r} is no eval: write it as for a shell, without the model, 'eval --text FILE'")
         checked = parse_eval(["MODEL", *shlex.split(one)[1:]])
         parsed.append(checked)
         if not (checked.data.text or checked.questions.mmlu or checked.harness.tasks):
-            raise ValueError(f"{one!r} does not say on what: add --text FILE, --mmlu FOLDER or --tasks NAMES")
+            raise ValueError(f"{one!r} does not name its data: add --text FILE, --mmlu FOLDER or --tasks NAMES")
     folders = [run.folder for run in runs]
     if twice := next((one for one in folders if folders.count(one) > 1), None):
         raise ValueError(f"two runs would share the folder {twice.name}: give each value once, and other names")
@@ -114,7 +114,7 @@ def plan(name: str, vary: Sequence[str], base: Sequence[str], folder: Path, eval
 
 
 def _folder_name(varied: dict[str, str]) -> str:
-    """A run's folder: what varies, cut where file systems refuse a name as long (255 bytes, with ``.log``)."""
+    """Return the name of a run's folder: its varied options, cut to the longest name of a file system (255 bytes)."""
     name = "_".join(f"{option}-{value.replace('/', '-')}" for option, value in varied.items())
     whole = name.encode()
     if len(whole) <= 250:

@@ -1,4 +1,4 @@
-"""What ``lte sweep`` prints: a line a run as it ends, and a table of them all."""
+"""The output of ``lte sweep``: a line for each run when it ends, and a table of all runs."""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -9,11 +9,11 @@ from lte.training.sweep_rows import Row, name_of
 _QUALITIES = ("rougeL", "bleu", "perplexity", "accuracy", "f1", "matthews", "pearson", "spearman")
 _MEASURES = (*_QUALITIES, "sparsity", "gflops_per_token")
 _BEYOND_FFN = ("attention_sparsity", "weight_sparsity")
-"""Shown where there is any."""
+"""Values that are shown if a row has them."""
 
 
 def show(rows: Sequence[Row]) -> None:
-    """A table of the rows that did not fail; where the seed varies, also the mean and spread over seeds."""
+    """Print a table of the rows that did not fail. If the seed varies, it also has mean and spread over seeds."""
     good = [row for row in rows if "error" not in row]
     columns = list(dict.fromkeys(name for row in good for name in _measured(row)))
     lines = [[name_of(row), *(_number(_measured(row).get(name)) for name in columns)] for row in good]
@@ -27,7 +27,7 @@ def show(rows: Sequence[Row]) -> None:
 
 
 def _measured(row: Row) -> dict[str, float]:
-    """What was measured of a run, by the heading of its column."""
+    """Return the measured values of a run, by the heading of their columns."""
     found = {}
     for index, result in enumerate([row["evaluation"], *row.get("evals", [])]):
         values = {name: result.get(name) for name in _MEASURES}
@@ -43,7 +43,7 @@ def _measured(row: Row) -> dict[str, float]:
 
 
 def _by_seed(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Rows that differ in nothing but the seed, where there are several."""
+    """Return groups of several rows that differ only in the seed."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         if "seed" in row["run"]:

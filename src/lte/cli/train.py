@@ -1,4 +1,4 @@
-"""``lte train``: a checkpoint and data in, a trained sparse model out. Options, or a YAML recipe that they override."""
+"""``lte train``: trains a sparse model from a checkpoint and data. Options override those of a YAML recipe."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lte.training.run import Trained
 
 ELSEWHERE = ("target_sparsity", "seed")
-"""Options of methods that are training's, too."""
+"""Options that a method and the training have in common."""
 
 
 if TYPE_CHECKING:
@@ -54,30 +54,30 @@ else:
 
 @dataclass
 class Train:
-    """The options that every method has. Those of one method are added."""
+    """The options of every method. Those of the chosen method are added."""
 
     model: str
-    """A local folder, a hub id, or a .gguf file; dense, or already sparse."""
+    """A local folder, a hub id, or a .gguf file; dense or already sparse."""
     training: TrainArguments
     data: Inputs = field(default_factory=Inputs)
     where: DeviceOptions = field(default_factory=DeviceOptions)
     eval_text: tuple[str, ...] = ()
-    """Held-out data, evaluated once training is over; without it, part of --text is held out."""
+    """Held-out data, evaluated after training. Without it, a part of --text is held out."""
     calibration_text: tuple[str, ...] = ()
-    """Data to set thresholds on, best a sample of what the model will see; without it, rows of --text. Classes and
-    numbers it need not have, unless there are evaluations during training (--eval-strategy): these are on all of it;
-    without it, on what is evaluated after training."""
+    """Data for thresholds; it should be like the text that the model will see. Without it, rows of --text are taken. It
+    needs no labels, unless there are evaluations during training (--eval-strategy). These use all of this data, or
+    without it the data of the last evaluation."""
     held_out: float = 0.02
-    """How much of --text is held out: a fraction, or from 1 a number of rows (blocks)."""
+    """The part of --text that is held out: a fraction, or from 1 on a number of rows (blocks)."""
     method: Annotated[
         str,
         tyro.conf.arg(
-            help="Trains routers: lte, topk-moe, noisy-topk, sigma-moe. Fine-tunes before and after making sparse: "
+            help="Trains routers: lte, topk-moe, noisy-topk, sigma-moe. Fine-tunes before and after a conversion: "
             "moefication, deja-vu, cats, static-pruning, relufication. --method NAME --help shows its options."
         ),
     ] = "lte"
     resume: bool = False
-    """Go on from the last whole checkpoint in the output folder, if there is one."""
+    """Continue from the newest complete checkpoint in the output folder, if there is one."""
     json: bool = False
     """Print one JSON object on the last line."""
 
@@ -91,9 +91,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def parse_train(argv: Sequence[str]) -> Train:
-    """``[RECIPE.yaml] [OPTIONS]``: a recipe's keys are options by their names; options given later win.
+    """Return the options of ``[RECIPE.yaml] [OPTIONS]``. A recipe's keys are names of options. Later options win.
 
-    Where another method than the recipe's is given, the recipe's options of its method are left out.
+    If another method than the recipe's is given, the recipe's options of its method are left out.
     """
     arguments = list(argv)
     if arguments and arguments[0].endswith((".yaml", ".yml")):
@@ -102,7 +102,7 @@ def parse_train(argv: Sequence[str]) -> Train:
     given = [value for flag, value in pairwise(arguments) if flag == "--device"]
     given += [one.removeprefix("--device=") for one in arguments if one.startswith("--device=")]
     if given == ["cpu"] or (given in ([], ["auto"]) and not torch.cuda.is_available()):
-        arguments.append("--use-cpu")  # must be known while parsing: bf16 without a GPU is refused otherwise
+        arguments.append("--use-cpu")  # needed for parsing: otherwise bf16 without a GPU is refused
     with_methods = with_method(Train, method_in(arguments), ELSEWHERE)
     arguments = ["--output-dir" if one in ("-o", "--output") else one for one in arguments]
     options = parse(with_methods, "train", arguments)
@@ -111,14 +111,17 @@ def parse_train(argv: Sequence[str]) -> Train:
 
 
 def recipe_arguments(path: Path, given: Sequence[str] = ()) -> list[str]:
-    """The options a YAML recipe stands for, when these are given beside it.
+    """Return the options of a YAML recipe, for the options that are given besides it.
 
     Raises:
-        ValueError: not a YAML mapping from option names to values.
+        ValueError: the file is no YAML mapping from option names to values.
     """
     try:
         text = path.read_text(encoding="utf-8")
-        recipe, written = yaml.safe_load(text), yaml.load(text, yaml.BaseLoader)  # as YAML takes it, and as it is there
+        recipe, written = (
+            yaml.safe_load(text),
+            yaml.load(text, yaml.BaseLoader),
+        )  # the values of YAML, and the text of the file
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(recipe, dict):
@@ -143,15 +146,14 @@ def recipe_arguments(path: Path, given: Sequence[str] = ()) -> list[str]:
 
 
 def _as_argument(value: Any, text: Any, hint: Any) -> str:
-    """A value of a recipe for an option of this type: a name that YAML takes for something else, as it is written."""
+    """Return a value of a recipe as an argument. A name that YAML reads as another type stays as it is written."""
     types = set(get_args(hint)) or {hint}
     numbers = types <= {bool, int, float, NoneType}
     return str(value) if numbers or not isinstance(text, str) or (isinstance(value, bool) and bool in types) else text
 
 
 def _switches(arguments: list[str]) -> list[str]:
-    """``--bf16 False`` and ``--no-bf16`` are the same, whichever an option has: that is another one from one version of
-    transformers to the next."""
+    """Return arguments in which ``--bf16 False`` and ``--no-bf16`` are the same: versions of transformers differ."""
     hints, found = _hints(Train), list[str]()
     for one in itertools.chain.from_iterable(re.split(r"=(?=(?:True|False)$)", one) for one in arguments):
         before = found[-1] if found else ""
@@ -165,19 +167,19 @@ def _switches(arguments: list[str]) -> list[str]:
 
 
 def _hints(cls: type) -> dict[str, Any]:
-    """The types of a dataclass's fields and of those of the dataclasses in it, by name."""
+    """Return the types of a dataclass's fields, and of the fields of dataclasses in it, by name."""
     hints = get_type_hints(cls)
     inner = [_hints(hint) for hint in hints.values() if is_dataclass(hint) and isinstance(hint, type)]
     return {name: hint for one in [hints, *inner] for name, hint in one.items()}
 
 
 def train(options: Train, argv: Sequence[str]) -> "Trained":
-    """Run what was asked for: :func:`lte.training.run.train` with bars and lines on the terminal."""
-    from lte.cli.progress import OnTerminal  # after parsing: --help needs no trainer
+    """Call :func:`lte.training.run.train` with these options, with bars and lines on the terminal."""
+    from lte.cli.progress import OnTerminal  # imported after parsing: --help needs no trainer
     from lte.training.run import train as run
 
     args, inputs = options.training, as_written(options.data)
-    if args.recipe == "default":
+    if args.schedule == "default":
         check_target(args.target_sparsity)
     target = {} if args.target_sparsity is None else {"target_sparsity": args.target_sparsity}
     device, dtype = options.where.resolve()

@@ -1,8 +1,8 @@
 """What a token costs: FLOPs and weight bytes of a sparse model, counted the paper's way.
 
-A multiply-add is two FLOPs, "G" is 2^30, biases, norms, activations and attention scores are not
-counted, and the LM head and the embeddings are kept apart (they do not depend on sparsity).
-LLaMA-7B comes to 12.0625 G dense: 8.0625 in FFNs and 4.0 in attention projections.
+A multiply-add is two FLOPs, and "G" is 2^30. Biases, norms, activations and attention scores are not
+counted. The LM head and the embeddings do not depend on sparsity and are kept apart.
+LLaMA-7B has 12.0625 G dense: 8.0625 in FFNs and 4.0 in attention projections.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 G = 2**30
-COUNTED_AT_ONCE = 2**27  # pairs that count_active adds up at once: a gigabyte
+COUNTED_AT_ONCE = 2**27  # pairs that count_active sums at once: a gigabyte
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Shape:
         attention_weights: weights of all attention projections together.
         head_weights: weights of the LM or classification head.
         embedding_weights: weights of the embeddings, not counting a head tied to them.
-        selection_weights: of each layer's ``ffn_weights``, those multiplied for every neuron because a choice is made
-            by what they give; empty where none are.
+        selection_weights: the part of each layer's ``ffn_weights`` that is computed for every neuron, because the
+            choice of neurons needs its result; empty if there is none.
     """
 
     ffn_weights: tuple[int, ...]
@@ -39,9 +39,9 @@ class Shape:
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of one token. FLOPs in G (2^30); ``gflops`` = FFN + attention + router, without the head.
+    """Cost of one token. FLOPs are in G (2^30). ``gflops`` = FFN + attention + router, without the head.
 
-    A compensation of idle experts counts with the router.
+    The compensation of idle experts counts as a part of the router.
     """
 
     gflops: float
@@ -50,31 +50,31 @@ class Cost:
     router_gflops: float
     head_gflops: float
     weight_bytes: int
-    """Bytes of weights read to decode one token: active FFN, attention, router. Head and embedding apart."""
+    """Bytes of weights that decoding one token reads: active FFN, attention, router. Without head and embedding."""
     head_bytes: int
     embedding_bytes: int
-    """Bytes the embeddings hold; decoding a token reads one row."""
+    """Bytes of the embeddings. Decoding a token reads one row of them."""
 
 
 def cost(
     shape: Shape, sparsity: float | Sequence[float] = 0.0, router: bool | None = None, bytes_per_weight: float = 2
 ) -> Cost:
-    """Cost of a token at a given FFN sparsity.
+    """Return the cost of a token at a given FFN sparsity.
 
     Args:
         shape: the model's weight counts.
-        sparsity: fraction of inactive neurons, one number or one a layer; 0 is dense.
-        router: whether routers are charged. None charges them when anything is skipped: a dense
-            model runs none.
+        sparsity: fraction of inactive neurons, one number or one for each layer; 0 is dense.
+        router: whether routers are charged. None charges them if the sparsity of any layer is above 0: a dense
+            model runs no routers.
         bytes_per_weight: 2 for bf16 and fp16, 4 for fp32.
 
     Raises:
-        ValueError: a sparsity outside [0, 1], or not one a layer.
+        ValueError: a sparsity outside [0, 1], or a wrong number of sparsities.
     """
     layers = len(shape.ffn_weights)
     by_layer = [float(sparsity)] * layers if isinstance(sparsity, int | float) else [float(s) for s in sparsity]
     if len(by_layer) != layers:
-        raise ValueError(f"{len(by_layer)} sparsities for {layers} layers: give one number, or one a layer")
+        raise ValueError(f"{len(by_layer)} sparsities for {layers} layers: give one number, or one for each layer")
     if not all(0 <= s <= 1 for s in by_layer):
         raise ValueError(f"sparsity is {sparsity}, but it is a fraction between 0 (dense) and 1")
     if router is None:
@@ -96,7 +96,7 @@ def cost(
 
 
 def count_active(active_LTE: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """How many (token, expert) pairs of each layer are active, and how many a layer has, padding left out.
+    """Count the active (token, expert) pairs of each layer, and all pairs of a layer. Padding does not count.
 
     Args:
         active_LTE: True where an expert is active, layers first: ``[L, ..., E]``.
@@ -105,7 +105,7 @@ def count_active(active_LTE: Tensor, mask: Tensor | None = None) -> tuple[Tensor
     Returns:
         int64 on the tensor's device: active ``[L]``, total (scalar). Sparsity is ``1 - active / total``.
     """
-    # PyTorch adds up booleans as a copy of int64, eight times their size: piece by piece where that is large
+    # PyTorch sums booleans through a copy in int64, eight times their size: a large tensor is summed in pieces
     tokens = max(1, COUNTED_AT_ONCE // (active_LTE.shape[0] * active_LTE.shape[-1]))
     pieces = active_LTE.flatten(1, -2).split(tokens, dim=1)
     active_LT = torch.cat([piece.sum(-1) for piece in pieces], dim=1)

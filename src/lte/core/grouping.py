@@ -1,18 +1,19 @@
-"""Grouping: which of an FFN's F neurons form which of its E experts of exactly N = F/E neurons.
+"""Grouping: divides an FFN's F neurons into E experts of exactly N = F/E neurons.
 
-Every grouping is `labels_F`, the expert of each neuron; `grouping_permutation` turns it into an order.
+A grouping is `labels_F`, the expert of each neuron. `grouping_permutation` makes an order of neurons from it.
 
 The paper runs balanced k-means with an exact assignment step (a min-cost flow). We minimise the same
-objective by swapping neurons between experts. That keeps every expert at N, needs only the rows' inner
-products, runs as some hundred rounds of batched tensor operations, and ends lower: k-means compares a row with
-a centroid of which the row itself is 1/N, and where rows are nearly orthogonal this share alone keeps it where
-it is. The gain of a swap, below, is exact and has no such bias.
+objective by swaps of neurons between experts. Swaps keep every expert at N neurons and need only the rows'
+inner products. They run as some hundred rounds of batched tensor operations, and they end at a lower objective.
+The reason: k-means compares a row with a centroid, and the row itself is 1/N of its own centroid. If rows are
+nearly orthogonal, this share alone keeps a row in its expert. The gain of a swap, below, is exact.
 
 The objective: with S_e the sum of the rows of expert e, squared distances to centroids sum to
 sum_i |x_i|^2 - sum_e |S_e|^2 / N. Swapping i of expert a with j of expert b raises sum_e |S_e|^2 by twice
     want[b, i] + want[a, j] - 2 x_i.x_j,    want[b, i] = x_i.S_b - x_i.(S_a - x_i).
 
-Shapes: L layers, T tokens, D model width, F neurons, E experts, N neurons an expert (F = E*N), C and P some of them.
+Shapes: L layers, T tokens, D model width, F neurons, E experts, N neurons an expert (F = E*N), C some experts, P
+neurons of these.
 """
 
 from collections.abc import Sequence
@@ -21,48 +22,48 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-RESHUFFLES = 4  # attempts to leave a local optimum; on real gates the gain beyond 4 is under 0.1 %
-MAX_ROUNDS = 4096  # of swaps; a safeguard, 100 to 600 is usual
-ROUNDS_PER_CHECK = 16  # convergence is asked for this seldom because the answer waits for the device
+RESHUFFLES = 4  # attempts to leave a local optimum; on real gates more attempts gain less than 0.1 %
+MAX_ROUNDS = 4096  # of swaps; a safeguard: 100 to 600 rounds are usual
+ROUNDS_PER_CHECK = 16  # a check for convergence waits for the device, so checks are rare
 MATCHINGS_PER_ROUND = 4
 TOKENS_PER_CHUNK = 4096
 FEW_NEURONS = (
-    4096  # up to here rounds are too short to share: threads wait for each other, on a busy machine for minutes
+    4096  # with fewer neurons rounds are too short for threads: on a busy machine threads wait minutes for each other
 )
 
 
 def balanced_kmeans(weight_FD: Tensor, num_clusters: int, seed: int = 0) -> Tensor:
     """Balanced k-means of the rows of an FFN's first weight (the gate in a gated FFN).
 
-    Rows count by direction only: they are L2-normalised (a zero row stays zero), in fp32 whatever the dtype.
-    Returns labels_F, int64 on the weight's device, each of the labels exactly F/num_clusters times.
-    The same seed gives the same labels on the same device; the global RNG is neither read nor altered.
-    Holds one F x F fp32 matrix: 0.5 GB for F = 11008.
+    Only the direction of a row counts: rows are L2-normalised in fp32 (a zero row stays zero).
+    Return labels_F, int64 on the weight's device. Each label occurs exactly F/num_clusters times.
+    The same seed gives the same labels on the same device. The global RNG is neither read nor changed.
+    Memory: one F x F fp32 matrix, 0.5 GB for F = 11008.
 
-    Raises ValueError if the weight is not 2-D or not finite, or `num_clusters` does not divide F.
+    Raise ValueError if the weight is not 2-D or not finite, or if `num_clusters` does not divide F.
     Source: LTE paper (its grouping, with our solver), after MoEfication (Zhang et al., 2022).
     """
     return group_by_gram(direction_gram(weight_FD)[None], num_clusters, [seed])[0]
 
 
 def direction_gram(weight_FD: Tensor) -> Tensor:
-    """The cosines of rows, [F, F], by which `balanced_kmeans` groups. The same errors."""
+    """Return the cosines of rows, [F, F] fp32, which `balanced_kmeans` groups by. It raises the same errors."""
     _check_matrix(weight_FD, "weight_FD", "(F neurons, D features)")
     rows_FD = normalize(weight_FD.detach().float(), dim=1)
     return rows_FD @ rows_FD.T
 
 
 def coactivation_gram(activations_TF: Tensor) -> Tensor:
-    """How alike neurons fire on data, [F, F], for `group_by_gram`.
+    """Return how similarly neurons fire on data, [F, F] fp32, for `group_by_gram`.
 
-    The feature of a neuron is its column of |activation| over the T tokens, L2-normalised, so two neurons are
-    as similar as the cosine of how hard they fire. Columns are not centred: neurons that are always on belong
-    together, as their expert can never be skipped. Each token is first scaled to norm 1: a router chooses
-    within a token, and a few tokens with huge activations (often a text's first) would else decide alone.
-    Only the F x F cosines are kept: after one pass over the tokens the cost does not depend on T.
+    The feature of a neuron is its column of |activation| over the T tokens, L2-normalised. So the similarity of
+    two neurons is the cosine of two such columns. Columns are not centred: neurons that are always on belong
+    together, because their expert can never be skipped. Each token is first scaled to norm 1, because a router
+    chooses within a token. Otherwise a few tokens with huge activations (often the first of a text) would decide.
+    Only the F x F cosines are kept, so memory does not depend on T.
 
-    Raises ValueError if the activations are not 2-D or not finite.
-    Source: the co-activation split of MoEfication (Zhang et al., 2022), by cosine in place of counts.
+    Raise ValueError if the activations are not 2-D or not finite.
+    Source: the co-activation split of MoEfication (Zhang et al., 2022), with cosines instead of counts.
     """
     _check_matrix(activations_TF, "activations_TF", "(T tokens, F neurons)")
     num_neurons = activations_TF.shape[1]
@@ -75,9 +76,9 @@ def coactivation_gram(activations_TF: Tensor) -> Tensor:
 
 
 def random_grouping(num_neurons: int, num_clusters: int, seed: int = 0) -> Tensor:
-    """Neurons dealt to experts at random, the paper's baseline. Returns labels_F (int64, on the CPU).
+    """Return labels_F of a random grouping, the paper's baseline (int64, on the CPU).
 
-    Raises ValueError if `num_clusters` does not divide `num_neurons`.
+    Raise ValueError if `num_clusters` does not divide `num_neurons`.
     """
     _check_clusters(num_neurons, num_clusters)
     order_F = torch.randperm(num_neurons, generator=torch.Generator().manual_seed(seed))
@@ -85,10 +86,10 @@ def random_grouping(num_neurons: int, num_clusters: int, seed: int = 0) -> Tenso
 
 
 def grouping_permutation(labels_F: Tensor) -> Tensor:
-    """The order_F that makes experts contiguous: `weight_FD[order_F]` starts with expert 0's neurons, and so on.
+    """Return the order_F that makes experts contiguous: `weight_FD[order_F]` starts with the neurons of expert 0.
 
-    Inside an expert, neurons keep their order. int64, on the labels' device.
-    Raises ValueError unless each label 0..E-1 occurs equally often.
+    Inside an expert, neurons keep their order. The result is int64, on the labels' device.
+    Raise ValueError unless each label 0..E-1 occurs equally often.
     """
     if labels_F.ndim != 1 or labels_F.is_floating_point() or labels_F.numel() == 0:
         raise ValueError(f"labels_F must be 1-D integers, got {labels_F.dtype} of shape {tuple(labels_F.shape)}")
@@ -99,7 +100,7 @@ def grouping_permutation(labels_F: Tensor) -> Tensor:
 
 
 def check_divisible(num_neurons: int, expert_size: int) -> int:
-    """Number of experts of `expert_size` neurons; a ValueError names the sizes that would do if it does not."""
+    """Return the number of experts. Raise ValueError, with possible sizes, unless `expert_size` divides the neurons."""
     if expert_size > 0 and num_neurons > 0 and num_neurons % expert_size == 0:
         return num_neurons // expert_size
     divisors = _divisors(num_neurons)
@@ -108,12 +109,14 @@ def check_divisible(num_neurons: int, expert_size: int) -> int:
 
 
 def group_by_gram(gram_LFF: Tensor, num_clusters: int, seeds: Sequence[int]) -> Tensor:
-    """Labels [L, F] of L layers from their rows' inner products, all layers at once: on a GPU a round of swaps waits
-    for its launches, not for its arithmetic. A layer's labels do not depend on those beside it.
+    """Return the labels [L, F] of L layers from their rows' inner products.
 
-    Swaps start from a random order, then the loosest experts are reshuffled. Swaps alone stop where only a cycle of
-    three would help (three experts, each half of one true cluster and half of the next). Such experts are the loosest;
-    dealing their neurons anew and swapping again frees them.
+    All layers are grouped at once, because on a GPU a round of swaps waits for its launches, not for its arithmetic.
+    The labels of a layer do not depend on the other layers.
+
+    Swaps start from a random order, then the loosest experts are reshuffled. Swaps alone stop if only a cycle of
+    three would help (three experts, each half of one true cluster and half of the next). Such experts are the loosest.
+    A new random division of their neurons, followed by swaps, separates them.
     """
     _check_clusters(gram_LFF.shape[-1], num_clusters)
     threads = torch.get_num_threads()
@@ -127,7 +130,7 @@ def group_by_gram(gram_LFF: Tensor, num_clusters: int, seeds: Sequence[int]) -> 
 
 def _group(gram_LFF: Tensor, num_clusters: int, seeds: Sequence[int]) -> Tensor:
     device, num_neurons = gram_LFF.device, gram_LFF.shape[-1]
-    # on the CPU, so that every device starts alike
+    # on the CPU, so that the start is the same on every device
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def random_orders(length: int) -> Tensor:
@@ -150,12 +153,12 @@ def _group(gram_LFF: Tensor, num_clusters: int, seeds: Sequence[int]) -> Tensor:
 
 
 def _swap_until_converged(gram_LFF: Tensor, members_LEN: Tensor) -> tuple[Tensor, Tensor]:
-    """Swap neurons between pairs of experts until no candidate swap gains. Returns members_LEN and |S_e|^2.
+    """Swap neurons between pairs of experts until no candidate swap gains. Return members_LEN and |S_e|^2.
 
-    In each round the candidates of a pair (a, b) are the neuron of a that most wants to b and the one of b
-    that most wants to a. Pairs that are each other's best are taken, at most one an expert, so no swap spoils
-    another and every round raises the objective. An expert without a partner swaps with itself: nothing
-    changes, and no data-dependent shape makes the device wait.
+    In each round a pair (a, b) has two candidates: the neuron of a that gains most in b, and the neuron of b that
+    gains most in a. Two experts swap if each is the other's best partner. An expert takes part in one swap at most,
+    so swaps do not disturb each other and every round raises the objective. An expert without a partner swaps with
+    itself: nothing changes, and no shape depends on data, so the device does not wait.
     """
     L, E, N = members_LEN.shape
     device = gram_LFF.device
@@ -186,7 +189,7 @@ def _swap_until_converged(gram_LFF: Tensor, members_LEN: Tensor) -> tuple[Tensor
 
 
 def _match(gain_LEE: Tensor, least_gain: float) -> Tensor:
-    """A partner for each expert, or itself: pairs that are each other's best, then again among the rest."""
+    """Return a partner for each expert, or itself: pairs that are each other's best, then again among the others."""
     L, E, _ = gain_LEE.shape
     experts_LE = torch.arange(E, device=gain_LEE.device).expand(L, -1)
     partner_LE = experts_LE

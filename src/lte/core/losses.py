@@ -1,7 +1,7 @@
-"""The two losses that shape router scores (LTE paper, section 4.1, equations 4 and 5).
+"""The two losses on router scores (LTE paper, section 4.1, equations 4 and 5).
 
-Both take the scores of one router as ``[..., E]``, or of several as a sequence of such tensors,
-and average over experts, over tokens that are not padding, and over routers.
+Both take the scores of one router as ``[..., E]``, or those of several routers as a sequence of such tensors.
+They average over experts, over tokens that are not padding, and over routers.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,10 +13,10 @@ Scores = Tensor | Sequence[Tensor]
 
 
 def efficiency_loss(scores: Scores, mask: Tensor | None = None) -> Tensor:
-    """Mean squared score, ``1/(L E) sum G^2``: pushes scores down, large ones most.
+    """Return the mean squared score, ``1/(L E) sum G^2``. It pushes scores down, and large scores most.
 
     Args:
-        scores: router scores in [0, 1], ``[..., E]``, or one such tensor a layer.
+        scores: router scores in [0, 1], ``[..., E]``, or one such tensor for each layer.
         mask: which tokens count (non-zero), broadcastable to the leading shape of the scores,
             e.g. an attention mask ``[batch, sequence]``. None counts all.
 
@@ -27,11 +27,11 @@ def efficiency_loss(scores: Scores, mask: Tensor | None = None) -> Tensor:
 
 
 def separability_loss(scores: Scores, tau: float, floor: float, mask: Tensor | None = None) -> Tensor:
-    """Mean of ``1 / (G - tau)^2``: pushes scores away from the threshold, either way.
+    """Return the mean of ``1 / (G - tau)^2``, an fp32 scalar. It pushes scores away from the threshold, up or down.
 
     The paper gives no bound at ``G = tau``, where the loss is infinite. ``floor`` is the smallest
-    value the denominator ``(G - tau)^2`` may take; a score nearer to tau than ``sqrt(floor)``
-    costs ``1 / floor`` and feels no push.
+    value of the denominator ``(G - tau)^2``. A score closer to tau than ``sqrt(floor)`` costs
+    ``1 / floor`` and has no gradient.
 
     Args:
         scores, mask: as for :func:`efficiency_loss`.

@@ -1,4 +1,4 @@
-"""Selectors: from router scores to how much of each expert is used.
+"""Selectors: they turn router scores into the weight of each expert.
 
 Shape suffixes throughout: T tokens (any leading shape), D model width, F neurons, E experts,
 N neurons an expert (F = E * N).
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def threshold(scores_TE: Tensor, tau: float) -> Tensor:
-    """Hard selection: True where an expert is active, ``score > tau`` (LTE paper, section 4.2).
+    """Hard selection: return True where an expert is active, ``score > tau`` (LTE paper, section 4.2).
 
     Args:
         scores_TE: router scores in [0, 1], any leading shape.
@@ -22,7 +22,7 @@ def threshold(scores_TE: Tensor, tau: float) -> Tensor:
 
 
 def top_k(scores_TE: Tensor, k: int) -> Tensor:
-    """True for the ``k`` highest scores of each token; ties go to the lower expert index.
+    """Return True for the ``k`` highest scores of each token, ``[..., E]``. Of equal scores the lower index wins.
 
     Raises:
         ValueError: ``k`` is not between 0 and the number of experts.
@@ -35,16 +35,16 @@ def top_k(scores_TE: Tensor, k: int) -> Tensor:
 
 
 def expert_norms(hidden_TF: Tensor, num_experts: int) -> Tensor:
-    """Length of each expert's neurons, ``[..., E]`` in fp32. Experts are contiguous."""
+    """Return the L2 length of each expert's neurons, ``[..., E]`` in fp32. Experts are contiguous."""
     return hidden_TF.unflatten(-1, (num_experts, -1)).float().norm(dim=-1)
 
 
 def scale_experts(hidden_TF: Tensor, weight_TE: Tensor) -> Tensor:
-    """Multiply every neuron by its expert's weight: a score (soft) or a 0/1 mask (hard).
+    """Return every neuron times its expert's weight: a score (soft) or a 0/1 mask (hard).
 
     Args:
         hidden_TF: neurons after the activation, experts contiguous.
-        weight_TE: one factor an expert, cast to ``hidden_TF``'s dtype.
+        weight_TE: one factor for each expert, cast to ``hidden_TF``'s dtype.
     """
     num_experts = weight_TE.shape[-1]
     hidden_TEN = hidden_TF.unflatten(-1, (num_experts, hidden_TF.shape[-1] // num_experts))

@@ -1,1 +1,1 @@
-"""What users point at, as tokens and rows: files, hub data sets, tasks, chats, packing. Nothing of sparsity."""
+"""Data of users as tokens and rows: files, hub data sets, tasks, chats, packing. It knows nothing of sparsity."""

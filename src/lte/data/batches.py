@@ -1,4 +1,4 @@
-"""The datasets a `transformers.Trainer` reads: packed blocks and padded rows, and holding part of them out.
+"""The datasets that a `transformers.Trainer` reads: packed blocks and padded rows. Also how to hold a part out.
 
 Shapes: B rows a batch, S tokens a block, L tokens of a row, or of the longest row of a batch.
 """
@@ -21,8 +21,8 @@ from torch.utils.data import Dataset, Subset
 from lte.data.mapped_ids import MappedIds
 from lte.data.stored_columns import StoredColumn
 
-IGNORED = -100  # a label the loss leaves out
-_LOOKED_AT = 1 << 22  # tokens at once, when blocks are sought
+IGNORED = -100  # the loss ignores this label
+_LOOKED_AT = 1 << 22  # tokens at once, in the search for blocks
 
 
 class PackedBlocks(Dataset[dict[str, Tensor]]):
@@ -31,10 +31,10 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
     Row: {"input_ids": (S,) int64, "labels": (S,) int64}; the model shifts the labels. No attention_mask, as every
     token is real. `ids` are the tokens of these blocks, uint16 or uint32: an array, maybe a file, or Arrow files.
 
-    Each block begins with `bos`, as each text that the tokenizer makes does: before the next S - 1 tokens of the
-    stream, or where the stream has a document's BOS there, with that one. A BOS is context and no label, unless it is
-    `eos` too and ends a document. So every other token of the stream is predicted once, whatever S. Without `bos`,
-    labels are the ids, and a block's first token is only context.
+    Each block begins with `bos`, as each text of the tokenizer does. The next S - 1 tokens of the stream follow. If the
+    stream has a document's BOS at that place, that BOS begins the block. A BOS is context and no label, unless it is
+    also `eos` and ends a document. So every other token of the stream is predicted exactly once. Without `bos`, labels
+    are the ids, and the first token of a block is only context.
     """
 
     class_names = None
@@ -75,7 +75,7 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
         return self.select(range(min(count, len(self))))
 
     def select(self, indices: Iterable[int]) -> PackedBlocks:
-        """A dataset of the blocks at `indices`, in that order; a copy, unless they follow one another."""
+        """A dataset of the blocks at `indices`, in that order. It is a copy, unless the blocks are consecutive."""
         order = np.array(list(indices), dtype=np.int64)
         bounds = np.append(self._starts, len(self.ids))
         chosen = copy.copy(self)
@@ -95,7 +95,7 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
 
 
 def _block_starts(ids: np.ndarray | MappedIds, sequence_length: int, bos: tuple[int, ...]) -> tuple[np.ndarray, int]:
-    """Where blocks start in the stream, int64, and where the last one stops."""
+    """Return where blocks start in the stream, int64, and where the last block ends."""
     if not bos:
         count = len(ids) // sequence_length
         return np.arange(count) * sequence_length, count * sequence_length
@@ -111,7 +111,7 @@ def _block_starts(ids: np.ndarray | MappedIds, sequence_length: int, bos: tuple[
 
 
 def _begins(ids: np.ndarray | MappedIds, first: int, bos: tuple[int, ...]) -> bytes:
-    """For `_LOOKED_AT` places from `first` on, a byte each: whether BOS is there."""
+    """Return a byte for each of `_LOOKED_AT` places from `first` on: 1 if a BOS is there."""
     stop = first + _LOOKED_AT + len(bos) - 1
     window = ids[first:stop] if isinstance(ids, np.ndarray) else ids.read(first, stop)
     found, places = np.zeros(len(window), dtype=bool), max(0, len(window) - len(bos) + 1)
@@ -120,11 +120,11 @@ def _begins(ids: np.ndarray | MappedIds, first: int, bos: tuple[int, ...]) -> by
 
 
 class PaddedRows(Dataset[dict[str, Tensor]]):
-    """Rows of different lengths, kept as small arrays or on disk, and padded by `collator` only when batched.
+    """Rows of different lengths, kept as small arrays or on disk. `collator` pads them when they become a batch.
 
     Row: {"input_ids": (L,), "labels": (L,) or ()} int64, and "token_type_ids" (L,) where the tokenizer has
-    them; labels of regression are () float32, and rows may have none. `class_names` are the labels in order of
-    their ids for classification, one name for regression, None for generation.
+    them. Labels of regression are () float32. Rows may have no labels. `class_names` are the labels in order of
+    their ids for classification, one name for regression, and None for generation.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class PaddedRows(Dataset[dict[str, Tensor]]):
 
 
 def _small(values: Sequence[Any]) -> Sequence[Any]:
-    """Each value as an array of 32 bits; what lies on disk has been made of such ones."""
+    """Each value as an array of 32 bits. Values on disk have this form already."""
     if isinstance(values, StoredColumn):
         return values
     arrays = map(np.asarray, values)
@@ -199,8 +199,9 @@ AnyTaskDataset = TypeVar("AnyTaskDataset", PackedBlocks, PaddedRows)
 def split_held_out(dataset: AnyTaskDataset, held_out: float, seed: int = 0) -> tuple[AnyTaskDataset, AnyTaskDataset]:
     """(training, held-out) parts of a dataset; `held_out` below 1 is a fraction, else a count.
 
-    Of packed blocks the last ones are held out, so that no document but one has a part in both; of rows, a
-    random choice by `seed`. Rows that share a prompt may fall on both sides. ValueError when a part is empty.
+    Of packed blocks, the last ones are held out, so that at most one document has a part on both sides. Of rows, a
+    random choice by `seed` is held out. Rows with the same prompt may be on both sides. Raise ValueError if a part is
+    empty.
     """
     total = len(dataset)
     count = max(1, round(held_out * total)) if 0 < held_out < 1 else int(held_out)
@@ -225,15 +226,14 @@ def two_samples(dataset: AnyTaskDataset, rows: int, seed: int) -> tuple[AnyTaskD
 
 
 def hold_out_for_calibration(dataset: Any, rows: int, seed: int) -> tuple[Any, Any]:
-    """(training, held-out) rows of any dataset, at most a twentieth held out; all for both where that is none.
+    """(training, held-out) rows of any dataset. At most a twentieth is held out; if that is no row, both get all rows.
 
     Raises:
         ValueError: a dataset without length.
     """
     if not hasattr(dataset, "__len__"):
         raise ValueError(
-            "train_dataset has no length, so no rows of it can be kept out to set thresholds on: give "
-            "calibration_dataset=..."
+            "train_dataset has no length, so no rows of it can be kept out for thresholds: give calibration_dataset=..."
         )
     rows = min(rows, len(dataset) // 20)
     if rows == 0:

@@ -1,4 +1,4 @@
-"""Chats to prompts and completions, through the tokenizer's chat template: the loss is on answers alone."""
+"""Turns chats into prompts and completions by the tokenizer's chat template. The loss is only on answers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lte.argument_error import Argument, ArgumentError
 from lte.data.tokenise import as_unicode
 
 Chat = list[dict[str, Any]]
-"""Messages in order, each with its `role`, its `content` (a text or None), and what else it says."""
+"""Messages in order, each with its `role`, its `content` (a text or None), and other keys that it has."""
 
 
 def chat_in(value: Any, name: str, answer: Callable[[str], str] = str) -> Chat:
-    """A chat as column `name` has it, with what is null left out; ValueError for what is none.
+    """Return the chat in column `name`, without keys that are null. Raise ValueError if it is no chat.
 
     Args:
-        answer: made of the text of each answer.
+        answer: called with the text of each answer; its result replaces the text.
     """
     chat: list[Any] = value if isinstance(value, list) else [None]
     if not all(isinstance(one, dict) and one.get("role") is not None and len(one) > 1 for one in chat):
@@ -37,23 +37,23 @@ def chat_in(value: Any, name: str, answer: Callable[[str], str] = str) -> Chat:
 
 
 def tools_in(value: Any) -> list[Any] | None:
-    """The tools that a chat may call, a list or its JSON; ValueError for what is none."""
+    """Return the tools that a chat may call, from a list or its JSON. Raise ValueError for anything else."""
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
             raise ValueError("column 'tools' holds a text that is not JSON") from error
     if value and not isinstance(value, list):
-        raise ValueError(f"column 'tools' holds a {type(value).__name__}, a list of tools is needed")
+        raise ValueError(f"column 'tools' holds a {type(value).__name__}, but a list of tools is needed")
     return value or None
 
 
 def _text_of(content: Any) -> str | None:
-    """What a message says; parts of text are put together."""
+    """Return the text of a message. Parts of text are joined."""
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(str(part.get("text") or "") for part in content)
     if not isinstance(content, str | None):
-        raise ValueError(f"a message's content is a {type(content).__name__}, a text is needed")
+        raise ValueError(f"a message's content is a {type(content).__name__}, but a text is needed")
     return content
 
 
@@ -63,7 +63,7 @@ def pair_to_chat(prompt: str, completion: str) -> Chat:
 
 
 class ChatTemplate:
-    """A tokenizer's chat template; ValueError for a tokenizer without one."""
+    """A tokenizer's chat template. Raise ValueError if the tokenizer has none."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None):
         if tokenizer is None:
@@ -76,7 +76,7 @@ class ChatTemplate:
         self._tokenizer: Any = tokenizer
 
     def render(self, chat: Chat, **options: Any) -> str:
-        """The text of a chat; ValueError where the template refuses it, or it is not valid Unicode."""
+        """Return the text of a chat. Raise ValueError if the template refuses it or the text is not valid Unicode."""
         try:
             text = self._tokenizer.apply_chat_template(chat, tokenize=False, **options)
         except Exception as error:  # a template is a program of its own
@@ -85,18 +85,17 @@ class ChatTemplate:
         return as_unicode(text)
 
     def answers(self, chat: Chat, tools: list[Any] | None = None) -> list[tuple[str, str]]:
-        """(prompt, completion) of each answer: what comes before it, up to where the assistant speaks, and it.
+        """Return (prompt, completion) for each answer. The prompt is all text before the assistant speaks.
 
-        An end of turn stays part of the answer. An answer of nothing is "", without the template's end of turn. What
-        the assistant says before anybody else answers nothing, and is context.
+        An end of turn is a part of the answer. An empty answer is "", without the template's end of turn. Messages of
+        the assistant at the start of a chat are context, because they answer nothing.
 
-        Raises: ValueError for a template that does not go from left to right (it rewrites earlier turns), a chat that
-        it refuses, or one whose tool calls it does not write.
+        Raise ValueError if the template changes earlier turns, refuses the chat, or does not write its tool calls.
         """
         places = [i for i, message in enumerate(chat) if i and message["role"] == "assistant"]
         names = [_called(chat[i]) for i in places]
         problems = list[ValueError]()
-        for blank in ("", None) if any(names) else ("",):  # templates write a call beside the content, or in its place
+        for blank in ("", None) if any(names) else ("",):  # templates write a call beside the content or instead of it
             turns = [{**one, "content": one["content"] or (blank if _called(one) else "")} for one in chat]
             try:
                 found = [self._answer(turns, i, tools) for i in places]
@@ -122,8 +121,8 @@ class ChatTemplate:
         whole = self.render([*before, message], tools=tools)
         if not whole.startswith(prompt):
             raise ValueError(
-                "this chat template does not continue what it gave for the turns before, so answers cannot be told "
-                "from prompts: give prompt and completion as templates of your own"
+                "this chat template changes the text of earlier turns, so answers cannot be told from prompts: give "
+                "prompt and completion as templates of your own"
             )
         return prompt, whole[len(prompt) :].rstrip()
 

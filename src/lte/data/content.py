@@ -1,4 +1,4 @@
-"""What a dataset holds, as a fingerprint."""
+"""A fingerprint of the content of a dataset."""
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,10 +16,10 @@ _SAMPLED = 64  # rows of a dataset that is not ours
 
 
 def content_of(dataset: Any) -> Any:
-    """Number of rows and a fingerprint of their content, by name; None of no dataset.
+    """Return the number of rows and a fingerprint of their content, by name. Return None if there is no dataset.
 
-    Every value of our own datasets counts. Of others with a length up to 64 rows, evenly spaced, are read, twice: rows
-    that are not the same each time, as augmented ones, have the content None. A stream is not read at all.
+    Every value of our own datasets counts. Of other datasets with a length, up to 64 rows, evenly spaced, are read
+    twice. If a row differs the second time, as augmented rows do, the content is None. A stream is not read at all.
     """
     if isinstance(dataset, Mapping):
         return {name: content_of(one) for name, one in dataset.items()}
@@ -54,7 +54,7 @@ def _sampled(dataset: Any) -> str:
 
 
 def _parts_of_value(value: Any) -> Iterator[bytes]:
-    """Of what is neither a number, a text, an array nor holds such, its type alone."""
+    """The bytes of a value: numbers, texts, arrays, and containers of these. Any other value gives only its type."""
     yield type(value).__name__.encode()
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()

@@ -1,4 +1,4 @@
-"""Fingerprints of content: 32 hexadecimal digits of every byte, by several threads."""
+"""Fingerprints of content: 32 hexadecimal digits that depend on every byte, made by several threads."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -11,7 +11,7 @@ import numpy as np
 
 from lte.data.mapped_ids import MappedIds
 
-_CHUNK = 1 << 24  # bytes: a thread's share, and what it holds of a file
+_CHUNK = 1 << 24  # bytes that a thread reads at once
 
 
 def digest_of_file(path: Path) -> str:
@@ -26,7 +26,7 @@ def digest_of_file(path: Path) -> str:
 
 
 def digest_of_ids(ids: np.ndarray | MappedIds) -> str:
-    """Return the fingerprint of the content of token ids, which may lie in files; not of their shape and type."""
+    """Return the fingerprint of the values of token ids, which may be in files. Shape and type do not count."""
     if isinstance(ids, np.ndarray):
         return digest_of_array(ids)
     size, count = ids.dtype.itemsize, len(ids)
@@ -34,7 +34,7 @@ def digest_of_ids(ids: np.ndarray | MappedIds) -> str:
 
 
 def digest_of_array(array: np.ndarray) -> str:
-    """The fingerprint of an array's content, which may lie in a mapped file; not of its shape and type."""
+    """Return the fingerprint of an array's values, which may be in a mapped file. Shape and type do not count."""
     if array.size == 0:
         return digest([])
     content = memoryview(cast(Any, np.ascontiguousarray(array))).cast("B")
@@ -42,7 +42,7 @@ def digest_of_array(array: np.ndarray) -> str:
 
 
 def digest(parts: Iterable[bytes | memoryview]) -> str:
-    """The fingerprint of bytes in this order, wherever they are cut."""
+    """Return the fingerprint of bytes in this order. It does not depend on how the bytes are divided into parts."""
     found = blake2b(digest_size=16)
     for part in parts:
         found.update(part)
@@ -50,7 +50,7 @@ def digest(parts: Iterable[bytes | memoryview]) -> str:
 
 
 def _digest(size: int, read: Callable[[int], bytes | memoryview]) -> str:
-    """Of the fingerprints of all chunks: hashing lets go of Python's lock, so threads share the work."""
+    """Return the fingerprint of the fingerprints of all chunks. Threads make them: hashing releases Python's lock."""
     starts = range(0, size, _CHUNK)
     if len(starts) < 2:
         return digest([read(0)])

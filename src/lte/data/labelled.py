@@ -32,7 +32,7 @@ def classification_rows(
     labelled: bool,
     max_rows: int | None = None,
 ) -> PaddedRows:
-    """Labels are the places of their names in `class_names`; in the rows they may be written as these places."""
+    """Return the dataset of texts with classes. A label is an index in `class_names`; rows hold name or index."""
     columns, labels = _texts_and_labels(sources, tokenizer, config, vocab_size, labelled, max_rows)
     class_names = config.class_names
     if labelled:
@@ -40,12 +40,12 @@ def classification_rows(
         if len(class_names) < 2:
             raise ValueError(f"class_names needs two or more names, each once, not {class_names}")
         ids = {name: i for i, name in enumerate(class_names)}
-        if not ids.keys() & set(labels):  # their places are as good
+        if not ids.keys() & set(labels):  # indices are valid too
             ids = {str(i): i for i in range(len(class_names))}
         if unknown := sorted(set(labels) - set(ids)):
             where = ", ".join(map(str, as_list(sources)))
             raise ValueError(
-                f"{where}: labels {', '.join(unknown)} are not among class_names, {', '.join(class_names)}"
+                f"{where}: labels {', '.join(unknown)} are not in class_names, which are {', '.join(class_names)}"
             )
         columns["labels"] = [ids[label] for label in labels]
     return PaddedRows(columns, collator_for(tokenizer, config.pad_to_multiple_of), class_names)
@@ -59,7 +59,7 @@ def regression_rows(
     labelled: bool,
     max_rows: int | None = None,
 ) -> PaddedRows:
-    """Labels are numbers. `class_names` is the label's column alone: the model's head needs one output."""
+    """Return the dataset of texts with numbers. `class_names` is the label's column: the head needs one output."""
     columns, labels = _texts_and_labels(sources, tokenizer, config, vocab_size, labelled, max_rows)
     if labelled:
         columns["labels"] = [_number(label, config.label_column) for label in labels]
@@ -74,7 +74,7 @@ def _texts_and_labels(
     labelled: bool,
     max_rows: int | None,
 ) -> tuple[dict[str, Sequence[Any]], list[str]]:
-    """What the tokenizer makes of the texts, by column, and the labels as they are written, if they are wanted."""
+    """Return the tokenized texts, by column, and the labels as they are written (empty unless `labelled`)."""
     names = [name.strip() for name in config.text_column.split(",")]
     if len(names) > 2:
         raise ValueError(f"text_column names {len(names)} columns: classification takes one or a pair, a,b")
@@ -93,7 +93,7 @@ def _texts_and_labels(
 def _found(
     sources: Sequence[Source], names: Sequence[str], config: DataConfig, labelled: bool
 ) -> Iterator[tuple[tuple[str, ...], str | None]]:
-    """(text,) or (text, second text) of each row with text, and its label."""
+    """Give (text,) or (text, second text) of each row that has text, and the row's label."""
     for source in sources:
         cells, total, kept = [text_of(name, source) for name in names], 0, 0
         for total, row in enumerate(config.rows(source), 1):
@@ -150,6 +150,6 @@ def _number(label: str, name: str) -> float:
 def _sorted_labels(labels: Sequence[str]) -> tuple[str, ...]:
     names = sorted(set(labels))
     if len(names) < 2:
-        raise ValueError(f"the only label is {names[0]!r}: two are needed, or class_names for evaluation")
+        raise ValueError(f"the only label is {names[0]!r}: give data with two labels, or class_names for evaluation")
     numbers = all(re.fullmatch(r"-?\d+", name) for name in names)
     return tuple(sorted(names, key=int) if numbers else names)

@@ -1,4 +1,4 @@
-"""Token ids on disk: one stream in Arrow files, of which only what is asked for is in memory."""
+"""Token ids on disk: one stream in Arrow files. Only the parts that are read are in memory."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _RENEWED = 512  # reads
 
 
 class MappedIds:
-    """Token ids (tokens,) uint16 or uint32 in Arrow files. A slice is a view of them, `np.asarray` reads it.
+    """Token ids (tokens,) uint16 or uint32 in Arrow files. A slice is a view, and `np.asarray` reads it.
 
     Args:
-        files: each with rows of `ROW` ids in the column `ids`, but for the last row of all.
+        files: each has rows of `ROW` ids in the column `ids`. The very last row may be shorter.
     """
 
     def __init__(self, files: Sequence[str]):
@@ -41,17 +41,19 @@ class MappedIds:
         return ids.astype(dtype or self.dtype, copy=bool(copy))
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Return the ids of a part that is read once: pages of the files that it maps are let go of."""
+        """Return the ids of a part that is read once. The mapped pages of the files are released afterwards."""
         start, stop, _ = slice(start, stop).indices(len(self))
         return self._mapping.read_once(self._start + start, self._start + stop)
 
 
 class _Mapping:
-    """The files of some ids, mapped into memory. Pages stay resident once they are read, so it is renewed at times."""
+    """The files of some ids, mapped into memory. Pages that were read stay there, so the map is renewed at times."""
 
     def __init__(self, files: Sequence[str]):
         self.files = tuple(files)
-        self._ends = np.cumsum([opened([file]).num_rows for file in self.files])  # rows of the files before and of it
+        self._ends = np.cumsum(
+            [opened([file]).num_rows for file in self.files]
+        )  # rows of the files before this file, and of this file
         self._table, self._reads = opened(self.files), 0
         column = self._table[COLUMN]
         self.dtype = np.dtype(column.type.value_type.to_pandas_dtype())
@@ -95,7 +97,7 @@ def opened(files: Sequence[str]) -> Any:
 
 
 def _read(table: Any, start: int, stop: int) -> np.ndarray:
-    """The ids from `start` to `stop`; a view of the mapped file where they are in one piece there."""
+    """The ids from `start` to `stop`. They are a view of the mapped file if they are in one piece there."""
     first, end = start // ROW, -(-stop // ROW)
     column = table.fast_slice(first, end - first)[COLUMN] if start < stop else table[COLUMN].slice(0, 0)
     parts = [chunk.flatten().to_numpy() for chunk in column.chunks]

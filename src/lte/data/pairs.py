@@ -1,4 +1,4 @@
-"""Prompts and completions as rows of token ids, the loss on the completion and EOS alone."""
+"""Prompts and completions as rows of token ids. The loss is only on the completion and EOS."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def tokenised_pairs(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Give a row {"input_ids": (L,), "labels": (L,)} int32 for each (prompt, completion), of at most `size` tokens.
 
-    Prompt and completion are tokenised apart: in generation, too, the prompt is tokenised alone.
+    Prompt and completion are tokenised separately, because generation tokenises the prompt alone too.
     """
     start, end = wrapping(tokenizer)
     target_start, target_end = wrapping(tokenizer, target=True) if is_encoder_decoder else ([], [])
@@ -38,7 +38,7 @@ def tokenised_pairs(
             ignored = 0
             cut_completions += len(completion) > target_room
         else:
-            # A completion that is cut must not end in EOS: it would teach to stop in the middle.
+            # A completion that is cut must not end in EOS: the model would learn to stop in the middle.
             answer = (completion + target_end)[: size - len(start)]
             prompt_room = size - len(start) - len(answer)
             context = start + prompt[max(0, len(prompt) - prompt_room) :]

@@ -1,4 +1,4 @@
-"""Rows to prompts and completions: of columns, of templates, of chats."""
+"""Makes prompts and completions of rows: from columns, templates or chats."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def load_prompts(
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_rows: int | None = None,
 ) -> tuple[list[str], list[str]]:
-    """(prompts, completions) as texts, without `completion_end` or the tokenizer's EOS at the end.
+    """Return (prompts, completions) as texts, without `completion_end` or the tokenizer's EOS at the end.
 
-    Chats need the tokenizer, for its template. Of the sources no more is read than `max_rows` take.
+    Chats need the tokenizer, for its template. Reading stops after `max_rows` rows.
 
-    Rows with an empty completion are skipped, counted and warned of; ValueError when none is left.
+    Rows with an empty completion are skipped, and a warning says how many. Raise ValueError if no row is left.
     """
     pairs = list(prompt_pairs(as_list(sources), config or DataConfig(), tokenizer, max_rows))
     return [prompt for prompt, _ in pairs], [completion for _, completion in pairs]
@@ -41,7 +41,7 @@ def load_prompts(
 def prompt_pairs(
     sources: Sequence[Source], config: DataConfig, tokenizer: PreTrainedTokenizerBase | None, max_rows: int | None
 ) -> Iterator[tuple[str, str]]:
-    """The same, pair by pair, read as they are asked for; what was left out is said at the end."""
+    """Give the same, pair by pair. Rows are read when they are asked for. Warnings of skipped rows come at the end."""
     endings = _Endings(config, tokenizer)
     total = kept = 0
     for pair in chain.from_iterable(_pairs(source, config, tokenizer, endings) for source in sources):
@@ -66,7 +66,7 @@ def _pairs(
     marked = endings.removed
     for number, row in enumerate(config.rows(source), 1):
         pair = prompt(row, number), endings.remove(completion(row, number))
-        if template is None or not pair[1].strip():  # a template would make something of nothing
+        if template is None or not pair[1].strip():  # a template would make a text of an empty row
             yield pair
             continue
         try:
@@ -75,13 +75,13 @@ def _pairs(
             raise ValueError(f"{source}: row {number}: {error}") from error
         yield before, endings.without_eos(answer)
     if config.completion_end and endings.removed == marked:
-        logger.warning("%s: no completion ends with completion_end, %r", source, config.completion_end)
+        logger.warning("%s: no completion ends with completion_end (%r)", source, config.completion_end)
 
 
 def _answers(
     source: Source, config: DataConfig, template: ChatTemplate, endings: _Endings
 ) -> Iterator[tuple[str, str]]:
-    """The answers in chats. Chats without one are left out, counted and warned of, as are bad ones if so asked."""
+    """Give the answers in chats. Chats without an answer, or bad ones if `skip_bad_rows`, are skipped."""
     name = config.messages or ""
     number = silent = bad = 0
     first: ValueError | None = None
@@ -100,7 +100,7 @@ def _answers(
     if first and bad == number:
         raise first
     if silent + bad == number:
-        raise ValueError(f"none of {number} chats has an answer of the assistant: there is nothing to learn")
+        raise ValueError(f"none of {number} chats has an answer of the assistant, so there is nothing to learn")
     if bad:
         logger.warning("%s: skipped %d of %d chats, the first for this: %s", source, bad, number, first)
     if silent:
@@ -108,9 +108,9 @@ def _answers(
 
 
 class _Endings:
-    """What the completions of the data end with: `completion_end` and EOS, removed, and markers, looked at.
+    """The ends of completions. `completion_end` and EOS are removed, and other end markers are counted.
 
-    A marker that the tokenizer does not know, of another model, would be learnt as text.
+    The model would learn an end marker of another model as text.
     """
 
     def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase | None):
@@ -124,7 +124,7 @@ class _Endings:
         return frozenset(() if self._tokenizer is None else self._tokenizer.get_vocab())
 
     def remove(self, completion: str) -> str:
-        """Without `completion_end` and EOS at the end."""
+        """Return the completion without `completion_end` and EOS at its end."""
         if self._end and completion.endswith(self._end):
             self.removed += 1
             completion = completion.removesuffix(self._end)
@@ -139,7 +139,7 @@ class _Endings:
     def warn(self) -> None:
         for marker, count in self._alien.items():
             logger.warning(
-                "%d completions end with the text %r, no token of this tokenizer: completion_end removes it",
+                "%d completions end with the text %r, which is no token of this tokenizer: completion_end removes it",
                 count,
                 marker,
             )

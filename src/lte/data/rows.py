@@ -1,4 +1,4 @@
-"""What every task does to rows: check them, say what was left out, pad them."""
+"""Work on rows that every task needs: check them, warn of skipped ones, pad them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ logger = logging.getLogger(__name__)
 
 
 def collator_for(tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int) -> PaddingCollator:
-    """Pads with the tokenizer's padding, or EOS where it has none."""
+    """Return a collator that pads with the tokenizer's padding token, or with EOS if it has none."""
     pad: Any = tokenizer.pad_token_id
     return PaddingCollator(eos_id(tokenizer) if pad is None else pad, pad_to_multiple_of)
 
 
 def check_token_ids(arrays: Iterable[np.ndarray], vocab_size: int, source: Source) -> None:
-    """ValueError for a token that the model does not have."""
+    """Raise ValueError unless the model has all these tokens."""
     highest = max((int(ids.max(initial=0)) for ids in arrays), default=0)
     if highest >= vocab_size:
         raise ValueError(
@@ -33,14 +33,14 @@ def check_token_ids(arrays: Iterable[np.ndarray], vocab_size: int, source: Sourc
 
 
 def warn_skipped(count: int, total: int, what: str) -> None:
-    """Log `count` of `total` skipped rows, if any; ValueError when they were all there was."""
+    """Log that `count` of `total` rows were skipped, if any were. Raise ValueError if all rows were skipped."""
     if count == total:
-        raise ValueError(f"{what}: all {total}, nothing is left")
+        raise ValueError(f"{what}: all {total} rows were skipped, so nothing is left")
     if count:
         logger.warning("%s: skipped %d of %d", what, count, total)
 
 
 def warn_cut(count: int, total: int, what: str, size: int) -> None:
-    """Log how many rows lost a part, if any."""
+    """Log how many rows were cut, if any were."""
     if count:
         logger.warning("%d of %d %s cut to sequence_length=%d", count, total, what, size)

@@ -1,8 +1,7 @@
-"""Reading what a user points at: local files and hub data sets, as texts, rows or token ids.
+"""Reads local files and hub data sets, as texts, rows or token ids.
 
-Rows and texts are read as they are asked for, and no more of them is kept here; only a `.json` is read whole. What
-is tokenised once into a `.npy` is memory-mapped. `datasets` and pyarrow are imported where they are used: they take a
-second to import.
+Rows and texts are read when they are asked for, and they are not kept here. Only a `.json` is read whole. Token ids in
+a `.npy` are memory-mapped. `datasets` and pyarrow take a second to import, so they are imported where they are used.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ from lte.data.tables import table_rows
 from lte.data.text_files import check_expansion, lines_of, open_text, read_text
 
 Source = str | os.PathLike[str]
-Row = dict[str, Any]
+DataRow = dict[str, Any]
 
 TEXT_EXTENSIONS = (".txt", ".jsonl", ".json", ".csv", ".tsv")  # each also as .gz
 BINARY_EXTENSIONS = (".parquet", ".arrow", ".npy")
 _KNOWN = f"{', '.join(TEXT_EXTENSIONS)} (each also .gz), {', '.join(BINARY_EXTENSIONS)}"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[^:/\\]*){0,2}")  # owner/name[:configuration[:split]]
-_ROWS = 64  # of Arrow at once: a dictionary holds long texts once, and rows each
+_ROWS = 64  # of Arrow at once: a batch may hold a long text once that each of its rows repeats
 
 
 def as_list(sources: Source | Sequence[Source]) -> list[Source]:
-    """One source or several, as a list; none at all is an error."""
+    """Return one source or several as a list. Raise ValueError if there is none."""
     listed = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
     if not listed:
         raise ValueError("no data source given: name a file or a hub data set")
@@ -38,10 +37,10 @@ def as_list(sources: Source | Sequence[Source]) -> list[Source]:
 
 
 def extension(source: Source) -> str | None:
-    """The lower-case extension of a file without `.gz`, or None for a hub data set.
+    """Return the lower-case extension of a file without `.gz`, or None for a hub data set.
 
-    Raises FileNotFoundError when there is neither such a file nor the form of a hub id, ValueError for a
-    folder or an extension that is not known.
+    Raise FileNotFoundError if there is no such file and the name has not the form of a hub id. Raise ValueError for a
+    folder or an unknown extension.
     """
     path, name = Path(source), os.fspath(source)
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
@@ -54,16 +53,16 @@ def extension(source: Source) -> str | None:
         raise ValueError(f"{name}: unknown extension {''.join(path.suffixes[-2:])!r}, use one of {_KNOWN}")
     if known or not _HUB_ID.fullmatch(name):
         raise FileNotFoundError(
-            f"{name}: no such file, nor is it a hub data set (owner/name or owner/name:configuration:split)"
+            f"{name}: there is no such file, and it is no hub data set (owner/name or owner/name:configuration:split)"
         )
     return None
 
 
 def read_token_ids(path: Source) -> np.ndarray:
-    """The memory-mapped ids (tokens,) of a 1-D uint16 or uint32 `.npy` file; ValueError for any other."""
+    """Return the memory-mapped ids (tokens,) of a 1-D uint16 or uint32 `.npy`. Raise ValueError for another file."""
     try:
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # its header is a piece of Python, which numpy tokenises
+    except Exception as error:  # the header is Python code, which numpy tokenises
         raise ValueError(f"{path}: empty, truncated or not a .npy array: {first_line(error)}") from error
     if not isinstance(ids, np.memmap) or ids.offset + ids.nbytes != Path(path).stat().st_size:
         raise ValueError(f"{path}: the file is not as long as its header says: save the array again")
@@ -76,21 +75,21 @@ def read_token_ids(path: Source) -> np.ndarray:
     return ids
 
 
-def read_rows(source: Source, header: Sequence[str] = (), skip_bad_rows: bool = False) -> Iterator[Row]:
-    """The rows of one source, each a dict from column to value; a `.txt` is one row with the column `text`.
+def read_rows(source: Source, header: Sequence[str] = (), skip_bad_rows: bool = False) -> Iterator[DataRow]:
+    """Give the rows of one source, each a dict from column to value. A `.txt` is one row with the column `text`.
 
-    Of a `.csv` or `.tsv` that has no header line, `header` names the columns. Rows of these with a wrong number of
-    fields are an error, or with `skip_bad_rows` left out, counted and warned of.
+    If a `.csv` or `.tsv` has no header line, `header` names the columns. A row of such a file with a wrong number of
+    fields is an error. With `skip_bad_rows` it is skipped instead, and a warning says how many were.
 
-    Raises ValueError (or FileNotFoundError) in one line when the source cannot be read: the first lines
-    of a file are given before the last ones are looked at.
+    Raise ValueError or FileNotFoundError, in one line, if the source cannot be read. The first rows of a file are
+    given before its last lines are read.
     """
     kind = extension(source)
     path = Path(source)
     if kind is None:
         rows = iter(hub_data(os.fspath(source)))
     elif kind == ".npy":
-        raise ValueError(f"{source}: token ids have no columns, they serve language modelling only")
+        raise ValueError(f"{source}: token ids have no columns: use them for language modelling only")
     elif kind in (".parquet", ".arrow"):
         rows = _arrow_rows(path, kind)
     elif kind == ".txt":
@@ -109,23 +108,23 @@ def read_rows(source: Source, header: Sequence[str] = (), skip_bad_rows: bool = 
         raise ValueError(f"{source}: no rows")
 
 
-def _jsonl_rows(path: Path) -> Iterator[Row]:
+def _jsonl_rows(path: Path) -> Iterator[DataRow]:
     blank = True
-    with open_text(path, newline="\n") as file:  # U+2028, which ends lines elsewhere, JSON leaves in strings
+    with open_text(path, newline="\n") as file:  # JSON strings may hold U+2028, which ends lines elsewhere
         for number, line in enumerate(lines_of(file, path), 1):
             if not line.strip():
                 continue
             blank = False
             row = _parsed(line.rstrip("\n"), path, number)
             if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: a {type(row).__name__}, a JSON object is needed")
+                raise ValueError(f"{path}, line {number}: this is a {type(row).__name__}, but a JSON object is needed")
             yield row
     if blank:
         raise ValueError(f"{path}: the file is empty")
 
 
-def _json_rows(path: Path) -> list[Row]:
-    """Read whole, as JSON is one value: many rows are better in a `.jsonl`."""
+def _json_rows(path: Path) -> list[DataRow]:
+    """Return all rows of a JSON file. JSON is one value, so the file is read whole: use `.jsonl` for many rows."""
     rows = _parsed(read_text(path), path)
     if isinstance(rows, dict):  # {"0": {...}, "1": {...}}
         rows = list(rows.values())
@@ -135,19 +134,19 @@ def _json_rows(path: Path) -> list[Row]:
 
 
 def _parsed(text: str, path: Path, line: int | None = None) -> Any:
-    """One JSON value, the line `line` of a file or all of it."""
+    """Return one JSON value: the line `line` of a file, or the whole file."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        hint = ", or is it JSON lines, named .jsonl?" if line is None and error.msg == "Extra data" else ""
+        hint = ". If it is JSON lines, name it .jsonl" if line is None and error.msg == "Extra data" else ""
         where = f"{path}, line {line or error.lineno}"
         raise ValueError(f"{where}: not JSON ({error.msg}, column {error.colno}){hint}") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in brackets
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits, or deeply nested brackets
         where = path if line is None else f"{path}, line {line}"
         raise ValueError(f"{where}: JSON that cannot be read: {first_line(error)}") from error
 
 
-def _arrow_rows(path: Path, kind: str) -> Iterator[Row]:
+def _arrow_rows(path: Path, kind: str) -> Iterator[DataRow]:
     import pyarrow
     import pyarrow.parquet
 
@@ -166,7 +165,7 @@ def _arrow_rows(path: Path, kind: str) -> Iterator[Row]:
 
 
 def _arrow_batches(file: Any) -> Iterator[Any]:
-    """Of both forms that Arrow files have: a stream, as `datasets` writes it, or one with an index at its end."""
+    """Give the batches of an Arrow file: a stream, as `datasets` writes it, or a file with an index at its end."""
     from pyarrow import ArrowInvalid, ipc
 
     try:
@@ -179,16 +178,18 @@ def _arrow_batches(file: Any) -> Iterator[Any]:
 
 
 def hub_data(source: str) -> Any:
-    """Return a hub data set, as `datasets` gives it; raise ValueError where the hub does not give it."""
+    """Return a hub data set, as `datasets` gives it; raise ValueError if the hub does not give it."""
     import datasets
 
     name, configuration, split = [*source.split(":"), "", ""][:3]
     try:
         return datasets.load_dataset(name, configuration or None, split=split or "train")
-    except Exception as error:  # the hub's errors share no class, and the user needs their line only
-        raise ValueError(f"{source}: no such file, and the hub has not given it: {first_line(error)}") from error
+    except Exception as error:  # the hub's errors have no common class, and the user needs only their first line
+        raise ValueError(
+            f"{source}: there is no such file, and the hub did not give it: {first_line(error)}"
+        ) from error
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, or its type."""
+    """Return the first line of an error's message, or the error's type."""
     return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,7 +1,7 @@
-"""What takes long to make is made once, and kept on disk: rows in Arrow files, in the cache of `datasets`.
+"""Rows that take long to make are made once and kept on disk: in Arrow files, in the cache of `datasets`.
 
-`datasets` locks an entry of its cache while it is written, and gives the entry its name when it is whole. So nothing
-half written is ever read, and of several processes one writes and the others wait.
+`datasets` locks an entry of its cache while it writes it, and it gives the entry its name when it is complete. So an
+incomplete entry is never read. If several processes want an entry, one writes it and the others wait.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from lte.data.sources import Source, extension, first_line, hub_data
 from lte.files import writing
 
 LARGE = 1 << 26
-"""Bytes of sources: what is made of fewer stays in memory, which is faster than to keep it on disk."""
-_UNPACKED = 3  # bytes that a byte of a .gz file stands for, about
-_FORMAT = 1  # of what is kept: with another number, entries of before are not read
+"""Bytes of sources. With fewer bytes, rows stay in memory, which is faster."""
+_UNPACKED = 3  # bytes of text for a byte of a .gz file, about
+_FORMAT = 1  # of the format on disk: a new number makes old entries unused
 
 
 def is_large(sources: Sequence[Source]) -> bool:
-    """Return whether what is made of these sources is to be kept on disk. A hub data set always is: it lies there."""
+    """Return whether rows of these sources are kept on disk. Those of a hub data set always are."""
     size = 0
     for source in sources:
         if extension(source) is None:
@@ -40,9 +40,9 @@ def is_large(sources: Sequence[Source]) -> bool:
 def key_of(
     sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, max_rows: int | None, *options: Any
 ) -> str | None:
-    """Return the name under which what is made of these is kept on disk, or None where it is to stay in memory.
+    """Return the name under which the rows are kept on disk, or None if they stay in memory.
 
-    Another file, tokenizer or option gives another name. The first `max_rows` rows alone stay in memory.
+    Another file, tokenizer or option gives another name. With `max_rows` the rows stay in memory.
     """
     if max_rows is not None or not is_large(sources):
         return None
@@ -50,16 +50,16 @@ def key_of(
     return digest([repr((versions, [*map(_state_of, sources)], _content_of(tokenizer), options)).encode()])
 
 
-def kept(make: Callable[[], Iterable[dict[str, Any]]], key: str, rows_at_once: int) -> list[str]:
-    """Return the Arrow files of the rows that `make` gives; `make` is called where none are kept under this key.
+def keep_rows(make: Callable[[], Iterable[dict[str, Any]]], key: str, rows_at_once: int) -> list[str]:
+    """Return the Arrow files of the rows that `make` gives. `make` is called only if there are none under this key.
 
     Args:
-        make: gives one row or more, dicts of numpy arrays, numbers and texts, all with the same names.
-        rows_at_once: how many rows are in memory until they are written.
+        make: gives at least one row. Rows are dicts of numpy arrays, numbers and texts, with the same names.
+        rows_at_once: number of rows that are held in memory before they are written.
 
     Raises:
         NotWritten: a full disk, missing permissions and the like.
-        ValueError: what is kept is damaged. What `make` raises is raised as it is.
+        ValueError: the files on disk are damaged. Errors of `make` are raised unchanged.
     """
     from datasets import Dataset, config
     from datasets.exceptions import DatasetGenerationError
@@ -92,7 +92,7 @@ def kept(make: Callable[[], Iterable[dict[str, Any]]], key: str, rows_at_once: i
 
 @contextmanager
 def _bar_on_terminals() -> Iterator[None]:
-    """Leave out the progress bar of `datasets` where stderr is no terminal."""
+    """Switch the progress bar of `datasets` off if stderr is no terminal."""
     from datasets import utils
 
     shown = utils.is_progress_bar_enabled()
@@ -106,7 +106,7 @@ def _bar_on_terminals() -> Iterator[None]:
 
 
 def _state_of(source: Source) -> tuple[Any, ...]:
-    """What changes with the content of a source: of a file its size and times, which is not to read all of it."""
+    """Return values that change with the content of a source: size and times of a file, so that it need not be read."""
     if extension(source) is None:
         return source, hub_data(os.fspath(source))._fingerprint
     state = os.stat(source)
@@ -114,7 +114,7 @@ def _state_of(source: Source) -> tuple[Any, ...]:
 
 
 def _content_of(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:
-    """All of a tokenizer that its ids depend on; how it cut and padded last is no part of it."""
+    """Return all state of a tokenizer that its ids depend on, without its last settings for truncation and padding."""
     from datasets.fingerprint import Hasher
 
     backend = getattr(tokenizer, "backend_tokenizer", None)

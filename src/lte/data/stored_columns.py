@@ -9,13 +9,13 @@ from typing import Any, overload
 import numpy as np
 
 from lte.data.mapped_ids import opened
-from lte.data.stored import kept
+from lte.data.stored import keep_rows
 
 _AT_ONCE = 1000  # rows
 
 
 class StoredColumn(Sequence[Any]):
-    """One column of Arrow files, of rows in an order of one's own: arrays (L,) int32, numbers or texts."""
+    """One column of Arrow files, with its rows in any order: arrays (L,) int32, numbers or texts."""
 
     def __init__(self, files: Sequence[str], name: str, order: np.ndarray | None = None):
         self._files, self._name, self._table = tuple(files), name, opened(files)
@@ -65,13 +65,13 @@ class StoredColumn(Sequence[Any]):
 
 
 def columns_of(make: Callable[[], Iterable[dict[str, Any]]], key: str | None) -> dict[str, Sequence[Any]]:
-    """Return the columns of the rows that `make` gives: on disk under this key, or without a key in memory.
+    """Return the columns of the rows that `make` gives. They are on disk under this key, or in memory without a key.
 
     Raises:
-        NotWritten, ValueError: as :func:`kept`.
+        NotWritten, ValueError: as :func:`~lte.data.stored.keep_rows`.
     """
     if key is not None:
-        files = kept(make, key, _AT_ONCE)
+        files = keep_rows(make, key, _AT_ONCE)
         return {name: StoredColumn(files, name) for name in opened(files).column_names}
     columns: dict[str, list[Any]] = {}
     for row in make():

@@ -1,4 +1,4 @@
-"""Rows of .csv and .tsv files, and whether the quotes in a .tsv are text or mark fields."""
+"""Reads rows of .csv and .tsv files, and decides whether quotes in a .tsv are text or mark fields."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _IN_QUOTES = re.compile(r'"(?:[^"]|"")*"')
 
 
 def table_rows(path: Path, names: Sequence[str], skip_bad_rows: bool) -> Iterator[dict[str, str]]:
-    """The rows of a table, whose columns are `names`, or those of its first line.
+    """Give the rows of a table. Its columns are `names`, or the fields of its first line.
 
-    A .csv has quoted fields. Quotes in a .tsv are text, unless the file is one that a CSV writer made
-    (:func:`_writes_quotes`). Rows with a wrong number of fields are skipped and counted with `skip_bad_rows`.
+    A .csv has quoted fields. Quotes in a .tsv are text, unless a CSV writer made the file (:func:`_writes_quotes`).
+    With `skip_bad_rows`, rows with a wrong number of fields are skipped and counted.
 
-    Raises ValueError, with the line, for these and for what cannot be parsed.
+    Raise ValueError, with the line, for such a row otherwise, and for a line that cannot be parsed.
     """
     if path.name.lower().removesuffix(".gz").endswith(".tsv"):
         dialect = {"delimiter": "\t", **(_QUOTED if _writes_quotes(path, len(names)) else _LITERAL)}
@@ -38,7 +38,7 @@ def table_rows(path: Path, names: Sequence[str], skip_bad_rows: bool) -> Iterato
             if len(set(header)) < len(header):
                 raise ValueError(f"{path}: the header names a column twice: {', '.join(map(repr, header))}")
             if not any(name.strip() for name in header):
-                raise ValueError(f"{path}: the file is empty, or its first line is")
+                raise ValueError(f"{path}: the file is empty, or its first line is empty")
             continue
         rows += 1
         if len(fields) == len(header):
@@ -52,7 +52,7 @@ def table_rows(path: Path, names: Sequence[str], skip_bad_rows: bool) -> Iterato
 
 
 def _fields(path: Path, dialect: dict[str, Any]) -> Iterator[tuple[int, list[str]]]:
-    """The number of the line and the fields of each row that is not empty."""
+    """Give the line number and the fields of each row that is not empty."""
     with open_text(path) as file:
         reader = csv.reader(lines_of(file, path), **dialect)
         while True:
@@ -70,11 +70,12 @@ def _fields(path: Path, dialect: dict[str, Any]) -> Iterator[tuple[int, list[str
 
 
 def _writes_quotes(path: Path, width: int) -> bool:
-    """Whether the quotes of a tab-separated file mark fields, as CSV writers put them, and are no text.
+    """Return whether quotes of a tab-separated file mark fields, as a CSV writer puts them. Otherwise they are text.
 
-    Read as text, fields of such a file break at a tab or a line end in quotes, so that lines have a wrong number of
-    fields, and reading the quotes mends it. Where no line is mended, every field that begins with a quote must be
-    whole, and show that a writer put the quotes: a quote within is doubled, or all fields have them (but for numbers).
+    A quoted field may hold a tab or a line end. If quotes are read as text, such a line has a wrong number of fields.
+    If they are read as marks, the number is right, so they are marks. If the file has no such line, every field that
+    begins with a quote must be complete. In addition, a quote inside a field must be doubled, or all fields except
+    numbers must have quotes.
     """
     wrong, expected = 0, width
     begins = text = doubled = False
@@ -99,7 +100,7 @@ def _writes_quotes(path: Path, width: int) -> bool:
         for _, cells in _fields(path, {"delimiter": "\t", **_QUOTED}):
             expected = expected or len(cells)
             still_wrong += len(cells) != expected
-    except ValueError:  # a quote that ends in the middle of a field, or nowhere
+    except ValueError:  # a quote that ends in the middle of a field, or does not end
         return False
     return still_wrong < wrong or (still_wrong == wrong and written)
 

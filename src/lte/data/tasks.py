@@ -1,4 +1,4 @@
-"""From sources to a dataset for `transformers.Trainer`: language modelling, generation, labelled texts."""
+"""Makes a dataset for `transformers.Trainer` from sources: language modelling, generation, labelled texts."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from lte.data.mapped_ids import MappedIds, rows_of
 from lte.data.pairs import tokenised_pairs
 from lte.data.prompts import prompt_pairs
 from lte.data.rows import check_token_ids, collator_for, warn_skipped
-from lte.data.sources import Row, Source, as_list, extension, read_rows, read_token_ids
-from lte.data.stored import kept, key_of
+from lte.data.sources import DataRow, Source, as_list, extension, read_rows, read_token_ids
+from lte.data.stored import keep_rows, key_of
 from lte.data.stored_columns import columns_of
 from lte.data.text_files import read_pieces
 from lte.data.tokenise import eos_id, tokenise_documents, wrapping
@@ -45,27 +45,27 @@ def load_dataset_for(
 ) -> PackedBlocks | PaddedRows:
     """Read `sources` (files or hub data sets) and tokenise them for `task`.
 
-    language_modelling: documents, each with the tokenizer's BOS if it has one, joined with EOS and packed into blocks,
-    each of which begins with BOS too.
-    generation: prompt, completion, EOS, the loss on the last two; a row too long loses the start of its
-    prompt, then the end of its completion. With `is_encoder_decoder` the prompt goes to the encoder, the
-    labels are the completion alone, and each loses its end. classification: one text or a pair, a class.
-    regression: the same with a number.
+    language_modelling: documents are joined with EOS and packed into blocks. If the tokenizer has a BOS, each document
+    and each block begins with it.
+    generation: a row is prompt, completion and EOS, and the loss is on the last two. A row that is too long loses the
+    start of its prompt, then the end of its completion. With `is_encoder_decoder` the prompt goes to the encoder, and
+    the labels are the completion. Then both lose their ends.
+    classification: one text or a pair of texts, and a class.
+    regression: one text or a pair of texts, and a number.
 
     Args:
-        vocab_size: that of the model, to refuse token ids beyond it; the tokenizer's where not given.
-        labelled: False for classification and regression rows that need no label, and then have none: those that
-            thresholds are set on.
-        max_rows: only the first rows or blocks; what follows is not read. Classes are then those of these rows.
-    Returns: a dataset with `.collator`, and for classification `.class_names`: the model's head needs
+        vocab_size: that of the model; larger token ids are refused. The default is the tokenizer's.
+        labelled: False reads rows of classification and regression without their labels. Thresholds need no labels.
+        max_rows: only the first rows or blocks are read. Classes are then those of these rows.
+    Returns: a dataset with `.collator`, and for classification `.class_names`. The model's head needs
         `num_labels=len(dataset.class_names)`.
-    Raises: ValueError, FileNotFoundError or ImportError, in one line that says what is wrong and the fix.
+    Raises: ValueError, FileNotFoundError or ImportError. One line says what is wrong and what to do.
     """
     config = config or DataConfig()
-    vocab_size = vocab_size or max(tokenizer.get_vocab().values()) + 1  # len() would not count gaps in the ids
+    vocab_size = vocab_size or max(tokenizer.get_vocab().values()) + 1  # len() does not count gaps in the ids
     if task == "language_modelling":
         if is_encoder_decoder:
-            raise ValueError("an encoder-decoder model learns generation: give prompt and completion")
+            raise ValueError("an encoder-decoder model learns only the task generation: give prompt and completion")
         return _packed_blocks(sources, tokenizer, config, vocab_size, max_rows)
     if task == "generation":
         return _generation_rows(sources, tokenizer, config, is_encoder_decoder, vocab_size, max_rows)
@@ -78,17 +78,19 @@ def load_dataset_for(
 def load_texts(
     sources: Source | Sequence[Source],
     text_column: str = "text",
-    rows: Callable[[Source], Iterable[Row]] = read_rows,
+    rows: Callable[[Source], Iterable[DataRow]] = read_rows,
 ) -> list[str]:
-    """The documents of all sources, in order: a `.txt` file is one, each of the `rows` of another source is one.
+    """Return the documents of all sources, in order: a `.txt` file is one, and so is each row of another source.
 
-    Rows whose text is empty are skipped, counted and warned of; ValueError when none is left.
+    Rows with an empty text are skipped, and a warning says how many. Raise ValueError if no row is left.
     """
     return ["".join(document) for source in as_list(sources) for document in _documents(source, text_column, rows)]
 
 
-def _documents(source: Source, text_column: str, rows: Callable[[Source], Iterable[Row]]) -> Iterator[Iterable[str]]:
-    """Each document of a source as texts to put together, read when it is asked for."""
+def _documents(
+    source: Source, text_column: str, rows: Callable[[Source], Iterable[DataRow]]
+) -> Iterator[Iterable[str]]:
+    """Give each document of a source, as pieces of text. It is read when it is asked for."""
     if extension(source) == ".txt":
         yield read_pieces(source)
         return
@@ -119,7 +121,7 @@ def _packed_blocks(
         ids = read_token_ids(listed[0])  # stays memory-mapped
         check_token_ids(_sliced(ids), vocab_size, listed[0])
     elif key := key_of(listed, tokenizer, max_rows, "ids", vocab_size, read):
-        ids = MappedIds(kept(lambda: rows_of(stream(), dtype), key, rows_at_once=_ROWS))
+        ids = MappedIds(keep_rows(lambda: rows_of(stream(), dtype), key, rows_at_once=_ROWS))
     else:
         ids = _in_memory(stream(), dtype, None if max_rows is None else max_rows * config.sequence_length)
     eos: Any = tokenizer.eos_token_id
@@ -132,7 +134,7 @@ def _packed_blocks(
 def _pieces_of(
     source: Source, tokenizer: PreTrainedTokenizerBase, config: DataConfig, vocab_size: int
 ) -> Iterator[tuple[bool, np.ndarray]]:
-    """The token ids of a source, piece by piece, each with whether a document starts there."""
+    """Give the token ids of a source in pieces. A piece comes with True if a document starts there."""
     if extension(source) == ".npy":
         pieces = ((i == 0, ids) for i, ids in enumerate(_sliced(read_token_ids(source))))
     else:
@@ -149,7 +151,7 @@ def _sliced(ids: np.ndarray, size: int = 1 << 20) -> Iterator[np.ndarray]:
 def _joined(
     pieces: Iterable[tuple[bool, np.ndarray]], tokenizer: PreTrainedTokenizerBase, vocab_size: int
 ) -> Iterator[np.ndarray]:
-    """One stream (tokens,), in pieces, of documents with EOS between two, unless it is there."""
+    """Give one stream (tokens,) in pieces: the documents, with an EOS between two unless there is one."""
     last = None
     for starts, ids in pieces:
         if starts and last is not None:
@@ -162,7 +164,7 @@ def _joined(
 
 
 def _in_memory(stream: Iterable[np.ndarray], dtype: np.dtype, most: int | None) -> np.ndarray:
-    """The ids (tokens,) of a stream; no piece is asked for once there are `most`."""
+    """Return the ids (tokens,) of a stream. Reading stops when there are at least `most`."""
     ids = array(dtype.char)
     for piece in stream:
         ids.frombytes(piece.tobytes())
@@ -198,7 +200,7 @@ def generation_rows(
     is_encoder_decoder: bool,
     vocab_size: int,
 ) -> PaddedRows:
-    """The dataset of texts, as `load_dataset_for` makes it of sources for the task generation."""
+    """Return the dataset that `load_dataset_for` would make of these texts, for the task generation."""
     pairs = zip(prompts, completions, strict=True)
     rows = tokenised_pairs(pairs, tokenizer, config.sequence_length, is_encoder_decoder, vocab_size)
     return PaddedRows(columns_of(lambda: rows, None), collator_for(tokenizer, config.pad_to_multiple_of))

@@ -1,4 +1,4 @@
-"""Opening text files, plain or gzipped: what is read is bounded, and what is wrong has its place."""
+"""Opens text files, plain or gzipped. Lengths are limited, and errors name the place in the file."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from typing import TextIO
 Path = str | os.PathLike[str]
 
 LONGEST = 1 << 26
-"""Characters of a line or a field: one beyond it is no row, but a file with a quote left open or without line ends."""
+"""Characters of a line or a field. A longer one is no row: a quote is not closed, or the file has no line ends."""
 _READ = 1 << 18  # characters at once
-_EXPANSION = 100  # text packs to a tenth; what gzip packs to a thousandth has nothing in it
-_SMALL = 1 << 26  # bytes: a file that unpacks to less may expand as it likes
+_EXPANSION = 100  # gzip packs text to a tenth; a file that it packs to a thousandth holds no text
+_SMALL = 1 << 26  # bytes: a file that unpacks to less is not checked
 
 
 @contextmanager
 def open_text(path: Path, newline: str = "") -> Iterator[TextIO]:
-    """A UTF-8 file to read from, unpacked when named `.gz`, every line end as it is, without a BOM.
+    """Open a UTF-8 file for reading, without its BOM. A `.gz` is unpacked. Line ends stay as they are.
 
     Args:
-        newline: what ends a line, as for `open`.
+        newline: the end of a line, as for `open`.
 
-    While it is read, raise ValueError for a broken gzip file, one that unpacks to far more than text does, and bytes
+    Reading raises ValueError for a broken gzip file, for one that unpacks to far more than text does, and for bytes
     that are not UTF-8, with their place.
     """
     try:
@@ -40,7 +40,7 @@ def open_text(path: Path, newline: str = "") -> Iterator[TextIO]:
 
 
 def read_pieces(path: Path) -> Iterator[str]:
-    """The text of a file, piece by piece; ValueError for one with nothing but white space."""
+    """Give the text of a file in pieces. Raise ValueError if it holds only white space."""
     blank = True
     with open_text(path) as file:
         while piece := file.read(_READ):
@@ -51,29 +51,29 @@ def read_pieces(path: Path) -> Iterator[str]:
 
 
 def read_text(path: Path) -> str:
-    """The whole text of a file; ValueError as for its pieces."""
+    """Return the whole text of a file. It raises the errors of :func:`read_pieces`."""
     return "".join(read_pieces(path))
 
 
 def lines_of(file: TextIO, path: Path) -> Iterator[str]:
-    """The lines of an open file; ValueError for one above `LONGEST`."""
+    """Give the lines of an open file. Raise ValueError for a line above `LONGEST`."""
     for number, line in enumerate(iter(partial(file.readline, LONGEST + 1), ""), 1):
         if len(line) > LONGEST:
-            raise ValueError(f"{path}, line {number}: above {LONGEST} characters: is it text with a row a line?")
+            raise ValueError(f"{path}, line {number}: above {LONGEST} characters: give text with one row in each line")
         yield line
 
 
 def check_expansion(path: Path, unpacked: int) -> None:
-    """ValueError where a packed file has given so many bytes that it cannot be text."""
+    """Raise ValueError if a packed file has given more bytes than text can have."""
     if unpacked > max(_SMALL, _EXPANSION * os.path.getsize(path)):
         raise ValueError(
-            f"{path}: it unpacks to over {_EXPANSION} times its size, as no text does: if it is meant, unpack it and "
-            "name the plain file"
+            f"{path}: it unpacks to over {_EXPANSION} times its size, and no text does: if this is meant, unpack it "
+            "and name the plain file"
         )
 
 
 class _Unpacking(io.RawIOBase):
-    """The bytes of a gzip file, as long as they are not too many."""
+    """The bytes of a gzip file. Reading raises ValueError if there are too many."""
 
     def __init__(self, path: Path):
         self._path, self._unpacked = path, 0
@@ -101,7 +101,7 @@ def _open_bytes(path: Path) -> io.BufferedReader:
 
 
 def _not_utf8(path: Path) -> str:
-    """The place of the first byte that is not UTF-8."""
+    """Return the place of the first byte that is not UTF-8."""
     offset = 0
     with _open_bytes(path) as file:
         for number, line in enumerate(file, 1):

@@ -1,4 +1,4 @@
-"""Texts to token ids, in batches that bound memory, and the special tokens about them."""
+"""Turns texts into token ids, in batches that limit memory. Also the special tokens around texts."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ from transformers import PreTrainedTokenizerBase
 
 BATCH_ROWS = 1000
 _PIECE = 1 << 18  # characters
-_PIECES = min(16, max(4, os.cpu_count() or 1))  # at once: a tokenizer has a thread for each; 80 MB each at most, about
+_PIECES = min(
+    16, max(4, os.cpu_count() or 1)
+)  # at once: a tokenizer has a thread for each of them, and each takes about 80 MB at most
 _LEAD = "a\n"
-"""Stands before a piece while it is tokenised, as some tokenizers mark the start of a text."""
-_CUTS = tuple(map(re.compile, (r"\n(?=[^\r\n])", r"(?= )", r"")))  # from the best place to any
+"""This text stands before a piece while it is tokenised, because some tokenizers mark the start of a text."""
+_CUTS = tuple(map(re.compile, (r"\n(?=[^\r\n])", r"(?= )", r"")))  # from the best place to any place
 
 
 def encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, target: bool = False) -> Iterator[list[int]]:
-    """The ids of each text without special tokens, in batches bounded by rows and by characters.
+    """Give the ids of each text without special tokens. Batches are limited by rows and by characters.
 
     Raises:
         ValueError: a text that is not valid Unicode.
     """
-    tokenise: Any = tokenizer  # its signature is wider than a checker can follow
+    tokenise: Any = tokenizer  # the type checker cannot follow its signature
     for batch in _batches(texts):
         yield from tokenise(
             **{"text_target" if target else "text": batch},
             add_special_tokens=False,
             return_attention_mask=False,
             return_token_type_ids=False,
-            verbose=False,  # no warning of texts beyond the model's length: they are cut after
+            verbose=False,  # no warning of texts longer than the model takes: they are cut later
         )["input_ids"]
 
 
@@ -50,7 +52,7 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def as_unicode(text: str) -> str:
-    """The text; ValueError where half of a surrogate pair is in it, as JSON and a shell can put there."""
+    """Return the text. Raise ValueError if it holds half of a surrogate pair, which JSON and a shell can produce."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -61,10 +63,10 @@ def as_unicode(text: str) -> str:
 def tokenise_documents(
     documents: Iterable[Iterable[str]], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[bool, np.ndarray]]:
-    """The ids (tokens,) uint32 of documents, piece by piece, each with whether a document starts there.
+    """Give the ids (tokens,) uint32 of documents in pieces. A piece comes with True if a document starts there.
 
-    A document is texts to put together. It starts with the tokenizer's BOS if it has one, and once where the text
-    writes it too; one without tokens is left out.
+    A document is an iterable of texts that belong together. It starts with the tokenizer's BOS if there is one. A BOS
+    that the text holds itself is not doubled. A document without tokens is left out.
     """
     start = wrapping(tokenizer)[0]
     (lead,) = encode([_LEAD], tokenizer)
@@ -89,11 +91,11 @@ def tokenise_documents(
 
 
 def _pieces(document: Iterable[str], tokenizer: PreTrainedTokenizerBase, size: int = _PIECE) -> Iterator[str]:
-    """The text of a document in pieces of `size` characters or somewhat more, whose tokens are those of the whole.
+    """Give the text of a document in pieces of `size` characters or slightly more, with the tokens of the whole text.
 
-    All but the first are to be tokenised after `_LEAD`. A tokenizer takes hundreds of bytes a token while it works, so
-    a large text must not be one. Each cut is tried on the characters about it; where none keeps the tokens the text
-    stays whole.
+    All pieces except the first must be tokenised after `_LEAD`. A tokenizer needs hundreds of bytes for each token, so
+    a large text must be divided. Each cut is tried on the characters around it. If no cut keeps the tokens, the text
+    is not divided.
     """
     held, tried = "", size
     for part in document:
@@ -110,7 +112,7 @@ def _pieces(document: Iterable[str], tokenizer: PreTrainedTokenizerBase, size: i
 
 
 def _cut(text: str, start: int, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The first good place from `start` on where tokens before and after are those of the whole."""
+    """Return the first good place from `start` on where a cut does not change the tokens; None if there is none."""
     (lead,) = encode([_LEAD], tokenizer)
     for cuts in _CUTS:
         for place in (match.end() for match in islice(cuts.finditer(text, start, len(text) - 256), 64)):
@@ -122,7 +124,7 @@ def _cut(text: str, start: int, tokenizer: PreTrainedTokenizerBase) -> int | Non
 
 
 def wrapping(tokenizer: PreTrainedTokenizerBase, target: bool = False) -> tuple[list[int], list[int]]:
-    """The special tokens the tokenizer itself puts before and after a text."""
+    """Return the special tokens that the tokenizer puts before and after a text."""
     side = {"text_target" if target else "text": "a"}
     tokenise: Any = tokenizer
     bare, full = (tokenise(**side, add_special_tokens=special)["input_ids"] for special in (False, True))
@@ -134,24 +136,24 @@ def wrapping(tokenizer: PreTrainedTokenizerBase, target: bool = False) -> tuple[
 
 
 def without_start(ids: list[int], start: list[int]) -> list[int]:
-    """Ids without the BOS, `start`, that a text or a chat template writes itself: it is put before them once."""
+    """Return ids without a leading BOS (`start`), which a text or a template may hold. It is added once later."""
     return ids[len(start) :] if start and ids[: len(start)] == start else ids
 
 
 def most_tokens(tokenizer: PreTrainedTokenizerBase, model_config: Any) -> int:
-    """The longest row that tokenizer and model take; a huge number where neither says.
+    """Return the length of the longest row that tokenizer and model take, or a huge number if neither says it.
 
-    Raises ValueError for a model whose config counts positions below 0.
+    Raise ValueError if the model's config has a negative number of positions.
     """
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and positions < 0:
         raise ValueError(f"{model_config.name_or_path}: config.json has max_position_embeddings {positions}")
-    longest = tokenizer.model_max_length  # RoBERTa's config has two positions more than it can use
+    longest = tokenizer.model_max_length  # RoBERTa's config has two positions that it cannot use
     return min(positions or longest, longest)
 
 
 def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of EOS; ValueError when the tokenizer has none."""
+    """Return the id of EOS. Raise ValueError if the tokenizer has none."""
     eos: Any = tokenizer.eos_token_id
     if eos is None:
         raise ValueError("the tokenizer has no EOS token: set tokenizer.eos_token")

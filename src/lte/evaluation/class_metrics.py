@@ -1,13 +1,13 @@
-"""GLUE's metrics: of classes accuracy, F1 and Matthews correlation, of numbers Pearson's and Spearman's correlation."""
+"""GLUE's metrics: accuracy, F1 and Matthews correlation of classes, Pearson and Spearman correlation of numbers."""
 
 import torch
 from torch import Tensor
 
 
 def of_classes(predicted_B: Tensor, true_B: Tensor, num_classes: int) -> dict[str, float]:
-    """Accuracy, Matthews correlation, and with two classes F1 of the second.
+    """Return accuracy, Matthews correlation, and with two classes F1 of the second one.
 
-    A correlation or F1 that is not defined, because a class never occurs, is 0.
+    A correlation or F1 is 0 if it is not defined because a class never occurs.
 
     Args:
         predicted_B, true_B: classes ``[B]``, from 0.
@@ -26,7 +26,7 @@ def of_classes(predicted_B: Tensor, true_B: Tensor, num_classes: int) -> dict[st
 
 
 def of_numbers(predicted_B: Tensor, true_B: Tensor) -> dict[str, float]:
-    """Pearson's correlation, and Spearman's: that of the ranks. One that is not defined (no spread) is 0."""
+    """Return Pearson's and Spearman's correlation. A correlation that is not defined (no spread) is 0."""
     predicted_B, true_B = predicted_B.double(), true_B.double()
     return {
         "pearson": _correlation(predicted_B, true_B),
@@ -41,7 +41,7 @@ def _correlation(a_B: Tensor, b_B: Tensor) -> float:
 
 
 def _ranks(values_B: Tensor) -> Tensor:
-    """Ranks from 0; equal values share the mean of theirs."""
+    """Return ranks from 0. Equal values have the mean of their ranks."""
     _, place_B, count_U = values_B.unique(return_inverse=True, return_counts=True)
     last_U = count_U.cumsum(0) - 1
     return (last_U - (count_U - 1) / 2).double()[place_B]

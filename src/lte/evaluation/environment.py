@@ -1,4 +1,4 @@
-"""Where a number was measured: the device, the versions of what takes part, and the commit."""
+"""The environment of a measurement: the device, the versions of libraries, and the commit."""
 
 import platform
 import subprocess
@@ -9,13 +9,13 @@ import torch
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """For a row of results."""
+    """Return the environment for a row of results."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     return {"device": where, **{name: version(name) for name in ("lte", "torch", "transformers")}}
 
 
 def device_name(device: torch.device) -> str:
-    """With the model of a CPU, too."""
+    """Return the name of a device; for a CPU with its model."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     names = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
@@ -23,7 +23,7 @@ def device_name(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that takes part in a measurement of time."""
+    """Return the versions of everything that takes part in a measurement of time."""
     found = {
         "lte": _installed("lte") or "not installed",
         "python": platform.python_version(),
@@ -37,11 +37,16 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of the checkout this code is part of, with + where it was changed; None outside a checkout."""
+    """Return the commit of this code's checkout, with + if it was changed; None outside a checkout."""
     folder = Path(__file__).parents[1]
     try:
         one = ["git", "-C", str(folder)]
-        tracked = [*one, "ls-files", "--error-unmatch", "__init__.py"]  # not so where lte is installed in a checkout
+        tracked = [
+            *one,
+            "ls-files",
+            "--error-unmatch",
+            "__init__.py",
+        ]  # a checkout may only contain the environment in which lte is installed
         subprocess.run(tracked, capture_output=True, check=True)
         head = subprocess.run([*one, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
         changed = subprocess.run([*one, "status", "--porcelain", "."], capture_output=True, text=True, check=True)

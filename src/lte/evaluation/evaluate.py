@@ -18,15 +18,15 @@ from lte.surgery.loading import check_causal
 
 @dataclass(kw_only=True)
 class Evaluation(Spent):
-    """What an evaluation measured.
+    """The result of an evaluation.
 
     Attributes:
-        loss: mean negative log-likelihood of the labels, in nats; of regression the mean squared error.
+        loss: mean negative log-likelihood of the labels, in nats. For regression it is the mean squared error.
         perplexity: ``exp(loss)``; None for classification and regression.
-        accuracy, matthews: share of right classes, and Matthews correlation; None but for classification.
-        f1: of the second of two classes; None but for two.
-        pearson, spearman: correlation with the labels; None but for regression.
-        num_tokens: labels predicted (classification and regression: rows).
+        accuracy, matthews: share of right classes, and Matthews correlation. Only for classification, else None.
+        f1: of the second class. Only with two classes, else None.
+        pearson, spearman: correlation with the labels. Only for regression, else None.
+        num_tokens: number of predicted labels (rows in classification and regression).
     """
 
     loss: float
@@ -40,7 +40,7 @@ class Evaluation(Spent):
 
 
 _MAX_LOGITS = 2**29
-"""Of one forward pass: 2 GB in fp32."""
+"""The most logits of one forward pass: 2 GB in fp32."""
 
 
 @torch.no_grad()
@@ -50,27 +50,29 @@ def evaluate(
     batch_size: int = 8,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Evaluation:
-    """Run ``model`` over ``dataset`` in its present mode and measure.
+    """Run ``model`` over ``dataset`` in its current mode and measure it.
 
     Args:
-        model: with a language modelling head, or one that classifies; with one output it is a regression. On any
-            device.
-        dataset: as from ``lte.data.tasks``: rows, and a ``collator``. Labels of -100 are not counted.
-        batch_size: rows a forward pass; fewer where their logits over the vocabulary would take gigabytes.
+        model: a model with a head for language modelling or classification, on any device. A classifier with one
+            output is a regression.
+        dataset: rows and a ``collator``, as from ``lte.data.tasks``. Labels of -100 do not count.
+        batch_size: rows of a forward pass. It is reduced if logits over the vocabulary would take gigabytes.
         progress: wraps the iteration over batches.
 
     Raises:
-        ValueError: no label to predict, a language model that sees what it has to predict, outputs that are not finite.
+        ValueError: there is no label to predict, the language model sees the labels, or outputs are not finite.
     """
     was_training = model.training
     model.eval()
     loss, count = 0.0, 0
     shifted = not model.config.is_encoder_decoder
-    labelled: list[tuple[Tensor, Tensor]] = []  # logits [B, C] and labels [B], of a head that has one answer a row
+    labelled: list[tuple[Tensor, Tensor]] = []  # logits [B, C] and labels [B] of a head with one answer for each row
     with measure(model) as meter:
         batches = progress(DataLoader(dataset, batch_size=batch_size, collate_fn=dataset.collator))
         for inputs in _passes(model, batches):
-            labels = inputs.pop("labels") if shifted else inputs["labels"]  # a decoder's inputs are made of them
+            labels = (
+                inputs.pop("labels") if shifted else inputs["labels"]
+            )  # the decoder's inputs are made of the labels
             logits = model(**inputs).logits
             if logits.ndim == 2:
                 real = labels.is_floating_point() | (labels != -100)  # a regression may have any number
@@ -79,7 +81,7 @@ def evaluate(
             if shifted:
                 check_causal(model.config, "perplexity asks")
                 logits, labels = logits[:, :-1], labels[:, 1:]
-            for row, row_labels in zip(logits, labels, strict=True):  # one at a time: a vocabulary in fp32 is large
+            for row, row_labels in zip(logits, labels, strict=True):  # one row at a time: logits in fp32 are large
                 loss += F.cross_entropy(row.float(), row_labels, ignore_index=-100, reduction="sum").item()
                 count += int((row_labels != -100).sum())
     model.train(was_training)
@@ -97,7 +99,7 @@ def evaluate(
 
 
 def _passes(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """Batches ``[B, T]`` on the model's device, in parts whose logits stay within ``_MAX_LOGITS``."""
+    """Give batches ``[B, T]`` on the model's device, in parts with at most ``_MAX_LOGITS`` logits."""
     head = model.get_output_embeddings()
     for batch in batches:
         B, labels = len(batch["labels"]), batch["labels"][0].numel()
@@ -111,7 +113,7 @@ def _passes(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> 
 
 
 def label_metrics(logits_BC: Tensor, labels_B: Tensor) -> dict[str, Any]:
-    """Loss and GLUE's metrics: of classes ``[B]``, or, where there is one output, of numbers ``[B]``."""
+    """Return loss and GLUE's metrics of classes ``[B]``, or of numbers ``[B]`` if there is one output."""
     if logits_BC.shape[1] == 1:
         predicted_B = logits_BC[:, 0]
         return {

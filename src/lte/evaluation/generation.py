@@ -1,4 +1,4 @@
-"""Quality of what a model generates, with the sparsity and cost of generating it."""
+"""The quality of generated texts, with the sparsity and cost of generating them."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,21 +17,21 @@ from lte.surgery.conversion import is_sparse
 logger = logging.getLogger(__name__)
 
 _PLAIN: dict[str, Any] = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": None}
-"""What a checkpoint's own settings may ask for, and greedy decoding does not have."""
+"""Settings that a checkpoint may have, and that plain greedy decoding ignores."""
 _COMPILED_FROM = 4096
 """Steps from which compiling them is worth its minute or more: it saves some 20 ms of each."""
 
 
 @dataclass(kw_only=True)
 class GenerationEvaluation(Spent):
-    """What an evaluation of generated texts measured; sparsity is that of prompts and texts.
+    """The result of an evaluation of generated texts. Sparsity is that of prompts and texts.
 
     Attributes:
         rouge1, rouge2, rougeL: F1 in points of 100, the best over a prompt's references, mean over prompts.
         bleu: of all texts together, against all references, in points of 100.
-        num_prompts, num_references: how many there were.
-        num_tokens: tokens generated, the ends of texts included.
-        ended: share of the texts that came to their end; the others used up ``max_new_tokens``.
+        num_prompts, num_references: their numbers.
+        num_tokens: number of generated tokens, including the ends of texts.
+        ended: share of the texts that ended. The others have ``max_new_tokens`` tokens.
         predictions: the texts, in the order of the prompts.
     """
 
@@ -47,7 +47,7 @@ class GenerationEvaluation(Spent):
 
 
 def group_references(prompts: Sequence[str], completions: Sequence[str]) -> dict[str, list[str]]:
-    """Each prompt once, in order of appearance, with every completion that it has."""
+    """Return each prompt once, in its first order, with all its completions."""
     references: dict[str, list[str]] = {}
     for prompt, completion in zip(prompts, completions, strict=True):
         references.setdefault(prompt, []).append(completion)
@@ -67,24 +67,24 @@ def evaluate_generation(
     compile: bool | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> GenerationEvaluation:
-    """Complete every prompt in the model's present mode and compare the texts with the references.
+    """Complete every prompt in the model's current mode and compare the texts with the references.
 
-    Prompts are tokenised as in training. One that leaves no room for ``max_new_tokens`` in ``sequence_length`` (or in
-    the model's positions) loses its start, as in training; an encoder's prompt has all the room and loses its end.
+    Prompts are tokenised as in training. A prompt that leaves no room for ``max_new_tokens`` in ``sequence_length`` (or
+    in the model's positions) loses its start, as in training. An encoder's prompt has all the room and loses its end.
 
     Args:
         model: with a language modelling head, on any device. Decoding is fastest after :func:`lte.optimize_`.
-        references: what each prompt should be completed to, one text or several; see :func:`group_references`.
+        references: one or several right completions of each prompt; see :func:`group_references`.
         tokenizer: the model's.
         batch_size: prompts decoded together.
-        max_new_tokens: where a text is cut that does not end.
+        max_new_tokens: the most tokens of a text.
         num_beams: 1 is greedy.
         sequence_length: the most tokens of a row, as in training.
-        compile: as for :func:`lte.generate`, but None compiles only where there are many steps to decode.
+        compile: as for :func:`lte.generate`, but None compiles only if there are many steps.
         progress: wraps the iteration over batches, first of decoding, then of measuring sparsity.
 
     Raises:
-        ValueError: no prompt, one without tokens, no room for prompts.
+        ValueError: there is no prompt, a prompt has no tokens, or there is no room for prompts.
         ImportError: rouge-score or sacrebleu is not installed.
     """
     if not references:
@@ -118,7 +118,7 @@ def evaluate_generation(
 
 
 def _without(special: Sequence[str], text: str) -> str:
-    """A reference as decoding would give it: without an end of turn, which is a token of its own."""
+    """Return a reference as decoding would give it: without an end of turn, which is one token."""
     for token in special:
         text = text.replace(token, "")
     return text
@@ -127,14 +127,14 @@ def _without(special: Sequence[str], text: str) -> str:
 def _encode(
     prompts: list[str], tokenizer: PreTrainedTokenizerBase, room: int, max_new_tokens: int, encoder_decoder: bool
 ) -> list[torch.Tensor]:
-    """Token ids ``[T]`` of each prompt, as training rows begin."""
+    """Return the token ids ``[T]`` of each prompt, as training rows begin."""
     start, end = wrapping(tokenizer)
     end = end if encoder_decoder else []
     free = room - len(start) - len(end) - (0 if encoder_decoder else max_new_tokens)
     if free < 1:
         raise ValueError(
             f"max_new_tokens {max_new_tokens} of a sequence_length of {room} leave no room for a prompt: "
-            "give a smaller max_new_tokens, or a larger sequence_length where the model has the positions"
+            "give a smaller max_new_tokens, or a larger sequence_length if the model has the positions"
         )
     encoded, cut = [], 0
     for written in encode(prompts, tokenizer):
@@ -142,7 +142,7 @@ def _encode(
         cut += len(prompt) > free
         kept = prompt[:free] if encoder_decoder else prompt[-free:]
         if not (start or kept or end):
-            raise ValueError("a prompt is empty: generating needs some text to begin with")
+            raise ValueError("a prompt is empty: give some text to continue")
         encoded.append(torch.tensor(start + kept + end))
     if cut:
         logger.warning("%d of %d prompts cut to %d tokens", cut, len(prompts), free)

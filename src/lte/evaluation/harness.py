@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, run by ``lm_eval`` itself, with sparsity and cost of the same passes."""
+"""Runs tasks of lm-evaluation-harness by ``lm_eval``, with sparsity and cost of the same passes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,22 +12,22 @@ from lte.data.tokenise import wrapping
 from lte.evaluation.measuring import Spent, measure, spent
 from lte.surgery.loading import check_causal
 
-_BOOTSTRAP = 1000  # resamplings for errors of metrics that are no mean; lm_eval's 100,000 take minutes
+_BOOTSTRAP = 1000  # resamplings for the errors of metrics that are no means; lm_eval's 100,000 take minutes
 
 
 @dataclass(kw_only=True)
 class HarnessEvaluation(Spent):
-    """What tasks of lm_eval showed.
+    """The results of tasks of lm_eval.
 
-    Sparsity and cost are those of every token that was computed, once for each time: a question that is scored with
-    four answers in four passes counts four times, one whose answers are read off one pass counts once. Padding is left
-    out. Of texts that end early in a batch, what the batch still computes for them counts.
+    Sparsity and cost are those of every computed token. If a question is scored in four passes with four answers, its
+    tokens count four times. If one pass scores all answers, they count once. Padding does not count. If a text ends
+    early in a batch, the tokens that the batch still computes for it count.
 
     Attributes:
-        results: of each task (or group) its values under lm_eval's own names, e.g. ``{"arc_easy": {"acc,none": 0.61,
+        results: values of each task (or group) under lm_eval's names, e.g. ``{"arc_easy": {"acc,none": 0.61,
             "acc_stderr,none": 0.01}}``.
-        num_samples: of each task the questions asked.
-        shots: of each task the examples before a question.
+        num_samples: number of questions of each task.
+        shots: number of examples before a question of each task.
     """
 
     results: dict[str, dict[str, float]]
@@ -37,21 +37,21 @@ class HarnessEvaluation(Spent):
 
 @dataclass(frozen=True)
 class Tasks:
-    """Tasks by their names, and the ``lm_eval.tasks.TaskManager`` that knows them."""
+    """Names of tasks, and the ``lm_eval.tasks.TaskManager`` that knows them."""
 
     names: list[str]
     manager: Any
 
 
 def find_tasks(names: Sequence[str], folder: str | Path | None = None) -> Tasks:
-    """The tasks that ``names`` mean, patterns such as ``mmlu_*`` resolved. Takes seconds: lm_eval reads all it has.
+    """Return the tasks of ``names``, which may be patterns such as ``mmlu_*``. It takes seconds.
 
     Args:
         names: of tasks, groups or tags of lm_eval.
-        folder: YAML files of tasks of one's own, as ``lm_eval --include_path``.
+        folder: a folder with your own tasks as YAML files, as for ``lm_eval --include_path``.
 
     Raises:
-        ValueError: no name, one that nothing is called by; no such folder.
+        ValueError: no name is given, a name is unknown, or there is no such folder.
         ImportError: lm_eval is not installed.
     """
     try:
@@ -80,31 +80,31 @@ def evaluate_tasks(
     limit: int | None = None,
     batch_size: int = 8,
 ) -> HarnessEvaluation:
-    """Run tasks of lm_eval on ``model`` in its present mode.
+    """Run tasks of lm_eval on ``model`` in its current mode.
 
     Args:
         model: a causal language model, on any device.
         tokenizer: the model's.
-        tasks: as :func:`find_tasks` gives them.
-        shots: examples before a question; None takes each task's own number.
+        tasks: the result of :func:`find_tasks`.
+        shots: number of examples before a question. None takes each task's own number.
         limit: only the first questions of each task.
-        batch_size: rows a forward pass.
+        batch_size: rows of a forward pass.
 
     Raises:
         ValueError: not a causal language model.
-        OSError: a task's data cannot be had.
+        OSError: the data of a task cannot be loaded.
     """
     check_causal(model.config, "lm_eval's tasks ask")
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models import huggingface
 
-    harness: Any = huggingface  # its decorators hide the class from a checker
+    harness: Any = huggingface  # its decorators hide the class from the type checker
     was_training = model.training
     lm = harness.HFLM(
         pretrained=model,
         tokenizer=tokenizer,
         batch_size=batch_size,
-        add_bos_token=bool(wrapping(tokenizer)[0]),  # versions differ in what they take where nothing is said
+        add_bos_token=bool(wrapping(tokenizer)[0]),  # versions have different defaults
     )
     with measure(model) as meter:
         marked = model.register_forward_pre_hook(_mark_padding, with_kwargs=True, prepend=True)  # before the meter's
@@ -133,14 +133,14 @@ def evaluate_tasks(
 
 
 def _mark_padding(_model: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Say what lm_eval does not: it scores a batch of rows padded on the right with token 0, and gives no mask.
+    """Add the mask that lm_eval does not give: it pads rows on the right with token 0.
 
-    A shorter row that itself ends in token 0 loses that token in the count, and nothing else by it: the model is not
-    told (:func:`_forget_padding`), nor need it be, as no token before sees the padding.
+    If a shorter row itself ends in token 0, that token does not count. Nothing else changes: the model does not get the
+    mask (:func:`_forget_padding`) and does not need it, because no earlier token sees the padding.
     """
     if len(args) == 1 and not kwargs:
         padding_BT = args[0].eq(0).flip(-1).cumprod(-1).flip(-1)
-        padding_BT[:, 0] = 0  # a row may be nothing but a BOS that is token 0
+        padding_BT[:, 0] = 0  # a row may be only a BOS that is token 0
         if padding_BT.any():
             kwargs = {"attention_mask": 1 - padding_BT}
     return args, kwargs
@@ -151,7 +151,7 @@ def _forget_padding(_model: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
-    """Of a task's results the values; lm_eval keeps its name, and N/A for what it did not estimate, beside them."""
+    """Return the numbers among a task's results. lm_eval also has the name there, and N/A for missing estimates."""
     return {
         name: float(value)
         for name, value in values.items()

@@ -1,4 +1,4 @@
-"""Data for a model: rows as its head, its tokenizer and its positions take them."""
+"""Data for a model: rows that fit its head, its tokenizer and its positions."""
 
 import logging
 from dataclasses import dataclass, field, replace
@@ -22,19 +22,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Inputs:
-    """What to read for a model, and as what. Also a group of command line options: each field says what it takes."""
+    """The data for a model and its task. It is also a group of command line options."""
 
     text: tuple[str, ...] = ()
     """Data: .txt, .jsonl, .csv, .tsv (also .gz), .parquet, .arrow, .npy (token ids), or a hub id[:name][:split]."""
     task: Task = "language_modelling"
-    """What the data is: running text, prompts with completions, texts with classes, or texts with numbers."""
+    """The kind of data: running text, prompts with completions, texts with classes, or texts with numbers."""
     data: DataConfig = field(default_factory=DataConfig)
 
     def head(self, model_config: Any, new: bool = False) -> Head:
-        """The head that the task needs.
+        """Return the head that the task needs.
 
         Args:
-            new: whether a model with another one may get it.
+            new: whether a model with another head may get this one.
 
         Raises:
             ValueError: the model's head is for another task.
@@ -51,14 +51,14 @@ class Inputs:
         return generating_head(model_config)
 
     def kept_head(self, model_config: Any) -> Head:
-        """The head of a model that is converted: its own.
+        """Return the head for a conversion: the model's own.
 
         Raises:
             ValueError: the family cannot be converted, or the data is not for the head.
         """
         check_family(model_config)
         if self.text and classifies(model_config):
-            self.head(model_config)  # refuses data that is not for it
+            self.head(model_config)  # raises ValueError if the data does not fit the head
         return "own"
 
     def load(
@@ -71,10 +71,9 @@ class Inputs:
         new_head: bool = False,
         max_rows: int | None = None,
     ) -> Any:
-        """The rows of ``sources``; of a classifier's classes, in its order, unless it may get a new head.
+        """Return the rows of ``sources``. A classifier's classes are in its own order, unless it may get a new head.
 
-        Of more than ``max_rows`` the first ones; what comes after is not read, but where it says which classes there
-        are.
+        Only the first ``max_rows`` rows are taken. Later rows are read only to find the classes.
         """
         data = data or self.data
         if self.task == "classification" and data.class_names is None and not new_head:
@@ -106,14 +105,16 @@ class Inputs:
                 )
         if data.sequence_length > longest:
             logger.warning(
-                "sequence_length %d is beyond the model's %d positions: used those", data.sequence_length, longest
+                "sequence_length %d is above the model's %d positions, which are used instead",
+                data.sequence_length,
+                longest,
             )
         return dataset if max_rows is None else dataset.head(max_rows)
 
     def load_references(
         self, tokenizer: Any, model_config: Any, max_prompts: int | None
     ) -> tuple[dict[str, list[str]], PaddedRows]:
-        """Each prompt of ``text`` once, with all its completions; and these rows as ``load`` gives them."""
+        """Return each prompt of ``text`` once, with all its completions, and the rows of ``load``."""
         data = self.data
         texts = load_prompts(_given(self.text), data, tokenizer)
         references = dict(islice(group_references(*texts).items(), max_prompts))
@@ -139,6 +140,6 @@ def generating_head(model_config: Any) -> Head:
 
 
 def pad_alike_(model: PreTrainedModel, dataset: Any) -> None:
-    """Tell a model with one answer a row what its rows are padded with: a decoder's answer is at the token before."""
+    """Set the padding token of a model with one answer for each row: a decoder's answer is at the last real token."""
     if dataset.class_names is not None:
         model.config.get_text_config().pad_token_id = dataset.collator.pad_token_id

@@ -1,4 +1,4 @@
-"""Sparsity and cost of forward passes, of any model: how it was converted says how they are measured."""
+"""Sparsity and cost of forward passes of any model. Its conversion says how they are measured."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,29 +16,25 @@ from lte.surgery.cost import Spent
 
 
 def check_finite(model: PreTrainedModel, logits: Tensor) -> None:
-    """Refuse outputs of ``model`` of which the best would be one like another.
-
-    Raises:
-        ValueError: one is NaN or infinite.
-    """
+    """Raise ValueError unless all outputs of ``model`` are finite."""
     if not logits.isfinite().all():
         raise ValueError(
-            f"outputs of the model {model.name_or_path} are NaN or infinite: is it damaged, or does its dtype not hold "
-            "them?"
+            f"outputs of the model {model.name_or_path} are NaN or infinite: the model is damaged, or its dtype cannot "
+            "hold them"
         )
 
 
 @contextmanager
 def measure(model: PreTrainedModel, entry: nn.Module | None = None) -> Iterator[Any]:
-    """Look at all forward passes of ``model`` made within; :func:`spent` says what they took.
+    """Measure all forward passes of ``model`` inside the context. :func:`spent` gives their cost.
 
-    Padding (by the attention mask given to the model) is not counted.
+    Padding, which the attention mask says, does not count.
 
     Args:
         entry: the part of ``model`` that is called, e.g. its backbone; None for the model.
 
     Raises:
-        ValueError: a weight of a router, or a threshold, is NaN or infinite: it would count as idle.
+        ValueError: a router's weight or a threshold is NaN or infinite. It would count as idle.
     """
     entry = model if entry is None else entry
     check_numbers("the model", _choosing(entry))
@@ -47,7 +43,7 @@ def measure(model: PreTrainedModel, entry: nn.Module | None = None) -> Iterator[
 
 
 def spent(model: PreTrainedModel, meter: Any) -> Spent:
-    """What the passes took that ``meter`` saw."""
+    """Return the cost of the passes that ``meter`` measured."""
     return _conversion(model).spent(model, meter)
 
 
@@ -56,7 +52,7 @@ def _conversion(model: PreTrainedModel) -> Conversion:
 
 
 def _choosing(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that decide what is idle: of routers and compensations, and thresholds on inputs."""
+    """Give the tensors that decide what is idle: those of routers and compensations, and thresholds on inputs."""
     for name, module in model.named_modules():
         if isinstance(module, Selecting):
             parts = {"router": module.router, "compensation": module.compensation}

@@ -1,4 +1,4 @@
-"""MMLU: multiple choice answered by the likeliest next token, with sparsity and cost of the same passes."""
+"""MMLU: multiple choice, answered by the most likely next token, with sparsity and cost of the same passes."""
 
 import copy
 import inspect
@@ -20,7 +20,7 @@ from lte.surgery.loading import check_causal
 
 @dataclass
 class Score:
-    """Share of right answers, and of how many."""
+    """The share of right answers, and the number of questions."""
 
     accuracy: float
     num_questions: int
@@ -28,19 +28,19 @@ class Score:
 
 @dataclass(kw_only=True)
 class MMLUEvaluation(Spent):
-    """What answering MMLU showed; sparsity is that of the tokens of all prompts.
+    """The result of MMLU. Sparsity is that of the tokens of all prompts.
 
     Attributes:
         accuracy: share of right answers among all questions.
         subject_mean: the mean of the subjects' accuracies.
-        by_category: the release's four categories; among all questions of a category.
-        by_subject: by the names of the files.
-        num_questions: how many there were.
+        by_category: accuracy among all questions of each of the release's four categories.
+        by_subject: accuracy by the names of the files.
+        num_questions: number of questions.
         shots: examples before a question.
-        fewer_shots: questions before which not all of them had room in the model's positions.
-        cut: questions too long even without an example; they lost their start.
-        num_tokens: of all prompts.
-        predictions: the letters given, by subject, in the order of its questions.
+        fewer_shots: number of questions without room for all examples in the model's positions.
+        cut: number of questions that are too long even without an example. They lost their start.
+        num_tokens: number of tokens of all prompts.
+        predictions: the model's letters by subject, in the order of its questions.
     """
 
     accuracy: float
@@ -65,22 +65,22 @@ def evaluate_mmlu(
     batch_size: int = 8,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> MMLUEvaluation:
-    """Answer every question in the model's present mode.
+    """Answer every question in the model's current mode.
 
-    The tokens that all prompts of a subject begin with are run once; each of them counts in sparsity once a question,
-    as if every prompt had been run on its own.
+    The first tokens that all prompts of a subject have in common run once. Each of them counts in sparsity once for
+    each question, as if every prompt ran alone.
 
     Args:
         model: a causal language model, on any device.
-        subjects: as :func:`~lte.evaluation.mmlu_questions.read_mmlu` gives them.
+        subjects: the result of :func:`~lte.evaluation.mmlu_questions.read_mmlu`.
         tokenizer: the model's.
-        shots: examples before a question. Where they have no room, the last ones are left out.
-        batch_size: questions a forward pass.
+        shots: number of examples before a question. The last ones are left out if they have no room.
+        batch_size: questions of a forward pass.
         progress: wraps the iteration over batches.
 
     Raises:
-        ValueError: not a causal language model, no question, more shots than examples, a tokenizer that does not tell
-            the letters apart.
+        ValueError: the model is not a causal language model, there is no question, there are more shots than examples,
+            or the tokenizer has the same token for several letters.
     """
     check_causal(model.config, "MMLU asks")
     encoder = PromptEncoder(tokenizer, most_tokens(tokenizer, model.config))
@@ -133,7 +133,7 @@ def _score(right: Mapping[str, list[bool]]) -> Score:
 
 
 def _prefix(model: PreTrainedModel, ids: Tensor) -> Any:
-    """Keys and values of a prefix, or None without one."""
+    """Return keys and values of a prefix; None without a prefix."""
     if not len(ids):
         return None
     keep = _logits_to_keep(model, torch.tensor([len(ids) - 1]))
@@ -141,16 +141,16 @@ def _prefix(model: PreTrainedModel, ids: Tensor) -> Any:
 
 
 def _next_token(model: PreTrainedModel, rows: list[Tensor], prefix: Any) -> Tensor:
-    """Logits ``[B, V]`` of what comes after each row, the rows after the prefix.
+    """Return the logits ``[B, V]`` of the token after each row. Rows follow the prefix.
 
-    Padded on the right: positions go on where the prefix ends, and what is behind a row's last token it does not see.
+    Rows are padded on the right: positions continue after the prefix, and a token does not see the padding after it.
     """
     inputs = padded(rows)
     last_B = inputs["attention_mask"].sum(-1) - 1
     kept, row_B = last_B.unique(return_inverse=True)
     cache = {}
     if prefix is not None:
-        several = copy.deepcopy(prefix)  # a pass appends to its cache
+        several = copy.deepcopy(prefix)  # a pass changes its cache
         several.batch_repeat_interleave(len(rows))
         mask = inputs["attention_mask"]
         inputs["attention_mask"] = torch.cat([mask.new_ones(len(rows), prefix.get_seq_length()), mask], dim=1)
@@ -162,6 +162,6 @@ def _next_token(model: PreTrainedModel, rows: list[Tensor], prefix: Any) -> Tens
 
 
 def _logits_to_keep(model: PreTrainedModel, positions: Tensor) -> dict[str, Tensor]:
-    """The head for these positions alone, where the model can: a vocabulary for every token is large."""
+    """Return arguments that compute logits for these positions only, if the model can. All logits are large."""
     can = "logits_to_keep" in inspect.signature(model.forward).parameters
     return {"logits_to_keep": positions.to(model.device)} if can else {}

@@ -1,4 +1,4 @@
-"""MMLU's prompts as tokens: as many examples as have room, what prompts have in common, and which tokens answer."""
+"""MMLU's prompts as tokens: how many examples have room, the common start of prompts, and the answers' tokens."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from lte.evaluation.mmlu_questions import LETTERS, Subject
 
 @dataclass
 class PromptGroup:
-    """Prompts of a subject that begin alike.
+    """Prompts of a subject with a common start.
 
     Attributes:
-        prefix: the token ids ``[T]`` that all begin with; may be none.
-        rows: the others of each prompt, at least one; longest first.
-        places: which questions of the subject they are.
-        shots: examples shown.
-        cut: whether the prompts were too long even without.
+        prefix: the token ids ``[T]`` of the common start; may be empty.
+        rows: the other token ids of each prompt, at least one; longest first.
+        places: the indices of their questions in the subject.
+        shots: number of examples.
+        cut: whether the prompts were too long even without examples.
     """
 
     subject: str
@@ -32,10 +32,10 @@ class PromptGroup:
 
 
 class PromptEncoder:
-    """Prompts as token ids, up to the token that tells the answers apart.
+    """Prompts as token ids, up to the token that differs between the answers.
 
-    ``answers`` are the four tokens to compare. Where " A" is one token, they are " A" to " D". Where it is several,
-    those that the four have in common belong to the prompt, and the first ones that differ are compared.
+    ``answers`` are the four tokens to compare. If " A" is one token, they are " A" to " D". If it is several tokens,
+    the common ones belong to the prompt, and the first ones that differ are compared.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, room: int):
@@ -53,10 +53,11 @@ class PromptEncoder:
         self._tail = several[0][common:]
 
     def groups(self, subject: Subject, shots: int) -> list[PromptGroup]:
-        """The prompts of a subject, in groups of as many examples.
+        """Return the prompts of a subject, in groups with the same number of examples.
 
         Raises:
-            ValueError: ``shots`` is below 0, or above the number of examples; an answer's tokens depend on the prompt.
+            ValueError: ``shots`` is below 0 or above the number of examples, or an answer's tokens depend on the
+                prompt.
         """
         if not 0 <= shots <= len(subject.examples):
             raise ValueError(f"shots is {shots}, but {subject.name} has {len(subject.examples)} examples")
@@ -81,7 +82,7 @@ class PromptEncoder:
 
 
 def _group(subject: str, prompts: Mapping[int, list[int]], shots: int, cut: bool = False) -> PromptGroup:
-    """Found by their tokens: cutting the text where the question begins can change the tokens about the cut."""
+    """Return the group of these prompts. The prefix is found in tokens: a cut of the text can change tokens."""
     places = sorted(prompts, key=lambda place: -len(prompts[place]))
     rows = [prompts[place] for place in places]
     common = min(_common(rows), len(rows[-1]) - 1) if len(rows) > 1 else 0
@@ -92,6 +93,6 @@ def _group(subject: str, prompts: Mapping[int, list[int]], shots: int, cut: bool
 
 
 def _common(rows: Sequence[Sequence[int]]) -> int:
-    """How many tokens all rows begin with."""
+    """Return the number of first tokens that all rows have in common."""
     alike = (len(set(tokens)) == 1 for tokens in zip(*rows, strict=False))
     return next((i for i, same in enumerate(alike) if not same), min(map(len, rows)))

@@ -1,4 +1,4 @@
-"""The questions of MMLU (Hendrycks et al., 2021): its subjects, its files, and how a question is put to a model."""
+"""The questions of MMLU (Hendrycks et al., 2021): subjects, files, and the prompt of a question."""
 
 import csv
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ CATEGORY_OF = {subject: category for category, subjects in CATEGORIES.items() fo
 
 @dataclass(frozen=True)
 class Question:
-    """A question, its four choices, and the letter of the right one."""
+    """A question, its four choices, and the letter of the right choice."""
 
     text: str
     choices: tuple[str, ...]
@@ -56,14 +56,14 @@ class Question:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is asked about a subject, and the examples that may be shown before."""
+    """The questions about a subject, and the examples for its prompts."""
 
     name: str
     examples: list[Question]
     questions: list[Question]
 
     def prompt(self, question: Question, shots: int) -> str:
-        """The question after the first ``shots`` examples; it ends in ``Answer:``."""
+        """Return the prompt: the first ``shots`` examples and the question. It ends in ``Answer:``."""
         title = self.name.replace("_", " ")
         header = f"The following are multiple choice questions (with answers) about {title}."
         examples = [f"{example.asked()} {example.answer}" for example in self.examples[:shots]]
@@ -77,18 +77,18 @@ def read_mmlu(
     max_questions: int | None = None,
     examples: bool = True,
 ) -> list[Subject]:
-    """The subjects of a folder as released: ``dev/*_dev.csv`` with examples, ``test/*_test.csv`` with questions.
+    """Read the subjects of MMLU's folder: ``dev/*_dev.csv`` with examples, ``test/*_test.csv`` with questions.
 
     Args:
-        folder: holds dev/ and the split.
-        split: which questions.
-        subjects: by the names of their files, e.g. ``"high_school_physics"``; none means all that the folder has.
-        max_questions: only so many of each subject, the first ones.
-        examples: False where no question is asked after any: then there need be no dev/.
+        folder: has dev/ and the split.
+        split: the name of the split with the questions.
+        subjects: the names of their files, e.g. ``"high_school_physics"``. None given means all subjects of the folder.
+        max_questions: the number of first questions of each subject; None takes all.
+        examples: False if prompts have no examples. Then dev/ is not needed.
 
     Raises:
-        ValueError: no such subject, no questions, a file that is not as released.
-        FileNotFoundError: the folder or a file of it is not there.
+        ValueError: there is no such subject, there are no questions, or a file is not as released.
+        FileNotFoundError: the folder or one of its files is missing.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():

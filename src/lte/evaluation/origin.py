@@ -1,4 +1,4 @@
-"""Where an evaluated model comes from, as far as its folder says: its method, and the commands that made it."""
+"""The origin of an evaluated model, as its folder says it: its method, and the commands that made it."""
 
 import json
 from dataclasses import asdict
@@ -17,8 +17,8 @@ from lte.surgery.method import Method, mode_of
 from lte.surgery.reading import read_json
 
 _CALIBRATED, _CALIBRATED_BY = "calibrated", "calibrated_by"
-"""In a summary, what has moved the thresholds since training: as :class:`Made`, and its command as a caption."""
-_FEW_ZEROS = 0.01  # a model with fewer weights that are 0 is dense: some are 0 by rounding
+"""Keys of a summary for the calibration since training: as :class:`Made`, and its command as a caption."""
+_FEW_ZEROS = 0.01  # a model with a smaller share of zeros is dense: some weights are 0 by rounding
 
 
 def evaluation_record(
@@ -30,18 +30,18 @@ def evaluation_record(
     device: torch.device,
     **further: Any,
 ) -> Record:
-    """The record of an evaluation of a model that is already made.
+    """Return the record of an evaluation of an existing model.
 
-    What training wrote is left out where another command has put a model of another method into the folder since.
+    The fields of training are left out if another command has saved a model of another method in the folder since.
 
     Args:
         command: a caption.
-        name: the model's, as it was given.
-        config: the model's, as it was saved.
-        measured: on what and how.
-        spent: what was measured; predictions are left out.
-        device: where.
-        further: values that were measured as well.
+        name: the name of the model, as it was given.
+        config: of the model, as it was saved.
+        measured: the data and options of the measurement.
+        spent: the measured values; predictions are left out.
+        device: of the measurement.
+        further: other measured values.
     """
     method = _method(config, spent)
     values = {name: value for name, value in asdict(spent).items() if name != "predictions"}
@@ -60,12 +60,12 @@ def evaluation_record(
 
 
 def training_of(name: str, method: str) -> dict[str, Any]:
-    """How a model of this method was trained, as fields of a record; none where its folder does not say."""
+    """Return how a model of this method was trained, as fields of a record; {} if its folder does not say it."""
     path = Path(name) / SUMMARY
     if not path.is_file():
         return {}
     summary = read_json(path)
-    made = summary.get("made") or []  # none in a summary of before it said so in fields
+    made = summary.get("made") or []  # an old summary has no such fields
     since = [summary[_CALIBRATED]] if made and _CALIBRATED in summary else []
     try:
         (trained,) = records_in({**summary, "made": [*made, *since], "evaluation": {}})
@@ -81,13 +81,13 @@ def training_of(name: str, method: str) -> dict[str, Any]:
 
 
 def keep_calibration(model: Path, folder: Path, calibrated: Made, measured: bool) -> None:
-    """Where a folder says how its model was trained, let that of the calibrated one say so, and what was done since.
+    """Copy the summary of training, if there is one, to the folder of the calibrated model, and add the calibration.
 
     Args:
-        model: whose thresholds were moved.
-        folder: where it is saved.
-        calibrated: what moved them; what did so before it counts no more.
-        measured: whether to keep what training measured, as where the model is saved in its own place.
+        model: the folder of the model before calibration.
+        folder: the folder of the calibrated model.
+        calibrated: the calibration. It replaces an earlier one.
+        measured: whether the evaluation of training is kept, as if the model is saved in its own folder.
     """
     if (model / SUMMARY).is_file():
         summary = read_json(model / SUMMARY)

@@ -1,4 +1,4 @@
-"""A row of results: how a model was made, on what and how it was measured, and what that gave. One writer, one reader.
+"""`Record`, a row of results: how a model was made, how it was measured, and the result. One writer, one reader.
 
 The command of a row is its caption. Nothing is read from it.
 """
@@ -9,22 +9,22 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, TypeVar
 
 SUMMARY = "lte_training.json"
-"""What training leaves beside a model: how it was made, and what was measured then."""
+"""The file that training writes beside a model: how it was made, and its evaluation."""
 
 _ELSEWHERE = ("model", "text", "output", "output_dir", "seed", "mode", "json", "predictions", "in_place", "resume")
 _ELSEWHERE += ("device", "backend", "batch_size", "trust_remote_code")
-"""Options that a record has as fields of its own, or with which the result is the same but for rounding."""
+"""Options that are fields of a record, or that change the result only by rounding."""
 
 
 @dataclass(frozen=True)
 class Made:
-    """What one command did to make a model, or to change the model that the command before it had made.
+    """The work of one command: it made a model or changed the model of the previous command.
 
     Attributes:
         command: a caption; empty for a call from Python.
-        model: what it began with, as it was given; empty where that is the model of the command before.
-        data: what it read, as it was given.
-        options: all that change its result, where they are not at their default; the seed is the record's.
+        model: its first model, as it was given; empty if it is the model of the previous command.
+        data: its data, as it was given.
+        options: all options that change its result and are not at their default. The seed is in the record.
     """
 
     command: str = ""
@@ -38,12 +38,13 @@ MeasuredOn = Literal["data", "held out", "MMLU", "lm_eval"]
 
 @dataclass(frozen=True)
 class Measured:
-    """What a model was measured on, and how.
+    """The data and options of a measurement.
 
     Attributes:
-        kind: files or hub data sets; rows of them that were kept out of training; or questions that others have made.
-        data: the files or data sets as they were given; the folder of MMLU; the names of lm_eval's tasks.
-        options: all that change the result, where they are not at their default.
+        kind: ``data`` is files or hub data sets, ``held out`` is rows that were kept out of training. ``MMLU`` and
+            ``lm_eval`` are questions.
+        data: the files or data sets as they were given, the folder of MMLU, or the names of lm_eval's tasks.
+        options: all options that change the result and are not at their default.
     """
 
     kind: MeasuredOn = "data"
@@ -57,14 +58,14 @@ class Record:
 
     Attributes:
         command: a caption; empty for a call from Python.
-        model: of training, the model that it began with; of ``lte eval``, the model that was evaluated; as given.
+        model: the first model of training, or the model of ``lte eval``, as it was given.
         method: its name, as ``method``, and its options.
-        trained_by: a caption: the commands that made the model that ``lte eval`` was given.
-        made: what made the model, in order; nothing where its folder does not say.
-        seed, recipe, target_sparsity, eta: of training; the recipe is what is called a schedule elsewhere.
+        trained_by: a caption: the commands that made the model of ``lte eval``.
+        made: the commands that made the model, in order; empty if its folder does not say it.
+        seed, recipe, target_sparsity, eta: of training. ``recipe`` is the former name of the schedule.
         steps: of training, by stage.
-        environment: where it was measured.
-        evaluation: what was measured, by name.
+        environment: the machine and the versions of the measurement.
+        evaluation: the measured values, by name.
     """
 
     command: str = ""
@@ -82,11 +83,11 @@ class Record:
     evaluation: Mapping[str, Any] = field(default_factory=dict)
 
     def row(self) -> dict[str, Any]:
-        """As a row of results, for :func:`records_in` to read."""
+        """Return a row of results, which :func:`records_in` reads."""
         return plain(asdict(self))
 
     def flat_row(self) -> dict[str, Any]:
-        """The same as ``lte eval`` prints it: measured values beside the other fields, and no empty ones of these."""
+        """Return the row in the form of ``lte eval``: measured values beside the other fields, without empty fields."""
         row = self.row()
         evaluation = row.pop("evaluation")
         return {name: value for name, value in row.items() if value not in (None, {})} | evaluation
@@ -97,14 +98,14 @@ Read = TypeVar("Read", Made, Measured, Record)
 
 
 def records_in(row: Mapping[str, Any]) -> list[Record]:
-    """The records of a row: of its evaluation, and of those that came after it (``evals``)."""
+    """Return the records of a row: of its evaluation, and of the later ones (``evals``)."""
     if not isinstance(row.get("evaluation"), Mapping):
         return [_record(row, row)]
     return [_record(row, one) for one in (row["evaluation"], *(row.get("evals") or ()))]
 
 
 def _record(row: Mapping[str, Any], one: Mapping[str, Any]) -> Record:
-    """Of an evaluation within a row; what it does not say of itself, the row says."""
+    """Return the record of an evaluation in a row. Fields that it lacks are those of the row."""
     said = {**row, **{name: one[name] for name in ("command", "method", "made", "measured") if one.get(name)}}
     said["made"] = tuple(_of(Made, step) for step in said.get("made") or ())
     said["measured"] = _of(Measured, said.get("measured") or {})
@@ -113,7 +114,7 @@ def _record(row: Mapping[str, Any], one: Mapping[str, Any]) -> Record:
 
 
 def _of(cls: type[Read], values: Mapping[str, Any]) -> Read:
-    """From a row. A field that is null is not there, and one that only a later version has is not read."""
+    """Return the object with the fields of a row. Null fields and fields of later versions are ignored."""
     names = {one.name for one in fields(cls)}
     found: dict[str, Any] = {name: value for name, value in values.items() if name in names and value is not None}
     if "data" in found:
@@ -122,7 +123,7 @@ def _of(cls: type[Read], values: Mapping[str, Any]) -> Read:
 
 
 def given(options: Any) -> dict[str, Any]:
-    """The options of a dataclass, and of those in it, that change a result and are not at their default, by name."""
+    """Return the options of a dataclass and its inner ones that change a result and are not at their default."""
     found: dict[str, Any] = {}
     for one in fields(options):
         value = getattr(options, one.name)
@@ -134,5 +135,5 @@ def given(options: Any) -> dict[str, Any]:
 
 
 def plain(values: Any) -> Any:
-    """The same as it comes back from a JSON file."""
+    """Return the values as a JSON file would give them back."""
     return json.loads(json.dumps(values, default=str))

@@ -1,4 +1,4 @@
-"""ROUGE and BLEU of texts against one or several references each."""
+"""ROUGE and BLEU of texts. Each text has one or several references."""
 
 from collections.abc import Sequence
 from importlib import import_module
@@ -8,7 +8,7 @@ ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
 class TextMetrics:
-    """Computes both. Made before anything is generated, so that a missing package is known at once.
+    """Computes ROUGE and BLEU. Make this object before texts are generated: it raises if a package is missing.
 
     Raises:
         ImportError: rouge-score or sacrebleu is not installed.
@@ -19,11 +19,11 @@ class TextMetrics:
         self._sacrebleu = _imported("sacrebleu", "sacrebleu")
 
     def __call__(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-        """In points of 100, white space about texts left out.
+        """Return the metrics in points of 100. White space around texts does not count.
 
         ``rouge1``, ``rouge2``, ``rougeL``: F1 with stemming, the best over a text's references, mean over texts.
-        ``bleu``: of all texts together, as sacrebleu computes it by default (13a tokens, case kept); a text may have
-        more references than another.
+        ``bleu``: of all texts together, by sacrebleu's default (13a tokens, with case). Texts may have different
+        numbers of references.
         """
         texts = [text.strip() for text in predictions]
         against = [[text.strip() for text in some] for some in references]

@@ -41,7 +41,7 @@ def generate(
     Causal models run the decoding loop of :mod:`lte.inference.decoder`, greedy or sampling: model, choice of the token
     and stop are one step. On CUDA the step is compiled and captured as a CUDA graph, once for each size of batch
     and text (rounded up to powers of 2), and kept with the model. What the loop does not cover (beams, several
-    devices, encoder-decoders, processors of one's own, ...) is left to ``model.generate``, and a line of the
+    devices, encoder-decoders, logits processors of the user, ...) is left to ``model.generate``, and a line of the
     log says why. Within ``lte.track_sparsity`` and ``lte.record_scores``, which look at every pass, steps run eager.
 
     Args:
@@ -195,7 +195,7 @@ def _refused(model: PreTrainedModel) -> str | None:
         return "it counts positions itself"
     if len(set(getattr(model, "hf_device_map", {"": 0}).values())) > 1:
         return "it is spread over several devices"
-    return "its weights are shared out" if processes_of(model) > 1 else None
+    return "its weights are divided among processes" if processes_of(model) > 1 else None
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

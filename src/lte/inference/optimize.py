@@ -38,7 +38,7 @@ def optimize_(model: PreTrainedModel, backend: BackendName = "auto") -> PreTrain
     Raises:
         ValueError: unknown backend, a dense model, one in mode dense or soft, one of another method than LTE;
             quantised, adapted or mixed precision projections, an activation that ``sparse_ffn`` does not know, weights
-            that are shared out by tensor parallelism. The model is then as it was.
+            that are divided by tensor parallelism. The model is then as it was.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, but it is one of {', '.join(BACKENDS)}")

@@ -1,4 +1,4 @@
-"""CATS: a neuron is skipped when its activation is small (Lee et al., arXiv 2404.08763)."""
+"""CATS: a neuron is skipped if its activation is small (Lee et al., arXiv 2404.08763)."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -15,18 +15,18 @@ from lte.surgery.sites import FFNSite
 
 @dataclass(frozen=True)
 class CATSConfig(PostHoc):
-    """How to convert a model for CATS: one threshold a layer, set on data, no training.
+    """How to convert a model for CATS: one threshold for each layer, set on data, without training.
 
-    A neuron is active where ``|act(gate)|`` is above its layer's threshold; in an FFN without a gate, ``|act(up)|``.
-    The projection before the activation is computed for all neurons and charged so.
+    A neuron is active if ``|act(gate)|`` is above its layer's threshold. In an FFN without a gate this is
+    ``|act(up)|``. The projection before the activation is computed for all neurons, and its cost is counted.
 
     Attributes:
-        target_sparsity: fraction of neurons to leave idle, in every layer.
-        tokens: how many tokens of the data the thresholds are set on.
-        activation: ``relu`` or ``relu2`` swaps the model's activation first, which needs fine-tuning; None keeps it.
+        target_sparsity: fraction of idle neurons, in every layer.
+        tokens: number of tokens of the data for the thresholds.
+        activation: ``relu`` or ``relu2`` replaces the model's activation first, which needs fine-tuning; None keeps it.
 
     Raises:
-        ValueError: an option outside its range.
+        ValueError: an option is outside its range.
     """
 
     name: ClassVar[str] = "cats"
@@ -45,7 +45,7 @@ class CATSConfig(PostHoc):
 
 
 class ActivationRouter(ChoosingRouter):
-    """True where ``|activation| > cut``. Shapes: ``[..., F]`` -> ``[..., F]``."""
+    """Gives True where ``|activation| > cut``. Shapes: ``[..., F]`` -> ``[..., F]``."""
 
     reads: ClassVar[Reads] = "activation"
 

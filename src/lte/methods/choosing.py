@@ -1,4 +1,4 @@
-"""Routers that only choose: by a cut set on data, or the same number of experts for every token."""
+"""Routers that only choose: by a cut that is set on data, or the same number of experts for every token."""
 
 from typing import cast
 
@@ -15,9 +15,9 @@ from lte.surgery.convert import set_mode_
 
 
 class ChoosingRouter(BaseRouter):
-    """True for the ``k`` experts of a token with the highest values; without ``k``, for those above ``cut``.
+    """Gives True for the ``k`` experts of a token with the highest values, or without ``k`` for those above ``cut``.
 
-    Shapes: what it reads -> ``[..., E]``; the buffer ``cut`` is a scalar.
+    Shapes: its argument -> ``[..., E]``; the buffer ``cut`` is a scalar.
     """
 
     cut: Tensor
@@ -29,7 +29,7 @@ class ChoosingRouter(BaseRouter):
             self.register_buffer("cut", torch.zeros((), device=device))
 
     def values(self, read: Tensor, /) -> Tensor:
-        """``[..., E]``: the higher, the rather an expert is used."""
+        """Return ``[..., E]``. Experts with higher values are used first."""
         raise NotImplementedError
 
     def forward(self, read: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class ChoosingRouter(BaseRouter):
 def meet_sparsity_(
     model: PreTrainedModel, batches: list[dict[str, Tensor]], sparsity: float, most_tokens: int | None = None
 ) -> None:
-    """Set the cut of every layer so that ``sparsity`` of its experts are idle on ``batches``; leaves mode hard."""
+    """Set the cut of every layer so that ``sparsity`` of its experts are idle on ``batches``. Set mode hard."""
     tokens = count_tokens(batches)
     tokens = tokens if most_tokens is None else min(tokens, most_tokens)
     routers = {name: cast(ChoosingRouter, layer.router) for name, layer in sparse_layers(model).items()}
@@ -55,5 +55,5 @@ def meet_sparsity_(
 
 
 def count_tokens(batches: list[dict[str, Tensor]]) -> int:
-    """Of all batches, padding counted too."""
+    """Return the number of tokens of all batches, including padding."""
     return sum(next(iter(batch.values())).shape[:2].numel() for batch in batches)

@@ -1,4 +1,4 @@
-"""Thresholds that leave a share of a layer's values below them, set on data in one pass."""
+"""Sets thresholds on data in one pass, so that a given share of a layer's values is below them."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,13 +10,13 @@ from lte.core.sampling import stride_for
 from lte.modules.input_threshold import CUT
 from lte.surgery.activations import Wanted, watch_inputs
 
-_SAMPLE = 1 << 18  # values of a layer that its cut is taken from: a quantile good to 0.1 %
+_SAMPLE = 1 << 18  # values of a layer for its cut: the quantile is exact to 0.1 %
 
 
 def sample(values_TI: Tensor, tokens: int) -> Tensor:
-    """Of every token some values, in turn, where there are ``tokens`` tokens: they differ much."""
+    """Return some values of every token, in turn, because tokens differ much."""
     width = values_TI.shape[-1]
-    return values_TI.flatten()[:: stride_for(tokens * width, _SAMPLE, width)].clone()  # a view would keep them all
+    return values_TI.flatten()[:: stride_for(tokens * width, _SAMPLE, width)].clone()  # a view would keep all values
 
 
 @torch.no_grad()
@@ -29,12 +29,13 @@ def set_cuts_(
 ) -> None:
     """Set the buffer ``cut`` of modules to the quantiles of their values on ``tokens`` tokens of ``batches``.
 
-    One layer after the other: a cut is set just before its layer runs, so that the layers behind it see what it lets
-    through. It is the quantile of the batches up to then, and settles as they come.
+    A cut is set just before its layer runs, so later layers see the values that pass the cut. A cut is the quantile of
+    all batches up to then, so it becomes more exact with each batch.
 
     Args:
-        wanted: modules, and what :func:`sample` gives of their values.
-        shares: of each module's values, the share at its cut or below. Where that is less than one value the cut stays.
+        wanted: modules, and the :func:`sample` of their values.
+        shares: the share of each module's values that are at its cut or below. If it is less than one value, the cut
+            does not change.
 
     Raises:
         ValueError: no batch, or nothing but padding.

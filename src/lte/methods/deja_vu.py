@@ -1,4 +1,4 @@
-"""Deja Vu: a low-rank network predicts from x which neurons will matter (Liu et al., arXiv 2310.17157)."""
+"""Deja Vu: a low-rank network predicts from x which neurons matter (Liu et al., arXiv 2310.17157)."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -22,23 +22,23 @@ Selection = Literal["threshold", "top_k"]
 
 @dataclass(frozen=True)
 class DejaVuConfig(Grouped, PostHoc):
-    """How to convert a model for Deja Vu: predictors trained on data, the model as it is.
+    """How to convert a model for Deja Vu: predictors are trained on data, and the model does not change.
 
     Attributes:
         expert_size: neurons that are predicted together; must divide d_ff (paper: 1).
         seed: of the predictors' start and training, and of grouping.
-        target_sparsity: fraction of neurons to leave idle in every layer. A neuron's label is whether it is among the
-            others, by ``|h|``, for this token (paper: whether ReLU lets it through).
-        tokens: how many tokens of the data predictors are trained, and thresholds set, on.
-        activation: ``relu`` or ``relu2`` swaps the model's activation first, which needs fine-tuning; None keeps it.
+        target_sparsity: fraction of idle neurons in every layer. A neuron's label says whether it is among the others,
+            by ``|h|``, for this token (paper: whether ReLU lets it through).
+        tokens: number of tokens of the data for predictors and thresholds.
+        activation: ``relu`` or ``relu2`` replaces the model's activation first, which needs fine-tuning; None keeps it.
         rank: of the predictor, which costs ``rank * (D + E)`` weights; None is D / 8.
-        selection: ``threshold`` (paper), one a layer, set on data; or ``top_k``, as many neurons for every token.
+        selection: ``threshold`` (paper), one for each layer, set on data; or ``top_k``: each token has the same number.
         grouping: with ``expert_size`` above 1, as LTE's.
         fit_epochs: of the predictors' training.
-        fit_learning_rate: of the same, at its start.
+        fit_learning_rate: at the start of this training.
 
     Raises:
-        ValueError: an option outside its range.
+        ValueError: an option is outside its range.
     """
 
     name: ClassVar[str] = "deja-vu"

@@ -1,4 +1,4 @@
-"""What methods with experts share: how many neurons an expert has, and how they are found."""
+"""The common part of methods with experts: the size of an expert, and the grouping of neurons."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,20 +20,20 @@ from lte.surgery.sites import FFNSite
 
 Grouping = Literal["kmeans", "coactivation", "random"]
 
-_GRAMS = 2**29  # bytes of inner products that are worked on at once
+_GRAMS = 2**29  # bytes of inner products that are grouped at once
 
 
 @dataclass(frozen=True)
 class Grouped(Method):
-    """Base of methods that put neurons into experts. Where there are several bases it comes first.
+    """Base of methods that put neurons into experts. Of several bases it must be the first.
 
     Attributes:
-        expert_size: neurons an expert; must divide d_ff (paper: 32).
-        seed: of grouping, and whatever else is drawn.
+        expert_size: neurons of an expert; must divide d_ff (paper: 32).
+        seed: of grouping, and of all other random values.
         grouping: ``kmeans`` on the rows of the first FFN weight (paper), ``coactivation`` from data, or ``random``.
 
     Raises:
-        ValueError: an option outside its range.
+        ValueError: an option is outside its range.
     """
 
     grouping: Grouping = "kmeans"
@@ -56,7 +56,7 @@ class Grouped(Method):
 def group_neurons(
     sites: Sequence[FFNSite], grouping: Grouping, expert_size: int, activations: Sequence[Tensor], seed: int
 ) -> Iterator[Tensor]:
-    """Labels ``[F]`` of each FFN: the expert of each neuron. The FFN number ``i`` has the seed ``seed + i``.
+    """Give the labels ``[F]`` of each FFN: the expert of each neuron. FFN number ``i`` has the seed ``seed + i``.
 
     Raises:
         ValueError: ``expert_size`` does not divide d_ff.
@@ -75,9 +75,9 @@ def group_neurons(
 
 
 def _alike(sites: Sequence[FFNSite]) -> Iterator[list[int]]:
-    """Numbers of FFNs that can be grouped at once: neighbours of one width and device, as far as memory allows.
+    """Give the numbers of FFNs that are grouped at once: neighbours of one width and device, if memory allows.
 
-    On a CPU one at a time: there rounds of swaps wait for memory, not for launches.
+    On a CPU they are grouped one by one: there, rounds of swaps wait for memory and not for launches.
     """
     for (d_ff, device), same in groupby(range(len(sites)), lambda i: (sites[i].d_ff, _device(sites[i]))):
         fit = 1 if device.type == "cpu" else max(1, _GRAMS // (4 * d_ff**2))

@@ -1,4 +1,4 @@
-"""What methods share whose routers are trained: a soft stage, and where routers start."""
+"""The common part of methods whose routers are trained: a soft stage, and the start of routers."""
 
 from collections.abc import Iterable
 from typing import cast
@@ -33,7 +33,7 @@ class LearnedTraining(Training):
         self.share()
 
     def start_compensation(self, batches: Iterable[dict[str, Tensor]]) -> None:
-        """Called once routers are fitted, with the batches they were fitted to."""
+        """Called after routers were fitted, with the batches of that fit."""
 
     def trains(self, name: str) -> bool:
         return self.options.router_bias != 0 or not name.endswith("bias")

@@ -1,4 +1,4 @@
-"""What the trained mixtures of experts share: the model's own neurons in experts, as many of them for every token."""
+"""The common part of mixtures of experts: experts of the model's own neurons, the same number for every token."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,19 +19,19 @@ from lte.surgery.training_options import TrainingOptions
 
 @dataclass(frozen=True)
 class Mixture(Grouped, Targeted):
-    """Base of methods that train their routers (``lte.LTETrainer``); until then the function stays the same.
+    """Base of mixtures, whose routers ``lte.LTETrainer`` trains. Until then the model's function stays the same.
 
-    Every token uses ``round((1 - target_sparsity) * E)`` of a layer's E experts. What it uses is scaled by weights
-    above 0, in mode hard as well, so an expert is active where its weight is above tau, which is 0.
+    Every token uses ``round((1 - target_sparsity) * E)`` of a layer's E experts. They are scaled by weights above 0, in
+    mode hard too. So an expert is active if its weight is above tau, which is 0.
 
     Attributes:
-        expert_size: neurons an expert; must divide d_ff.
+        expert_size: neurons of an expert; must divide d_ff.
         seed: of grouping and router initialisation.
-        target_sparsity: fraction of neurons to leave idle, for every token in every layer.
+        target_sparsity: fraction of idle neurons, for every token in every layer.
         grouping: ``kmeans`` on the rows of the first FFN weight, ``coactivation`` from data, or ``random``.
 
     Raises:
-        ValueError: an option outside its range.
+        ValueError: an option is outside its range.
     """
 
     tau: float = field(default=0.0, init=False)
@@ -40,10 +40,10 @@ class Mixture(Grouped, Targeted):
         self.num_active(check_divisible(site.d_ff, self.expert_size))
 
     def num_active(self, num_experts: int) -> int:
-        """How many experts a token uses.
+        """Return the number of experts that a token uses.
 
         Raises:
-            ValueError: none, or all.
+            ValueError: it would be 0 or all.
         """
         count = super().num_active(num_experts)
         if count == num_experts:
@@ -57,13 +57,13 @@ class Mixture(Grouped, Targeted):
         return MixtureTraining(self, options)
 
     def router_shape(self, site: FFNSite) -> tuple[int, int, int]:
-        """Width, number of experts, and how many of them a token uses."""
+        """Return width, number of experts, and number of experts that a token uses."""
         num_experts = check_divisible(site.d_ff, self.expert_size)
         return site.d_model, num_experts, self.num_active(num_experts)
 
 
 class MixtureTraining(LearnedTraining):
-    """Training of a mixture's routers: their balance loss, while they learn."""
+    """Training of a mixture's routers: it adds their balance loss while they learn."""
 
     @contextmanager
     def recording(self, stage: Stage) -> Iterator[Recording]:
@@ -81,15 +81,11 @@ class MixtureTraining(LearnedTraining):
 
 
 def check_weight(name: str, value: float) -> None:
-    """Whether the weight of a loss is one.
-
-    Raises:
-        ValueError: it is negative.
-    """
+    """Raise ValueError unless the weight of a loss is at least 0."""
     if value < 0:
         raise ValueError(f"{name} is {value}, but the weight of a loss is at least 0")
 
 
 def softmax_of(logits_TE: Tensor, chosen_TE: Tensor, total: float) -> Tensor:
-    """Softmax over a token's chosen experts, times ``total``; 0 elsewhere."""
+    """Return the softmax over a token's chosen experts, times ``total``, and 0 for other experts, ``[..., E]``."""
     return total * logits_TE.masked_fill(~chosen_TE, float("-inf")).softmax(-1)

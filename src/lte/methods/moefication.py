@@ -28,20 +28,20 @@ class MoEficationConfig(Grouped, PostHoc):
     Every token uses ``round((1 - target_sparsity) * E)`` of a layer's E experts.
 
     Attributes:
-        expert_size: neurons an expert; must divide d_ff (paper: 32).
+        expert_size: neurons of an expert; must divide d_ff (paper: 32).
         seed: of grouping and of the routers' training.
-        target_sparsity: fraction of neurons to leave idle, for every token in every layer.
-        tokens: how many tokens of the data the routers are trained on.
-        activation: ``relu`` or ``relu2`` swaps the model's activation first, which needs fine-tuning; None keeps it.
+        target_sparsity: fraction of idle neurons, for every token in every layer.
+        tokens: number of tokens of the data for the routers' training.
+        activation: ``relu`` or ``relu2`` replaces the model's activation first, which needs fine-tuning; None keeps it.
         selection: ``mlp``, a router of two layers trained on data (paper); ``similarity`` of x and the expert's mean
-            row of the first weight, without data (paper); ``oracle``, the experts whose neurons are longest: an upper
-            bound, since all neurons are computed to know, and charged.
+            row of the first weight, without data (paper); ``oracle``, the experts with the longest neurons. The oracle
+            is an upper bound: it computes all neurons, and their cost is counted.
         grouping: ``kmeans`` on the rows of the first FFN weight (paper), ``coactivation`` from data, or ``random``.
         fit_epochs: of the training of ``mlp``.
-        fit_learning_rate: of the same, at its start.
+        fit_learning_rate: at the start of this training.
 
     Raises:
-        ValueError: an option outside its range.
+        ValueError: an option is outside its range.
     """
 
     name: ClassVar[str] = "moefication"
@@ -86,7 +86,7 @@ class MoEficationConfig(Grouped, PostHoc):
 
 
 class OracleRouter(ChoosingRouter):
-    """An expert's value is the length of its neurons. Shapes: ``[..., F]`` -> ``[..., E]``."""
+    """The value of an expert is the L2 length of its neurons. Shapes: ``[..., F]`` -> ``[..., E]``."""
 
     reads: ClassVar[Reads] = "neurons"
 
@@ -109,7 +109,7 @@ class SimilarityRouter(ChoosingRouter):
 
 
 class MLPRouter(SimilarityRouter):
-    """``mix tanh(weight x)`` of x scaled to length 1. Shapes: weight ``[E, D]``, mix ``[E, E]``."""
+    """The values are ``mix tanh(weight x)``, with x scaled to length 1. Shapes: weight ``[E, D]``, mix ``[E, E]``."""
 
     def __init__(self, d_model: int, num_experts: int, k: int, device: torch.device | None = None):
         super().__init__(d_model, num_experts, k, device)

@@ -1,4 +1,4 @@
-"""Noisy top-k gating: noise on the logits while they are learned (Shazeer et al., ICLR 2017, arXiv 1701.06538)."""
+"""Noisy top-k gating: noise on the logits in training (Shazeer et al., ICLR 2017, arXiv 1701.06538)."""
 
 import math
 from dataclasses import dataclass
@@ -20,16 +20,16 @@ class NoisyTopKConfig(Mixture):
     """How to convert a model for noisy top-k gating.
 
     Attributes:
-        expert_size: neurons an expert; must divide d_ff.
+        expert_size: neurons of an expert; must divide d_ff.
         seed: of grouping and router initialisation.
-        target_sparsity: fraction of neurons to leave idle, for every token in every layer.
+        target_sparsity: fraction of idle neurons, for every token in every layer.
         grouping: ``kmeans`` on the rows of the first FFN weight, ``coactivation`` from data, or ``random``.
-        weight_sum: what a token's weights add up to; None is k, so that they are 1 on average (paper: 1).
+        weight_sum: the sum of a token's weights. None is k, so that their mean is 1 (paper: 1).
         importance_weight: of the loss on unequal sums of weights (paper: 0.1).
         load_weight: of the loss on unequal numbers of tokens (paper: 0.1).
 
     Raises:
-        ValueError: an option outside its range.
+        ValueError: an option is outside its range.
     """
 
     name: ClassVar[str] = "noisy-topk"
@@ -49,7 +49,7 @@ class NoisyTopKConfig(Mixture):
 
 
 class NoisyRouter(MixtureRouter):
-    """Logits get noise of deviation ``softplus(x noise^T)`` while learned. Shapes: noise ``[E, D]``, not run in use."""
+    """In training, logits get noise of deviation ``softplus(x noise^T)``. Shapes: noise ``[E, D]``, unused in use."""
 
     def __init__(
         self, method: NoisyTopKConfig, d_model: int, num_experts: int, k: int, device: torch.device | None = None
@@ -60,7 +60,7 @@ class NoisyRouter(MixtureRouter):
 
     @torch.no_grad()
     def reset(self, bias: float = 0.0, generator: torch.Generator | None = None) -> None:
-        """Both matrices 0, so that noise alone chooses at first (paper)."""
+        """Set both matrices to 0, so that only noise chooses at first (paper)."""
         self.weight.zero_()
         self.noise.zero_()
         self.bias.fill_(bias)
@@ -75,7 +75,7 @@ class NoisyRouter(MixtureRouter):
         return softmax_of(logits_TE, chosen_TE, self.method.weight_sum or self.k)
 
     def balance(self, x_TD: Tensor, logits_TE: Tensor, tried_TE: Tensor, chosen_TE: Tensor) -> Tensor:
-        """Weights; and how likely an expert would be chosen again, were its own noise drawn anew."""
+        """Return the weights, and the probability that an expert is chosen again with new noise, ``[2, ..., E]``."""
         best_TE = tried_TE.topk(self.k + 1, dim=-1).values
         to_beat_TE = torch.where(chosen_TE, best_TE[..., self.k :], best_TE[..., self.k - 1 : self.k])
         distance_TE = (logits_TE - to_beat_TE) / self.deviation(x_TD)
@@ -83,6 +83,6 @@ class NoisyRouter(MixtureRouter):
         return torch.stack([softmax_of(tried_TE, chosen_TE, 1.0), likely_TE])
 
     def balance_loss(self, means_SE: Tensor) -> Tensor:
-        """The squared coefficients of variation, over experts, of the two."""
+        """Return the weighted squared coefficients of variation of both, over experts."""
         importance, load = means_SE.var(-1, correction=0) / means_SE.mean(-1).square().clamp_min(1e-10)
         return self.method.importance_weight * importance + self.method.load_weight * load

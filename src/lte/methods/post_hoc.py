@@ -1,4 +1,4 @@
-"""What methods share that make a trained model sparse without training it: a sparsity, and data to meet it on."""
+"""The common part of methods that make a trained model sparse without training: a target, and data for it."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -11,29 +11,29 @@ from transformers import PreTrainedModel
 from lte.core.selection import expert_norms, top_k
 from lte.methods.targeted import Targeted
 from lte.surgery.convert import set_mode_
-from lte.surgery.relufy import Activation, check_activation, relufy_
+from lte.surgery.relufy import ReLUName, check_activation, relufy_
 from lte.surgery.sites import FFNSite
 
 
 @dataclass(frozen=True)
 class PostHoc(Targeted):
-    """Base of such methods. Their routers choose, 0 or 1, so modes soft and hard are the same.
+    """Base of methods without training. Their routers choose 0 or 1, so modes soft and hard are the same.
 
     Attributes:
-        target_sparsity: fraction of neurons to leave idle, in (0, 1).
-        tokens: how many tokens of the data to look at, where the method looks at any.
-        activation: what the model's activation is swapped for first: ``relu``, or its square ``relu2``. The model then
-            needs fine-tuning. None keeps its own.
+        target_sparsity: fraction of idle neurons, in (0, 1).
+        tokens: number of tokens of the data, if the method needs data.
+        activation: replaces the model's activation first: ``relu``, or its square ``relu2``. The model then needs
+            fine-tuning. None keeps the model's own.
 
     Raises:
-        ValueError: an option outside its range.
+        ValueError: an option is outside its range.
     """
 
     added_later: ClassVar[tuple[str, ...]] = ("activation",)
 
     tau: float = field(default=0.5, init=False)
     tokens: int = 4096
-    activation: Activation | None = None
+    activation: ReLUName | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,7 +50,7 @@ class PostHoc(Targeted):
         return super().prepare_(model) if self.activation is None else relufy_(model, self.activation)
 
     def group(self, sites: Sequence[FFNSite], activations: Sequence[Tensor]) -> Iterable[Tensor]:
-        """Neurons stay where they are, each an expert of its own."""
+        """Return labels that keep the order of neurons. Each neuron is an expert."""
         return [torch.arange(site.d_ff) for site in sites]
 
     def fit(self, model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> None:
@@ -58,6 +58,6 @@ class PostHoc(Targeted):
 
 
 def most_active(hidden_TF: Tensor, num_experts: int, k: int) -> Tensor:
-    """True for the ``k`` experts of each token whose neurons are longest, if they are not 0."""
+    """Return True for the ``k`` experts of each token with the longest neurons, if these are not 0."""
     norms_TE = expert_norms(hidden_TF, num_experts)
     return top_k(norms_TE, k) & (norms_TE > 0)

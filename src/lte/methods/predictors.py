@@ -1,4 +1,4 @@
-"""Training small networks to predict which experts a token will use, on what a dense model shows."""
+"""Trains small networks that predict which experts a token will use, on values of a dense model."""
 
 from collections.abc import Callable
 from typing import cast
@@ -12,15 +12,11 @@ from lte.methods.choosing import ChoosingRouter
 from lte.surgery.activations import Wanted, record_inputs
 from lte.surgery.sites import find_sites
 
-_BATCH = 128  # tokens a step
+_BATCH = 128  # tokens of a step
 
 
 def check_training(epochs: int, learning_rate: float) -> None:
-    """Whether the options are in their range.
-
-    Raises:
-        ValueError: they are not.
-    """
+    """Raise ValueError unless the options are in their range."""
     if epochs < 1:
         raise ValueError(f"fit_epochs is {epochs}, but at least 1 is needed (usual: 10)")
     if learning_rate <= 0:
@@ -38,18 +34,18 @@ def train_predictors_(
 ) -> None:
     """Train every router of ``model`` (mode dense) to predict its targets from the FFN's input, by cross entropy.
 
-    Inputs are kept in bf16 on the CPU, ``[tokens, D]`` a layer, beside the targets.
+    Inputs ``[tokens, D]`` of each layer are kept in bf16 on the CPU, and targets too.
 
     Args:
         model: with routers whose values are logits.
-        tokens: how many tokens to train on.
-        target_of: neurons ``[T, F]`` and the number of experts -> targets ``[T, E]``, booleans or not negative; the
-            latter are divided by the layer's largest.
-        epochs, learning_rate: of AdamW, 128 tokens a step, with a linear decay to 0.
+        tokens: number of tokens to train on.
+        target_of: neurons ``[T, F]`` and the number of experts -> targets ``[T, E]``. They are booleans or not
+            negative; the latter are divided by the layer's largest target.
+        epochs, learning_rate: of AdamW, with 128 tokens in a step and a linear decay to 0.
         seed: of the order of tokens.
 
     Raises:
-        ValueError: a router that diverged.
+        ValueError: a router diverged.
     """
     sites = find_sites(model, model.config.model_type)
     wanted: list[Wanted] = []

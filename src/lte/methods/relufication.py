@@ -1,31 +1,31 @@
-"""ReLUfication: with ReLU for an activation, a neuron that gives 0 is skipped (Mirzadeh et al., arXiv 2310.04564)."""
+"""ReLUfication: the activation is ReLU, and neurons that give 0 are skipped (Mirzadeh et al., arXiv 2310.04564)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
 from lte.methods.cats import CATSConfig
-from lte.surgery.relufy import Activation
+from lte.surgery.relufy import ReLUName
 
 
 @dataclass(frozen=True)
 class ReLUficationConfig(CATSConfig):
-    """How to convert a model by ReLUfication; then it is fine-tuned.
+    """How to convert a model by ReLUfication. Then it must be fine-tuned.
 
-    A neuron is idle where the new activation gives 0: nothing is lost by that, and how often is what the model makes of
-    it. Where more is asked for, activations under a threshold are idle too, one a layer, set on data.
+    A neuron is idle if the new activation gives 0. This changes no output, and the model decides how often it happens.
+    If the target is higher, each layer has a threshold that is set on data, and activations below it are idle too.
 
     Attributes:
-        target_sparsity: fraction of neurons to leave idle at least, in every layer.
-        tokens: how many tokens of the data the thresholds are set on.
-        activation: ``relu``, or ``relu2``, its square.
+        target_sparsity: least fraction of idle neurons, in every layer.
+        tokens: number of tokens of the data for the thresholds.
+        activation: ``relu``, or ``relu2`` (its square).
 
     Raises:
-        ValueError: an option outside its range.
+        ValueError: an option is outside its range.
     """
 
     name: ClassVar[str] = "relufication"
 
-    activation: Activation | None = "relu"
+    activation: ReLUName | None = "relu"
 
     def __post_init__(self) -> None:
         super().__post_init__()

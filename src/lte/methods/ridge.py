@@ -1,4 +1,4 @@
-"""Regression with a ridge, of sums that rounding may have left a little less than positive definite."""
+"""Ridge regression of sums that may be slightly less than positive definite because of rounding."""
 
 from collections.abc import Iterable
 
@@ -13,13 +13,13 @@ _TRIES = 12
 def ridge_regression(gram_II: Tensor, cross_IO: Tensor, free: int = 0) -> tuple[Tensor, Tensor]:
     """Solve ``(gram + ridge) map = cross``, in float64.
 
-    Inputs may depend on each other, be few, or be 0: the ridge makes the sums positive definite. Where rounding of
-    large sums outweighs it, the ridge grows until it does not.
+    Inputs may depend on each other, be few, or be 0: the ridge makes the sums positive definite. If the rounding of
+    large sums is larger than the ridge, the ridge grows until it is not.
 
     Args:
-        gram_II: sums of products of inputs, the last of which is a constant. Finite.
-        cross_IO: sums of products of inputs and outputs. Finite.
-        free: how many of the last inputs have no ridge at first.
+        gram_II: sums of products of inputs, finite. The last input is a constant.
+        cross_IO: sums of products of inputs and outputs, finite.
+        free: the number of last inputs without a ridge at first.
 
     Returns:
         map_IO, and the lower triangular L_II with ``L L^T = gram + ridge``.
@@ -37,6 +37,6 @@ def ridge_regression(gram_II: Tensor, cross_IO: Tensor, free: int = 0) -> tuple[
 
 
 def check_converged(what: str, values: Iterable[Tensor]) -> None:
-    """Raise ValueError unless all values are finite: they are sums of what a model shows that was trained before."""
+    """Raise ValueError unless all values are finite. Sums over a model that diverged are not."""
     if not all(one.isfinite().all() for one in values):
         raise ValueError(f"{what} has become NaN or infinite, training diverged: give a lower learning rate")

@@ -1,4 +1,4 @@
-"""Where routers start: fitted to how much each expert does in the dense model."""
+"""The fitted start of routers: they predict how much each expert contributes in the dense model."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -15,7 +15,7 @@ TOKENS_PER_INPUT = 16
 
 
 def tokens_to_fit(model: Any) -> int:
-    """How many tokens a fit reads: 16 for each of the D + 1 numbers of an expert's row."""
+    """Return the number of tokens of a fit: 16 for each of the D + 1 numbers of an expert's row."""
     return TOKENS_PER_INPUT * (1 + max(site.d_model for site in find_sites(model, model.config.model_type)))
 
 
@@ -23,18 +23,19 @@ def tokens_to_fit(model: Any) -> int:
 def fit_routers_(model: Any, batches: Iterable[dict[str, Tensor]], bias: float) -> None:
     """Set every router to the ridge regression of its experts' contributions on the FFN's input.
 
-    An expert contributes ``c_e(x) = sqrt(sum_n (h_n |down_n|)^2)`` over its neurons n, the norm of what it adds to the
-    output if its neurons pointed in independent directions. Regressed is the fourth root of c: it ranks experts as
-    well as the logarithm does, and takes zeros. Logits are then scaled, one scale a layer, to have mean ``bias`` and
-    standard deviation 1 over tokens and experts. MoEfication (Zhang et al., 2022) trains its routers for contributions,
-    too, as a step after which nothing is trained; here it is where training begins.
+    An expert contributes ``c_e(x) = sqrt(sum_n (h_n |down_n|)^2)`` over its neurons n. This is the norm of its output
+    if its neurons have independent directions. The regression predicts the fourth root of c, which ranks experts as
+    well as the logarithm does and allows zeros. Then one factor for each layer scales logits to mean ``bias`` and
+    standard deviation 1 over tokens and experts. MoEfication (Zhang et al., 2022) trains its routers for contributions
+    too, but as the last step. Here it is the start of training.
 
     Args:
-        model: sparse, in mode dense, temperatures 1.
-        batches: of the model; :func:`tokens_to_fit` tokens are read.
+        model: sparse, in mode dense, with temperatures of 1.
+        batches: inputs of the model. :func:`tokens_to_fit` tokens are read.
+        bias: the mean of a layer's logits.
 
     Raises:
-        ValueError: no batch, or one that the model makes NaN or infinities of.
+        ValueError: there is no batch, or the model gives NaN or infinities.
     """
     sites = find_sites(model, model.config.model_type)
     moments = [_Moments(site) for site in sites]
@@ -44,17 +45,17 @@ def fit_routers_(model: Any, batches: Iterable[dict[str, Tensor]], bias: float) 
 
 
 class _Moments:
-    """Sums over tokens of products of an FFN's input (and a 1) with itself and with its experts' contributions."""
+    """Sums over tokens: products of an FFN's input (and a 1) with itself and with its experts' contributions."""
 
     def __init__(self, site: FFNSite) -> None:
-        self.router: Any = site.installed.router  # of weight and bias: LTE's, or a mixture's
+        self.router: Any = site.installed.router  # a router with weight and bias: LTE's or a mixture's
         self.down_F = site.down_rows().float().norm(dim=1)
         device, inputs = self.down_F.device, site.d_model + 1
         self.gram_II = torch.zeros(inputs, inputs, device=device)
         self.cross_IE = torch.zeros(inputs, self.router.num_experts, device=device)
 
     def add(self, x_TD: Tensor, hidden_TF: Tensor) -> None:
-        """An FFN's input, and what its neurons make of it."""
+        """Add an FFN's input and its neurons."""
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TI = torch.nn.functional.pad(x_TD.float(), (0, 1), value=1.0)
             added_TE = expert_norms(hidden_TF.float() * self.down_F, self.router.num_experts)

@@ -1,4 +1,4 @@
-"""Sigma-MoE: sigmoid scores, expert dropout, entropy of what a batch uses (Csordas et al., arXiv 2310.10837)."""
+"""Sigma-MoE: sigmoid scores, expert dropout, and an entropy loss (Csordas et al., arXiv 2310.10837)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,15 +17,15 @@ class SigmaMoEConfig(Mixture):
     """How to convert a model for sigma-MoE.
 
     Attributes:
-        expert_size: neurons an expert; must divide d_ff.
+        expert_size: neurons of an expert; must divide d_ff.
         seed: of grouping and router initialisation.
-        target_sparsity: fraction of neurons to leave idle, for every token in every layer.
+        target_sparsity: fraction of idle neurons, for every token in every layer.
         grouping: ``kmeans`` on the rows of the first FFN weight, ``coactivation`` from data, or ``random``.
-        expert_dropout: how likely a token cannot choose an expert, while routers learn (authors' advice: 0.05).
-        entropy_weight: of the entropy that a batch's mean scores are to have.
+        expert_dropout: probability that a token cannot choose an expert while routers learn (authors' advice: 0.05).
+        entropy_weight: weight of the loss that raises the entropy of a batch's mean scores.
 
     Raises:
-        ValueError: an option outside its range.
+        ValueError: an option is outside its range.
     """
 
     name: ClassVar[str] = "sigma-moe"
@@ -44,7 +44,7 @@ class SigmaMoEConfig(Mixture):
 
 
 class SigmaRouter(MixtureRouter):
-    """Weights by sigmoid."""
+    """Gives weights by sigmoid."""
 
     def __init__(
         self, method: SigmaMoEConfig, d_model: int, num_experts: int, k: int, device: torch.device | None = None
@@ -54,7 +54,7 @@ class SigmaRouter(MixtureRouter):
 
     @torch.no_grad()
     def reset(self, bias: float = 0.0, generator: torch.Generator | None = None) -> None:
-        """Directions at random, all rows of one length: none begins more likely than another (paper)."""
+        """Draw random rows of the same length, so that all experts start equally likely (paper)."""
         super().reset(bias, generator)
         self.weight.copy_(normalize(self.weight.float(), dim=1) * self.weight.float().norm(dim=1).mean())
 
@@ -69,5 +69,5 @@ class SigmaRouter(MixtureRouter):
         return logits_TE.softmax(-1).unsqueeze(0)
 
     def balance_loss(self, means_SE: Tensor) -> Tensor:
-        """``sum_e p_e log p_e``: least where a batch's tokens together want all experts alike."""
+        """Return ``sum_e p_e log p_e``. It is least if a batch's tokens together use all experts equally."""
         return self.method.entropy_weight * torch.special.xlogy(means_SE, means_SE).sum()

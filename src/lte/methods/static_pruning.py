@@ -1,4 +1,4 @@
-"""Static pruning: the same neurons are left out for every token. What a method that chooses by token has to beat."""
+"""Static pruning: the same neurons are left out for every token. Methods that choose by token must be better."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar, cast
@@ -18,15 +18,15 @@ from lte.surgery.sites import FFNSite, find_sites
 class StaticPruningConfig(PostHoc):
     """How to prune whole neurons: those with the least mean ``|h| * |down row|`` on data, the same share of each layer.
 
-    Fine-tuning the result leaves the choice alone.
+    Fine-tuning does not change the choice.
 
     Attributes:
-        target_sparsity: fraction of each layer's neurons to leave out.
-        tokens: how many tokens of the data neurons are judged on.
-        activation: ``relu`` or ``relu2`` swaps the model's activation first, which needs fine-tuning; None keeps it.
+        target_sparsity: fraction of each layer's neurons that are left out.
+        tokens: number of tokens of the data for the choice.
+        activation: ``relu`` or ``relu2`` replaces the model's activation first, which needs fine-tuning; None keeps it.
 
     Raises:
-        ValueError: an option outside its range.
+        ValueError: an option is outside its range.
     """
 
     name: ClassVar[str] = "static-pruning"
@@ -52,7 +52,7 @@ class StaticPruningConfig(PostHoc):
 
 
 class FixedRouter(BaseRouter):
-    """The neurons that are kept, whatever the token: ``kept_F``. It costs nothing."""
+    """Gives the same neurons for every token: ``kept_F``. It costs nothing."""
 
     kept_F: Tensor
 

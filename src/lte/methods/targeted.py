@@ -1,4 +1,4 @@
-"""What methods share that are asked for a sparsity: the option, and how many experts a token uses then."""
+"""The common part of methods with a target sparsity: the option, and the number of experts of a token."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,10 @@ from lte.surgery.method import Method
 
 @dataclass(frozen=True)
 class Targeted(Method):
-    """Base of such methods.
+    """Base of methods with a target sparsity.
 
     Attributes:
-        target_sparsity: fraction of neurons to leave idle, in (0, 1).
+        target_sparsity: fraction of idle neurons, in (0, 1).
 
     Raises:
         ValueError: it is outside its range.
@@ -26,10 +26,10 @@ class Targeted(Method):
             )
 
     def num_active(self, num_experts: int) -> int:
-        """How many experts a token uses.
+        """Return the number of experts that a token uses.
 
         Raises:
-            ValueError: none.
+            ValueError: it would be 0.
         """
         count = round((1 - self.target_sparsity) * num_experts)
         if count < 1:

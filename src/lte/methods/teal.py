@@ -1,4 +1,4 @@
-"""TEAL: small inputs of every linear layer are taken for 0 (Liu et al., arXiv 2408.14690). No routers, no training."""
+"""TEAL: small inputs of every linear layer count as 0 (Liu et al., arXiv 2408.14690). No routers, no training."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,24 +26,24 @@ Allocation = Literal["uniform", "greedy"]
 
 @dataclass(frozen=True)
 class TEALConfig(Conversion):
-    """How to convert a model for TEAL (Liu et al., arXiv 2408.14690): one threshold a linear layer, no training.
+    """How to convert a model for TEAL (Liu et al., arXiv 2408.14690): a threshold for each linear layer, no training.
 
-    In every linear layer of the blocks, attention and FFN, the inputs no larger than the layer's threshold are taken
-    for 0. The weights that they would be multiplied with need not be read.
+    In every linear layer of the blocks, attention and FFN, inputs that are not larger than the layer's threshold count
+    as 0. The weights that belong to them need not be read.
 
-    Thresholds are quantiles of the inputs' sizes, set one layer after the other in one pass over the data, each
-    behind layers that are sparse by then. Every token is treated alike, whatever else is in its batch; padding is
-    left out of the quantiles. The model has to be one stack of blocks, not an encoder-decoder.
+    Thresholds are quantiles of the inputs' sizes. They are set one layer after the other in one pass over the data,
+    behind layers that are sparse already. A token does not depend on other tokens of its batch. Padding does not count
+    in the quantiles. The model must be one stack of blocks, not an encoder-decoder.
 
     Attributes:
-        target_sparsity: fraction of the inputs to take for 0, in (0, 1): in every layer, or with greedy in the mean
+        target_sparsity: fraction of the inputs that count as 0, in (0, 1): in every layer, or with greedy in the mean
             over each block's weights.
-        tokens: how many tokens of the data the thresholds are set on.
-        allocation: ``uniform``, or ``greedy``: within each block, the layers that matter least to its output are made
-            sparser than the others. Takes about a hundred passes through each block.
+        tokens: number of tokens of the data for the thresholds.
+        allocation: ``uniform``, or ``greedy``: in each block, layers that matter less to its output are sparser than
+            others. This takes about a hundred passes through each block.
 
     Raises:
-        ValueError: an option outside its range.
+        ValueError: an option is outside its range.
     """
 
     name: ClassVar[str] = "teal"
@@ -100,7 +100,7 @@ class TEALConfig(Conversion):
         model.eval()
 
     def install_(self, model: PreTrainedModel) -> None:
-        """Give every linear layer of the blocks a threshold, 0 until weights are loaded or data is seen."""
+        """Give every linear layer of the blocks a threshold of 0, before weights are loaded or data is read."""
         for linear in _linears(model).values():
             add_cut_(linear)
 
@@ -135,7 +135,7 @@ class TEALConfig(Conversion):
         return f"thresholds on the inputs of {len(_linears(model))} linear layers"
 
     def to_dict(self) -> dict[str, Any]:
-        """The options. The section's name is the conversion's, so it is not written twice."""
+        """Return the options. The name of the section is that of the conversion, so it is not written again."""
         return {name: value for name, value in super().to_dict().items() if name != "method"}
 
 
@@ -147,19 +147,19 @@ def teal_(model: PreTrainedModel, config: TEALConfig, data: Iterable[dict[str, T
 def teal_cost(
     model: PreTrainedModel, sparsity: float | Mapping[str, float], bytes_per_weight: float | None = None
 ) -> Cost:
-    """FLOPs and weight bytes of one token where linear layers skip the weights of inputs that are 0.
+    """Return FLOPs and weight bytes of one token if linear layers skip the weights of inputs that are 0.
 
-    As :func:`~lte.surgery.cost.cost_per_token` counts, and to be compared with what that gives for other methods:
-    ``gflops`` is FFN and attention projections together, ``weight_bytes`` is what they read. Comparing sizes with a
-    threshold is not counted, as activations are not.
+    The count is that of :func:`~lte.surgery.cost.cost_per_token`, and both results can be compared. ``gflops`` is FFN
+    and attention projections together, and ``weight_bytes`` are the bytes that they read. Comparisons with a threshold
+    are not counted, and neither are activations.
 
     Args:
         model: dense or converted for TEAL.
-        sparsity: fraction of inputs that are 0, one number or one a linear layer of the blocks, by name.
+        sparsity: fraction of inputs that are 0: one number, or one for each linear layer of the blocks, by name.
         bytes_per_weight: None takes the model's dtype.
 
     Raises:
-        ValueError: unknown family, a sparsity outside [0, 1], one missing.
+        ValueError: the family is unknown, or a sparsity is outside [0, 1] or missing.
     """
     dense = cost_per_token(model, 0.0, bytes_per_weight=bytes_per_weight)
     size = model.dtype.itemsize if bytes_per_weight is None else bytes_per_weight

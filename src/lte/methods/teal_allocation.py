@@ -1,4 +1,4 @@
-"""TEAL's greedy search: how sparse to make which linear layer of a block, by the error of the block's output."""
+"""TEAL's greedy search: it finds the sparsity of each linear layer of a block by the error of the block's output."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -13,13 +13,13 @@ from lte.surgery.conversion import Progress
 from lte.surgery.sites import block_of
 
 Call = tuple[tuple, dict[str, Any]]
-"""What a block is called with."""
+"""The arguments of a call of a block."""
 MOST_GREEDY = 0.95
-"""The sparsity beyond which no layer is made."""
+"""The highest sparsity of a layer."""
 
-_TOKENS = 512  # of each row that outputs are compared on
-_SHARE = 0.05  # of a block's weights that a step leaves unread
-_LONGEST_STEP = 0.25  # of a layer's inputs: a small one would be gone in a step
+_TOKENS = 512  # tokens of each row on which outputs are compared
+_SHARE = 0.05  # share of a block's weights that a step leaves unread
+_LONGEST_STEP = 0.25  # share of a layer's inputs: otherwise one step could remove a whole small layer
 
 
 @torch.no_grad()
@@ -31,14 +31,14 @@ def greedy_sparsities(
     target: float,
     progress: Progress = iter,
 ) -> dict[str, float]:
-    """A sparsity for each of ``linears``, by name, so that ``target`` of each block's weights are left unread.
+    """Return a sparsity for each of ``linears``, by name, so that ``target`` of each block's weights are left unread.
 
-    From dense, a step at a time, the layer whose step adds the least error per weight is made sparser. Cuts must be 0,
-    and are 0 afterwards.
+    The search starts dense. Each step makes that layer sparser whose step adds the least error per weight. Cuts must be
+    0, and they are 0 afterwards.
 
     Args:
-        sizes: of each layer the sizes of its inputs in the dense model, a sample in any order.
-        batch: what the block's output is compared on.
+        sizes: a sample of the sizes of each layer's inputs in the dense model, in any order.
+        batch: the batch on which the block's outputs are compared.
         progress: wraps the iteration over blocks.
     """
     names = {module: name for name, module in model.named_modules()}
@@ -60,7 +60,7 @@ def greedy_sparsities(
 def _allocate(
     run: Callable[[], Tensor], linears: Mapping[str, nn.Module], ranked: Mapping[str, Tensor], target: float
 ) -> dict[str, float]:
-    """One block's sparsities. ``run()`` gives its output with the cuts as they are."""
+    """Return the sparsities of one block. ``run()`` gives its output with the current cuts."""
     weights = {name: linear.get_parameter("weight").numel() for name, linear in linears.items()}
     total = sum(weights.values())
     found, expected, error = dict.fromkeys(linears, 0.0), run(), 0.0
@@ -89,7 +89,7 @@ def _set(linear: nn.Module, sizes: Tensor, sparsity: float) -> None:
 
 
 def _calls(model: PreTrainedModel, blocks: list[nn.Module], batch: dict[str, Tensor]) -> dict[nn.Module, Call]:
-    """What each block is called with on a batch, without a cache that calling it again would fill."""
+    """Return the arguments of each block for a batch, without a cache, which another call would fill."""
     calls: dict[nn.Module, Call] = {}
 
     def keep(block: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -18,17 +18,17 @@ class TopKMoEConfig(Mixture):
     """How to convert a model for a top-k mixture of experts.
 
     Attributes:
-        expert_size: neurons an expert; must divide d_ff.
+        expert_size: neurons of an expert; must divide d_ff.
         seed: of grouping and router initialisation.
-        target_sparsity: fraction of neurons to leave idle, for every token in every layer.
+        target_sparsity: fraction of idle neurons, for every token in every layer.
         grouping: ``kmeans`` on the rows of the first FFN weight, ``coactivation`` from data, or ``random``.
-        scores: what weighs an expert: ``softmax`` over the chosen, or ``sigmoid``, each for itself.
-        weight_sum: what a token's softmax weights add up to; None is k, so that they are 1 on average (usual in models
-            that are mixtures from their first step: 1).
-        balance_weight: of the load-balancing loss, which is 1 where all experts are used alike.
+        scores: the weight of an expert: ``softmax`` over the chosen experts, or ``sigmoid`` of its own logit.
+        weight_sum: the sum of a token's softmax weights. None is k, so that their mean is 1. (Models that are mixtures
+            from their first step usually have 1.)
+        balance_weight: of the load-balancing loss, which is 1 if all experts are used equally.
 
     Raises:
-        ValueError: an option outside its range.
+        ValueError: an option is outside its range.
     """
 
     name: ClassVar[str] = "topk-moe"
@@ -49,7 +49,7 @@ class TopKMoEConfig(Mixture):
 
 
 class TopKRouter(MixtureRouter):
-    """Weights by softmax over the chosen, or by sigmoid."""
+    """Gives weights by softmax over the chosen experts, or by sigmoid."""
 
     def __init__(
         self, method: TopKMoEConfig, d_model: int, num_experts: int, k: int, device: torch.device | None = None
@@ -70,15 +70,11 @@ class TopKRouter(MixtureRouter):
         return torch.stack([chosen_TE.to(share_TE.dtype) / self.k, share_TE])
 
     def balance_loss(self, means_SE: Tensor) -> Tensor:
-        """``E sum_e f_e P_e``: f the share of choices that fall on an expert, P its mean share of the scores."""
+        """Return ``E sum_e f_e P_e``: f is an expert's share of choices, P its mean share of the scores."""
         return self.method.balance_weight * self.num_experts * (means_SE[0] * means_SE[1]).sum()
 
 
 def check_weight_sum(weight_sum: float | None) -> None:
-    """Whether weights can add up to it.
-
-    Raises:
-        ValueError: it is not positive.
-    """
+    """Raise ValueError unless the sum of weights is positive."""
     if weight_sum is not None and not weight_sum > 0:
-        raise ValueError(f"weight_sum is {weight_sum}, but weights add up to something above 0 (leave it out for k)")
+        raise ValueError(f"weight_sum is {weight_sum}, but the sum of weights is above 0 (leave it out for k)")

@@ -1,4 +1,4 @@
-"""One-shot pruning of single weights, by Wanda (Sun et al., arXiv 2306.11695) or size: no routers, a stock model."""
+"""One-shot pruning of single weights, by Wanda (Sun et al., arXiv 2306.11695) or magnitude. The model stays stock."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,18 +19,18 @@ from lte.surgery.sites import LinearSite, check_linears, linear_sites
 
 @dataclass(frozen=True)
 class MagnitudeConfig(Conversion):
-    """How to prune by size: of each matrix the weights with the least ``|w|``.
+    """How to prune by magnitude: in each matrix, the weights with the least ``|w|`` become 0.
 
-    The model's class, size and speed stay, and nothing but its weights is needed to load it; its config says how it was
-    pruned. :func:`lte.weight_sparsity` says how many weights are 0. Hardware that skips them would be left with
-    ``1 - weight_sparsity(model)`` of ``cost_per_token(model).gflops``.
+    The model's class, size and speed do not change, and it loads without ``lte``. Its config says how it was pruned.
+    :func:`lte.weight_sparsity` counts the zeros. Hardware that skips them would need ``1 - weight_sparsity(model)`` of
+    ``cost_per_token(model).gflops``.
 
     Attributes:
-        target_sparsity: fraction of the weights to make 0, in every linear layer of the blocks.
-        pattern: ``N:M`` keeps N of every M consecutive inputs, e.g. 2:4 or 4:8; None, wherever they are.
+        target_sparsity: fraction of the weights that become 0, in every linear layer of the blocks.
+        pattern: ``N:M`` keeps N of every M consecutive inputs, e.g. 2:4 or 4:8. None has no pattern.
 
     Raises:
-        ValueError: an option outside its range.
+        ValueError: an option is outside its range.
     """
 
     name: ClassVar[str] = "magnitude"
@@ -56,7 +56,7 @@ class MagnitudeConfig(Conversion):
 
     @property
     def kept_of(self) -> tuple[int, int]:
-        """N and M of the pattern; zeros if it is none."""
+        """N and M of the pattern; zeros without a pattern."""
         kept, _, group = (self.pattern or "").partition(":")
         return (int(kept), int(group)) if kept.isdecimal() and group.isdecimal() else (0, 0)
 
@@ -82,9 +82,9 @@ class MagnitudeConfig(Conversion):
     def input_lengths(
         self, model: PreTrainedModel, sites: list[LinearSite], batches: Iterable[Batch]
     ) -> list[Tensor] | list[None]:
-        """Of each layer's inputs the length over tokens, ``[I]``, which its weights are multiplied by; None: by none.
+        """Return the L2 length of each layer's inputs over tokens, ``[I]``, as a factor of weights; None for no factor.
 
-        With lengths, weights are compared within each output, and without within each matrix.
+        With lengths, weights are compared within each output. Without lengths, they are compared within each matrix.
         """
         return [None] * len(sites)
 
@@ -97,15 +97,15 @@ class MagnitudeConfig(Conversion):
 
 @dataclass(frozen=True)
 class WandaConfig(MagnitudeConfig):
-    """How to prune by Wanda: of each output's weights those with the least ``|w| * |x|``, x its input on data.
+    """How to prune by Wanda: of each output's weights, those with the least ``|w| * |x|`` become 0. x is the input.
 
     Attributes:
-        target_sparsity: fraction of the weights to make 0, of every output of every linear layer of the blocks.
-        pattern: ``N:M`` keeps N of every M consecutive inputs, e.g. 2:4 or 4:8; None, wherever they are.
-        tokens: how many tokens of the data to look at.
+        target_sparsity: fraction of the weights that become 0, of every output of every linear layer of the blocks.
+        pattern: ``N:M`` keeps N of every M consecutive inputs, e.g. 2:4 or 4:8. None has no pattern.
+        tokens: number of tokens of the data.
 
     Raises:
-        ValueError: an option outside its range.
+        ValueError: an option is outside its range.
     """
 
     name: ClassVar[str] = "wanda"
@@ -145,7 +145,7 @@ def _squares(x_TI: Tensor) -> Tensor:
 
 
 def _kept(scores_OI: Tensor, config: MagnitudeConfig, by_row: bool) -> Tensor:
-    """True for the weights to keep."""
+    """Return True for the weights that are kept."""
     kept, group = config.kept_of
     if group:
         return top_k(scores_OI.unflatten(1, (-1, group)), kept).flatten(1)
@@ -154,6 +154,6 @@ def _kept(scores_OI: Tensor, config: MagnitudeConfig, by_row: bool) -> Tensor:
     if dropped == 0:
         return torch.ones_like(scores_OI, dtype=torch.bool)
     cut = rows.kthvalue(dropped, dim=1, keepdim=True).values
-    tied = rows == cut  # many in bf16: the first of them go, as many as are wanted
+    tied = rows == cut  # equal values are common in bf16: the first of them are dropped
     spare = dropped - (rows < cut).sum(1, keepdim=True)
     return ((rows > cut) | tied & (tied.cumsum(1, dtype=torch.int32) > spare)).view_as(scores_OI)

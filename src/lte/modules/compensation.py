@@ -1,4 +1,4 @@
-"""Low-rank compensation: a small linear stand-in for the experts that a token leaves out."""
+"""Low-rank compensation: a small linear map that stands in for the experts that a token does not use."""
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,11 @@ from lte.ops.weights import LowRank, Matrix
 class Compensation(nn.Module):
     """``(1 - mean weight of the experts) * expand (compress x + bias)``, added to the FFN's output.
 
-    What idle experts would have added is partly linear in the FFN's input, and of low rank. A token that uses all
-    experts gets nothing, so that the function of the dense model stays within reach. Not part of LTE's paper; pruning
-    of weights is compensated so in LoSparse (Li et al., ICML 2023, arXiv 2306.11222).
+    The output of idle experts is partly linear in the FFN's input, and this part has a low rank. A token that uses all
+    experts gets no compensation, so the model can still compute the dense function. Compensation is not a part of
+    LTE's paper. LoSparse compensates pruned weights in this way (Li et al., ICML 2023, arXiv 2306.11222).
 
-    Its parameters are not those of an ``nn.Linear``, so that tools which rewrite linear layers leave it be.
+    The parameters are not those of an ``nn.Linear``, so that tools that rewrite linear layers do not change them.
 
     Shapes: compress ``[R, D]``, bias ``[R]``, expand ``[D, R]``; input ``[..., D]`` and weights ``[..., E]`` give
     ``[..., D]``.
@@ -29,19 +29,19 @@ class Compensation(nn.Module):
 
     @property
     def num_weights(self) -> int:
-        """What a token costs it: the weights of its matrices."""
+        """The weights that a token multiplies: those of both matrices."""
         return self.compress.numel() + self.expand.numel()
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator | None = None) -> None:
-        """Such that it adds nothing, and can learn."""
+        """Draw the weights so that the compensation adds nothing and can learn."""
         draw_(self.compress, generator)
         self.bias.zero_()
         self.expand.zero_()
 
     @property
     def weights(self) -> LowRank:
-        """Its weights as the operation takes them."""
+        """The weights as the operation takes them."""
         return LowRank(Matrix(self.compress), self.bias, Matrix(self.expand))
 
     def forward(self, x_TD: Tensor, weights_TE: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Looking at a model in the middle of something else."""
+"""A context that runs a model in mode eval for a while."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Mode eval within; afterwards every module is as it was, also where some trained and some did not."""
+    """Run the model in mode eval. Afterwards each module has its own former mode again."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -1,7 +1,7 @@
-"""Thresholds on the inputs of linear layers, as TEAL sets them: an input no larger than the cut is taken for 0.
+"""Thresholds on the inputs of linear layers, as TEAL sets them: an input that is not larger than the cut becomes 0.
 
-A hook and a buffer, no class of its own: names, classes and weights of the layers stay, so LoRA, quantisers and
-``nn.Linear``'s kin (GPT-2's ``Conv1D``) are met where they were.
+A threshold is a hook and a buffer, not a class. Names, classes and weights of the layers stay the same. So LoRA,
+quantisers and similar layers (GPT-2's ``Conv1D``) work as before.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ CUT = "cut"
 
 
 def add_cut_(linear: nn.Module) -> None:
-    """Give a linear layer ``[..., I] -> [..., O]`` a buffer ``cut``, a scalar, here 0: nothing is left out."""
+    """Give a linear layer ``[..., I] -> [..., O]`` a buffer ``cut``, a scalar. It is 0, so no input changes."""
     weight = linear.weight
     assert isinstance(weight, Tensor)
     linear.register_buffer(CUT, weight.new_zeros(()))
@@ -30,10 +30,10 @@ def _drop_small(linear: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ..
 
 
 class InputMeter:
-    """Counts the inputs that are 0, layer by layer, over forward passes.
+    """Counts the inputs that are 0 in each layer, over forward passes.
 
     Attributes:
-        weight: how often each token counts from here on: of a pass that stands for several, their number.
+        weight: how often each token of the next passes counts: more than once if a pass stands for several.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class InputMeter:
         self._total: dict[str, Tensor | int] = {}
 
     def add(self, name: str, x_TI: Tensor, mask_T: Tensor | None) -> None:
-        """Count a pass of one layer; ``mask_T`` is not 0 for the tokens that count."""
+        """Count a pass of one layer; Tokens with ``mask_T`` = 0 do not count."""
         zeros_T = x_TI.eq(0).sum(-1)
         real_T = torch.ones_like(zeros_T) if mask_T is None else mask_T.to(zeros_T.device).ne(0).long()
         self._zeros[name] = self._zeros.get(name, 0) + self.weight * (zeros_T * real_T).sum()
@@ -50,18 +50,18 @@ class InputMeter:
 
     @property
     def by_linear(self) -> dict[str, float]:
-        """Of each layer, by name, the fraction of its inputs that were 0. Empty before the first forward pass."""
+        """The fraction of inputs that were 0, by the name of the layer. Empty before the first forward pass."""
         return {name: float(zeros / self._total[name]) for name, zeros in self._zeros.items()}
 
 
 @contextmanager
 def track_inputs(model: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator[InputMeter]:
-    """Measure how many inputs of ``linears`` are 0 over all forward passes of ``model`` made within.
+    """Count the inputs of ``linears`` that are 0, over all forward passes of ``model`` inside the context.
 
-    Padding (by the attention mask given to the model) is not counted.
+    Padding, which the attention mask says, does not count.
 
     Raises:
-        ValueError: a model that is shared out by tensor parallelism: a process sees some of a layer's inputs.
+        ValueError: the model is divided by tensor parallelism, so a process sees only some of a layer's inputs.
     """
     check_not_shared(model, "counting inputs wants")
     meter, masks = InputMeter(), TokenMasks(model)

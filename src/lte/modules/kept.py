@@ -1,4 +1,4 @@
-"""What passes leave behind for who asked: lists on modules, each of one thread, since threads may share a model."""
+"""Lists on modules that forward passes append to. A list belongs to one thread: threads may share a model."""
 
 import threading
 from collections.abc import Iterable, Iterator
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 Kept = list[list[Any]]
-"""Of a module: pairs of a thread, and the list of tensors that wants what its passes show. Lists, not callables: all
-layers then look alike to ``torch.compile``; nor tuples, in which it takes lists for constants."""
+"""The lists of a module: pairs of a thread and a list for the tensors of its passes. With callables, layers would
+differ for ``torch.compile``. In tuples, ``torch.compile`` takes lists for constants."""
 
 _CHANGING = threading.Lock()
 
 
 def of_this_thread(kept_in: Kept) -> list[list[Tensor]]:
-    """The lists of this thread; all of them where a compiler looks on, which does not know threads."""
+    """Return the lists of this thread. While a program is compiled, return all lists: a compiler knows no threads."""
     if not kept_in or torch.compiler.is_compiling():
         return [kept for _, kept in kept_in]
     here = threading.get_ident()
@@ -25,7 +25,7 @@ def of_this_thread(kept_in: Kept) -> list[list[Tensor]]:
 
 @contextmanager
 def kept(wanted: Iterable[tuple[Any, list[Tensor]]]) -> Iterator[None]:
-    """Within it, each module's ``kept_in`` holds the list given with it, for passes of this thread."""
+    """Put each list into ``kept_in`` of its module inside the context, for passes of this thread."""
     here, wanted = threading.get_ident(), list(wanted)
     with _CHANGING:
         for module, one in wanted:

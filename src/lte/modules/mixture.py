@@ -1,4 +1,4 @@
-"""Routers of a mixture of experts: k experts a token, scaled by learned weights, and a loss that keeps all in use."""
+"""Routers of a mixture of experts: k experts for each token, scaled by learned weights, and a balance loss."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +15,12 @@ from lte.modules.sparse_ffn import Selecting
 
 
 class MixtureRouter(BaseRouter):
-    """The ``k`` experts of a token with the highest logits ``x W^T + bias``, each with a weight above 0; others 0.
+    """Gives the ``k`` experts of a token with the highest logits ``x W^T + bias`` a weight above 0, and the others 0.
 
     Shapes: weight ``[E, D]``, bias ``[E]``, ``[..., D]`` -> ``[..., E]``.
 
     Attributes:
-        kept_in: lists to which each pass appends what :meth:`balance_loss` is made of, ``[S, ..., E]``.
+        kept_in: lists to which each pass appends ``[S, ..., E]``, which :meth:`balance_loss` needs.
     """
 
     scales = True
@@ -48,26 +48,26 @@ class MixtureRouter(BaseRouter):
         tried_TE = self.explore(x_TD, logits_TE) if learning else logits_TE
         chosen_TE = top_k(tried_TE, self.k)
         lists = of_this_thread(self.kept_in)
-        if learning or lists:  # also where nobody keeps it: gradient checkpointing runs this twice, alike
+        if learning or lists:  # even if no list keeps it: both passes of gradient checkpointing must be the same
             balance_STE = self.balance(x_TD, logits_TE, tried_TE, chosen_TE)
             for one in lists:
                 one.append(balance_STE)
         return self.weigh(tried_TE, chosen_TE)
 
     def explore(self, x_TD: Tensor, logits_TE: Tensor) -> Tensor:
-        """The logits that experts are chosen by while the router learns; frozen, it takes them as they are."""
+        """Return the logits by which a learning router chooses experts. A frozen router uses its own logits."""
         return logits_TE
 
     def weigh(self, logits_TE: Tensor, chosen_TE: Tensor) -> Tensor:
-        """The weight of each expert; 0 where it is not chosen."""
+        """Return the weight of each expert ``[..., E]``; 0 if it is not chosen."""
         raise NotImplementedError
 
     def balance(self, x_TD: Tensor, logits_TE: Tensor, tried_TE: Tensor, chosen_TE: Tensor) -> Tensor:
-        """``[S, ..., E]``: what is averaged over tokens for :meth:`balance_loss`."""
+        """Return ``[S, ..., E]``, whose mean over tokens :meth:`balance_loss` takes."""
         raise NotImplementedError
 
     def balance_loss(self, means_SE: Tensor) -> Tensor:
-        """The weighted loss of a layer, from the means over a batch's real tokens."""
+        """Return the weighted loss of a layer, a scalar, from the means ``[S, E]`` over a batch's real tokens."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -79,24 +79,24 @@ Balance = dict[str, tuple[MixtureRouter, list[Tensor]]]
 
 @contextmanager
 def record_balance(layers: dict[str, Selecting]) -> Iterator[Balance]:
-    """Within it, the mixtures among ``layers`` keep what their balance losses need of one forward pass."""
+    """Record, inside the context, the values of one forward pass that the balance losses of mixtures need."""
     balance: Balance = {name: (one.router, []) for name, one in layers.items() if isinstance(one.router, MixtureRouter)}
     with kept(balance.values()):
         yield balance
 
 
 def balance_loss(balance: Balance, recording: Recording) -> Tensor:
-    """Mean over layers of their balance losses; padding does not count.
+    """Return the mean of the layers' balance losses, a scalar. Padding does not count.
 
     Args:
-        balance: of the forward pass that ``recording`` is of.
-        recording: says which tokens are real.
+        balance: of the forward pass of ``recording``.
+        recording: says which tokens are not padding.
     """
     losses = []
     for name, (router, parts) in balance.items():
-        if not parts:  # not run in this pass
+        if not parts:  # the layer did not run in this pass
             continue
-        seen_STE = torch.cat(parts, dim=-2)  # in parts where the model runs its FFN in chunks of the sequence
+        seen_STE = torch.cat(parts, dim=-2)  # several parts if the model runs its FFN in chunks of the sequence
         mask = recording.masks.of(name, seen_STE.shape[1:-1])
         real_STE = seen_STE.flatten(1, -2)
         if mask is None:

@@ -1,4 +1,4 @@
-"""Recording router scores during forward passes, and the sparsity they amount to. Padding is left out."""
+"""Records router scores during forward passes and measures their sparsity. Padding does not count."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -17,10 +17,10 @@ from lte.modules.token_masks import TokenMasks
 
 
 def sparse_layers(model: nn.Module) -> dict[str, Selecting]:
-    """The model's places of selection by module name, in the order of the layers.
+    """Return the model's sparse FFNs by module name, in the order of the layers.
 
     Raises:
-        ValueError: there are none: the model is dense, or TEAL's.
+        ValueError: the model has none, because it is dense or TEAL's.
     """
     found = {name: module for name, module in model.named_modules() if isinstance(module, Selecting)}
     if not found and any(name.rpartition(".")[2] == CUT for name, _ in model.named_buffers()):
@@ -34,14 +34,18 @@ def sparse_layers(model: nn.Module) -> dict[str, Selecting]:
 
 
 def check_lte_routers(layers: Iterable[Selecting], consequence: str) -> None:
-    """Raise ValueError unless all routers are LTE's: a linear map and a sigmoid. ``consequence`` ends the message."""
+    """Raise ValueError unless all routers are LTE's, which are one linear map and a sigmoid.
+
+    Args:
+        consequence: the end of the message.
+    """
     other = next((layer.router for layer in layers if not layer.router.is_lte), None)
     if other is not None:
         raise ValueError(f"this model's experts are chosen by {type(other).__name__}, not LTE's router: {consequence}")
 
 
 def check_hard(layers: Iterable[Selecting], because: str) -> None:
-    """Raise ValueError unless all layers are in mode hard; ``because`` says what is wrong with another mode."""
+    """Raise ValueError unless all layers are in mode hard. ``because`` is the reason in the message."""
     modes = sorted({layer.mode for layer in layers} - {"hard"})
     if modes:
         raise ValueError(
@@ -51,7 +55,7 @@ def check_hard(layers: Iterable[Selecting], because: str) -> None:
 
 
 class Recording:
-    """What one forward pass showed: scores by layer (with gradient), and which tokens are real."""
+    """The result of one forward pass: scores by layer (with gradient), and which tokens are not padding."""
 
     def __init__(self, model: nn.Module, layers: dict[str, Selecting]) -> None:
         self._layers = layers
@@ -64,26 +68,26 @@ class Recording:
 
     @property
     def scores(self) -> dict[str, Tensor]:
-        """The scores of each layer that ran; in pieces where the model runs its FFN in chunks of the sequence.
+        """The scores ``[..., E]`` of each layer that ran, by name.
 
         Raises:
-            ValueError: gradients are wanted of them, and reentrant checkpointing has left none.
+            ValueError: gradients are on, but the scores have none because of reentrant checkpointing.
         """
         if self._with_gradient and torch.is_grad_enabled():
             self._check_gradient()
         return {n: one[0] if len(one) == 1 else torch.cat(one, dim=-2) for n, one in self._kept.items() if one}
 
     def mask(self, name: str) -> Tensor | None:
-        """The tokens of layer ``name`` that are not padding, shaped like its scores without the last dimension.
+        """Return the tokens of layer ``name`` that are not padding, in the shape of its scores without ``E``.
 
-        None when the model was given no 2-D attention mask: every token counts.
+        Return None if the model got no 2-D attention mask. Then every token counts.
         """
         return self.masks.of(name, self.scores[name].shape[:-1])
 
     def stacked(self) -> list[tuple[list[str], Tensor, Tensor | None]]:
-        """The scores of all layers in few tensors: (names, scores ``[L, ..., E]``, mask) of layers that are alike.
+        """Return the scores of all layers in few tensors: (names, scores ``[L, ..., E]``, mask) of similar layers.
 
-        A decoder-only model gives one entry, an encoder-decoder two.
+        A decoder-only model has one entry, and an encoder-decoder has two.
         """
         alike: dict[tuple[bool, torch.Size], list[str]] = {}
         scores = self.scores
@@ -99,8 +103,8 @@ class Recording:
             learning = layer.mode != "dense" and any(weight.requires_grad for weight in layer.router.parameters())
             if learning and any(one.is_floating_point() and not one.requires_grad for one in self._kept[name]):
                 raise ValueError(
-                    f"the scores of {name} have no gradient in a pass with gradients: reentrant checkpointing takes "
-                    'it away, so call model.gradient_checkpointing_enable({"use_reentrant": False}), or read scores '
+                    f"the scores of {name} have no gradient in a pass with gradients: reentrant checkpointing "
+                    'removes it, so call model.gradient_checkpointing_enable({"use_reentrant": False}), or read scores '
                     "under torch.no_grad()"
                 )
 
@@ -125,14 +129,14 @@ class Recording:
 
 @contextmanager
 def record_scores(model: nn.Module) -> Iterator[Recording]:
-    """Within it, every forward pass of ``model`` leaves its router scores in the recording it yields.
+    """Record the router scores of each forward pass of ``model`` inside the context. It gives the recording.
 
-    Scores are ``[..., E]`` a layer, of the last forward pass, and carry gradient. Layers in mode
-    dense record scores of 1. Safe with non-reentrant gradient checkpointing when the recording is
-    read before ``backward`` and left by then. May be nested.
+    A layer's scores are ``[..., E]``, of the last forward pass, and they have a gradient. Layers in mode dense record
+    scores of 1. With non-reentrant gradient checkpointing, read the recording and leave the context before
+    ``backward``. Contexts may be nested.
 
-    Other threads may run the model meanwhile, and record it: a recording has the passes of the thread that opened it,
-    and no others. A compiled model does not know threads: while one records it, no other may run it.
+    Other threads may run and record the model at the same time. A recording has only the passes of the thread that
+    opened it. A compiled model knows no threads: while one thread records it, no other thread may run it.
     """
     layers = sparse_layers(model)
     recording = Recording(model, layers)
@@ -147,7 +151,7 @@ def record_scores(model: nn.Module) -> Iterator[Recording]:
 
 
 def _entries(model: nn.Module, encoder_decoder: bool) -> list[nn.Module]:
-    """The modules that start a forward pass: the model, and an encoder, which ``generate`` calls on its own."""
+    """Return the modules that start a forward pass: the model, and an encoder, which ``generate`` calls directly."""
     get_encoder = getattr(model, "get_encoder", None)
     return [model, get_encoder()] if encoder_decoder and get_encoder is not None else [model]
 
@@ -156,7 +160,7 @@ class SparsityMeter:
     """Counts active neurons over forward passes.
 
     Attributes:
-        weight: how often each token counts from here on: of a pass that stands for several, their number.
+        weight: how often each token of the next passes counts: more than once if a pass stands for several.
     """
 
     def __init__(self) -> None:
@@ -165,23 +169,23 @@ class SparsityMeter:
         self._total: dict[str, Tensor] = {}
 
     def add(self, layers: dict[str, Selecting], stacked: list[tuple[list[str], Tensor, Tensor | None]]) -> None:
-        """Count a forward pass, given as :meth:`Recording.stacked` gives it."""
+        """Count a forward pass. ``stacked`` is the result of :meth:`Recording.stacked`."""
         for names, scores, mask in stacked:
             self.add_counts(names, *count_active(threshold(scores, layers[names[0]].tau), mask))
 
     def add_counts(self, names: list[str], active_L: Tensor, total: Tensor) -> None:
-        """Add what :func:`~lte.core.accounting.count_active` counted of some layers."""
+        """Add the result of :func:`~lte.core.accounting.count_active` for some layers."""
         active_L, total = self.weight * active_L, self.weight * total
         for name, active in zip(names, active_L.unbind(), strict=True):
             self._active[name] = self._active[name] + active if name in self._active else active
             self._total[name] = self._total[name] + total if name in self._total else total
 
     def counts(self) -> Tensor:
-        """Of each layer the active and all, ``[2, L]``, left on the device: nothing waits for it."""
+        """Return active and all neurons of each layer, ``[2, L]``, on the device, without waiting for it."""
         return torch.stack([torch.stack(list(one.values())) for one in (self._active, self._total)])
 
     def measured(self) -> tuple[Tensor, Tensor]:
-        """Sparsity overall, and of each layer ``[L]``, left on the device."""
+        """Return sparsity overall (a scalar) and of each layer ``[L]``, on the device."""
         active_L, total_L = self.counts()
         return 1 - active_L.sum() / total_L.sum(), 1 - active_L / total_L
 
@@ -198,10 +202,10 @@ class SparsityMeter:
 
 @contextmanager
 def track_sparsity(model: nn.Module) -> Iterator[SparsityMeter]:
-    """Measure sparsity over all forward passes made within: ``.overall`` and ``.by_layer``.
+    """Measure sparsity over all forward passes inside the context: ``.overall`` and ``.by_layer``.
 
-    An expert counts as active when its score is above tau, in soft mode too; in dense mode all are.
-    Padding (by the attention mask given to the model) is not counted.
+    An expert counts as active if its score is above tau, in mode soft too. In mode dense all experts are active.
+    Padding, which the attention mask says, does not count.
     """
     layers = sparse_layers(model)
     meter = SparsityMeter()

@@ -1,4 +1,4 @@
-"""Routers: a score for every expert. LTE's is one linear map and a sigmoid, on an FFN's input."""
+"""Routers: they give a score to every expert. LTE's router is one linear map and a sigmoid on an FFN's input."""
 
 import math
 from typing import ClassVar, Literal
@@ -12,14 +12,14 @@ Reads = Literal["input", "activation", "neurons"]
 
 
 class BaseRouter(nn.Module):
-    """What every router is to a sparse FFN: scores ``[..., E]`` in [0, 1], booleans where it only chooses.
+    """The interface of a router: it gives scores ``[..., E]`` in [0, 1], or booleans if it only chooses.
 
     Attributes:
-        reads: what it is given: the FFN's ``input`` ``[..., D]``; its ``activation`` ``[..., F]``, the gate's in a
-            gated FFN; or the ``neurons`` ``[..., F]``, as the down projection takes them. What it reads is computed
-            for all neurons, and charged so.
+        reads: its argument. ``input`` is the FFN's input ``[..., D]``. ``activation`` ``[..., F]`` is that of the gate
+            in a gated FFN. ``neurons`` ``[..., F]`` are the inputs of the down projection. All values that a router
+            reads are computed for all neurons, and their cost is counted.
         is_lte: whether it is LTE's :class:`Router`, which calibration and kernels are made for.
-        scales: whether what it keeps is scaled by its score in mode hard too, as a mixture of experts does.
+        scales: whether mode hard scales an expert by its score too, as in a mixture of experts.
     """
 
     reads: ClassVar[Reads] = "input"
@@ -32,28 +32,28 @@ class BaseRouter(nn.Module):
 
     @property
     def num_weights(self) -> int:
-        """What a token costs it: the weights of its matrices."""
+        """The weights that a token multiplies: those of its matrices."""
         return sum(parameter.numel() for parameter in self.parameters() if parameter.ndim == 2)
 
     def reset(self, bias: float = 0.0, generator: torch.Generator | None = None) -> None:
-        """Initialise it, before it is trained or fitted, or weights are loaded. ``bias``: where it has one."""
+        """Initialise the router. ``bias`` is the start of its bias, if it has one."""
 
 
 @torch.no_grad()
 def draw_(weight_ED: Tensor, generator: torch.Generator | None = None) -> None:
-    """Draw a weight uniformly within ``1 / sqrt(D)``, as ``nn.Linear`` does; on the CPU, so alike on every device."""
+    """Draw a weight uniformly within ``1 / sqrt(D)``, as ``nn.Linear`` does, on the CPU: the same on every device."""
     bound = 1 / math.sqrt(weight_ED.shape[1])
     weight_ED.copy_(torch.empty(weight_ED.shape).uniform_(-bound, bound, generator=generator))
 
 
 class Router(BaseRouter):
-    """``scores = sigmoid(temperature * (x W^T + bias))``, in fp32 whatever the input or autocast.
+    """``scores = sigmoid(temperature * (x W^T + bias))``, in fp32, also under autocast.
 
-    The paper's router is the case bias 0, temperature 1 (LTE paper, section 4.1). The bias lets
-    training start with every expert open and moves the threshold afterwards; the temperature
-    sharpens scores during the soft stage and is folded into the weights when that stage ends.
+    The paper's router has bias 0 and temperature 1 (LTE paper, section 4.1). With a bias, training can start
+    with every expert open, and the bias moves the threshold afterwards. The temperature moves scores to 0 and 1
+    in the soft stage. When that stage ends, it is multiplied into the weights.
 
-    It is not an ``nn.Linear``, so that tools which rewrite linear layers (LoRA, quantisers) leave it be.
+    It is not an ``nn.Linear``, so that tools that rewrite linear layers (LoRA, quantisers) do not change it.
 
     Shapes: weight ``[E, D]``, bias ``[E]``, input ``[..., D]``, scores ``[..., E]``.
     """
@@ -71,20 +71,20 @@ class Router(BaseRouter):
 
     @torch.no_grad()
     def reset(self, bias: float = 0.0, generator: torch.Generator | None = None) -> None:
-        """Draw the weight, set bias, temperature 1."""
+        """Draw the weight, set the bias, and set the temperature to 1."""
         draw_(self.weight, generator)
         self.bias.fill_(bias)
         self.temperature.fill_(1.0)
 
     @torch.no_grad()
     def fold_temperature(self) -> None:
-        """Put the temperature into weight and bias; the scores stay the same."""
+        """Multiply weight and bias by the temperature and set it to 1. The scores stay the same."""
         self.weight.mul_(self.temperature)
         self.bias.mul_(self.temperature)
         self.temperature.fill_(1.0)
 
     def logits(self, x_TD: Tensor, experts: slice | None = None) -> Tensor:
-        """What the sigmoid is taken of, for all experts or for some."""
+        """Return the arguments of the sigmoid ``[..., E]``, for all experts or for some."""
         weight, bias = (self.weight, self.bias) if experts is None else (self.weight[experts], self.bias[experts])
         return linear_fp32(x_TD, weight, bias) * self.temperature.float()
 

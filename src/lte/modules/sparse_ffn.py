@@ -1,4 +1,4 @@
-"""The sparse FFN: a dense model's own projections, with a router that decides which experts count."""
+"""The sparse FFN: the projections of a dense model, and a router that chooses the experts."""
 
 import threading
 from dataclasses import dataclass
@@ -14,19 +14,19 @@ from lte.modules.router import BaseRouter, Router
 from lte.modules.tensor_parallel import ExpertShard
 
 Mode = Literal["dense", "soft", "hard"]
-"""dense: all experts, router not run. soft: each expert scaled by its score. hard: kept or dropped, unscaled
-(but scaled where the router is of a mixture of experts, ``BaseRouter.scales``)."""
+"""dense: all experts, without the router. soft: each expert is scaled by its score. hard: an expert is kept or dropped
+without scaling. (A mixture of experts scales in mode hard too, ``BaseRouter.scales``.)"""
 
 
 class Selecting(nn.Module):
-    """What both places of selection share: a router, a threshold, a mode, and lists that scores are kept in.
+    """The base of both sparse modules: a router, a threshold, a mode, and lists for scores.
 
     Attributes:
-        compensation: adds to the FFN's output what stands in for idle experts; None adds nothing.
+        compensation: adds the output of a linear map that stands in for idle experts; None adds nothing.
         num_neurons: F, of the whole FFN.
-        shard: which experts this process has, under tensor parallelism; None where it has all.
-        kept_in: lists to which each pass appends its scores ``[..., E]``;
-            :func:`~lte.modules.recording.record_scores` puts them here.
+        shard: the experts of this process under tensor parallelism; None if it has all.
+        kept_in: lists to which each pass appends its scores ``[..., E]``.
+            :func:`~lte.modules.recording.record_scores` adds them.
     """
 
     def __init__(self, router: BaseRouter, tau: float, compensation: Compensation | None, down: nn.Module):
@@ -40,7 +40,7 @@ class Selecting(nn.Module):
         self.kept_in: Kept = []
 
     def reset(self, generator: torch.Generator | None = None, bias: float = 0.0) -> None:
-        """Initialise what is not the dense model's: the router (``bias``: where it has one) and the compensation."""
+        """Initialise the router, with ``bias`` if it has one, and the compensation."""
         self.router.reset(bias, generator)
         if self.compensation is not None:
             self.compensation.reset(generator)
@@ -57,34 +57,34 @@ class Selecting(nn.Module):
 
     @property
     def num_weights(self) -> int:
-        """What a token costs beyond its active neurons: the weights of router and compensation."""
+        """The weights that a token multiplies besides its active neurons: those of router and compensation."""
         return self.router.num_weights + (0 if self.compensation is None else self.compensation.num_weights)
 
     @property
     def lte_router(self) -> Router:
-        """The router, where it is LTE's (``check_lte_routers`` says so to users)."""
+        """The router, which must be LTE's (``check_lte_routers`` raises the error for users)."""
         assert self.router.is_lte
-        return cast(Router, self.router)  # peft can put a wrapper around it
+        return cast(Router, self.router)  # peft may have wrapped it
 
     @property
     def recorded(self) -> bool:
-        """Whether someone wants this pass's scores."""
+        """Whether a list keeps the scores of this pass."""
         return bool(of_this_thread(self.kept_in))
 
     def keep(self, scores_TE: Tensor) -> None:
-        """Append scores to the lists that want them."""
+        """Append scores to the lists of this thread."""
         for kept in of_this_thread(self.kept_in):
             kept.append(scores_TE)
 
     def weigh(self, x_TD: Tensor, fired_TF: Tensor, hidden_TF: Tensor) -> Tensor | None:
-        """The weight of each expert ``[..., E]`` as the mode says, booleans where it is kept or not; None keeps all.
+        """Return the weight of each expert ``[..., E]`` for the mode: a score, or whether it is kept. None keeps all.
 
-        Under tensor parallelism it may be only the weights of this process's experts, where no one asks for more.
+        Under tensor parallelism the result may have only this process's experts, if no other scores are needed.
 
         Args:
             x_TD: the FFN's input.
-            fired_TF: what the activation gave; in an FFN without a gate, the neurons.
-            hidden_TF: the neurons: in a gated FFN, the activation times up.
+            fired_TF: the output of the activation. In an FFN without a gate these are the neurons.
+            hidden_TF: the neurons. In a gated FFN they are the activation times up.
         """
         if self.mode == "dense":
             if self.recorded:
@@ -104,7 +104,7 @@ class Selecting(nn.Module):
         return scores_TE
 
     def _needs_own_scores_only(self) -> bool:
-        """Whether no one asks for scores of experts that other processes have; gradients need them (ExpertShard)."""
+        """Return whether this process's own scores are enough. Gradients need all scores (see ExpertShard)."""
         return (
             self.shard is not None
             and self.router.is_lte
@@ -114,10 +114,10 @@ class Selecting(nn.Module):
         )
 
     def _shard_of(self, neurons_TF: Tensor) -> ExpertShard | None:
-        """This process's part in the FFN where it has a part of the neurons only; None where they are all there.
+        """Return the shard of this process; None if it has all neurons.
 
         Raises:
-            ValueError: neurons are missing, and the layer was not told which.
+            ValueError: neurons are missing, and the layer does not know which.
         """
         if neurons_TF.shape[-1] == self.num_neurons:
             return None
@@ -130,14 +130,14 @@ class Selecting(nn.Module):
         return self.shard
 
     def scale(self, hidden_TF: Tensor, weights_TE: Tensor) -> Tensor:
-        """The neurons, each times its expert's weight, as :meth:`weigh` gave it."""
+        """Return the neurons ``[..., F]``, each times its expert's weight from :meth:`weigh`."""
         shard = self._shard_of(hidden_TF)
         if shard is not None and weights_TE.shape[-1] == shard.num_experts:
             weights_TE = shard.cut(weights_TE)
         return scale_experts(hidden_TF, weights_TE)
 
     def compensated(self, y_TD: Tensor, x_TD: Tensor, weights_TE: Tensor | None) -> Tensor:
-        """The FFN's output with what stands in for idle experts, if anything does."""
+        """Return the FFN's output ``[..., D]`` plus the compensation of idle experts, if there is one."""
         if self.compensation is None or weights_TE is None:
             return y_TD
         return y_TD + self.compensation(x_TD, weights_TE).to(y_TD.dtype)
@@ -147,16 +147,16 @@ class Selecting(nn.Module):
 
 
 def _inputs_of(linear: nn.Module) -> int:
-    """How many neurons a down projection takes; GPT-2's ``Conv1D`` does not say so itself."""
+    """Return the number of inputs of a down projection. GPT-2's ``Conv1D`` has no attribute for it."""
     inputs = getattr(linear, "in_features", None)
     return inputs if inputs is not None else len(cast(Tensor, linear.weight))
 
 
 @dataclass(frozen=True)
 class Roles:
-    """Which child of an FFN module does what, by its name there (so that a LoRA wrapper put in its place is used).
+    """The roles of an FFN module's children, by name: a LoRA wrapper in the place of a child is then used.
 
-    With ``fused_gate_up`` the child ``up`` gives the gate in its first half and up in its second.
+    With ``fused_gate_up``, the first half of the output of ``up`` is the gate, and the second half is up.
     """
 
     up: str
@@ -169,9 +169,9 @@ class Roles:
 
 
 class SparseFFN(Selecting):
-    """An FFN module in sparse form. It takes over the dense module's children under their own names.
+    """An FFN module in sparse form. It has the dense module's children under their own names.
 
-    Shapes: ``[..., D]`` -> ``[..., D]``. In mode dense it computes what the dense module did.
+    Shapes: ``[..., D]`` -> ``[..., D]``. In mode dense it computes the same as the dense module.
     """
 
     def __init__(
@@ -187,7 +187,7 @@ class SparseFFN(Selecting):
         for name, child in dense.named_children():
             self.add_module(name, child)
         for name in (roles.hidden_dropout, roles.output_dropout):
-            if name and not hasattr(self, name):  # some models keep the probability instead of a module
+            if name and not hasattr(self, name):  # some models have the probability instead of a module
                 self.add_module(name, nn.Dropout(getattr(dense, name)))
 
     def forward(self, x_TD: Tensor) -> Tensor:
@@ -215,7 +215,7 @@ class SparseFFN(Selecting):
         weight = down.weight
         # T5 keeps this one projection in fp32 inside a half precision model
         if (
-            isinstance(weight, Tensor)  # dynamic quantisation puts a method there
+            isinstance(weight, Tensor)  # after dynamic quantisation it is a method
             and weight.dtype != hidden_TF.dtype
             and weight.dtype.is_floating_point
             and not torch.is_autocast_enabled(hidden_TF.device.type)
@@ -225,7 +225,7 @@ class SparseFFN(Selecting):
 
 
 class _UnderWay(threading.local):
-    """What a pass has on its way from one hook to the next, in its thread. A copy begins empty."""
+    """Values that one hook of a pass leaves for the next hook, in the pass's thread. A copy starts empty."""
 
     x_TD: Tensor | None = None
     weighed: tuple[Tensor, Tensor] | None = None
@@ -235,10 +235,10 @@ class _UnderWay(threading.local):
 
 
 class SparseActivation(Selecting):
-    """Selection for a model whose FFN is not a module of its own (OPT, BERT): it stands where the activation did.
+    """The sparse module for a model whose FFN is not one module (OPT, BERT). It replaces the activation.
 
-    The projections ``first`` and ``down`` stay where they are, under their own names. A hook on the first shows the
-    router the FFN's input; one on the other adds the compensation, where there is one.
+    The projections ``first`` and ``down`` stay where they are, under their own names. A hook on ``first`` gives the
+    FFN's input to the router. A hook on ``down`` adds the compensation, if there is one.
 
     Shapes: ``[..., F]`` -> ``[..., F]``.
     """
@@ -262,14 +262,14 @@ class SparseActivation(Selecting):
             down.register_forward_hook(self._add)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is on its way from one hook to the next: recomputing a block may stop in between."""
+        """Leave out values between two hooks: the recomputation of a block may stop between them."""
         return {**self.__dict__, "x_TD": None, "weighed": None}
 
     @property
     def under_way(self) -> "_UnderWay | SparseActivation":
-        """Where a pass leaves things for its next hook: with its thread, which may share the model with others.
+        """Where a pass leaves values for its next hook. It belongs to the thread: threads may share a model.
 
-        A compiler follows the module's own attributes instead, and makes variables of the program out of them.
+        While a program is compiled, it is the module, whose attributes become variables of the program.
         """
         return self if torch.compiler.is_compiling() else self._under_way
 
@@ -282,10 +282,10 @@ class SparseActivation(Selecting):
         return y_TD if weighed is None else self.compensated(y_TD, *weighed)
 
     def take_input(self) -> Tensor:
-        """What the first projection was given in this pass; once.
+        """Return the input of the first projection in this pass, and forget it.
 
         Raises:
-            RuntimeError: it was given nothing.
+            RuntimeError: the first projection did not run.
         """
         under_way = self.under_way
         x_TD, under_way.x_TD = under_way.x_TD, None
@@ -297,7 +297,7 @@ class SparseActivation(Selecting):
         return self.select(self.take_input(), hidden_TF)
 
     def select(self, x_TD: Tensor, hidden_TF: Tensor) -> Tensor:
-        """The activated neurons times their experts' weights, from the FFN's input and what the first layer gave."""
+        """Return the activated neurons times their experts' weights. ``hidden_TF`` is the first projection's output."""
         hidden_TF = self.act(hidden_TF)
         weights_TE = self.weigh(x_TD, hidden_TF, hidden_TF)
         if self.compensation is not None:

@@ -1,4 +1,4 @@
-"""What is logged of training steps: numbers that each noted, and its sparsity; nothing waits for them until then."""
+"""Collects the values of training steps for the log. The device is not waited for until they are logged."""
 
 from collections import deque
 from typing import cast
@@ -14,11 +14,11 @@ _MOST = 10_000
 
 
 class StepLog:
-    """Collects between two entries of the log.
+    """Collects values between two entries of the log.
 
     Attributes:
-        noted: what was noted since the last entry, by name; of a run that never logs, the last of it.
-        meter: counts the active neurons of the step under way.
+        noted: the values since the last entry, by name. A run that never logs keeps only the last of them.
+        meter: counts the active neurons of the current step.
     """
 
     def __init__(self) -> None:
@@ -27,13 +27,13 @@ class StepLog:
         self._last: Tensor | float = 0.0  # sparsity, overall and by layer
 
     def note(self, name: str, value: Tensor) -> None:
-        """Add a number to those that the next entry has the mean of."""
+        """Add a number. The next entry of the log has the mean of these numbers."""
         self.noted.setdefault(name, deque(maxlen=_MOST)).append(value.detach().float())
 
     def end_step(self) -> Tensor:
-        """Note the step's sparsity, over all ranks, and that of each layer; gives the former.
+        """Note the sparsity of the step, over all ranks and of each layer. Return the sparsity of all layers, a scalar.
 
-        A step of padding alone has that of the step before.
+        A step with only padding has the sparsity of the previous step.
         """
         counts_2L = cast(Tensor, reduce(self.meter.counts(), reduction="sum"))
         active, total = torch.cat([counts_2L.sum(1, keepdim=True), counts_2L], 1)
@@ -46,7 +46,7 @@ class StepLog:
         return sparsity
 
     def entry(self) -> dict[str, float]:
-        """The mean of all that was noted, over all ranks, and begin anew; empty where nothing was."""
+        """Return the means of all values, over all ranks, and start again. Return {} if there are no values."""
         if not self.noted:
             return {}
         device = PartialState().device

@@ -1,4 +1,4 @@
-"""Which tokens of a forward pass are real: padding is left out wherever something is recorded or compared."""
+"""The tokens of a forward pass that are not padding. Padding is left out of all records and comparisons."""
 
 import inspect
 
@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 
 class TokenMasks:
-    """Which tokens of a forward pass are real: what the model was told by its masks and labels."""
+    """The tokens of a forward pass that are not padding, from the masks and labels that the model got."""
 
     def __init__(self, model: nn.Module) -> None:
-        # under DDP or a LoRA wrapper too; asking modules for what they lack would take longer than all else here
+        # also under DDP or a LoRA wrapper; getattr of a missing attribute of a module would be slow
         configs = (vars(part).get("config") for part in model.modules())
         self.encoder_decoder = any(getattr(config, "is_encoder_decoder", False) for config in configs)
         self._masks: dict[str, Tensor | None] = {}
@@ -24,21 +24,21 @@ class TokenMasks:
         labels = given.get("labels")
         if decoder_mask is None and self.encoder_decoder:
             if isinstance(labels, Tensor) and labels.ndim == 2:
-                decoder_mask = labels.ne(-100)  # the decoder reads the labels shifted right
+                decoder_mask = labels.ne(-100)  # the decoder reads the labels, shifted to the right
             elif given.get("decoder_input_ids") is None and isinstance(mask, Tensor) and mask.ndim == 2:
-                decoder_mask = nn.functional.pad(mask, (1, -1), value=1)  # a classifier's reads the text, shifted right
+                decoder_mask = nn.functional.pad(mask, (1, -1), value=1)  # a classifier's: the text, shifted
         self._masks = {"encoder": mask, "decoder": decoder_mask}
 
     def is_decoder(self, name: str) -> bool:
-        """Whether layer ``name`` sees the decoder's tokens rather than the encoder's."""
+        """Return whether layer ``name`` is in the decoder of an encoder-decoder."""
         return self.encoder_decoder and "decoder" in name.split(".")
 
     def of(self, name: str, leading: torch.Size) -> Tensor | None:
-        """The real tokens of layer ``name``, in the ``leading`` shape of its tokens; None where all are."""
+        """Return the mask of layer ``name`` in the ``leading`` shape of its tokens; None if no token is padding."""
         mask = self._masks.get("decoder" if self.is_decoder(name) else "encoder")
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             return None
         length = leading.numel() // mask.shape[0]
-        if length > mask.shape[1]:  # prompt tuning puts tokens in front
+        if length > mask.shape[1]:  # prompt tuning adds tokens at the start
             mask = nn.functional.pad(mask, (length - mask.shape[1], 0), value=1)
         return mask[:, -length:].reshape(leading)  # with a KV cache the mask is longer than the new tokens

@@ -1,1 +1,1 @@
-"""One operation, ``sparse_ffn``, and its backends, each of which imports its compiler when first used."""
+"""One operation, ``sparse_ffn``, and its backends. A backend imports its compiler when it is first used."""

@@ -1,7 +1,7 @@
-"""``sparse_ffn`` on CPU: the rows of active experts are read once, in fp32, bf16 or fp16, and computed with in fp32.
+"""``sparse_ffn`` on CPU: the rows of active experts are read once, in fp32, bf16 or fp16. Arithmetic is in fp32.
 
-The threads are those of torch's own OpenMP, where that can be found: a second pool would fight with it for the cores,
-as idle OpenMP threads spin. A call is one parallel region, about 3 us with its barriers on two cores.
+The threads are those of torch's own OpenMP, if it is found. Idle OpenMP threads spin, so a second pool of threads would
+compete for the cores. A call is one parallel region and takes about 3 us with its barriers on two cores.
 """
 
 import ctypes
@@ -17,34 +17,35 @@ from torch import Tensor
 from lte.ops.cpu_kernels import ACTS, CODES, JOB, JOB_INTEGERS, ROWS, TAGS, region, run_by_numba
 from lte.ops.weights import FFNWeights
 
-_BLOCK = 64  # tokens a job: bounds the threads' parts of the output, and keeps them in cache
+_BLOCK = 64  # tokens of a job: limits the threads' parts of the output, so that they stay in cache
 _pack_job = struct.Struct(f"{len(JOB_INTEGERS)}qd").pack
 _numba_threads = Lock()
 
 
 def refuses(x_TD: Tensor, weights: FFNWeights) -> str | None:
-    """Why it cannot compute this, in one line; None if it can."""
+    """Return why it cannot compute this, in one line; None if it can."""
     if x_TD.device.type != "cpu":
         return f"x is on {x_TD.device}"
     for name, tensor in (("x", x_TD), *weights.named_tensors()):
         if tensor.dtype not in CODES:
-            return f"{name} is {tensor.dtype}, but it takes float32, bfloat16 and float16"
+            return f"{name} is {tensor.dtype}, but the CPU kernels take float32, bfloat16 and float16"
         if name != "x" and not tensor.is_contiguous():
-            return f"{name} is not contiguous: lte.optimize_ lays out an FFN one row a neuron, contiguous() the rest"
+            return f"{name} is not contiguous: call lte.optimize_ for an FFN, and contiguous() for other tensors"
     dtype, gate = weights.up.matrix.rows.dtype, weights.gate
     if weights.down.matrix.rows.dtype != dtype or (gate is not None and gate.matrix.rows.dtype != dtype):
         return "up, gate and down differ in dtype: cast them to one"
     if weights.expert_size % ROWS:
-        return f"experts have {weights.expert_size} neurons, but it takes multiples of {ROWS}"
+        return f"experts have {weights.expert_size} neurons, but the CPU kernels take multiples of {ROWS}"
     return None
 
 
 def pays(x_TD: Tensor, weights: FFNWeights) -> bool:
-    """Whether it is the fastest for this, by measured crossovers.
+    """Return whether it is the fastest backend for this, by measured crossovers.
 
-    Measured with 576 x 1536 and 2048 x 8192, at 50 % sparsity, each token with experts of its own (so that many tokens
-    need all of them), on a core with AVX-512 and its bf16 dot product: in bf16 the reference overtakes between 24 and
-    64 tokens, in fp32 not yet at 128. The reference has to cast weights that are not of x's dtype at each call.
+    They were measured with 576 x 1536 and 2048 x 8192, at 50 % sparsity, on a core with AVX-512 and its bf16 dot
+    product. Each token had its own experts, so many tokens together needed all experts. In bf16 the reference is faster
+    from a number between 24 and 64 tokens on. In fp32 it is not faster at 128 tokens. The reference must cast weights
+    of another dtype than x's at each call.
     """
     half = x_TD.dtype == weights.up.matrix.rows.dtype != torch.float32
     return x_TD.shape[0] <= (24 if half else 128)
@@ -69,7 +70,7 @@ def _compute(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, out_TD
     threads = torch.get_num_threads()
     parts_size = threads * T * D
     z_size = T * weights.rank
-    size = parts_size + z_size + T * E // 4 + 1  # parts and z in fp32, behind them what the router chose, in bytes
+    size = parts_size + z_size + T * E // 4 + 1  # parts and z in fp32, then the router's choice, in bytes
     scratch = torch.empty(size, dtype=torch.float32, device="cpu")
     parts = scratch.data_ptr()
     job = _pack_job(
@@ -101,7 +102,7 @@ def _compute(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, out_TD
 
 @cache
 def _openmp() -> Callable[..., None] | None:
-    """What starts a parallel region of the OpenMP that torch has loaded, if that is GNU's or speaks like it."""
+    """Return the function that starts a parallel region of torch's OpenMP, if it has GNU's interface; else None."""
     try:
         process = ctypes.CDLL(None)
         start, _ = process.GOMP_parallel, process.GOMP_barrier

@@ -1,11 +1,13 @@
-"""What :mod:`lte.ops.cpu` runs, compiled by Numba: the steps of a sparse FFN, each for one thread of several.
+"""The code that :mod:`lte.ops.cpu` runs, compiled by Numba: the steps of a sparse FFN, each for one of several threads.
 
-A job holds addresses (0 for what is not there), dtypes by code, and sizes. Three steps, a barrier after each: the
-router; each thread's share of the active neurons, up to their part of the output, and of the rows of ``compress``; the
-sum of the threads' parts, and what stands in for idle experts.
-Shares depend on the number of threads and on what is active, nothing else: results are the same bit for bit.
+A job holds addresses (0 for a tensor that is not there), codes of dtypes, and sizes. There are three steps, with a
+barrier after each:
+1. The router.
+2. Each thread's share of the active neurons, with their part of the output, and its share of the rows of ``compress``.
+3. The sum of the threads' parts, and the compensation of idle experts.
+Shares depend only on the number of threads and on the active experts, so results are the same bit for bit.
 
-All of it is one file, because Numba's cache on disk looks at the date of one file only.
+All of it is in one file, because Numba's cache on disk looks at the date of one file only.
 """
 
 import math
@@ -24,11 +26,11 @@ from numba.np.numpy_support import carray
 from lte.ops.weights import TENSORS
 
 ROWS = 4
-"""Weight rows that the inner loops take at once. An expert's size is a multiple of it."""
+"""Weight rows that the inner loops take at once. The size of an expert is a multiple of this number."""
 
 ACTS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4}
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# Numba knows neither bf16 nor (on CPU) fp16: they travel as integers of their width, told apart by the sign
+# Numba knows neither bf16 nor (on CPU) fp16: they are passed as integers of their width, and the sign tells which
 TAGS = {torch.float32: np.float32(0), torch.bfloat16: np.uint16(0), torch.float16: np.int16(0)}
 
 _WEIGHTS = tuple(name.replace(".", "_") for name in TENSORS)
@@ -38,9 +40,9 @@ JOB = np.dtype([(name, np.int64) for name in JOB_INTEGERS] + [("threshold", np.f
 """Addresses of all tensors, codes of their dtypes, and sizes. ``parts`` holds a ``[T, D]`` for each thread, ``z`` is
 ``compress x + bias`` of the compensation, ``[T, R]``."""
 
-_READING = 4  # what reading a weight costs a thread, in multiplications of it with a token's value
+_READING = 4  # cost of reading a weight, in multiplications of it with a token's value
 _JOB = from_dtype(JOB)
-_intrinsic = cast(Callable[[Callable], Callable], intrinsic)  # in its own type the context is an argument
+_intrinsic = cast(Callable[[Callable], Callable], intrinsic)  # Numba's own type has the context as an argument
 _thread_num = types.ExternalFunction("omp_get_thread_num", types.int32())
 _num_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
 _barrier = types.ExternalFunction("GOMP_barrier", types.void())
@@ -91,7 +93,7 @@ def _narrow(_context, value, tag):
 
 @_intrinsic
 def _fetch(_context, address):
-    """Ask for a cache line."""
+    """Prefetch a cache line."""
 
     def codegen(context, builder, signature, args):
         pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
@@ -104,7 +106,7 @@ def _fetch(_context, address):
 
 
 def _cached(compiler: Callable[..., Any], *signature: Any, **options: Any) -> Callable[[Callable], Any]:
-    """With its result kept on disk, so that the next process starts fast; without where nothing can be written."""
+    """Return the compiler with its cache on disk, if it can be written there: then the next process starts fast."""
 
     def compile_(function: Callable) -> Any:
         try:
@@ -115,13 +117,13 @@ def _cached(compiler: Callable[..., Any], *signature: Any, **options: Any) -> Ca
     return compile_
 
 
-# Not all of fastmath: infinities and NaN stay what they are
+# not all of fastmath: infinities and NaN must stay
 _compiled = _cached(njit, fastmath={"reassoc", "contract", "nsz", "arcp"})
 
 
 @_compiled
 def _read(address, code, start, out):
-    """Fill ``out`` with what is stored at ``address`` from ``start`` on."""
+    """Fill ``out`` with the values at ``address``, from index ``start`` on."""
     if code == 0:
         singles = carray(_pointer(address + 4 * start, np.float32(0)), out.shape)
         for i in range(out.shape[0]):
@@ -154,7 +156,7 @@ def _write(address, code, start, values):
 
 @_compiled
 def _fetch4(w, r):
-    """Ask for the beginnings of four rows. The processor's own prefetching does not look that far ahead."""
+    """Prefetch the beginnings of four rows. The processor's own prefetching does not look that far ahead."""
     for row in range(r, r + 4):
         for line in range(4):
             _fetch(w.ctypes.data + row * w.shape[1] * w.itemsize + 64 * line)
@@ -294,7 +296,7 @@ def _route(job, thread, threads, tag):
 
 @_compiled
 def _compute(job, thread, threads, tag):
-    """Step two: this thread's share of the active neurons, added up to its part of the output."""
+    """Step two: this thread's share of the active neurons, summed into its part of the output."""
     T, D, F, E = job.T, job.D, job.F, job.E
     N = F // E
     active_TE = carray(_pointer(job.active, np.uint8(0)), (T, E))
@@ -308,7 +310,7 @@ def _compute(job, thread, threads, tag):
     up_TN = np.empty(T * N, np.float32)
     gate_TN = np.empty(T * N, np.float32)
 
-    # Four rows of an expert cost their reading plus their arithmetic for each token that uses them
+    # the cost of four rows is that of reading them, plus the arithmetic for each token that uses them
     total = 0
     for e in range(E):
         count = 0
@@ -351,7 +353,7 @@ def _compute(job, thread, threads, tag):
 
 @_compiled
 def _compress(job, thread, threads):
-    """Beside step two: this thread's share of the rows of ``compress``, times every token."""
+    """With step two: this thread's share of the rows of ``compress``, times every token."""
     T, D, R = job.T, job.D, job.R
     z_TR = carray(_pointer(job.z, np.float32(0)), (T, R))
     x_TD = _tokens(job)
@@ -370,7 +372,7 @@ def _compress(job, thread, threads):
 
 @_compiled
 def _compensate(job, first, last, y_TD):
-    """Add what stands in for idle experts to these columns."""
+    """Add the compensation of idle experts to these columns."""
     T, E, R = job.T, job.E, job.R
     active_TE = carray(_pointer(job.active, np.uint8(0)), (T, E))
     z_TR = carray(_pointer(job.z, np.float32(0)), (T, R))
@@ -417,7 +419,7 @@ def _collect(job, thread, threads):
 
 @cache
 def region(dtype: torch.dtype, router_dtype: torch.dtype) -> int:
-    """The address of what each OpenMP thread runs, compiled for these dtypes."""
+    """Return the address of the function that each OpenMP thread runs, compiled for these dtypes."""
     tag, router_tag = TAGS[dtype], TAGS[router_dtype]
 
     @_cached(cfunc, types.void(types.CPointer(_JOB)))
@@ -437,7 +439,7 @@ def region(dtype: torch.dtype, router_dtype: torch.dtype) -> int:
 
 @_cached(njit, parallel=True, nogil=True)
 def run_by_numba(jobs, threads, tag, router_tag):
-    """The same by Numba's threads, which not all platforms let two callers start at once."""
+    """Run the same by Numba's threads. On some platforms only one caller at a time may start them."""
     if jobs[0].routed:
         for thread in prange(threads):
             _route(jobs[0], thread, threads, router_tag)

@@ -1,6 +1,6 @@
-"""The definition of ``sparse_ffn`` in plain PyTorch: every expert is computed, then the inactive are masked.
+"""The definition of ``sparse_ffn`` in plain PyTorch: every expert is computed, then inactive experts are masked.
 
-Differentiable, on any device, in any dtype. Every other backend is tested against it.
+It is differentiable and runs on any device, in any dtype. Every other backend is tested against it.
 """
 
 from torch import Tensor
@@ -17,7 +17,7 @@ def refuses(x_TD: Tensor, weights: FFNWeights) -> str | None:
 
 
 def sparse_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None = None) -> Tensor:
-    """As :func:`lte.ops.sparse_ffn.sparse_ffn`. Weights of another dtype than ``x``'s are cast to it."""
+    """As :func:`lte.ops.sparse_ffn.sparse_ffn`. Weights are cast to the dtype of ``x``."""
     if active_TE is None:
         active_TE = route(x_TD, weights.router)
     hidden_TF = scale_experts(neurons(x_TD, weights), active_TE)
@@ -28,10 +28,10 @@ def sparse_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None = Non
 
 
 def compensation(x_TD: Tensor, weights: LowRank, weights_TE: Tensor) -> Tensor:
-    """What stands in for idle experts, ``[..., D]``.
+    """Return the compensation of idle experts, ``[..., D]``.
 
-    ``weights_TE`` is the weight of each expert, a boolean where an expert is kept or not. One less the mean weight of a
-    token's experts is the share of them that is idle.
+    ``weights_TE`` is the weight of each expert: a score, or a boolean that says whether it is kept. The share of idle
+    experts of a token is 1 - the mean weight of its experts.
     """
     idle_T1 = 1 - weights_TE.float().mean(-1, keepdim=True)
     kept_TR = _linear(x_TD, _rows(weights.compress, x_TD), weights.bias)
@@ -39,7 +39,7 @@ def compensation(x_TD: Tensor, weights: LowRank, weights_TE: Tensor) -> Tensor:
 
 
 def neurons(x_TD: Tensor, weights: FFNWeights) -> Tensor:
-    """All neurons after the activation, ``[T, F]``."""
+    """Return all neurons after the activation, ``[T, F]``."""
     up_TF = _affine(x_TD, weights.up)
     if weights.gate is None:
         return activate(up_TF, weights.act)
@@ -47,17 +47,17 @@ def neurons(x_TD: Tensor, weights: FFNWeights) -> Tensor:
 
 
 def route(x_TD: Tensor, router: RouterWeights) -> Tensor:
-    """The router's choice, ``[T, E]`` bool."""
+    """Return the router's choice, ``[T, E]`` bool."""
     return threshold(logits(x_TD, router), router.threshold)
 
 
 def logits(x_TD: Tensor, router: RouterWeights) -> Tensor:
-    """What the router compares with its threshold, ``[..., E]`` in fp32 whatever the dtypes."""
+    """Return the values that the router compares with its threshold, ``[..., E]`` in fp32."""
     return linear_fp32(x_TD, router.matrix.rows, router.bias)
 
 
 def activate(hidden: Tensor, act: Activation) -> Tensor:
-    """The activation, by name."""
+    """Return the activation of this name, applied to ``hidden``."""
     if act == "silu":
         return F.silu(hidden)
     if act == "relu":
@@ -72,7 +72,7 @@ def _affine(x: Tensor, weights: Affine) -> Tensor:
 
 
 def _rows(matrix: Matrix, x: Tensor) -> Tensor:
-    """What a matrix stands for, in the dtype of ``x``."""
+    """Return the values of a matrix in the dtype of ``x``."""
     return matrix.rows.to(x.dtype)
 
 

@@ -1,4 +1,4 @@
-"""``sparse_ffn``: an FFN of which each token uses the experts its router picks. Chooses among the backends."""
+"""``sparse_ffn``: an FFN where each token uses the experts that its router chooses. This file chooses the backend."""
 
 import logging
 from collections.abc import Sequence
@@ -23,45 +23,45 @@ COMPILED: dict[str, BackendName] = {"cuda": "triton", "cpu": "cpu"}
 
 
 class Backend(Protocol):
-    """What a backend's module offers."""
+    """The functions of a backend's module."""
 
     def refuses(self, x_TD: Tensor, weights: FFNWeights) -> str | None:
-        """Why it cannot compute this, in one line; None if it can."""
+        """Return why it cannot compute this, in one line; None if it can."""
         ...
 
     def pays(self, x_TD: Tensor, weights: FFNWeights) -> bool:
-        """Whether it is the fastest for this, by measured crossovers. Asked only where it does not refuse."""
+        """Return whether it is the fastest for this, by measured crossovers. Called only if it does not refuse."""
         ...
 
     def sparse_ffn(self, x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None = None) -> Tensor:
-        """Compute it: at least one token, checked arguments."""
+        """Compute the FFN for at least one token. The arguments have been checked."""
         ...
 
 
 @cache
 def load_backend(name: str) -> Backend:
-    """A backend's module. It brings its compiler along, so it is imported when first asked for."""
+    """Return a backend's module. It imports its compiler, so it is imported only when it is first used."""
     return cast(Backend, import_module(f"lte.ops.{name}"))
 
 
 def sparse_ffn(x: Tensor, weights: FFNWeights, active: Tensor | None = None, backend: BackendName = "auto") -> Tensor:
-    """An FFN's output with inactive experts left out, unscaled (hard selection, LTE paper section 4.2).
+    """Return an FFN's output without its inactive experts (hard selection, LTE paper section 4.2).
 
-    Where the weights have a compensation, it is added.
+    Active experts are not scaled. If the weights have a compensation, it is added.
 
     Args:
         x: ``[..., D]``.
         weights: the FFN, see :class:`FFNWeights`.
-        active: bool ``[..., E]``, in place of the router's choice.
-        backend: ``auto`` takes the fastest for device, dtype, shape and number of tokens. A backend asked for by
-            name runs or raises (no token at all needs none). Only ``reference``, plain PyTorch, computes gradients.
+        active: bool ``[..., E]``, instead of the router's choice.
+        backend: ``auto`` takes the fastest for device, dtype, shape and number of tokens. A backend that is named
+            runs or raises, unless there are no tokens. Only ``reference``, plain PyTorch, computes gradients.
 
     Returns:
         ``[..., D]``, in ``x``'s dtype.
 
     Raises:
-        ValueError: unknown backend, one that cannot compute this (with its reason), shapes or devices that do
-            not fit.
+        ValueError: an unknown backend, a backend that cannot compute this (with its reason), or shapes or devices
+            that do not fit.
     """
     _check(x, weights, active, backend)
     x_TD = x.reshape(-1, weights.d_model)
@@ -81,10 +81,10 @@ def sparse_ffn(x: Tensor, weights: FFNWeights, active: Tensor | None = None, bac
 
 
 def choose(x_TD: Tensor, weights: FFNWeights, backend: BackendName) -> BackendName:
-    """The backend that computes this.
+    """Return the name of the backend that computes this.
 
     Raises:
-        ValueError: asked for by name and unable.
+        ValueError: a named backend cannot compute this.
     """
     if backend == "auto":
         name = COMPILED.get(x_TD.device.type)
@@ -113,7 +113,7 @@ def _why_not(name: str, x_TD: Tensor, weights: FFNWeights) -> str | None:
 
 @cache
 def missing(name: str) -> str | None:
-    """Why a backend's module cannot be imported. Cached, as a failing import is slow and every layer asks."""
+    """Return why a backend's module cannot be imported; None if it can. Cached: a failing import is slow."""
     try:
         load_backend(name)
     except ImportError as error:
@@ -155,7 +155,7 @@ def _opaque(
     active: Tensor | None,
     backend: str,
 ) -> Tensor:
-    """What ``torch.compile`` and ``torch.export`` see: one call, not looked into."""
+    """The one call that ``torch.compile`` and ``torch.export`` see. They do not look inside."""
     return _run(x, unflatten(tensors, threshold, cast(Activation, act)), active, cast(BackendName, backend))
 
 

@@ -1,12 +1,12 @@
-"""``sparse_ffn`` in Triton, for NVIDIA GPUs. Three ways, by the number of tokens:
+"""``sparse_ffn`` in Triton, for NVIDIA GPUs. The number of tokens decides among three ways:
 
 1 token: a single pass over the rows of active experts (:mod:`lte.ops.triton_token`).
 2 to 64: the union of the tokens' experts, with matrix units (:mod:`lte.ops.triton_union`).
-More: all experts by cuBLAS, and one kernel that activates and masks (:mod:`lte.ops.triton_masked`).
+More tokens: all experts by cuBLAS, and one kernel that activates and masks (:mod:`lte.ops.triton_masked`).
 
-All are free of host synchronisation, so they can be captured in CUDA graphs, and give the same bits in every run: no
-floating-point atomics. Compensation of idle experts is part of them up to rank 256; beyond, and for many tokens, it is
-PyTorch's.
+They do not wait for the host, so they can be captured in CUDA graphs. They use no floating-point atomics, so they give
+the same bits in every run. Up to rank 256 they compute the compensation of idle experts. With a higher rank, and for
+more than 64 tokens, PyTorch computes it.
 """
 
 import os
@@ -21,11 +21,11 @@ from lte.ops.triton_union import MAX_TOKENS, union_ffn
 from lte.ops.weights import FFNWeights
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_OF_X = ("up.matrix.rows", "down.matrix.rows", "gate.matrix.rows")  # what has to be of the dtype of x
+_OF_X = ("up.matrix.rows", "down.matrix.rows", "gate.matrix.rows")  # these must have the dtype of x
 
 
 def refuses(x_TD: Tensor, weights: FFNWeights) -> str | None:
-    """Why Triton cannot compute this; None if it can."""
+    """Return why Triton cannot compute this; None if it can."""
     if not x_TD.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"Triton needs a CUDA device, but x is on {x_TD.device}"
     if x_TD.dtype not in DTYPES:
@@ -36,7 +36,7 @@ def refuses(x_TD: Tensor, weights: FFNWeights) -> str | None:
         if tensor.dtype not in DTYPES:
             return f"{name} is {tensor.dtype}, and the kernels take float16, bfloat16 and float32"
         if not tensor.is_contiguous():
-            return f"{name} is not contiguous: lte.optimize_ lays out an FFN one row a neuron, contiguous() the rest"
+            return f"{name} is not contiguous: call lte.optimize_ for an FFN, and contiguous() for other tensors"
     if weights.d_model % 16 or weights.d_ff % 16:
         return f"d_model {weights.d_model} and d_ff {weights.d_ff} must be multiples of 16"
     if weights.d_model > MAX_WIDTH:
@@ -47,7 +47,7 @@ def refuses(x_TD: Tensor, weights: FFNWeights) -> str | None:
 
 
 def pays(x_TD: Tensor, weights: FFNWeights) -> bool:
-    """Always: beyond the tokens at which skipping can help it is the masked dense computation."""
+    """Return True: where skipping cannot help, Triton does the masked dense computation."""
     return True
 
 
@@ -62,5 +62,5 @@ def sparse_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None = Non
         return y_TD + reference.compensation(x_TD, weights.compensation, active_TE)
     tokens = x_TD.shape[0]
     run = token_ffn if tokens == 1 else union_ffn if tokens <= MAX_TOKENS else masked_ffn
-    with torch.cuda.device_of(x_TD):  # Triton launches on the current device, which may be another
+    with torch.cuda.device_of(x_TD):  # Triton launches on the current device, which may be another one
         return run(x_TD, weights, active_TE)

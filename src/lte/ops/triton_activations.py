@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def activate(x, ACT: tl.constexpr):
-    """fp32 in, fp32 out."""
+    """Return the activation of ``x``. Both are fp32."""
     if ACT == "silu":
         y = x * tl.sigmoid(x)
     elif ACT == "gelu":

@@ -1,4 +1,4 @@
-"""What the kernels need to know of the device."""
+"""The properties of a device that the kernels need."""
 # pyright: basic, reportAttributeAccessIssue=false
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class DeviceInfo:
     Attributes:
         multiprocessors: how many it has.
         shared_memory: bytes that one program may use.
-        overlap: the launch arguments for kernels that begin while the one before them ends: Hopper and later.
+        overlap: launch arguments for kernels that begin before the previous kernel ends (Hopper and later).
     """
 
     multiprocessors: int
@@ -26,7 +26,7 @@ class DeviceInfo:
 
 @cache
 def device_info(device: torch.device) -> DeviceInfo:
-    """Looked up once a device."""
+    """Return the properties of a device. They are looked up once."""
     if device.type != "cuda":
         return DeviceInfo(4, 100_000, {"PDL": False})
     properties = torch.cuda.get_device_properties(device)

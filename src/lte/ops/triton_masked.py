@@ -1,6 +1,6 @@
-"""Many tokens: all experts by cuBLAS, then router, activation, gate and mask in two kernels of ours.
+"""Many tokens: cuBLAS computes all experts, and two kernels compute router, activation, gate and mask.
 
-Compensation is PyTorch's: the time is that of the large products.
+PyTorch computes the compensation, because the large products take nearly all of the time.
 """
 # pyright: basic, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false
 
@@ -60,7 +60,7 @@ def _activate_and_mask(
         BLOCK_S,
         HAS_ROUTER_BIAS,
     )
-    # one mask for all neurons of an expert keeps their loads wide
+    # one mask for all neurons of an expert, so that loads stay wide
     on_TEN = on_TE[:, :, None]
     at_TEN = (tokens_T[:, None] * E + experts_E[None, :])[:, :, None] * N + tl.arange(0, N)[None, None, :]
     u_TEN = tl.load(up + at_TEN, mask=on_TEN, other=0.0).to(tl.float32)
@@ -75,13 +75,13 @@ def _activate_and_mask(
 
 @dataclass(frozen=True)
 class Tuning:
-    """How the work is cut.
+    """How the work is divided.
 
     Attributes:
-        tokens, neurons: that a program of ``_activate_and_mask`` takes.
-        warps: of it.
-        router_tokens: up to so many the router is a kernel of ours. cuBLAS cuts it into too few programs.
-        router: how that kernel is cut; None: as fits.
+        tokens, neurons: the part of a program of ``_activate_and_mask``.
+        warps: of such a program.
+        router_tokens: up to this number our own kernel computes the router, because cuBLAS makes too few programs.
+        router: how the work of that kernel is divided; None takes what fits.
     """
 
     tokens: int = 1

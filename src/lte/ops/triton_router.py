@@ -1,9 +1,9 @@
-"""The router of several tokens, and what other kernels ask of it.
+"""The router for several tokens, and the function by which other kernels use its result.
 
-Few tokens and few experts make few tiles, so the width of the router is shared out as well: ``_logits`` leaves partial
-sums, and a kernel that needs the choice adds up those of its own experts (:func:`chosen`). No launch lies in between. A
-choice that is given goes the same way, as logits of 0 and 1. The rows that compensation multiplies by come after those
-of the router, in the same launch.
+Few tokens and few experts make few tiles, so the programs also divide the width of the router. ``_logits`` writes
+partial sums. A kernel that needs the choice sums those of its own experts (:func:`chosen`), without a launch in
+between. A choice that is given is passed in the same form, as logits of 0 and 1. The rows of ``compress`` come after
+those of the router, in the same launch.
 """
 # pyright: basic, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false
 
@@ -47,7 +47,7 @@ def _logits(
     split = tl.program_id(1)
     tokens_T = tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)
     first = tl.program_id(0) * BLOCK_E
-    if COMPENSATED:  # programs beyond the experts' take its rows, which are of the router's dtype
+    if COMPENSATED:  # programs after those of the experts take the rows of ``compress``, which have the router's dtype
         beyond = first - tl.cdiv(E, BLOCK_E) * BLOCK_E
         if beyond >= 0:
             router = compress
@@ -71,7 +71,7 @@ def _logits(
             mask=(experts_E < E)[:, None] & (cols_D < D)[None, :],
             other=0.0,
         )
-        if x.dtype.element_ty != router.dtype.element_ty:  # no rounding of a router kept in fp32
+        if x.dtype.element_ty != router.dtype.element_ty:  # a router in fp32 must not be rounded
             x_TD, w_ED = x_TD.to(tl.float32), w_ED.to(tl.float32)
         sum_TE = tl.dot(x_TD, w_ED.T, sum_TE, input_precision="ieee")
     at_TE = split * stride_s + tokens_T[:, None] * stride_t + experts_E[None, :] * stride_e
@@ -94,7 +94,7 @@ def chosen(
     BLOCK_S: tl.constexpr,
     HAS_ROUTER_BIAS: tl.constexpr,
 ):
-    """Whether these tokens want these experts, ``[T, E]``; numbers beyond the last are allowed."""
+    """Return whether these tokens want these experts, ``[T, E]``. Indices beyond the last are allowed."""
     splits_S = tl.arange(0, BLOCK_S)
     inside_TE = (tokens_T < T)[:, None] & (experts_E < E)[None, :]
     at_TE = tokens_T[:, None] * stride_t + experts_E[None, :] * stride_e
@@ -111,7 +111,7 @@ def chosen(
 
 @triton.jit
 def list_wanted(wanted, order, E, BLOCK_E: tl.constexpr):
-    """How many experts are wanted; ``order`` gets their numbers. It must be this program's own."""
+    """Return how many experts are wanted, and write their indices to ``order``, which only this program may use."""
     experts_E = tl.arange(0, BLOCK_E)
     on_E = tl.load(wanted + experts_E, mask=experts_E < E, other=0).to(tl.int32)
     tl.store(order + tl.cumsum(on_E, 0) - 1, experts_E, mask=on_E != 0)
@@ -121,13 +121,13 @@ def list_wanted(wanted, order, E, BLOCK_E: tl.constexpr):
 
 @dataclass(frozen=True)
 class Choice:
-    """What a kernel that calls :func:`chosen` needs.
+    """The router's result, for a kernel that calls :func:`chosen`.
 
     Attributes:
-        logits: ``[S, T, E]``, of any strides; the sum over S counts.
+        logits: ``[S, T, E]`` with any strides. The logits are their sum over S.
         bias: ``[E]``, or None.
-        threshold: a token wants an expert whose logit with bias is above it.
-        z: ``compress x`` of compensation, in parts as ``logits``, ``[S, T, R]``; None unless asked for.
+        threshold: a token wants an expert if its logit with bias is above the threshold.
+        z: ``compress x`` of the compensation in parts, ``[S, T, R]``, or None.
     """
 
     logits: Tensor
@@ -136,14 +136,14 @@ class Choice:
     z: Tensor | None = None
 
     def active(self) -> Tensor:
-        """``[T, E]``, by PyTorch: it may differ from a kernel's where a logit is at the threshold to rounding."""
+        """The choice ``[T, E]`` by PyTorch. It may differ from a kernel's if rounding decides about a logit."""
         logits_TE = self.logits.sum(0, dtype=torch.float32)
         if self.bias is not None:
             logits_TE += self.bias
         return logits_TE > self.threshold
 
     def arguments(self) -> dict[str, Any]:
-        """By the names that the kernels use."""
+        """The arguments of kernels, by name."""
         stride_s, stride_t, stride_e = self.logits.stride()
         return {
             "logits": self.logits,
@@ -158,7 +158,7 @@ class Choice:
         }
 
     def arguments_of_z(self) -> dict[str, Any]:
-        """Those of z."""
+        """The arguments of kernels for ``z``, by name."""
         stride_s, stride_t, stride_r = (0, 0, 0) if self.z is None else self.z.stride()
         return {
             "z": self.z,
@@ -171,13 +171,13 @@ class Choice:
 
 @dataclass(frozen=True)
 class Tuning:
-    """How the work of ``_logits`` is cut.
+    """How the work of ``_logits`` is divided.
 
     Attributes:
-        tokens, experts: of a program.
+        tokens, experts: the part of a program.
         width: columns at a time.
         splits: programs that share the columns.
-        stages: how many tiles are on their way.
+        stages: number of tiles that are loaded at the same time.
         warps: of a program.
     """
 
@@ -191,7 +191,7 @@ class Tuning:
     @staticmethod
     @cache
     def of(device: torch.device, tokens: int, d_model: int, itemsize: int) -> "Tuning":
-        """For a shape and a device."""
+        """Return the tuning for a shape and a device."""
         padded = max(16, triton.next_power_of_2(tokens))
         rows, experts, width, warps = (padded, 16, 128, 4) if padded > 32 else (padded, 16, 256, 4)
         if padded > 64:
@@ -203,18 +203,18 @@ class Tuning:
 
 
 def given(active_TE: Tensor, x_TD: Tensor, compress_RD: Tensor | None = None) -> Choice:
-    """A choice that was made elsewhere. ``compress_RD`` asks for z."""
+    """Return a given choice as a result of the router. With ``compress_RD`` it has ``z``."""
     return Choice(active_TE.view(torch.uint8)[None], None, 0.5, _compressed(x_TD, compress_RD))
 
 
 def in_parts(
     x_TD: Tensor, router: RouterWeights, tuning: Tuning | None, by_expert: bool, compress_RD: Tensor | None = None
 ) -> Choice:
-    """By ``_logits``; without a tuning cut as fits.
+    """Return the router's result by ``_logits``. Without a tuning, one that fits is taken.
 
     Args:
-        by_expert: an expert's logits lie together, not a token's.
-        compress_RD: asks for z. In the same launch, unless its dtype is not the router's.
+        by_expert: the logits of an expert are contiguous, not those of a token.
+        compress_RD: adds ``z``, in the same launch if its dtype is the router's.
     """
     z_STR, router_ED = None, router.matrix.rows
     if compress_RD is not None and compress_RD.dtype != router_ED.dtype:
@@ -250,7 +250,7 @@ def in_parts(
 
 
 def at_once(x_TD: Tensor, router: RouterWeights) -> Choice:
-    """By cuBLAS. In half precision by tensor cores, which accumulate in fp32 too."""
+    """Return the router's result by cuBLAS. In half precision tensor cores compute it, which also sum in fp32."""
     router_ED = router.matrix.rows
     if x_TD.is_cuda and x_TD.dtype == router_ED.dtype and x_TD.dtype.itemsize == 2 and _MIXED_MM:
         logits_TE = torch.mm(x_TD, router_ED.T, out_dtype=torch.float32)

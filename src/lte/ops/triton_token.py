@@ -1,13 +1,14 @@
-"""One token: three small launches around a single pass over the weights of the active experts.
+"""One token: three small launches, with a single pass over the weights of the active experts.
 
-1. ``_route``: a logit an expert, one byte an expert out; with compensation a product a rank as well.
-2. ``_experts``: the active experts' neurons, as many rows for each program, whichever experts they belong to. For a row
-   it reads gate, up and down together (they do not wait for each other), and adds ``h * down`` to an output of its own
-   that stays in registers. So all weights stream in one phase, without a barrier over the grid in between.
-3. ``_sum``: adds the programs' outputs in a fixed order, and what stands in for idle experts.
+1. ``_route`` computes a logit for each expert and writes one byte for each expert. With compensation it also computes
+   ``compress x``.
+2. ``_experts`` computes the active experts' neurons. Each program has the same number of rows, of any experts. For a
+   row it reads gate, up and down together (they do not wait for each other). It adds ``h * down`` to its own output,
+   which stays in registers. So all weights are read in one phase, without a barrier over the grid.
+3. ``_sum`` adds the programs' outputs in a fixed order, and the compensation of idle experts.
 
-On Hopper each launch begins while the one before it ends (programmatic dependent launch): a kernel waits, before it
-reads anything that others wrote, until the one before it is done. ``_route`` has its weights on their way by then.
+On Hopper each launch begins before the previous one ends (programmatic dependent launch). Before a kernel reads what
+others wrote, it waits until the previous kernel is done. ``_route`` loads its weights before it waits.
 """
 # pyright: basic, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false
 
@@ -25,7 +26,7 @@ from lte.ops.triton_router import list_wanted
 from lte.ops.weights import FFNWeights
 
 MAX_WIDTH = 16384
-MAX_RANK = 256  # more of the compensation does not fit the registers of `_sum`
+MAX_RANK = 256  # a higher rank of the compensation does not fit into the registers of `_sum`
 
 
 @triton.jit
@@ -58,7 +59,7 @@ def _route(
     compress,
     compress_bias,
     z,
-    E,  # programs that choose; 0 where the choice is given
+    E,  # programs that choose; 0 if the choice is given
     D,
     threshold,
     HAS_BIAS: tl.constexpr,
@@ -137,7 +138,7 @@ def _experts(
         if HAS_UP_BIAS:
             up_R += tl.load(up_bias + neurons_R, mask=here_R, other=0.0).to(tl.float32)
         h_R = activate(gate_R, ACT) * up_R if GATED else activate(up_R, ACT)
-        # rounded as the reference rounds; past the last row the weights read are zeros
+        # rounded as in the reference; beyond the last row the weights read as zeros
         h_R = h_R.to(down.dtype.element_ty).to(tl.float32)
         sum_D += tl.sum(h_R[:, None] * d_RD.to(tl.float32), axis=0)
     tl.store(partial + program * D + cols_D, sum_D, mask=cols_D < D)
@@ -186,12 +187,12 @@ def _sum(
 
 @dataclass(frozen=True)
 class Tuning:
-    """How the work is cut. ``None`` of the defaults depends on shape and device.
+    """How the work is divided. The default does not depend on shape or device.
 
     Attributes:
-        programs: of ``_experts``; one a multiprocessor.
+        programs: of ``_experts``; one for each multiprocessor.
         rows: neurons that a program handles at a time.
-        stages: how many such lots are on their way from memory.
+        stages: number of such groups that are loaded at the same time.
         warps: of ``_experts``.
         columns: of the output, for each program of ``_sum``.
     """
@@ -205,7 +206,7 @@ class Tuning:
     @staticmethod
     @cache
     def of(device: torch.device, d_model: int, matrices: int, itemsize: int) -> "Tuning":
-        """What measured best on an H100, scaled to the shape and to the shared memory there is."""
+        """Return the best measured tuning of an H100, scaled to the shape and to the shared memory of the device."""
         width = triton.next_power_of_2(d_model)
         rows = max(1, min(8, 4096 // width))
         lot = matrices * rows * width * itemsize

@@ -1,16 +1,15 @@
-"""2 to 64 tokens: the experts that any of them wants are read once, and each token's own choice is masked in.
+"""2 to 64 tokens: experts that any token wants are read once, and each token's own choice is a mask.
 
 1. The router's logits, in parts (:mod:`lte.ops.triton_router`).
-2. ``_up``: a program has neurons of its own. It adds up their experts' logits, and leaves where no token wants them.
-3. ``_down``: the sum of the wanted experts into the output. They are shared out among ``splits`` programs for each
-   slice of the output's columns; each leaves a partial sum.
+2. ``_up``: a program has its own neurons. It sums the logits of their experts and ends if no token wants them.
+3. ``_down``: the wanted experts are summed into the output. For each slice of the output's columns, ``splits`` programs
+   share these experts. Each writes a partial sum.
 4. ``_sum``: adds the partial sums in a fixed order.
 
-Compensation goes along: step 1 multiplies by the rows of ``compress`` too, the first programs of step 2 scale what that
-gave by the share of a token's experts that are idle, a program a token, and step 3 multiplies by ``expand``, each
-program by some columns of it.
+Compensation is a part of these steps. Step 1 also computes ``compress x``. The first programs of step 2, one for each
+token, scale the result by the share of idle experts. In step 3 each program multiplies some columns of ``expand``.
 
-How many experts are wanted is known on the device only, and the grids are for all of them.
+Only the device knows how many experts are wanted, so the grids are large enough for all experts.
 """
 # pyright: basic, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false
 
@@ -29,7 +28,7 @@ from lte.ops.triton_router import chosen, list_wanted
 from lte.ops.weights import FFNWeights
 
 MAX_TOKENS = 64
-_RANKS = 64  # rows of compensation that a program of `_down` takes at most: a tile of more may not fit
+_RANKS = 64  # most rows of the compensation in a program of `_down`: a larger tile may not fit
 
 
 @triton.jit
@@ -130,7 +129,7 @@ def _up(
     # EXPERTS whole experts, or a SHARE of the neurons of a single one
     BLOCK_N: tl.constexpr = EXPERTS * SHARE
     program = tl.program_id(0)
-    if Z_SPLITS:  # the first programs have a token each instead: they are done while the others wait for memory
+    if Z_SPLITS:  # each of the first programs has a token instead: it ends while the others wait for memory
         program -= T
         if program < 0:
             _stand_in(
@@ -157,7 +156,7 @@ def _up(
                 BLOCK_E,
                 BLOCK_R,
             )
-            program = tl.cdiv(E * N, BLOCK_N)  # beyond the neurons, where there is nothing to do
+            program = tl.cdiv(E * N, BLOCK_N)  # beyond the neurons there is nothing to do
     neurons_N = program * BLOCK_N + tl.arange(0, BLOCK_N)
     tokens_T = tl.arange(0, BLOCK_T)
     experts_E = program * BLOCK_N // N + tl.arange(0, EXPERTS)
@@ -249,7 +248,7 @@ def _down(
     sum_TD = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
     for slot in tl.range((split * count) // splits, last, EXPERTS):
         experts_R = tl.zeros([EXPERTS * N], dtype=tl.int32)
-        for i in tl.static_range(EXPERTS):  # one by one: a vector of them would be copied for each row
+        for i in tl.static_range(EXPERTS):  # one by one: a vector would be copied for each row
             expert = tl.load(order + slot + i, mask=slot + i < last, other=0)
             experts_R = tl.where(rows_R // N == i, expert, experts_R)
         here_R = slot + rows_R // N < last
@@ -300,16 +299,17 @@ def _sum(
 
 @dataclass(frozen=True)
 class Tuning:
-    """How the work is cut; measured on an H100.
+    """How the work is divided, as measured on an H100.
 
     Attributes:
-        up_neurons: of a program of ``_up``: some experts, or a part of one.
-        up_width, up_stages: columns of the weights that it takes at a time, and how many such tiles are on their way.
+        up_neurons: neurons of a program of ``_up``: some experts, or a part of one.
+        up_width, up_stages: columns of the weights that it takes at a time, and the number of such tiles that are
+            loaded at the same time.
         slice_width: columns of the output that a program of ``_down`` makes.
-        down_experts, down_stages: experts that it takes at a time; tiles on their way.
+        down_experts, down_stages: experts that it takes at a time, and tiles that are loaded at the same time.
         splits: programs that share the experts of a slice, and the rows of compensation.
         up_warps, down_warps: of a program.
-        router: how the router's kernel is cut; None: as fits.
+        router: how the work of the router's kernel is divided; None takes what fits.
     """
 
     up_neurons: int = 32
@@ -326,13 +326,13 @@ class Tuning:
     @staticmethod
     @cache
     def of(device: torch.device, tokens: int, d_model: int, expert_size: int, itemsize: int, rank: int = 0) -> "Tuning":
-        """For a shape and a device."""
+        """Return the tuning for a shape and a device."""
         info = device_info(device)
         padded = max(16, triton.next_power_of_2(tokens))
         slice_width, slices = 128, triton.cdiv(d_model, 128)
         up_neurons, up_width, up_stages = (32, 128, 4) if padded == 16 else (64, 64, 4) if padded == 32 else (32, 64, 3)
         up_width = min(up_width, triton.next_power_of_2(d_model))
-        # with many tokens one program of _down to a multiprocessor, with large tiles, where they fit; else two
+        # many tokens: one program of _down on a multiprocessor, with large tiles, if they fit; else two
         down_neurons, share = (128, 1) if padded > 16 and info.shared_memory > 160_000 else (64, 2)
         up_tile = (2 * up_neurons + padded) * up_width * itemsize
         down_experts = max(1, down_neurons // expert_size)

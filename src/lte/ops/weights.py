@@ -1,4 +1,4 @@
-"""The weights of one sparse FFN, as the operation takes them: six parts, and the one place that lists their tensors."""
+"""The weights of one sparse FFN as the operation takes them: six parts. Only this file lists their tensors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -7,20 +7,20 @@ from typing import Any, Literal, cast, get_args
 from torch import Tensor
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
-"""``gelu`` is the exact one (erf), ``gelu_tanh`` its tanh approximation, ``relu2`` ReLU squared."""
+"""``gelu`` is the exact GELU (erf), ``gelu_tanh`` its tanh approximation, and ``relu2`` the square of ReLU."""
 _ACTIVATIONS = get_args(Activation)
 
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """A matrix as kernels read it: row by row. How its numbers are stored is said here, and nowhere else."""
+    """A matrix as kernels read it, row by row. Only this class says how its numbers are stored."""
 
     rows: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """A projection: a matrix, and what is added to the product."""
+    """A projection: a matrix and a bias, which is added to the product."""
 
     matrix: Matrix
     bias: Tensor | None = None
@@ -49,24 +49,24 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class FFNWeights:
-    """``down(act(gate(x)) * up(x))``, of the experts that the router picks.
+    """``down(act(gate(x)) * up(x))`` over the experts that the router chooses.
 
-    Neurons of an expert are contiguous. An FFN without a gate computes ``down(act(up(x)))``. With compensation
-    ``idle * expand (compress x + bias)`` is added, where ``idle`` is the share of experts not picked.
+    The neurons of an expert are contiguous. An FFN without a gate computes ``down(act(up(x)))``. A compensation adds
+    ``idle * expand (compress x + bias)``, where ``idle`` is the share of experts that are not chosen.
 
     Shapes: T tokens, D model width, F neurons, E experts of N neurons each (F = E * N), R rank of the compensation.
 
     Attributes:
         up, gate: ``[F, D]``, with a bias ``[F]`` or None.
-        down: ``[F, D]``, the transpose of what a linear layer keeps: row f is what neuron f adds to the output. Its
-            bias ``[D]`` is added whatever is active.
+        down: ``[F, D]``, the transpose of a linear layer's weight. Neuron f adds a multiple of row f to the output. The
+            bias ``[D]`` is always added.
         router: of E experts.
         compensation: None adds nothing.
         act: the activation, by name.
-        tensors: all tensors in the order of :data:`TENSORS`, None for each that is not there.
+        tensors: all tensors in the order of :data:`TENSORS`, with None for a tensor that is not there.
 
     Raises:
-        ValueError: shapes that do not belong together, an unknown activation.
+        ValueError: shapes that do not fit together, or an unknown activation.
     """
 
     up: Affine
@@ -77,7 +77,7 @@ class FFNWeights:
     act: Activation = "silu"
     tensors: tuple[Tensor | None, ...] = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:  # on the path of every layer of every token: no loops, no slices of shapes
+    def __post_init__(self) -> None:  # every layer runs this for every token: no loops, no slices of shapes
         gate, low_rank = self.gate, self.compensation
         if self.act not in _ACTIVATIONS:
             raise ValueError(f"act is {self.act!r}, but it is one of {', '.join(_ACTIVATIONS)}")
@@ -120,15 +120,15 @@ class FFNWeights:
 
     @property
     def rank(self) -> int:
-        """Of the compensation; 0 where there is none."""
+        """The rank of the compensation; 0 if there is none."""
         return 0 if self.compensation is None else self.compensation.compress.rows.shape[0]
 
     def without_compensation(self) -> "FFNWeights":
-        """The same FFN with idle experts left out and nothing in their place."""
+        """Return the same FFN without compensation."""
         return replace(self, compensation=None)
 
     def named_tensors(self) -> list[tuple[str, Tensor]]:
-        """The tensors that are there, each with its name of :data:`TENSORS`."""
+        """Return the tensors that are there, each with its name in :data:`TENSORS`."""
         return [(name, tensor) for name, tensor in zip(TENSORS, self.tensors, strict=True) if tensor is not None]
 
 
@@ -144,7 +144,9 @@ TENSORS = (
 """The names of the tensors that an FFN may have, in the order of :attr:`FFNWeights.tensors`."""
 
 
-def _flatten(weights: FFNWeights) -> tuple[Tensor | None, ...]:  # as :func:`unflatten` for every token: written out
+def _flatten(
+    weights: FFNWeights,
+) -> tuple[Tensor | None, ...]:  # written out like :func:`unflatten`, because it runs for every token
     up, down, router = weights.up, weights.down, weights.router
     gate, low_rank = weights.gate, weights.compensation
     return (
@@ -155,7 +157,7 @@ def _flatten(weights: FFNWeights) -> tuple[Tensor | None, ...]:  # as :func:`unf
 
 
 def unflatten(tensors: Sequence[Tensor | None], threshold: float, act: Activation) -> FFNWeights:
-    """The weights whose ``tensors`` these are."""
+    """Return the weights that have these ``tensors``."""
     up, up_bias, down, down_bias, router, router_bias, gate, gate_bias, compress, bias, expand = cast(Any, tensors)
     return FFNWeights(
         Affine(Matrix(up), up_bias),

@@ -1,4 +1,4 @@
-"""Recording what goes into modules on data, padding left out: what grouping and fitting look at."""
+"""Records inputs of modules on data, without padding, for grouping and fitting."""
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -11,19 +11,19 @@ from lte.modules.token_masks import TokenMasks
 from lte.surgery.sites import FFNSite
 
 Wanted = tuple[str, nn.Module, Callable[[Tensor], Tensor]]
-"""The layer a module belongs to, by name; the module; what to keep of its input ``[T, ...]``, one row or more."""
+"""The name of a module's layer, the module, and a function from its input ``[T, ...]`` to the rows to keep."""
 
 
 def record_inputs(
     model: PreTrainedModel, wanted: Sequence[Wanted], batches: Iterable[dict[str, Tensor]], max_tokens: int
 ) -> list[Tensor]:
-    """What modules are given on ``batches``, as :func:`watch_inputs` shows it.
+    """Record inputs of modules on ``batches``, by :func:`watch_inputs`.
 
     Returns:
-        For each of ``wanted`` what was kept, rows of all batches together, on the CPU.
+        For each of ``wanted`` the rows of all batches, on the CPU.
 
     Raises:
-        ValueError: no batch, or nothing but padding.
+        ValueError: there is no batch, or only padding.
     """
     recorded: list[list[Tensor]] = [[] for _ in wanted]
     modules = [(name, module) for name, module, _ in wanted]
@@ -34,10 +34,9 @@ def record_inputs(
 
 
 def check_inputs_are_tokens(config: PretrainedConfig) -> None:
-    """Whether every linear layer of the blocks is called on the tokens of a batch alone.
+    """Raise ValueError unless the inputs of every linear layer of the blocks are the tokens of a batch.
 
-    Raises:
-        ValueError: it is DeBERTa with relative attention, whose query and key projections also take positions.
+    In DeBERTa with relative attention, query and key projections also take positions.
     """
     if getattr(config, "relative_attention", False) and getattr(config, "share_att_key", False):
         raise ValueError(
@@ -57,12 +56,12 @@ def watch_inputs(
     """Run ``model`` in mode eval over ``batches`` until each module has seen ``max_tokens`` real tokens.
 
     Args:
-        modules: the layer a module belongs to, by name, and the module.
-        see: called before each pass of a module with its index and its input on real tokens, ``[T, ...]``, as it comes
-            in: before thresholds on it. It gets ``max_tokens`` of them and no more, whatever the size of a batch.
+        modules: the name of a module's layer, and the module.
+        see: called before each pass of a module with its index and its input without padding, ``[T, ...]``, before
+            thresholds. It gets at most ``max_tokens`` tokens.
 
     Raises:
-        ValueError: no batch, or nothing but padding.
+        ValueError: there is no batch, or only padding.
     """
     seen = [0] * len(modules)
     masks = TokenMasks(model)
@@ -111,7 +110,7 @@ def watch_ffns(
 
 
 def first_tokens(data: Iterable[dict[str, Tensor]], count: int) -> list[dict[str, Tensor]]:
-    """The first batches of ``data`` that hold ``count`` tokens, or all of them; without those that are all padding."""
+    """Return the first batches of ``data`` with ``count`` tokens, or all. Batches of padding are left out."""
     batches: list[dict[str, Tensor]] = []
     iterator = iter(data)
     while count > 0 and (batch := next(iterator, None)) is not None:

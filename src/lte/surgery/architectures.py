@@ -1,11 +1,11 @@
-"""Saving and loading: ``LTE...`` classes, made on demand from Hugging Face's, known to the Auto classes.
+"""Saving and loading: ``LTE...`` classes, made on demand from Hugging Face's and registered with the Auto classes.
 
-``LTELlamaForCausalLM`` is ``LlamaForCausalLM`` whose FFNs are replaced before weights are loaded. In
-memory its config is a Llama config with a section of its conversion: ``lte`` has methods. On disk ``config.json`` has
-``model_type: lte`` and ``base_model_type: llama``, so that code which does not know ``lte`` refuses it
-instead of running it densely; a stock class named outright, ``LlamaForCausalLM.from_pretrained``,
-stumbles over ``transformers_weights``, which holds the reason where a file name belongs. Every class
-is an attribute of this module, under its own name, which makes it picklable and reachable from ``auto_map``.
+``LTELlamaForCausalLM`` is ``LlamaForCausalLM`` whose FFNs are replaced before weights are loaded. In memory its config
+is a Llama config with a section of its conversion: methods have ``lte``. On disk ``config.json`` has ``model_type:
+lte`` and ``base_model_type: llama``. So code without ``lte`` refuses the model and does not run it densely. A stock
+class that is named directly, as in ``LlamaForCausalLM.from_pretrained``, fails at ``transformers_weights``, which has
+the reason in place of a file name. Every class is an attribute of this module under its own name, so that it can be
+pickled and found from ``auto_map``.
 """
 
 import copy
@@ -36,10 +36,10 @@ _CLASSES: dict[type, type] = {}
 
 
 class LTEConfigMixin:
-    """What an ``LTE...Config`` adds to Hugging Face's: a section, and its own model type on disk."""
+    """The part of an ``LTE...Config`` that Hugging Face's lacks: a section, and its own model type on disk."""
 
     lte: dict[str, Any]
-    """The method and its options. A conversion of another kind than methods has a section of its own instead."""
+    """The method and its options. A conversion that is no method has its own section instead."""
 
     def to_json_file(self, json_file_path: Any, use_diff: bool = True) -> None:
         values = json.loads(self.to_json_string(use_diff=use_diff))  # pyright: ignore[reportAttributeAccessIssue]
@@ -58,7 +58,7 @@ class LTEConfigMixin:
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Nothing to do: ``auto_map`` is written by :meth:`to_json_file`."""
+        """Do nothing: :meth:`to_json_file` writes ``auto_map``."""
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
         result = super().save_pretrained(save_directory, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
@@ -72,13 +72,13 @@ class LTEConfigMixin:
 
 
 def read_config(config_dict: dict[str, Any], **kwargs: Any) -> Any:
-    """The config of a sparse model, of its base model type's class, from the content of its ``config.json``."""
+    """Return the config of a sparse model from its ``config.json``. It has the class of its base model type."""
     values = _in_memory(config_dict)
     return lte_config_class(CONFIG_MAPPING[values["model_type"]]).from_dict(values, **kwargs)  # pyright: ignore
 
 
 def _in_memory(values: dict[str, Any]) -> dict[str, Any]:
-    """The content of a ``config.json``, as its base model type has it."""
+    """Return the content of a ``config.json`` in the form of its base model type."""
     base_type = values.get("base_model_type")
     if not isinstance(base_type, str) or not is_sparse(values):
         section = "lte" if isinstance(base_type, str) else "base_model_type"
@@ -91,7 +91,7 @@ def _in_memory(values: dict[str, Any]) -> dict[str, Any]:
             f"config.json has base_model_type {base_type!r}, which transformers does not know: update transformers, "
             f"or make your own architecture known with AutoConfig.register({base_type!r}, ...) before loading"
         )
-    made = conversion_of(values)  # now, so that errors come early
+    made = conversion_of(values)  # check now, so that errors come early
     assert made is not None
     if lacking := made.lacking(section_of(values)):
         raise ValueError(
@@ -102,7 +102,7 @@ def _in_memory(values: dict[str, Any]) -> dict[str, Any]:
 
 
 class LTEModelMixin:
-    """What an ``LTE...`` model adds to Hugging Face's: sparse FFNs or thresholds, put in before weights are loaded."""
+    """The part of an ``LTE...`` model that Hugging Face's lacks. Sparse FFNs or thresholds come before the weights."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # pyright: ignore[reportCallIssue]
@@ -116,11 +116,11 @@ class LTEModelMixin:
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As Hugging Face's, but weights that do not fit the model are an error.
 
-        A head that the checkpoint does not have is initialised, as ever; everything else must be there.
+        A head that the checkpoint lacks is initialised. All other weights must be there.
 
         Raises:
-            ValueError: a weight file is cut short or damaged; weights are missing, left over or of another shape;
-                experts that tensor parallelism cannot share out.
+            ValueError: a weight file is incomplete or damaged, weights are missing, left over or of another shape, or
+                tensor parallelism cannot divide the experts.
         """
         if pretrained_model_name_or_path is not None:
             finish_saving(pretrained_model_name_or_path)
@@ -131,7 +131,7 @@ class LTEModelMixin:
                 pretrained_model_name_or_path,
                 *args,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # judged below, with a message that fits on a line
+                ignore_mismatched_sizes=True,  # checked below, with a message of one line
                 **kwargs,
             )
         except SafetensorError as error:
@@ -145,12 +145,12 @@ class LTEModelMixin:
     def save_pretrained(
         self, save_directory: Any, is_main_process: bool = True, push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        """As Hugging Face's, but the folder holds the old model or the new one whatever ends this process.
+        """As Hugging Face's, but the folder holds the old model or the new one, even if this process is killed.
 
-        With ``push_to_hub`` the model is uploaded once it is saved.
+        With ``push_to_hub`` the model is uploaded after it is saved.
 
         Raises:
-            NotWritten: a full disk, missing permissions and the like.
+            NotWritten: the disk is full, permissions are missing, or the like.
         """
         writes = getattr(self, "should_save_on_this_rank", bool)(is_main_process)
         save = partial(super().save_pretrained, is_main_process=is_main_process)  # pyright: ignore
@@ -169,11 +169,11 @@ class LTEModelMixin:
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Nothing to do: ``auto_map`` is written by the config."""
+        """Do nothing: the config writes ``auto_map``."""
 
 
 def _upload_of(folder: Any, options: dict[str, Any]) -> Callable[..., Any]:
-    """The upload that options of ``save_pretrained`` describe, which are taken out; its repository is made now."""
+    """Return the upload for options of ``save_pretrained``, and remove these options. Its repository is made now."""
     api = HfApi(token=options.get("token"))
     name, private = options.pop("repo_id", Path(folder).name), options.pop("private", None)
     repo = api.create_repo(name, private=private, exist_ok=True).repo_id
@@ -182,7 +182,7 @@ def _upload_of(folder: Any, options: dict[str, Any]) -> Callable[..., Any]:
 
 
 def lte_config_class(base: type) -> type[PretrainedConfig]:
-    """``LTE<base>``, registered with every Auto class that has a model for ``base``."""
+    """Return ``LTE<base>``, registered with every Auto class that has a model for ``base``."""
     if base not in _CLASSES:
         _CLASSES[base] = _subclass(LTEConfigMixin, base)
         for auto_name, model_class in models_of(base).items():
@@ -191,10 +191,10 @@ def lte_config_class(base: type) -> type[PretrainedConfig]:
 
 
 def lte_model_class(base: type) -> type[PreTrainedModel]:
-    """``LTE<base>``: the same head on a model with sparse FFNs.
+    """Return ``LTE<base>``: the same head on a model with sparse FFNs.
 
     Raises:
-        ValueError: the class comes from the code of a checkpoint, which a saved sparse model would not find.
+        ValueError: the class is in the code of a checkpoint, which a saved sparse model could not find.
     """
     if base.__module__.split(".")[0] == "transformers_modules":
         raise ValueError(
@@ -213,13 +213,13 @@ def _subclass(mixin: type, base: type) -> type:
 
 
 def dense_class(made: type) -> Any:
-    """The Hugging Face model class that :func:`lte_model_class` made this one of."""
+    """Return the Hugging Face model class from which :func:`lte_model_class` made this one."""
     _mixin, base = made.__bases__
     return base
 
 
 def dense_config(config: Any) -> Any:
-    """A copy of an LTE config in the form that it has in Hugging Face."""
+    """Return a copy of an LTE config in its Hugging Face form."""
     _mixin, base = type(config).__bases__
     made = conversion_of(config)
     assert made is not None
@@ -228,15 +228,15 @@ def dense_config(config: Any) -> Any:
 
 
 def become_lte_(model: PreTrainedModel, conversion: Conversion, **state: Any) -> None:
-    """Change a converted model's class and config to their LTE forms. The config object it had is left alone.
+    """Change a converted model's class and config to their LTE forms. Its old config object does not change.
 
     Args:
-        conversion: which the config says it was.
-        state: what its section says beside the options.
+        conversion: the conversion for the config.
+        state: keys of its section besides the options.
     """
     base, copies, section = type(model.config), {}, {**conversion.to_dict(), **state}
     part: Any
-    for part in model.modules():  # the head and the backbone share one config object, or hold copies of it
+    for part in model.modules():  # the head and the backbone share one config object or have copies of it
         if isinstance(config := getattr(part, "config", None), PretrainedConfig):
             part.config = copy.deepcopy(config, copies)
             if type(config) is base:
@@ -247,7 +247,7 @@ def become_lte_(model: PreTrainedModel, conversion: Conversion, **state: Any) ->
 
 
 def forget_gguf_(model: PreTrainedModel) -> None:
-    """Take back what loading a GGUF file says of a model: that it is quantized. Its weights are plain floats."""
+    """Remove the mark "quantized" of a model from a GGUF file. Its weights are plain floats."""
     loaded: Any = model
     if getattr(loaded, "hf_quantizer", None) is not None:
         loaded.hf_quantizer = None
@@ -263,7 +263,7 @@ def _auto_map(config_class: type) -> dict[str, str]:
 
 
 def __getattr__(name: str) -> type:
-    """``LTELlamaConfig``, ``LTELlamaForCausalLM`` and so on, made when first asked for."""
+    """Make ``LTELlamaConfig``, ``LTELlamaForCausalLM`` and so on when they are first used."""
     made = next((made for made in _CLASSES.values() if made.__name__ == name), None)
     if made is not None:
         return made

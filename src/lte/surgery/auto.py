@@ -1,4 +1,4 @@
-"""What ``import lte`` makes known to Hugging Face's Auto classes: the model type on disk."""
+"""Registers the model type ``lte`` of saved models with Hugging Face's Auto classes, at ``import lte``."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ MODEL_TYPE = "lte"
 
 
 class LTEAutoConfig(PretrainedConfig):
-    """Stands for every LTE config in ``AutoConfig``; reading one gives the class of its base model type."""
+    """The class of every LTE config for ``AutoConfig``. Reading a config gives the class of its base model type."""
 
     model_type = MODEL_TYPE
 
@@ -20,11 +20,11 @@ class LTEAutoConfig(PretrainedConfig):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Nothing to do: ``auto_map`` is written by the config of the base model type."""
+        """Do nothing: the config of the base model type writes ``auto_map``."""
 
 
 def register() -> None:
-    """Let ``AutoConfig`` read a sparse model's ``config.json``; that makes its classes, and registers these."""
+    """Let ``AutoConfig`` read a sparse model's ``config.json``. Reading makes and registers the classes."""
     from transformers import AutoConfig
 
     AutoConfig.register(MODEL_TYPE, LTEAutoConfig)

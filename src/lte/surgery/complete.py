@@ -1,4 +1,4 @@
-"""Whether a model got all its weights: what transformers reports of loading, judged; and whether they are numbers."""
+"""Checks that a model got all its weights, by the loading report of transformers, and that weights are finite."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -18,15 +18,15 @@ _WRAPPERS = {
 
 
 def check_complete(name: Any, model: PreTrainedModel, report: dict[str, Any], resized: bool = False) -> None:
-    """Refuse a model of which weights are made up, or whose checkpoint holds weights that it leaves out.
+    """Raise ValueError unless all weights of the model are from the checkpoint, and the checkpoint has no others.
 
-    A head that the checkpoint does not have may be new, and heads of other tasks may be left out. What transformers
-    ignores itself is not in the report: tied weights, and the keys that a model class names.
+    A head that the checkpoint lacks may be new, and heads of other tasks may be left out. The report does not have
+    weights that transformers ignores: tied weights, and keys that a model class names.
 
     Args:
-        name: what messages call the checkpoint.
+        name: the checkpoint's name in messages.
         report: of ``from_pretrained(..., output_loading_info=True, ignore_mismatched_sizes=True)``.
-        resized: whether a head may be made anew for another number of labels.
+        resized: whether a head may be new because of another number of labels.
 
     Raises:
         ValueError: weights are missing, left over, or have another shape.
@@ -45,7 +45,7 @@ def check_complete(name: Any, model: PreTrainedModel, report: dict[str, Any], re
         has = weight_names(model.config, own)
         made = [
             re.compile(one) for one in getattr(own, "_keys_to_ignore_on_load_missing", None) or ()
-        ]  # positions, say
+        ]  # e.g. positions
         bare = {key.removeprefix(prefix) for key in missing} & has
         missing = {key for key in bare if not any(one.search(f"{prefix}{key}") for one in made)}
     if missing:
@@ -80,16 +80,12 @@ def check_complete(name: Any, model: PreTrainedModel, report: dict[str, Any], re
 
 
 def check_numbers(name: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse weights that are NaN or infinite. One pass over them; a GPU is waited for once.
-
-    Raises:
-        ValueError: one is; the message names the first.
-    """
+    """Raise ValueError, with the first name, unless all weights are finite. It waits once for a GPU."""
     local = ((key, tensor.to_local() if isinstance(tensor, DTensor) else tensor) for key, tensor in tensors)
     floats = {key: tensor for key, tensor in local if tensor.is_floating_point() and tensor.numel()}
     if not floats:
         return
-    extremes = [torch.stack(tensor.detach().aminmax()).double() for tensor in floats.values()]  # NaN passes through
+    extremes = [torch.stack(tensor.detach().aminmax()).double() for tensor in floats.values()]  # NaN stays NaN here
     device = extremes[0].device
     sound = torch.stack([one.to(device) for one in extremes]).isfinite().all(-1).tolist()
     wrong = [key for key, fine in zip(floats, sound, strict=True) if not fine]
@@ -98,6 +94,6 @@ def check_numbers(name: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers, those too that are made from the config: an option of it can make them NaN."""
+    """Give parameters and all buffers. An option of the config can make a buffer NaN."""
     yield from model.named_parameters()
     yield from model.named_buffers()

@@ -1,4 +1,4 @@
-"""What makes a model sparse: a frozen config whose type is the choice. A model's own config says which it was."""
+"""`Conversion`: a frozen config that makes a model sparse. Its type is the choice, and the model's config keeps it."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,29 +19,29 @@ Progress = Callable[[Iterable[Any]], Iterable[Any]]
 """Wraps an iteration, e.g. in a progress bar."""
 
 _ALL = "lte.methods.all"
-"""Importing it makes the conversions that come with lte known by their names. It stands above this file."""
+"""The module whose import registers the conversions of lte by their names. It is above this file."""
 
 
 @dataclass(frozen=True)
 class Conversion:
     """Base of all conversions: methods with routers, thresholds on inputs, pruning of weights.
 
-    A subclass names itself and is then known to saving and loading. A field declared with ``init=False`` is fixed: no
-    option, and not saved. This base itself stands for no conversion, and says what a dense model takes.
+    A subclass has a name, by which it is saved and loaded. A field with ``init=False`` is fixed: it is no option and is
+    not saved. The base class itself stands for a dense model.
     """
 
     name: ClassVar[str] = ""
     section: ClassVar[str] = ""
-    """What a model's config calls the options. Conversions of one kind share it, and say by their name which it was."""
+    """The name of the options' section in a model's config. Conversions of one kind share it and add their name."""
     state: ClassVar[tuple[str, ...]] = ()
-    """What the section holds beside the options."""
+    """The keys of the section that are not options."""
     stock: ClassVar[bool] = True
-    """Whether a converted model is still one of Hugging Face's classes, and computes all that it computed before."""
+    """Whether a converted model keeps its Hugging Face class and computes every weight."""
     doing: ClassVar[str] = ""
-    """What converting does, for a progress bar."""
+    """The text of a progress bar for the conversion."""
     added_later: ClassVar[tuple[str, ...]] = ()
-    """Options that early saved models lack. Without them a model is as it was then: their defaults. All others are
-    written with every model, and without one of them a model would be another."""
+    """Options that early saved models lack. They take their defaults then. All other options must be in every saved
+    model, because a default could change the model."""
     of_training: ClassVar[tuple[str, ...]] = ()
     """Options that do nothing before the model is trained."""
     _by_name: ClassVar[dict[str, type["Conversion"]]] = {}
@@ -58,39 +58,39 @@ class Conversion:
             Conversion._by_section[cls.section] = cls
 
     def check(self, model: PreTrainedModel) -> None:
-        """Raise ValueError unless it can convert this model. Called before the first change."""
+        """Raise ValueError unless this model can be converted. Called before the first change."""
 
     @property
     def data_tokens(self) -> int:
-        """How many tokens of data :meth:`convert_` looks at; 0: it needs no data."""
+        """The number of tokens of data for :meth:`convert_`; 0 if it needs no data."""
         return 0
 
     def convert_(self, model: PreTrainedModel, batches: list[Batch], progress: Progress) -> None:
-        """Convert a dense model that :meth:`check` has let pass, in place.
+        """Convert a dense model, in place, after :meth:`check`.
 
         Args:
-            batches: of data, with :attr:`data_tokens` tokens, or all there are.
-            progress: wraps what takes long.
+            batches: batches of data with :attr:`data_tokens` tokens, or all batches.
+            progress: wraps a long iteration.
         """
         raise NotImplementedError
 
     def install_(self, model: PreTrainedModel) -> None:
-        """Put into a model just built what converted ones have beside their weights, which are loaded afterwards."""
+        """Add the modules and buffers of the conversion to a new model, before its weights are loaded."""
 
     def training(self, options: Any) -> Any:
-        """What it does while ``LTETrainer`` trains a model.
+        """Return the work of this conversion in a training by ``LTETrainer``.
 
         Raises:
-            ValueError: it is not trained.
+            ValueError: the conversion cannot be trained.
         """
         raise ValueError(
             f"{type(self).__name__} has no routers and is not trained: call lte.sparsify_(model, config, data=batches)"
         )
 
     def cost(self, model: PreTrainedModel, sparsity: Any = 0.0) -> Cost:
-        """FLOPs and weight bytes of one token at a given sparsity.
+        """Return FLOPs and weight bytes of one token at a given sparsity.
 
-        Here of weights that are 0, on hardware that neither multiplies nor stores them.
+        In this base class it is the sparsity of weights, on hardware that neither multiplies nor stores zeros.
 
         Raises:
             ValueError: unknown family, a sparsity outside [0, 1].
@@ -108,15 +108,15 @@ class Conversion:
 
     @contextmanager
     def meter(self, model: PreTrainedModel, entry: nn.Module) -> Iterator[Any]:
-        """Look at all forward passes made within, and yield the meter, which :meth:`spent` reads.
+        """Measure all forward passes inside the context. Give the meter, which :meth:`spent` reads.
 
         Args:
-            entry: what is called: ``model``, or a part of it.
+            entry: the module that is called: ``model``, or a part of it.
         """
-        yield SparsityMeter()  # which sees nothing: all is computed
+        yield SparsityMeter()  # this meter measures nothing: all weights are computed
 
     def spent(self, model: PreTrainedModel, meter: Any) -> Spent:
-        """What a token took in the passes that ``meter`` saw."""
+        """Return the cost of a token in the passes that ``meter`` measured."""
         zeros = weight_sparsity(model)
         return Spent(
             sparsity=0.0,
@@ -127,18 +127,18 @@ class Conversion:
         )
 
     def describe(self, config: Any) -> str:
-        """How a model of this config is, in a few words."""
+        """Return a short description of a model with this config."""
         return "dense"
 
     def outcome(self, model: PreTrainedModel) -> str:
-        """What converting has made of a model, in a few words."""
+        """Return a short description of the result of a conversion."""
         raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
         return {"method": self.name, **{option: getattr(self, option) for option in self.options()}}
 
     def lacking(self, section: Mapping[str, Any]) -> list[str]:
-        """What is missing in the section of a saved model, so that it was not written by :meth:`to_dict`."""
+        """Return the options that a saved model's section lacks. :meth:`to_dict` writes them all."""
         return sorted(self.to_dict().keys() - section.keys() - {*self.added_later})
 
     @classmethod
@@ -147,7 +147,7 @@ class Conversion:
 
     @classmethod
     def named(cls: type[Kind], name: str | None) -> type[Kind]:
-        """The conversion of that name, of this class or one derived from it.
+        """Return the conversion of this name: this class or a subclass.
 
         Raises:
             ValueError: there is none.
@@ -160,10 +160,10 @@ class Conversion:
 
     @classmethod
     def from_dict(cls: type[Kind], values: Mapping[str, Any]) -> Kind:
-        """The conversion that :meth:`to_dict` or a config's section describes; where these name none, this class's.
+        """Return the conversion of the result of :meth:`to_dict` or a config's section; without a name, of this class.
 
         Raises:
-            ValueError: unknown method, unknown option, or one of the wrong type.
+            ValueError: an unknown method, an unknown option, or an option of the wrong type.
         """
         name = values.get("method", cls.name or None)
         found = cls.named(name)
@@ -172,13 +172,13 @@ class Conversion:
 
 
 def conversion_of(config: Any) -> Conversion | None:
-    """How the model of this config was converted; None of a dense one.
+    """Return the conversion of the model with this config; None if it is dense.
 
     Args:
         config: of a model, or the content of its ``config.json``.
 
     Raises:
-        ValueError: what the config says of it is damaged.
+        ValueError: the section of the conversion is damaged.
     """
     kind, section = _found(config)
     if kind is None:
@@ -186,29 +186,29 @@ def conversion_of(config: Any) -> Conversion | None:
     try:
         return kind.from_dict(section)
     except ValueError:
-        if kind.stock:  # any stock model may have a section of that name, for something else
+        if kind.stock:  # a stock model may have a section of that name for something else
             return None
         raise
 
 
 def is_sparse(config: Any) -> bool:
-    """Whether a model of this config chooses what to leave out: by routers, or by thresholds. A pruned one does not."""
+    """Return whether a model of this config has routers or thresholds. A pruned model has none."""
     kind, _ = _found(config)
     return kind is not None and not kind.stock
 
 
 def section_of(config: Any) -> dict[str, Any]:
-    """What a config says of its model's conversion, to be read or changed; empty of a dense one."""
+    """Return the section of a config's conversion, to read or change it. It is empty for a dense model."""
     return _found(config)[1]
 
 
 def sections_of(config: Any) -> dict[str, dict[str, Any] | None]:
-    """The same of each kind of conversion, by what configs call it; None for those that there were not."""
+    """Return the section of each kind of conversion, by its name; None for a kind that was not applied."""
     return {kind.section: getattr(config, kind.section, None) for kind in _kinds()}
 
 
 def _kinds() -> list[type[Conversion]]:
-    """A class for each section, and first those of sparse models: these may have been pruned before."""
+    """Return a class for each section, those of sparse models first: such a model may have been pruned before."""
     import_module(_ALL)
     return sorted(Conversion._by_section.values(), key=lambda kind: kind.stock)
 
@@ -222,10 +222,10 @@ def _found(config: Any) -> tuple[type[Conversion] | None, dict[str, Any]]:
 
 
 def _made_of(cls: type[Kind], values: dict[str, Any], options: Sequence[str], title: str) -> Kind:
-    """``cls`` with the values of its options; ``title`` is what messages call it.
+    """Return ``cls`` with the values of its options. ``title`` is its name in messages.
 
     Raises:
-        ValueError: unknown option, or one of the wrong type.
+        ValueError: an unknown option, or an option of the wrong type.
     """
     if unknown := values.keys() - set(options):
         raise ValueError(f"unknown option {', '.join(sorted(unknown))} for {title}: it has {', '.join(options)}")
@@ -237,9 +237,9 @@ def _made_of(cls: type[Kind], values: dict[str, Any], options: Sequence[str], ti
 
 
 def _is(value: Any, hint: Any) -> bool:
-    """Whether a value, as JSON has it, is what an option is declared as."""
+    """Return whether a JSON value has the declared type of an option."""
     if get_origin(hint) is Literal:
-        return isinstance(value, str)  # which one, the class says
+        return isinstance(value, str)  # the class checks which one
     if get_args(hint):
         return any(_is(value, one) for one in get_args(hint))
     if hint is float:

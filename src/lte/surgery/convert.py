@@ -1,4 +1,4 @@
-"""Converting a model in place, and back; switching how it uses its experts."""
+"""Converts a model in place, and back, and switches how it uses its experts."""
 
 import copy
 from collections.abc import Iterable
@@ -24,32 +24,33 @@ def sparsify_(
     data: Iterable[Batch] | None = None,
     progress: Progress = iter,
 ) -> PreTrainedModel:
-    """Make ``model`` sparse, in place, by the conversion that the type of ``config`` says.
+    """Make ``model`` sparse, in place. The type of ``config`` says by which conversion.
 
-    With a method that is trained (``LTEConfig``, a mixture) the function stays the same, in mode dense: neurons are
-    reordered so that each expert is contiguous, and every FFN has a router, initialised from the method's seed. A
-    method that needs no training sets its routers on ``data``, and the model is sparse at once, in mode hard. So it is
-    with ``TEALConfig``, whose thresholds are on the inputs of all linear layers of the blocks. ``WandaConfig`` and
-    ``MagnitudeConfig`` set single weights to 0.
+    - A method that is trained (``LTEConfig``, a mixture): the model's function does not change, and its mode is dense.
+      Neurons are reordered so that each expert is contiguous. Every FFN gets a router, drawn from the method's seed.
+    - A method that needs no training: its routers are set on ``data``, and the model is sparse at once, in mode hard.
+    - ``TEALConfig``: the inputs of all linear layers of the blocks get thresholds. The model is sparse at once.
+    - ``WandaConfig`` and ``MagnitudeConfig``: single weights become 0.
 
-    The model's class becomes ``LTE...``, so that it saves under its own name; a pruned model keeps its class. Names of
-    parameters stay as Hugging Face has them. Only ``router.*`` is new, ``compensation.*`` where asked for, or with TEAL
-    ``*.cut``.
+    The model's class becomes ``LTE...``, so that it saves under its own name. A pruned model keeps its class.
+    Parameters keep Hugging Face's names. Only ``router.*`` is new, ``compensation.*`` if it is asked for, and ``*.cut``
+    with TEAL.
 
     Args:
         model: a dense Hugging Face model of a known family (see ``lte.Family``), with any head.
-        config: which conversion, e.g. ``lte.LTEConfig(expert_size=32)``.
-        data: batches for the model, read as far as the conversion needs them: to group by co-activation, to set routers
-            or thresholds, to judge weights. What 4096 tokens do to the neurons is kept in bf16 on the CPU while
-            grouping by co-activation: 0.4 GB for a model of 135M parameters, 3 GB for one of 7B.
-        progress: wraps the iteration over what takes long, e.g. in a progress bar.
+        config: the conversion, e.g. ``lte.LTEConfig(expert_size=32)``.
+        data: batches for the model. The conversion reads as many as it needs to group by co-activation, to set routers
+            or thresholds, or to judge weights. Grouping by co-activation keeps the neurons of 4096 tokens in bf16 on
+            the CPU: 0.4 GB for a model of 135M parameters, 3 GB for one of 7B.
+        progress: wraps a long iteration, e.g. in a progress bar.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: unknown family, an expert size that does not divide d_ff, a model that is sparse already, wrapped or
-            quantised weights, weights shared out by tensor parallelism, data missing. The model is then as it was.
+        ValueError: an unknown family, an expert size that does not divide d_ff, a model that is sparse already, wrapped
+            or quantised weights, weights divided by tensor parallelism, or missing data. Then the model does not
+            change.
     """
     _check(model, config)
     config.convert_(model, _needed(data, config), progress)
@@ -57,9 +58,9 @@ def sparsify_(
 
 
 def install_routers_(model: PreTrainedModel, method: "Method") -> PreTrainedModel:
-    """Give every FFN a router, and leave all else to training: neurons stay where they are, routers as they are drawn.
+    """Give every FFN a router. Neurons keep their order, and routers are random.
 
-    For ``LTETrainer``, which groups and fits on the weights that its dense stage leaves.
+    This is for ``LTETrainer``, which groups and fits on the weights of its dense stage.
 
     Raises:
         ValueError: as :func:`sparsify_`, but no data is needed.
@@ -77,7 +78,7 @@ def _check(model: PreTrainedModel, config: Conversion) -> None:
     check_not_shared(model, "a conversion needs")
     config.check(model)
     if not config.stock:
-        lte_model_class(type(model))  # made now, so that an error leaves the model as it was
+        lte_model_class(type(model))  # made now, so that an error does not change the model
 
 
 def _needed(data: Iterable[Batch] | None, config: Conversion) -> list[Batch]:
@@ -92,18 +93,18 @@ def _needed(data: Iterable[Batch] | None, config: Conversion) -> list[Batch]:
 
 
 def densify(model: PreTrainedModel) -> PreTrainedModel:
-    """A plain Hugging Face model with the same weights: what ``model`` computes in mode dense, without ``lte``.
+    """Return a plain Hugging Face model with the same weights, which computes what ``model`` does in mode dense.
 
-    A dense baseline becomes a checkpoint that any method can convert. Neurons stay in the order :func:`sparsify_` gave.
+    So a dense baseline becomes a checkpoint that any method can convert. Neurons keep the order of :func:`sparsify_`.
 
     Args:
-        model: with sparse FFNs; left as it is.
+        model: a model with sparse FFNs. It does not change.
 
     Returns:
         A new model on the same device; the two share no weights.
 
     Raises:
-        ValueError: a model without sparse FFNs, or one that is shared out by tensor parallelism.
+        ValueError: the model has no sparse FFNs, or it is divided by tensor parallelism.
     """
     check_not_shared(model, "densify copies")
     ours = tuple(f"{name}.{child}." for name in sparse_layers(model) for child in ("router", "compensation"))
@@ -120,7 +121,7 @@ def set_mode_(model: nn.Module, mode: Mode) -> None:
     """Switch every sparse FFN to ``"dense"``, ``"soft"`` or ``"hard"``. The mode is saved with the model.
 
     Raises:
-        ValueError: unknown mode, or a model without sparse FFNs.
+        ValueError: the mode is unknown, or the model has no sparse FFNs.
     """
     for layer in sparse_layers(model).values():
         layer.set_mode(mode)

@@ -1,4 +1,4 @@
-"""The cost of a Hugging Face model per token, read off its modules, for any family in the table."""
+"""The cost of a Hugging Face model per token, counted from its modules, for any family in the table."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,17 +24,17 @@ from lte.surgery.sites import block_of, find_sites, linear_sites
 
 @dataclass(kw_only=True)
 class Spent:
-    """What a token took, mean over the tokens that were seen.
+    """The cost of a token, as a mean over the measured tokens.
 
     Attributes:
-        sparsity: fraction of inactive neurons, mean over tokens and layers; 0 for a dense model. Of a TEAL model the
-            fraction of FFN weights that its zeros leave unread.
-        layer_sparsity: the same, layer by layer.
-        attention_sparsity: fraction of the attention projections' weights left unread; 0 but for TEAL.
-        weight_sparsity: fraction of the weights in the blocks' linear layers that are 0, of a model without routers or
-            thresholds: :func:`lte.prune_` makes such. Their FLOPs are not counted.
-        gflops_per_token, gflops_per_token_dense: FFN, attention projections and routers, G = 2^30. In LTE's mode soft
-            every expert is computed, whatever its score.
+        sparsity: fraction of inactive neurons, mean over tokens and layers; 0 for a dense model. For TEAL it is the
+            fraction of FFN weights that zeros leave unread.
+        layer_sparsity: the same for each layer.
+        attention_sparsity: fraction of the attention projections' weights that TEAL leaves unread; 0 for other models.
+        weight_sparsity: fraction of weights that are 0 in the blocks' linear layers, for a model without routers or
+            thresholds (see :func:`lte.prune_`). Their FLOPs are not counted.
+        gflops_per_token, gflops_per_token_dense: FFN, attention projections and routers, G = 2^30. LTE's mode soft
+            computes every expert.
         mode: dense, soft or hard.
     """
 
@@ -48,14 +48,14 @@ class Spent:
 
 
 def model_shape(model: PreTrainedModel, expert_size: int = 32) -> Shape:
-    """Count a model's weights by what they do. A dense model is given one linear router an FFN.
+    """Count a model's weights by their role. A dense model counts with one linear router for each FFN.
 
     Args:
         model: dense or sparse, on any device, ``meta`` included.
-        expert_size: neurons an expert, for a dense model; a sparse one has its routers counted.
+        expert_size: neurons of an expert, for a dense model. A sparse model counts its own routers.
 
     Raises:
-        ValueError: unknown family, or an expert size that does not divide d_ff.
+        ValueError: the family is unknown, or the expert size does not divide d_ff.
     """
     sites = find_sites(model, model.config.model_type)
     layers = [module for module in model.modules() if isinstance(module, Selecting)]
@@ -69,7 +69,7 @@ def model_shape(model: PreTrainedModel, expert_size: int = 32) -> Shape:
     blocks = {block_of(site.name) for site in sites}
     head = model.get_output_embeddings()
     attention, head_weights, embedding = 0, 0, 0
-    counted = set()  # a weight tied to another is there once; to the head, it is the head's
+    counted = set()  # a tied weight counts once; if it is tied to the head, it is the head's
     if isinstance(head, nn.Linear):
         head_weights, counted = head.weight.numel(), {id(head.weight)}
     for name, module in model.named_modules():
@@ -97,22 +97,22 @@ def cost_per_token(
     router: bool | None = None,
     bytes_per_weight: float | None = None,
 ) -> Cost:
-    """FLOPs and weight bytes of one token, for a config or a model.
+    """Return FLOPs and weight bytes of one token, for a config or a model.
 
     Args:
         config: e.g. ``LlamaConfig()``; no weights are made. Or a model.
-        sparsity: FFN sparsity, one number or one a layer; 0 is dense.
-        expert_size: neurons an expert; decides the router's size.
-        router: charge the routers, of a sparse model those it has. None charges them when ``sparsity`` is above 0.
-        bytes_per_weight: None takes the model's dtype, or the config's, or 2 where it names none.
+        sparsity: FFN sparsity, one number or one for each layer; 0 is dense.
+        expert_size: neurons of an expert, which decides the router's size.
+        router: whether routers are charged. None charges them if ``sparsity`` is above 0.
+        bytes_per_weight: None takes the model's dtype, or the config's, or 2 if it names none.
 
     Returns:
         ``gflops``, ``ffn_gflops``, ``attention_gflops``, ``router_gflops`` (G = 2^30) and
-        ``weight_bytes``, head and embedding apart. LLaMA-7B: 12.0625 dense, 6.59 at 68.9 %.
+        ``weight_bytes``, without head and embedding. LLaMA-7B has 12.0625 dense and 6.59 at 68.9 %.
 
     Raises:
-        ValueError: unknown family, sparsity outside [0, 1], expert size that does not divide d_ff.
-        TypeError: neither a config nor a model.
+        ValueError: the family is unknown, the sparsity is outside [0, 1], or the expert size does not divide d_ff.
+        TypeError: the argument is neither a config nor a model.
     """
     if not isinstance(config, PretrainedConfig | PreTrainedModel):
         raise TypeError(
@@ -130,13 +130,13 @@ def cost_per_token(
 
 
 def weight_sparsity(model: PreTrainedModel) -> float:
-    """The fraction of weights that are 0 in the linear layers of the blocks."""
+    """Return the fraction of weights that are 0 in the linear layers of the blocks."""
     weights = [site.linear.weight for site in linear_sites(model, model.config.model_type)]
     return 1 - sum(int(weight.count_nonzero()) for weight in weights) / sum(weight.numel() for weight in weights)
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """A model of this config without weights, on the meta device: of the class it was saved from, if it names one."""
+    """Return a model of this config on the meta device, of the class that the config names if it names one."""
     if (own := own_class(config)) is not None:
         with torch.device("meta"):
             return own(config)

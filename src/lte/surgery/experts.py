@@ -1,4 +1,4 @@
-"""Giving FFNs experts: an order of neurons that makes experts contiguous, and a sparse FFN where the dense one is."""
+"""Gives FFNs experts: orders neurons so that experts are contiguous, and replaces dense FFNs by sparse ones."""
 
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lte.surgery.method import Method
 
 RECORDED_TOKENS = 4096
-"""How many tokens grouping by co-activation looks at."""
+"""The number of tokens for grouping by co-activation."""
 
 
 def group(
@@ -27,7 +27,7 @@ def group(
     data: Iterable[Batch],
     progress: Progress = iter,
 ) -> Iterator[Tensor]:
-    """The order of each site's neurons that makes the method's experts contiguous. Changes nothing.
+    """Give the order of each site's neurons that makes the method's experts contiguous. Nothing is changed.
 
     Args: as :func:`~lte.surgery.convert.sparsify_`; ``model`` may be sparse already, in mode dense.
     """
@@ -42,12 +42,12 @@ def regroup_(
     data: Iterable[Batch],
     progress: Progress = iter,
 ) -> None:
-    """Group the neurons of a sparse model in mode dense (anew), on the weights that it has by now (LTE paper, 4.1).
+    """Group the neurons of a sparse model in mode dense, by its current weights (LTE paper, section 4.1).
 
-    All ranks take the order that the first finds.
+    All ranks take the order of the first rank.
 
     Args:
-        data: read by a method that groups by activations; others read none.
+        data: read only by a method that groups by activations.
         progress: wraps the iteration over FFNs.
     """
     sites = find_sites(model, model.config.model_type)
@@ -57,7 +57,7 @@ def regroup_(
 
 
 def replace_ffn_(site: FFNSite, method: "Method") -> SparseFFN | SparseActivation:
-    """Put a sparse FFN where the dense one is. Neurons must be in order; the router is left uninitialised."""
+    """Replace a dense FFN by a sparse one. Neurons must be in order. The router is not initialised."""
     weight = site.first.weight
     assert isinstance(weight, Tensor)
     router = method.build_router(site, weight.device).to(weight.dtype)
@@ -84,8 +84,8 @@ def replace_ffn_(site: FFNSite, method: "Method") -> SparseFFN | SparseActivatio
 
 
 def _record_neurons(model: PreTrainedModel, sites: list[FFNSite], data: Iterable[Batch]) -> list[Tensor]:
-    """Neurons of every FFN on up to 4096 tokens of ``data``: one ``[T, F]`` a site.
+    """Return the neurons of every FFN on up to 4096 tokens of ``data``: one ``[T, F]`` for each site.
 
-    In bf16: half the memory, and the largest neurons do not overflow.
+    They are in bf16, which needs half of the memory and does not overflow.
     """
     return record_inputs(model, [(site.name, site.down, Tensor.bfloat16) for site in sites], data, RECORDED_TOKENS)

@@ -1,4 +1,4 @@
-"""The table of model families: where each Hugging Face architecture keeps its FFN. One row a ``model_type``."""
+"""The table of model families: where each Hugging Face architecture has its FFN. One row for each ``model_type``."""
 
 from dataclasses import dataclass
 
@@ -8,16 +8,16 @@ from transformers import PretrainedConfig
 
 @dataclass(frozen=True)
 class Family:
-    """Where a family's FFN lives. Paths are relative to the layer; all are matched exactly, never by suffix.
+    """Where a family has its FFN. Paths are relative to the layer and must match exactly.
 
     Attributes:
         layer: class name of the module that holds one FFN, e.g. ``"LlamaDecoderLayer"``.
         up, down: the projections into and out of the neurons.
         gate: the gating projection, in a gated FFN. The activation acts on it.
         act: the activation module.
-        site: the module that is exactly one FFN, to be replaced by a ``SparseFFN``. None where the
-            model spreads its FFN over the layer (OPT, BERT): then only the activation is replaced.
-        fused_gate_up: ``up`` holds the gate in its first half and up in its second.
+        site: the module that is exactly one FFN, which a ``SparseFFN`` replaces. None if no module is exactly the FFN
+            (OPT, BERT): then only the activation is replaced.
+        fused_gate_up: the first half of ``up`` is the gate, and the second half is up.
         hidden_dropout, output_dropout: dropout before and after the down projection, inside ``site``:
             a module, or the probability as a number.
     """
@@ -42,7 +42,7 @@ class Family:
                 )
 
     def fits(self, layer: nn.Module) -> bool:
-        """Whether ``layer`` is of this family and has every path the row names."""
+        """Return whether ``layer`` is of this family and has every path of the row."""
         return type(layer).__name__ == self.layer and all(
             _has(layer, path)
             for path in (self.up, self.down, self.act, self.gate, self.hidden_dropout, self.output_dropout)
@@ -64,13 +64,13 @@ def _llama_like(layer: str, output_dropout: str | None = None) -> tuple[Family, 
 
 
 def _plain(layer: str, up: str, down: str, act: str = "act", site: str = "mlp", dropout: str | None = None) -> Family:
-    """An FFN without a gate, in a module of its own."""
+    """Return the row of an FFN without a gate that is one module."""
     up, down, act = f"{site}.{up}", f"{site}.{down}", f"{site}.{act}"
     return Family(layer, site=site, up=up, down=down, act=act, output_dropout=dropout and f"{site}.{dropout}")
 
 
 def _fused(layer: str, up: str = "gate_up_proj", down: str = "down_proj", act: str = "activation_fn") -> Family:
-    """Gate and up in one projection, in that order."""
+    """Return the row of an FFN with gate and up in one projection, in that order."""
     return Family(layer, site="mlp", up=f"mlp.{up}", fused_gate_up=True, down=f"mlp.{down}", act=f"mlp.{act}")
 
 
@@ -166,10 +166,10 @@ _FAMILIES: dict[str, tuple[Family, ...]] = {
 
 
 def family_rows(model_type: str) -> tuple[Family, ...]:
-    """The rows of a model type; a layer takes the first that fits (T5 comes gated and plain).
+    """Return the rows of a model type. A layer takes the first row that fits (T5 has two forms).
 
     Raises:
-        ValueError: the family is unknown; the message says how to register it.
+        ValueError: the family is unknown. The message says how to register it.
     """
     rows = _FAMILIES.get(model_type)
     if rows is None:
@@ -182,18 +182,14 @@ def family_rows(model_type: str) -> tuple[Family, ...]:
 
 
 def check_family(config: PretrainedConfig) -> None:
-    """Refuse a config whose model cannot be converted.
-
-    Raises:
-        ValueError: its family has no row; the message says what to do.
-    """
+    """Raise ValueError, with what to do, unless the table has a row for the model's family."""
     if config.model_type not in _FAMILIES and (reason := _never(config)):
         raise ValueError(reason)
     family_rows(config.model_type)
 
 
 def _never(config: PretrainedConfig) -> str | None:
-    """Why no row can make a config's model convertible, and what would help."""
+    """Return why no row can help to convert a config's model, with a cure; None if a row can."""
     kind, text = config.model_type, config.get_text_config()
     if text is not config and text.model_type != kind:
         known = f" (of type {text.model_type}, say)" if text.model_type in _FAMILIES else ""
@@ -217,11 +213,11 @@ def register_family(model_type: str, *rows: Family, replace: bool = False) -> No
 
     Args:
         model_type: as in the model's ``config.json``.
-        rows: where its FFN lives; several when the model type comes in several forms.
-        replace: allow overwriting a row that exists.
+        rows: where its FFN is. Give several rows if the model type has several forms.
+        replace: whether an existing row may be overwritten.
 
     Raises:
-        ValueError: no row given, or the family exists and ``replace`` is not set.
+        ValueError: no row is given, or the family exists and ``replace`` is false.
     """
     if not rows:
         raise ValueError(f"register_family({model_type!r}) needs at least one lte.Family row")

@@ -1,4 +1,4 @@
-"""A model's folder, looked at before anything is built from it: what it says it is, and whether its files are whole."""
+"""Checks of a model's folder before a model is built from it: its config, and whether its files are complete."""
 
 import math
 import re
@@ -13,23 +13,24 @@ from transformers import PretrainedConfig
 from lte.surgery.reading import check_file, read_json
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-"""The names that transformers looks for, in this order; each also with an index of shards."""
+"""The file names that transformers looks for, in this order. Each may also be an index of shards."""
 MOST = 2000
-"""Of layers and experts: no model has more."""
+"""The most layers and experts that a model can have."""
 MOST_LABELS = 10**6
 NEW_HEAD = 2**26
-"""Numbers that a new head may have beyond a checkpoint's."""
+"""The number of weights that a new head may have besides those of a checkpoint."""
 MOST_BUFFERS = 2**32
-"""Bytes that a model may keep beside its weights."""
+"""Bytes that a model may have besides its weights."""
 
 _COUNTS = re.compile(r"(^n_|_)(layers?|experts|blocks)$|^layers$")
 
 
 def check_config(name: str, values: dict[str, Any]) -> None:
-    """Refuse a ``config.json`` of which no model can be made here, before transformers reads it.
+    """Check a ``config.json`` before transformers reads it.
 
     Raises:
-        ValueError: it is quantised, or asks for more layers, experts or labels than there are.
+        ValueError: the model is quantised, or the config has values of a wrong type or impossibly many layers, experts
+            or labels.
     """
     quantised = values.get("quantization_config")
     if quantised:
@@ -56,10 +57,9 @@ def check_config(name: str, values: dict[str, Any]) -> None:
 
 
 def check_generation(name: str, values: dict[str, Any]) -> None:
-    """Refuse options of generation of the wrong type: transformers takes them, and stumbles or never stops later.
+    """Raise ValueError unless options of generation have the right types: ids are integers, others are numbers.
 
-    Raises:
-        ValueError: a token's id is no whole number, or another option no number.
+    transformers accepts wrong types, and fails or never stops later.
     """
     for key, value in values.items():
         several = value if isinstance(value, list) and key == "eos_token_id" else [value]
@@ -67,7 +67,7 @@ def check_generation(name: str, values: dict[str, Any]) -> None:
             raise ValueError(f"{name}: its generation_config.json has {key} {value!r}, which is of the wrong type")
 
 
-_MOST_ID = 2**31  # of a token
+_MOST_ID = 2**31  # of a token's id
 _SWITCHES = ("do_", "use_", "output_", "return_")
 _NUMBERS = ("temperature", "top_k", "top_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size")
 _NUMBERS += ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams", "num_return_sequences")
@@ -85,7 +85,7 @@ def _numbers(values: Any, key: str = "") -> Iterator[tuple[str, float]]:
     if isinstance(values, dict):
         for name, value in values.items():
             yield from _numbers(value, str(name))
-    elif isinstance(values, list) and key == "attention_types":  # GPT-Neo's: kinds of layers, and how often each
+    elif isinstance(values, list) and key == "attention_types":  # GPT-Neo's: kinds of layers, and the number of each
         for value in values:
             yield from _numbers(value, "num_layers" if isinstance(value, int) else key)
     elif isinstance(values, int | float):
@@ -93,11 +93,7 @@ def _numbers(values: Any, key: str = "") -> Iterator[tuple[str, float]]:
 
 
 def check_adapter(folder: Path) -> None:
-    """Refuse a folder that holds an adapter.
-
-    Raises:
-        ValueError: it does; the message says how to merge it.
-    """
+    """Raise ValueError, with how to merge it, if a folder holds an adapter."""
     path = folder / "adapter_config.json"
     if path.is_file():
         base = read_json(path).get("base_model_name_or_path", "its base model")
@@ -108,12 +104,12 @@ def check_adapter(folder: Path) -> None:
 
 
 def count_numbers(folder: Path) -> int | None:
-    """The numbers that a folder's weight files hold, read off their headers; at most, where they have none.
+    """Return the number of weights in a folder's weight files, from their headers; None if there are no such files.
 
-    None where there are no weight files.
+    For files without a header it is the most that they can hold.
 
     Raises:
-        ValueError: a file is missing, cut short or damaged.
+        ValueError: a file is missing, incomplete or damaged.
     """
     files = _weight_files(folder)
     for path in files:
@@ -149,14 +145,13 @@ def _count_in(path: Path) -> int:
 
 
 def check_size(name: str, auto: Any, config: PretrainedConfig, held: int, **kwargs: Any) -> None:
-    """Refuse a config whose model is larger than the weights that are there, before memory is taken for it.
+    """Raise ValueError if a config's model has more weights than its files, before it takes memory.
 
     Args:
+        name: the model's name in messages.
         auto: the Auto class that would load it.
-        held: numbers in the weight files.
-
-    Raises:
-        ValueError: it is.
+        config: of the model.
+        held: the number of weights in the weight files.
     """
     with torch.device("meta"):
         model = auto.from_config(config, **kwargs)

@@ -1,4 +1,4 @@
-"""Generation settings of a checkpoint, which a model made from it keeps."""
+"""Keeps the generation settings of a checkpoint in a model that is made from it."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ from transformers import GenerationConfig
 
 
 class AsItWas(GenerationConfig):
-    """Generation settings some of which have no effect, such as a temperature without ``do_sample``.
+    """Generation settings that may hold some without effect, such as a temperature without ``do_sample``.
 
-    Many published checkpoints have them. They load with no more than a warning, and may not be saved once any other is
-    changed, which ``Trainer`` does to the special tokens. Of this class they are saved as they were read.
+    Many published checkpoints have them. They load with a warning. transformers refuses to save them after a change of
+    another setting, and ``Trainer`` changes the special tokens. This class saves them as they were read.
     """
 
     def validate(self, strict: bool = False, *args: Any, **kwargs: Any) -> None:
@@ -17,10 +17,10 @@ class AsItWas(GenerationConfig):
 
 
 def keep_generation_settings_(model: Any) -> None:
-    """Let a model's generation settings be saved as they were read.
+    """Make a model's generation settings saveable as they were read.
 
     Raises:
-        ValueError: they contradict each other, so that the model would neither generate nor be loaded again.
+        ValueError: the settings contradict each other. Such a model could not generate and could not be loaded again.
     """
     settings = getattr(model, "generation_config", None)
     if type(settings) is not GenerationConfig:
@@ -29,7 +29,7 @@ def keep_generation_settings_(model: Any) -> None:
         settings.validate(strict=True)
         return
     except ValueError:
-        pass  # also of what is worth no more than a warning
+        pass  # also for settings that only give a warning
     try:
         settings.validate()
     except ValueError as error:

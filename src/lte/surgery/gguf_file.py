@@ -1,7 +1,7 @@
-"""A GGUF file's header, checked before transformers reads it, and what of the file reached the model.
+"""Checks a GGUF file's header before transformers reads it, and afterwards that all tensors were read.
 
-transformers takes defaults for metadata that it does not find, and leaves out tensors that it does not know: a name
-with one wrong byte would change the model without a word.
+transformers takes defaults for metadata that it does not find, and leaves out tensors that it does not know. So a name
+with one wrong byte would change the model without a message.
 """
 
 import math
@@ -22,12 +22,12 @@ _TEXT, _ARRAY = 8, 9
 
 @dataclass
 class Header:
-    """What stands before a file's numbers.
+    """The header of a file.
 
     Attributes:
-        values: metadata; of an array, how long it is.
+        values: metadata; for an array, its length.
         tensors: name -> shape, type and place of each tensor.
-        start: where the numbers begin.
+        start: the offset of the first tensor.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -36,10 +36,11 @@ class Header:
 
 
 def check_gguf(path: Path) -> int:
-    """Refuse a GGUF file that is damaged, or one of several; give how many numbers its tensors hold.
+    """Return the number of weights in a GGUF file's tensors.
 
     Raises:
-        ValueError: the header does not parse, has an unknown key, or does not fit the file.
+        ValueError: the header cannot be parsed, has an unknown key, or does not fit the file, or the file is one of
+            several parts.
     """
     check_file(path)
     try:
@@ -58,12 +59,8 @@ def check_gguf(path: Path) -> int:
 
 
 def check_all_read(path: Path, model: PreTrainedModel) -> None:
-    """Refuse a model that was loaded from a GGUF file of which it left tensors out.
-
-    Raises:
-        ValueError: it did.
-    """
-    if getattr(getattr(model, "hf_quantizer", None), "supported", False):  # then its loading report names them
+    """Raise ValueError unless the model has all tensors of the GGUF file."""
+    if getattr(getattr(model, "hf_quantizer", None), "supported", False):  # then the loading report names them
         return
     from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
 
@@ -106,7 +103,7 @@ def _parse(blob: mmap.mmap) -> Header:
 
 
 def _value(blob: mmap.mmap, at: int, kind: int) -> tuple[Any, int]:
-    """A value of the metadata, of an array its length; and where it ends."""
+    """Return a value of the metadata (for an array, its length) and its end."""
     if kind == _TEXT:
         return _text(blob, at)
     if kind != _ARRAY:
@@ -133,11 +130,7 @@ def _text(blob: mmap.mmap, at: int) -> tuple[str, int]:
 
 
 def _check_keys(values: dict[str, Any]) -> None:
-    """Refuse metadata with a key that is a known one but for one character.
-
-    Raises:
-        ValueError: there is one.
-    """
+    """Raise ValueError if a key of the metadata differs from a known key by one character."""
     from gguf.constants import Keys
 
     groups = [group for group in vars(Keys).values() if isinstance(group, type)]
@@ -150,11 +143,7 @@ def _check_keys(values: dict[str, Any]) -> None:
 
 
 def _check_places(header: Header, size: int) -> None:
-    """Refuse tensors that do not lie one after the other, up to the end of the file.
-
-    Raises:
-        ValueError: they do not.
-    """
+    """Raise ValueError unless tensors are contiguous up to the end of the file."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     align = header.values.get("general.alignment", 32)

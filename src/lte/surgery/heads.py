@@ -1,4 +1,4 @@
-"""The model classes of a config, by their heads: which there are, and which one a checkpoint was saved from."""
+"""The model classes of a config, by their heads, and the class that a checkpoint was saved from."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ AUTO_CLASSES = (
     "AutoModelForQuestionAnswering",
     "AutoModelForMultipleChoice",
 )
-"""The heads that are made known for a sparse model."""
+"""The heads that are registered for a sparse model."""
 
 
 def models_of(config_class: type, auto_classes: tuple[str, ...] = AUTO_CLASSES) -> dict[str, type[PreTrainedModel]]:
@@ -32,14 +32,14 @@ def models_of(config_class: type, auto_classes: tuple[str, ...] = AUTO_CLASSES) 
 
 
 def is_encoder(config: PretrainedConfig) -> bool:
-    """Whether a model of this config reads what comes after a token, and writes nothing."""
+    """Return whether a model of this config sees the tokens after a token, and generates nothing."""
     if config.is_encoder_decoder or getattr(config, "is_decoder", False):
         return False
     return type(config) in MODEL_FOR_MASKED_LM_MAPPING
 
 
 def own_auto_class(config: PretrainedConfig) -> Any:
-    """The Auto class of the head that a checkpoint was saved with, or of the likeliest where its config names none."""
+    """Return the Auto class of the head that a checkpoint was saved with, or of the most likely head."""
     named = config.architectures or ()
     for auto, one in models_of(type(config)).items():
         if one.__name__ in named:
@@ -52,13 +52,13 @@ def own_auto_class(config: PretrainedConfig) -> Any:
 
 
 def own_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
-    """The model class that a checkpoint was saved from; None where its config names no known one."""
+    """Return the model class that a checkpoint was saved from; None if its config names no known class."""
     known = models_of(type(config), (*AUTO_CLASSES, "AutoModelForPreTraining")).values()
     return next((one for one in known if one.__name__ in (config.architectures or ())), None)
 
 
 def weight_names(config: PretrainedConfig, *classes: type[PreTrainedModel]) -> set[str]:
-    """The names of the weights of these classes, without the prefix of the base model. No weights are made."""
+    """Return the names of a model's weights, without the prefix of the base model. No weights are made."""
     found = set[str]()
     for one in classes:
         with torch.device("meta"):
@@ -68,5 +68,5 @@ def weight_names(config: PretrainedConfig, *classes: type[PreTrainedModel]) -> s
 
 
 def all_weight_names(config: PretrainedConfig) -> set[str]:
-    """As :func:`weight_names`, of every head that this config can have."""
+    """As :func:`weight_names`, for every head that this config can have."""
     return weight_names(config, *models_of(type(config), (*AUTO_CLASSES, "AutoModelForPreTraining")).values())

@@ -1,4 +1,4 @@
-"""Linear layers of both kinds: ``nn.Linear``, and GPT-2's ``Conv1D``, which has its weight the other way round."""
+"""Linear layers of both kinds: ``nn.Linear``, and GPT-2's ``Conv1D``, whose weight is transposed."""
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -7,9 +7,9 @@ Linear = nn.Linear | Conv1D
 
 
 def check_plain(name: str, linear: nn.Module) -> None:
-    """Raise ValueError unless ``linear`` is a plain linear layer, with weights that can be read and changed.
+    """Raise ValueError unless ``linear`` is a plain linear layer with weights that can be read and changed.
 
-    One that is wrapped, quantised or on the meta device is refused; ``name`` is what the message calls it.
+    It may not be wrapped, quantised or on the meta device. ``name`` is its name in messages.
     """
     if not isinstance(linear, Linear):
         raise ValueError(
@@ -25,13 +25,13 @@ def check_plain(name: str, linear: nn.Module) -> None:
 
 
 def sizes_of(linear: nn.Module) -> tuple[int, int]:
-    """Inputs and outputs of a linear layer.
+    """Return the numbers of inputs and outputs of a linear layer.
 
     Raises:
         ValueError: its weights are quantised.
     """
     weight = linear.weight
-    if not isinstance(weight, Tensor):  # dynamic quantisation puts a method there
+    if not isinstance(weight, Tensor):  # after dynamic quantisation it is a method
         raise ValueError(f"{type(linear).__name__} holds quantised weights: load the model unquantised")
     if weight.ndim != 2 or not weight.is_floating_point() or weight.dtype.itemsize < 2:
         raise ValueError(
@@ -43,14 +43,14 @@ def sizes_of(linear: nn.Module) -> tuple[int, int]:
 
 
 def rows_of(linear: nn.Module) -> Tensor:
-    """``[O, I]``: a row an output, a view of the weight."""
+    """Return ``[O, I]``, a view of the weight with a row for each output."""
     weight = linear.weight
     assert isinstance(weight, Tensor)
     return (weight.T if isinstance(linear, Conv1D) else weight).detach()
 
 
 def reorder_(linear: nn.Module, order: Tensor, side: str) -> None:
-    """Put the inputs or outputs of a linear layer in another order; ``side`` is ``in`` or ``out``."""
+    """Reorder the inputs or outputs of a linear layer. ``side`` is ``in`` or ``out``."""
     weight, bias = linear.weight, linear.bias
     assert isinstance(weight, Tensor)
     dim = int((side == "in") != isinstance(linear, Conv1D))

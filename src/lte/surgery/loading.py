@@ -1,4 +1,4 @@
-"""Loading a model and its tokenizer from a folder, a hub id or a GGUF file."""
+"""Loads a model and its tokenizer from a folder, a hub id or a GGUF file."""
 
 import re
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ from lte.surgery.heads import is_encoder, own_auto_class
 from lte.surgery.reading import read_json, reading
 
 Head = Literal["causal", "seq2seq", "classification", "own"]
-"""``own`` is the head that the checkpoint was saved with, whichever that is; none, where it was saved without."""
+"""``own`` is the head that the checkpoint was saved with, or none if it was saved without."""
 
 _AUTO: dict[Head, Any] = {
     "causal": AutoModelForCausalLM,
@@ -44,36 +44,33 @@ _OF_TOKENIZER = (
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The config of a model, without its weights. Arguments and errors as :func:`load_model`."""
+    """Return the config of a model, without its weights. Arguments and errors as for :func:`load_model`."""
     place = _locate(name)
     place.check_config()
     with reading(name):
         config = AutoConfig.from_pretrained(place.path, trust_remote_code=trust_remote_code, **place.kwargs)
-    if place.folder is None and place.gguf is None:  # of the hub: not looked at before
+    if place.folder is None and place.gguf is None:  # from the hub: it was not checked before
         check_config(name, config.to_dict())
     return config
 
 
 def classifies(config: PretrainedConfig) -> bool:
-    """Whether a checkpoint has a head with one answer a row: classes, or a number."""
+    """Return whether a checkpoint's head gives one answer for each row: a class or a number."""
     return any("ForSequenceClassification" in name for name in config.architectures or ())
 
 
 def check_causal(config: PretrainedConfig, who: str) -> None:
-    """Refuse a model that reads what comes after a token.
+    """Raise ValueError unless the model is a causal language model, without an encoder.
 
     Args:
-        who: asks for the next token, and the verb.
-
-    Raises:
-        ValueError: it is an encoder, or has one.
+        who: the function that asks for the next token, with its verb.
     """
     if config.is_encoder_decoder or is_encoder(config):
         raise ValueError(f"{who} for the next token: it takes a causal language model, not a {config.model_type}")
 
 
 def class_names_of(config: PretrainedConfig) -> tuple[str, ...] | None:
-    """The names that a classifier was trained with, in order; None where it has none but numbers."""
+    """Return the names that a classifier was trained with, in order; None if it has only numbers."""
     labels: dict[Any, str] = config.id2label or {}
     names = tuple(labels[i] for i in sorted(labels)) if classifies(config) else ()
     return names if len(names) > 1 and not all(re.fullmatch(r"LABEL_\d+", name) for name in names) else None
@@ -88,19 +85,19 @@ def load_model(
     trust_remote_code: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """A model, dense or sparse, with all weights from its checkpoint.
+    """Return a model, dense or sparse, with all weights from its checkpoint.
 
     Args:
         name: a local folder, a ``.gguf`` file (dequantised on loading), or a hub id.
-        head: which head it gets.
+        head: the head that it gets.
         dtype: of its weights; ``"auto"`` keeps the checkpoint's.
-        new_head: whether a checkpoint without this head gets one, untrained; else it is refused.
+        new_head: whether a checkpoint without this head gets a new, untrained one. Otherwise it is refused.
         trust_remote_code: whether code that comes with the checkpoint may run.
         kwargs: passed to ``from_pretrained``, e.g. ``num_labels``; a head with other labels is replaced by a new one.
 
     Raises:
-        FileNotFoundError: no such folder or file, and the hub has no such id or cannot be reached.
-        ValueError: the folder holds no model, or a damaged one, or one without the head; weights are missing, left
+        FileNotFoundError: there is no such folder or file, and the hub has no such id or cannot be reached.
+        ValueError: the folder holds no model, or a damaged one, or one without the head. Or weights are missing, left
             over, of another shape or not finite.
     """
     place = _locate(name)
@@ -110,7 +107,7 @@ def load_model(
         dtype = torch.float32
     held = place.count_numbers()
     if place.gguf and not kwargs:
-        kwargs["config"] = config  # reading it takes seconds
+        kwargs["config"] = config  # reading the file takes seconds
     kwargs["trust_remote_code"] = trust_remote_code
     with reading(name):
         if held is not None:
@@ -129,14 +126,14 @@ def load_model(
     if place.gguf:
         check_all_read(place.gguf, model)
         forget_gguf_(model)
-        model.name_or_path = name  # else its folder
+        model.name_or_path = name  # otherwise its folder
     check_numbers(name, all_tensors(model))
     keep_generation_settings_(model)
     return model
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to a model. Arguments and errors as :func:`load_model`."""
+    """Return the tokenizer of a model. Arguments and errors as for :func:`load_model`."""
     place = _locate(name)
     place.check_config()
     place.check_json(_OF_TOKENIZER)
@@ -144,21 +141,23 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
         tokenizer = AutoTokenizer.from_pretrained(place.path, trust_remote_code=trust_remote_code, **place.kwargs)
         files = tokenizer.vocab_files_names.values()
         if place.folder and files and not any((place.folder / one).is_file() for one in files):
-            raise ValueError(f"{name} has no tokenizer: it needs {' or '.join(files)}")  # else an empty one is made
+            raise ValueError(
+                f"{name} has no tokenizer: it needs {' or '.join(files)}"
+            )  # otherwise an empty one would be made
         if not isinstance(tokenizer.model_max_length, int | float) or tokenizer.model_max_length < 1:
             raise ValueError(f"{name}: tokenizer_config.json has model_max_length {tokenizer.model_max_length!r}")
-        tokenizer.decode(tokenizer("Try it.")["input_ids"])  # some damage shows in use only
+        tokenizer.decode(tokenizer("Try it.")["input_ids"])  # some damage shows only in use
     return tokenizer
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a model lies.
+    """The place of a model.
 
     Attributes:
         path: a folder, or a hub id.
-        folder, gguf: the folder or the GGUF file, where it is on this machine.
-        kwargs: what ``from_pretrained`` needs to find it.
+        folder, gguf: the folder or the GGUF file, if it is on this machine.
+        kwargs: arguments by which ``from_pretrained`` finds it.
     """
 
     path: str
@@ -167,7 +166,7 @@ class _Place:
     kwargs: dict[str, str] = field(default_factory=dict)
 
     def check_config(self) -> None:
-        """Refuse a folder that is no model's, or whose ``config.json`` cannot be right; a damaged GGUF file."""
+        """Raise ValueError unless the folder is a model's with a valid ``config.json``, or the GGUF file is valid."""
         if self.gguf is not None:
             check_gguf(self.gguf)
         if self.folder is not None:
@@ -182,7 +181,7 @@ class _Place:
                 read_json(path)
 
     def count_numbers(self) -> int | None:
-        """The numbers in its weight files, which are whole; None where it is not on this machine."""
+        """Return the number of weights in its files, which are complete; None if it is not on this machine."""
         if self.gguf is not None:
             return check_gguf(self.gguf)
         if self.folder is None:

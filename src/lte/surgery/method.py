@@ -1,4 +1,4 @@
-"""What a method is: a conversion that groups the neurons of FFNs into experts, and gives them routers."""
+"""`Method`: a conversion that groups the neurons of FFNs into experts and gives the FFNs routers."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from lte.surgery.training import Training
 
 STATE = ("mode", "grouped")
-"""What a config's section ``lte`` holds beside the method: the mode, and ``grouped: False`` until neurons are."""
+"""Keys of a config's section ``lte`` besides the method: the mode, and ``grouped: False`` until neurons are grouped."""
 
 
 @dataclass(frozen=True)
 class Method(Conversion):
     """Base of all methods.
 
-    Subclasses say how neurons are grouped (:meth:`group`) and what routes to the groups
-    (:meth:`build_router`). One that needs no training sets its routers in :meth:`fit`.
+    Subclasses group neurons (:meth:`group`) and build the router to the groups (:meth:`build_router`). A method that
+    needs no training sets its routers in :meth:`fit`.
     """
 
     section: ClassVar[str] = "lte"
@@ -43,7 +43,7 @@ class Method(Conversion):
     stock: ClassVar[bool] = False
     doing: ClassVar[str] = "grouping neurons"
     soft_computes_all: ClassVar[bool] = False
-    """Whether in mode soft every expert is computed, because no score is 0."""
+    """Whether mode soft computes every expert, because no score is 0."""
 
     expert_size: int = 32
     tau: float = 0.5
@@ -59,48 +59,48 @@ class Method(Conversion):
             raise ValueError(f"{type(model).__name__} shares FFN weights between layers: that is not supported")
 
     def check_site(self, site: FFNSite) -> None:
-        """Raise ValueError unless it can convert this FFN."""
+        """Raise ValueError unless the method can convert this FFN."""
         check_divisible(site.d_ff, self.expert_size)
 
     def group(self, sites: Sequence[FFNSite], activations: Sequence[Tensor]) -> Iterable[Tensor]:
-        """Labels ``[F]`` of each FFN: the expert of each neuron.
+        """Give the labels ``[F]`` of each FFN: the expert of each neuron.
 
         Args:
             sites: all FFNs.
-            activations: neurons of each on data, ``[T, F]``; none unless the method :attr:`needs_activations`.
+            activations: neurons of each FFN on data, ``[T, F]``; empty unless the method :attr:`needs_activations`.
         """
         raise NotImplementedError
 
     def build_router(self, site: FFNSite, device: torch.device) -> BaseRouter:
-        """A router for this FFN, not yet initialised."""
+        """Return a router for this FFN, not yet initialised."""
         raise NotImplementedError
 
     def build_compensation(self, site: FFNSite, device: torch.device) -> Compensation | None:
-        """What stands in for this FFN's idle experts, not yet initialised; None where nothing does."""
+        """Return the compensation of this FFN's idle experts, not yet initialised; None if there is none."""
         return None
 
     def prepare_(self, model: PreTrainedModel) -> Callable[[], None]:
-        """Change the dense model before it is converted, where the method needs another one; gives what undoes it."""
+        """Change the dense model before the conversion, if the method needs it. Return a function that undoes this."""
         return lambda: None
 
     def fit(self, model: PreTrainedModel, batches: list[Batch]) -> None:
-        """Set the routers of a model just converted, in mode dense. Nothing to do where training does it.
+        """Set the routers of a model just converted, in mode dense. Do nothing if training sets them.
 
         Args:
-            batches: the first ``fit_tokens`` of the data, or more; none where that is 0.
+            batches: batches with the first ``fit_tokens`` tokens of the data or more; empty if that is 0.
         """
 
     def calibrate(self, model: PreTrainedModel, batches: list[Batch]) -> None:
-        """Set thresholds anew on all of ``batches``, in mode hard. Nothing to do where as many experts always run."""
+        """Set thresholds again on all of ``batches``, in mode hard. Do nothing if the number of experts is fixed."""
 
     @property
     def fit_tokens(self) -> int:
-        """How many tokens of data :meth:`fit` wants; 0: none."""
+        """The number of tokens of data for :meth:`fit`; 0 if it needs none."""
         return 0
 
     @property
     def needs_activations(self) -> bool:
-        """Whether :meth:`group` wants neurons recorded on data."""
+        """Whether :meth:`group` needs neurons recorded on data."""
         return False
 
     @property
@@ -108,8 +108,8 @@ class Method(Conversion):
         return max(RECORDED_TOKENS * self.needs_activations, self.fit_tokens)
 
     def training(self, options: TrainingOptions) -> "Training":
-        """What it does while ``LTETrainer`` trains a model: here, set routers by :meth:`fit` after the dense stage."""
-        from lte.surgery.training import Training  # who only converts or loads a model does without
+        """Return the work in a training by ``LTETrainer``. Here :meth:`fit` sets routers after the dense stage."""
+        from lte.surgery.training import Training  # not needed to convert or load a model
 
         return Training(self, options)
 
@@ -117,7 +117,7 @@ class Method(Conversion):
         sites = find_sites(model, model.config.model_type)
         undo = self.prepare_(model)
         try:
-            orders = list(group(model, sites, self, batches, progress))  # all before routers go in
+            orders = list(group(model, sites, self, batches, progress))  # all orders are found before routers are added
         except BaseException:
             undo()
             raise
@@ -130,7 +130,7 @@ class Method(Conversion):
         """Give every FFN of a dense model a router, drawn from the method's seed, in mode dense.
 
         Args:
-            state: what the config says beside the method and the mode.
+            state: keys for the config's section besides the method and the mode.
         """
         generator = torch.Generator().manual_seed(self.seed)
         for site in find_sites(model, model.config.model_type):
@@ -176,5 +176,5 @@ class Method(Conversion):
 
 
 def mode_of(config: Any) -> Mode:
-    """The mode in which a model of this config runs its FFNs; dense where they have no routers."""
+    """Return the mode of a model with this config; dense if its FFNs have no routers."""
     return section_of(config).get("mode", "dense")

@@ -1,4 +1,4 @@
-"""ReLUfication, its first step: a model's activation swapped for one that gives zeros."""
+"""The first step of ReLUfication: it replaces a model's activation by one that gives zeros."""
 
 import copy
 from collections.abc import Callable
@@ -11,38 +11,34 @@ from transformers.activations import ACT2FN
 
 from lte.surgery.sites import find_sites
 
-Activation = Literal["relu", "relu2"]
+ReLUName = Literal["relu", "relu2"]
 
 _NAMES = ("hidden_activation", "hidden_act", "activation_function", "activation")  # of a config's attribute
 
 
 def check_activation(activation: str) -> None:
-    """Whether it is one of those that give zeros.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if activation not in get_args(Activation):
-        raise ValueError(f"activation is {activation!r}, but it is one of {', '.join(get_args(Activation))}")
+    """Raise ValueError unless the activation is ``relu`` or ``relu2``."""
+    if activation not in get_args(ReLUName):
+        raise ValueError(f"activation is {activation!r}, but it is one of {', '.join(get_args(ReLUName))}")
 
 
-def relufy_(model: PreTrainedModel, activation: Activation = "relu") -> Callable[[], None]:
-    """Swap the activation of every FFN of a dense model, in place, and in its config, so that it loads as it was saved.
+def relufy_(model: PreTrainedModel, activation: ReLUName = "relu") -> Callable[[], None]:
+    """Replace the activation of every FFN of a dense model, in place and in its config.
 
-    What else has its activation from the same option of the config, as the head of a BERT, changes with it.
+    Other parts with an activation from the same option of the config change too, such as the head of a BERT.
 
-    The function changes, so the model has to be fine-tuned (Mirzadeh et al., arXiv 2310.04564; ReluLLaMA). The config
-    object that the model had is left alone.
+    The model's function changes, so it must be fine-tuned (Mirzadeh et al., arXiv 2310.04564; ReluLLaMA). The model
+    gets a new config object, and the old one does not change.
 
     Args:
         model: dense, of a known family.
-        activation: ``relu``, or ``relu2``, its square.
+        activation: ``relu``, or ``relu2`` (its square).
 
     Returns:
-        What undoes it.
+        A function that undoes the change.
 
     Raises:
-        ValueError: unknown activation or family, or one whose config does not say which activation it has.
+        ValueError: an unknown activation or family, or a family whose config does not decide its activation.
     """
     check_activation(activation)
     sites = find_sites(model, model.config.model_type)
@@ -58,11 +54,11 @@ def relufy_(model: PreTrainedModel, activation: Activation = "relu") -> Callable
             f"the config of {type(model).__name__} does not decide its activation, so it cannot be swapped: "
             "leave the option activation out"
         )
-    acts = {name: model.get_submodule(name) for name in sorted(found)}  # BERT's head has it, too
+    acts = {name: model.get_submodule(name) for name in sorted(found)}  # BERT's head has this activation too
     configs: list[tuple[Any, Any]] = []
     copies: dict[int, Any] = {}
     part: Any
-    for part in model.modules():  # the head and the backbone share one config object, or hold copies of it
+    for part in model.modules():  # the head and the backbone share one config object or have copies of it
         if isinstance(before := getattr(part, "config", None), PretrainedConfig):
             configs.append((part, before))
             part.config = copy.deepcopy(before, copies)

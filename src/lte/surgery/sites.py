@@ -1,4 +1,4 @@
-"""Where a conversion works in a model: at its FFNs, or at each linear layer of its blocks."""
+"""Sites: the places of a model where a conversion works. They are its FFNs, or each linear layer of its blocks."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,28 +15,28 @@ from lte.surgery.linears import Linear, check_plain, reorder_, rows_of, sizes_of
 
 @dataclass(frozen=True)
 class Site:
-    """A place of a model whose projections are cut into slabs, some of which a token leaves out.
+    """A place of a model whose projections are divided into parts. A token leaves some of these parts out.
 
     Attributes:
-        name: in the model.
+        name: its name in the model.
     """
 
     name: str
 
     def projections(self) -> dict[str, nn.Module]:
-        """Its linear layers, by their names in the model."""
+        """Return the linear layers of the site, by their names in the model."""
         raise NotImplementedError
 
     @property
     def num_weights(self) -> int:
-        """Weights of all its matrices, biases not counted."""
+        """The number of weights of all matrices, without biases."""
         sizes = (sizes_of(linear) for linear in self.projections().values())
         return sum(d_in * d_out for d_in, d_out in sizes)
 
     def check_projections(self) -> None:
-        """Raise ValueError unless its projections are plain linear layers, with weights that can be changed.
+        """Raise ValueError unless the projections are plain linear layers with weights that can be changed.
 
-        One that is wrapped, quantised or on the meta device is refused.
+        A projection may not be wrapped, quantised or on the meta device.
         """
         for where, linear in self.projections().items():
             check_plain(where, linear)
@@ -48,7 +48,7 @@ class LinearSite(Site):
 
     Attributes:
         linear: the layer.
-        in_ffn: whether it is a projection of an FFN; attention's are not.
+        in_ffn: whether the layer is a projection of an FFN, not of attention.
     """
 
     linear: Linear
@@ -60,11 +60,11 @@ class LinearSite(Site):
 
 @dataclass(frozen=True)
 class FFNSite(Site):
-    """One FFN: its projections are cut into experts.
+    """One FFN. Its projections are divided into experts.
 
     Attributes:
-        layer: the module that holds it, which is what ``name`` names.
-        family: the row that describes it.
+        layer: the module that holds the FFN. ``name`` is the name of this module.
+        family: the row that describes the FFN.
     """
 
     layer: nn.Module
@@ -75,12 +75,12 @@ class FFNSite(Site):
 
     @property
     def place(self) -> str:
-        """Path of the module that converting replaces: the FFN, or its activation where it is no module of its own."""
+        """The path of the module that a conversion replaces: the FFN, or its activation if the FFN is no module."""
         return self.family.site or self.family.act
 
     @property
     def installed(self) -> Selecting:
-        """What stands there once the model is sparse."""
+        """The sparse module in this place. The model must be sparse."""
         module = self.module(self.place)
         assert isinstance(module, Selecting)
         return module
@@ -107,7 +107,7 @@ class FFNSite(Site):
         return self.family.gate is not None or self.family.fused_gate_up
 
     def weights_before(self, reads: Reads) -> int:
-        """Weights multiplied to compute, for all neurons, what a router reads."""
+        """Return the number of weights that compute a router's argument, for all neurons."""
         if reads == "input":
             return 0
         return self.d_model * self.d_ff * (2 if reads == "neurons" and self.gated else 1)
@@ -119,10 +119,9 @@ class FFNSite(Site):
         return [path for path in (self.family.gate, self.family.up, self.family.down) if path]
 
     def check(self) -> None:
-        """Raise ValueError unless the FFN is what its family row says, and its weights can be reordered.
+        """Raise ValueError unless the FFN is as its family's row says and its weights can be reordered.
 
-        Sizes that do not match and parts that the row does not name are refused, and what :meth:`check_projections`
-        refuses.
+        In addition to :meth:`check_projections`, sizes must match, and the row must name all parts.
         """
         family = self.family
         self.check_projections()
@@ -144,11 +143,11 @@ class FFNSite(Site):
             )
 
     def feature_rows(self) -> Tensor:
-        """``[F, D]``: one row a neuron, from the first FFN weight (of a fused gate and up: the gate's half)."""
+        """Return ``[F, D]``: a row for each neuron, from the first FFN weight (of a fused one, the gate's half)."""
         return rows_of(self.first)[: self.d_ff]
 
     def down_rows(self) -> Tensor:
-        """``[F, D]``: what each neuron adds to the output when it is 1."""
+        """Return ``[F, D]``: the output of each neuron with value 1."""
         return rows_of(self.down).T
 
     @torch.no_grad()
@@ -163,10 +162,10 @@ class FFNSite(Site):
 
 
 def find_sites(model: nn.Module, model_type: str) -> list[FFNSite]:
-    """The FFNs of a dense model, in the order of its layers.
+    """Return the FFNs of a dense model, in the order of its layers.
 
     Raises:
-        ValueError: unknown family, or a known one whose FFNs are not where its row says.
+        ValueError: the family is unknown, or its FFNs are not where its row says.
     """
     config = getattr(model, "config", None)
     if isinstance(config, PretrainedConfig) and config.model_type == model_type:
@@ -183,7 +182,7 @@ def find_sites(model: nn.Module, model_type: str) -> list[FFNSite]:
 
 
 def linear_sites(model: nn.Module, model_type: str) -> list[LinearSite]:
-    """Every linear layer of the blocks that hold an FFN: of attention and FFN; neither head nor embedding.
+    """Return every linear layer of the blocks with an FFN: of attention and FFN, without head and embedding.
 
     Raises:
         ValueError: as :func:`find_sites`.
@@ -200,12 +199,15 @@ def linear_sites(model: nn.Module, model_type: str) -> list[LinearSite]:
 
 def check_linears(model: nn.Module, model_type: str) -> None:
     """Raise ValueError unless all linear layers of the blocks are plain (:meth:`Site.check_projections`)."""
-    for site in (*find_sites(model, model_type), *linear_sites(model, model_type)):  # FFNs name those that are not
+    for site in (
+        *find_sites(model, model_type),
+        *linear_sites(model, model_type),
+    ):  # FFNs name layers that are not plain
         site.check_projections()
 
 
 def block_of(name: str) -> str:
-    """``model.layers.3`` of ``model.layers.3.mlp``: up to the first number."""
+    """Return the name up to the first number: ``model.layers.3`` of ``model.layers.3.mlp``."""
     parts = name.split(".")
     number = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
     return ".".join(parts[: number + 1])

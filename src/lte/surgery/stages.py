@@ -8,10 +8,10 @@ Stage = Literal["dense", "soft", "hard"]
 
 @dataclass(frozen=True)
 class StagePlan:
-    """How many optimizer steps each stage takes.
+    """The number of optimizer steps of each stage.
 
-    dense: fine-tune without routers. soft: model and routers together, experts scaled by score.
-    hard: routers frozen, experts kept or dropped (LTE paper, section 4.2).
+    dense: fine-tuning without routers. soft: model and routers train together, and experts are scaled by their scores.
+    hard: routers are frozen, and experts are kept or dropped (LTE paper, section 4.2).
     """
 
     dense: int
@@ -20,34 +20,34 @@ class StagePlan:
 
     @staticmethod
     def split(total: int, dense_fraction: float, hard_fraction: float) -> "StagePlan":
-        """Divide ``total`` steps; soft takes what dense and hard leave. A ``dense_fraction`` of 1 is a dense run.
+        """Divide ``total`` steps; the soft stage gets the others. A ``dense_fraction`` of 1 is a dense run.
 
         Raises:
-            ValueError: fractions that leave the soft stage no step, or out of range.
+            ValueError: a fraction is out of range, or the soft stage gets no step.
         """
         dense, hard = round(total * dense_fraction), round(total * hard_fraction)
         if hard == 0 and hard_fraction > 0:
-            hard = 1  # a run that asks for a hard stage ends in one, however short it is
+            hard = 1  # a run with a hard stage ends in it, even if the run is short
         if dense_fraction == 1 and hard_fraction == 0:  # a dense baseline
             return StagePlan(total, 0, 0)
         if min(dense, hard) < 0 or dense + hard >= total:
             raise ValueError(
                 f"{total} steps with dense_fraction {dense_fraction} and hard_fraction {hard_fraction} "
-                "leave the soft stage none: make the fractions smaller, or train for more steps"
+                "leave the soft stage no step: make the fractions smaller, or train for more steps"
             )
         return StagePlan(dense, total - dense - hard, hard)
 
     @staticmethod
     def without_soft(total: int, dense_fraction: float) -> "StagePlan":
-        """For routers that are not trained: hard takes what dense leaves.
+        """Divide ``total`` steps for routers that are not trained. The hard stage gets the steps after the dense stage.
 
         Raises:
-            ValueError: a fraction that leaves the hard stage no step, or out of range.
+            ValueError: the fraction is out of range, or the hard stage gets no step.
         """
         dense = round(total * dense_fraction)
         if not 0 <= dense < total:
             raise ValueError(
-                f"{total} steps with dense_fraction {dense_fraction} leave the hard stage none: make the fraction "
+                f"{total} steps with dense_fraction {dense_fraction} leave the hard stage no step: make the fraction "
                 "smaller, or train for more steps"
             )
         return StagePlan(dense, 0, total - dense)
@@ -57,11 +57,11 @@ class StagePlan:
         return self.dense + self.soft + self.hard
 
     def begins_sparse(self, stage: Stage) -> bool:
-        """Whether experts are used from this stage on: it is the first after the dense one, or the first of all."""
+        """Return whether this stage is the first that uses experts."""
         return stage == "soft" or (stage == "hard" and not self.soft)
 
     def at(self, step: int) -> tuple[Stage, float]:
-        """The stage that optimizer step ``step`` (from 0) belongs to, and how far it is through it, in [0, 1]."""
+        """Return the stage of optimizer step ``step`` (from 0), and the progress through the stage, in [0, 1]."""
         if step < self.dense:
             return "dense", step / self.dense
         if step < self.dense + self.soft:

@@ -1,4 +1,4 @@
-"""What a sparse model has to know of tensor parallelism, and when: as it has been loaded."""
+"""Tells the sparse FFNs of a loaded model which experts this process has under tensor parallelism."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ from lte.modules.tensor_parallel import ExpertShard, processes_of
 
 
 def shard_experts_(model: Any) -> None:
-    """Tell each sparse FFN of a model just loaded which experts this process has. Nothing to do for a whole model.
+    """Tell each sparse FFN of a model just loaded which experts this process has. A whole model does not change.
 
     Raises:
-        ValueError: a number of experts that cannot be shared out evenly.
+        ValueError: the processes cannot have the same number of experts.
     """
     size = processes_of(model)
     if size == 1:

@@ -1,4 +1,4 @@
-"""What a method does while its model is trained: ``LTETrainer`` calls it, and knows no more of any method."""
+"""`Training`: a method's work while its model is trained. ``LTETrainer`` calls only this interface."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -23,11 +23,11 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Rows:
-    """Batches outside of the training loop, anew each time they are asked for.
+    """Batches outside of the training loop. Each call gives them from the start.
 
     Attributes:
-        training: rows that are trained on, in an order of their own.
-        held_out: rows that are not; None where there are none.
+        training: training rows, in their own order.
+        held_out: held-out rows; None if there are none.
         autocast: the precision in which the run computes.
     """
 
@@ -37,11 +37,12 @@ class Rows:
 
 
 class Training:
-    """Training with one method. This base is of one whose routers are set by ``method.fit``, and not trained.
+    """Training with one method. This base class is for methods whose routers are set by ``method.fit`` and not trained.
 
-    A run calls :meth:`plan`, :meth:`begin`, and either :meth:`enter` at the start of each stage or, where it is resumed
-    in the middle of one, :meth:`load` and :meth:`set_stage`. Around every step of the stages soft and hard come
-    :meth:`before_step`, :meth:`recording` with :meth:`loss`, and :meth:`after_step`. All ranks end with the same model.
+    A run calls :meth:`plan` and :meth:`begin`. At the start of each stage it calls :meth:`enter`. If it is resumed
+    inside a stage, it calls :meth:`load` and :meth:`set_stage` instead. In each step of the soft and the hard stage it
+    calls :meth:`before_step`, :meth:`recording` with :meth:`loss`, and :meth:`after_step`. All ranks end with the same
+    model.
 
     Args:
         method: of the model.
@@ -54,30 +55,30 @@ class Training:
         self.forget()
 
     def check(self) -> None:
-        """Raise ValueError unless the options fit the method: its own sparsity, and no recipe for LTE's routers."""
-        if self.options.recipe == "paper":
+        """Raise ValueError unless the options fit the method: its own target, and not LTE's schedule ``paper``."""
+        if self.options.schedule == "paper":
             raise ValueError(
-                f"recipe='paper' trains LTE's routers, not those of {self.method.name}: take the default recipe"
+                f"schedule='paper' trains LTE's routers, not those of {self.method.name}: take the default schedule"
             )
         made_for, asked = self.target, self.options.target_sparsity
         if asked not in (None, made_for):
             raise ValueError(
                 f"the model was made for target_sparsity {made_for}, but the arguments ask for {asked}: "
-                "make them one, or convert the dense model again"
+                "make them equal, or convert the dense model again"
             )
 
     @property
     def target(self) -> float | None:
-        """The sparsity that the run is to reach; None where it has none."""
+        """The target sparsity of the run; None if it has no target."""
         return None if self.options.is_dense else self.method.target_sparsity
 
     @property
     def fits(self) -> bool:
-        """Whether :meth:`enter` looks at whole weights, which no rank has where they are sharded."""
+        """Whether :meth:`enter` needs whole weights, which no rank has if they are sharded."""
         return True
 
     def plan(self, total: int) -> StagePlan:
-        """The stages of a run of ``total`` steps.
+        """Return the stages of a run of ``total`` steps.
 
         Raises:
             ValueError: too few steps.
@@ -85,44 +86,44 @@ class Training:
         return StagePlan.without_soft(total, self.options.dense_fraction)
 
     def begin(self, model: Any, plan: StagePlan, compiled: Callable[..., Any]) -> None:
-        """Called when a run begins, which may be another after one.
+        """Called when a run begins. The same object may serve several runs.
 
         Args:
-            model: sparse, without the wrappers that training puts around it.
+            model: the sparse model, without wrappers of training.
             plan: of the run.
-            compiled: makes a function of tensors faster, where the run compiles.
+            compiled: compiles a function of tensors if the run compiles.
         """
         self.model, self.run_plan = model, plan
         self.layers: dict[str, Selecting] = sparse_layers(model)
         self.forget()
 
     def forget(self) -> None:
-        """Be as before any step."""
+        """Go back to the state before the first step."""
         self.log = StepLog()
 
     def enter(self, stage: Stage, rows: Rows) -> None:
-        """Change the model as a stage needs it that begins."""
+        """Change the model for a stage that begins."""
         if self.run_plan.begins_sparse(stage):
             self.start(rows)
         self.set_stage(stage)
 
     def start(self, rows: Rows) -> None:
-        """Routers as the first stage after the dense one needs them. Neurons are grouped by then."""
+        """Set the routers for the first stage after the dense one. Neurons are grouped already."""
         self.draw()
         set_mode_(self.model, "dense")
         for layer in self.layers.values():
-            layer.router.requires_grad_(True)  # a method may train them, outside of the training loop
+            layer.router.requires_grad_(True)  # a method may train them outside of the training loop
         self.method.fit(self.model, first_tokens(rows.training(), self.method.fit_tokens))
         self.share()
 
     def draw(self, bias: float = 0.0) -> None:
-        """Routers and compensations at random, by the run's seed."""
+        """Draw routers and compensations at random, by the run's seed."""
         generator = torch.Generator().manual_seed(self.options.seed)
         for layer in self.layers.values():
             layer.reset(generator, bias)
 
     def set_stage(self, stage: Stage) -> None:
-        """The mode of a stage, and what is trained in it: routers in the soft one, compensation in the hard one too."""
+        """Set the mode of a stage. The soft stage trains the routers, and soft and hard stage the compensation."""
         set_mode_(self.model, stage)
         for layer in self.layers.values():
             for name, parameter in layer.router.named_parameters():
@@ -131,7 +132,7 @@ class Training:
                 layer.compensation.requires_grad_(stage != "dense")
 
     def trains(self, name: str) -> bool:
-        """Whether the soft stage trains this parameter of a router."""
+        """Return whether the soft stage trains this parameter of a router."""
         return False
 
     def before_step(self, stage: Stage, progress: float) -> None:
@@ -139,12 +140,12 @@ class Training:
 
     @contextmanager
     def recording(self, stage: Stage) -> Iterator[Recording]:
-        """Around the forward pass of a step in the soft or the hard stage."""
+        """Record the forward pass of a step in the soft or the hard stage."""
         with record_scores(self.model) as recording:
             yield recording
 
     def loss(self, stage: Stage, recording: Recording) -> Tensor:
-        """What is added to the task loss of that pass, a scalar. Sparsity goes to the log."""
+        """Return the loss that is added to the task loss, a scalar. The log gets the sparsity."""
         self.log.meter.add(self.layers, recording.stacked())
         return torch.zeros((), device=PartialState().device)
 
@@ -152,31 +153,31 @@ class Training:
         """Called after each optimizer step of the soft and hard stage.
 
         Args:
-            step: how many the run has done.
-            sparsity: of this one.
+            step: the number of steps that the run has done.
+            sparsity: of this step.
         """
 
     def calibrate(self, rows: Rows) -> None:
-        """Set thresholds on rows that are not trained on, so that these have the sparsity that was asked for."""
+        """Set thresholds on held-out rows, so that these have the target sparsity."""
         assert rows.held_out is not None
         with rows.autocast():
             self.method.calibrate(self.model, list(rows.held_out()))
         self.share()
 
     def share(self) -> None:
-        """All ranks take the routers and compensations of the first."""
+        """Copy routers and compensations of the first rank to all ranks."""
         for layer in self.layers.values():
             broadcast(layer.router.state_dict())
             if layer.compensation is not None:
                 broadcast(layer.compensation.state_dict())
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint has to remember of it."""
+        """Return the values that a checkpoint must keep."""
         return {}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state` gave."""
+        """Continue from the result of :meth:`state`."""
 
     def logged(self) -> dict[str, float]:
-        """What each entry of the log shows of it."""
+        """Return the values for each entry of the log."""
         return {}

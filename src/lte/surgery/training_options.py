@@ -1,4 +1,4 @@
-"""How a run trains, beside what ``transformers.TrainingArguments`` say: schedule, target, routers, distillation."""
+"""The options of a run that ``transformers.TrainingArguments`` lacks: schedule, target, routers, distillation."""
 
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a schedule decides; each field can be overridden by the option of its name."""
+    """The values of a schedule. The option with the name of a field overrides it."""
 
     hard_fraction: float
     separability_weight: float
@@ -51,32 +51,36 @@ SCHEDULES = {
     ),
 }
 DENSE = "dense"
-"""In place of a schedule: no routers at all, the baseline that a sparse model of the same budget is held against."""
+"""This name in place of a schedule means no routers: the dense baseline for sparse models of the same budget."""
 
 
 def check_target(target_sparsity: float | None) -> None:
-    """Raise ValueError unless it is a sparsity that the default recipe can meet."""
+    """Raise ValueError unless the default schedule can meet this sparsity."""
     if target_sparsity is None or not 0 < target_sparsity < 1:
         raise ValueError(
-            f"target_sparsity is {target_sparsity}, but the default recipe needs a fraction between 0 and 1, e.g. 0.5 "
-            "(or take recipe='paper' with eta)"
+            f"target_sparsity is {target_sparsity}, but the default schedule needs a fraction between 0 and 1, e.g. "
+            "0.5 (or take schedule='paper' with eta)"
         )
 
 
 @dataclass
 class TrainingOptions:
-    """The part of :class:`~lte.training.arguments.LTETrainingArguments` that Hugging Face's does not have."""
+    """The fields of :class:`~lte.training.arguments.LTETrainingArguments` that are not Hugging Face's."""
 
-    recipe: str = field(
-        default="default",
-        metadata={"help": "default: meets a target sparsity; paper: literal; dense: a baseline."},
+    schedule: str | None = field(
+        default=None,
+        metadata={
+            "help": "default (if none is given): meets a target sparsity; paper: trains as the paper says; dense: a "
+            "dense baseline."
+        },
     )
+    recipe: str | None = field(default=None, metadata={"help": "The former name of --schedule."})
     target_sparsity: float | None = field(
         default=None,
-        metadata={"help": "Fraction of inactive neurons to reach, in (0, 1); default recipe."},
+        metadata={"help": "Fraction of inactive neurons to reach, in (0, 1); default schedule."},
     )
     eta: float | None = field(
-        default=None, metadata={"help": "Weight of the efficiency loss, 0 to 2 in the paper; paper recipe."}
+        default=None, metadata={"help": "Weight of the efficiency loss, 0 to 2 in the paper; paper schedule."}
     )
     dense_fraction: float = field(
         default=0.25,
@@ -87,44 +91,52 @@ class TrainingOptions:
     )
     separability_weight: float | None = field(default=None, metadata={"help": "Weight of the separability loss."})
     separability_floor: float = field(
-        default=1e-4, metadata={"help": "Smallest (score - tau)^2 that the separability loss divides by."}
+        default=1e-4, metadata={"help": "Smallest divisor (score - tau)^2 of the separability loss."}
     )
     router_learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate of the routers."})
     router_weight_decay: float | None = field(default=None, metadata={"help": "Weight decay of the routers."})
     router_bias: float | None = field(
         default=None,
-        metadata={"help": "Bias of the routers (where fitted, its mean) at the start of the soft stage; 0 freezes it."},
+        metadata={
+            "help": "Bias of the routers at the start of the soft stage (the mean bias of fitted ones); 0 freezes it."
+        },
     )
     router_start: str | None = field(
         default=None,
-        metadata={"help": "random, or fitted: to what each expert contributes in the dense model, on training rows."},
+        metadata={
+            "help": "random, or fitted: fitted on training rows to what each expert contributes in the dense model."
+        },
     )
     temperature: float | None = field(
-        default=None, metadata={"help": "Sharpness of the sigmoid that the soft stage grows to; it starts at 1."}
+        default=None, metadata={"help": "Temperature of the sigmoid at the end of the soft stage; it starts at 1."}
     )
     ramp: float | None = field(
         default=None,
-        metadata={"help": "Share of the soft stage in which the temperature grows; then it stays. In (0, 1]."},
+        metadata={"help": "Share of the soft stage in which the temperature grows; then it is constant. In (0, 1]."},
     )
     sparsity_ramp: float = field(
-        default=1 / 3, metadata={"help": "Share of the soft stage after which the target is wanted in full. In (0, 1]."}
+        default=1 / 3,
+        metadata={"help": "Share of the soft stage in which the wanted sparsity grows to the target. In (0, 1]."},
     )
     dense_learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate of the dense stage, where it is not that of the others."}
+        default=None,
+        metadata={"help": "Peak learning rate of the dense stage, if it differs from that of the other stages."},
     )
     calibration_rows: int = field(
-        default=64, metadata={"help": "Training rows kept out (at most 5 %) to set thresholds on; default recipe."}
+        default=64, metadata={"help": "Training rows (at most 5 %) that are kept out for thresholds; default schedule."}
     )
     restart_hard: bool | None = field(
         default=None,
-        metadata={"help": "The hard stage warms up anew (paper); else it goes on as the soft one ended."},
+        metadata={"help": "The hard stage has its own warm-up (paper); otherwise it continues the soft stage."},
     )
     distillation_weight: float | None = field(
         default=None, metadata={"help": "Share of the task loss that is KL to the dense model's outputs, in [0, 1]."}
     )
     feature_distillation_weight: float | None = field(
         default=None,
-        metadata={"help": "Weight of the relative squared error of hidden states to the dense model's; 0 for none."},
+        metadata={
+            "help": "Weight of the relative squared error of hidden states against the dense model's; 0 for none."
+        },
     )
 
     if TYPE_CHECKING:
@@ -132,26 +144,31 @@ class TrainingOptions:
 
     @property
     def is_dense(self) -> bool:
-        """Whether the run is a dense baseline: of the options only ``dense_learning_rate`` is read."""
-        return self.recipe == DENSE
+        """Whether the run is a dense baseline, which reads only ``dense_learning_rate`` of these options."""
+        return self.schedule == DENSE
 
     @property
     def distils(self) -> bool:
-        """Whether the stages after the dense one learn from the model that it left."""
+        """Whether the stages after the dense one learn from the model of the dense stage."""
         return bool(self.distillation_weight or self.feature_distillation_weight)
 
     def fill_in(self) -> None:
-        """Give each option that is None the schedule's value.
+        """Set each option that is None to the schedule's value.
 
         Raises:
-            ValueError: unknown schedule, an option outside its range, options that contradict each other.
+            ValueError: an unknown schedule, an option outside its range, or options that contradict each other.
         """
-        if self.recipe not in (*SCHEDULES, DENSE):
-            raise ValueError(f"recipe is {self.recipe!r}, but it is one of {', '.join(sorted([*SCHEDULES, DENSE]))}")
+        if self.schedule and self.recipe:
+            raise ValueError("schedule and recipe are two names of one option: give schedule alone")
+        self.schedule, self.recipe = self.schedule or self.recipe or "default", None
+        if self.schedule not in (*SCHEDULES, DENSE):
+            raise ValueError(
+                f"schedule is {self.schedule!r}, but it is one of {', '.join(sorted([*SCHEDULES, DENSE]))}"
+            )
         if self.is_dense:
             self.dense_fraction, self.hard_fraction = 1.0, 0.0
             self.distillation_weight = self.feature_distillation_weight = 0.0
-        schedule = SCHEDULES["default" if self.is_dense else self.recipe]
+        schedule = SCHEDULES["default" if self.is_dense else self.schedule]
         for one in fields(Schedule):
             if getattr(self, one.name) is None:
                 setattr(self, one.name, getattr(schedule, one.name))
@@ -178,17 +195,18 @@ class TrainingOptions:
             raise ValueError(f"temperature is {self.temperature}, but it grows from 1, so it is at least 1")
 
     def _check_goal(self) -> None:
-        if self.recipe == "default":
+        if self.schedule == "default":
             if self.target_sparsity is not None:
                 check_target(self.target_sparsity)
             if self.eta is not None:
-                raise ValueError("eta is set, but the default recipe finds eta itself: drop it, or take recipe='paper'")
+                raise ValueError("eta is set, but the default schedule finds eta: drop eta, or take schedule='paper'")
         elif self.target_sparsity is not None:
             raise ValueError(
-                f"target_sparsity is set, but recipe={self.recipe!r} has no target: drop it, or take the default recipe"
+                f"target_sparsity is set, but schedule={self.schedule!r} has no target: drop it, or take the "
+                "default schedule"
             )
         elif not self.is_dense and (self.eta is None or self.eta < 0):
-            raise ValueError(f"eta is {self.eta}, but recipe='paper' needs an eta >= 0 (the paper: 0 to 2)")
+            raise ValueError(f"eta is {self.eta}, but schedule='paper' needs an eta >= 0 (the paper: 0 to 2)")
 
     def _get(self, name: str) -> float:
         value = getattr(self, name)

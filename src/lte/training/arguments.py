@@ -13,24 +13,25 @@ from lte.training.loggers import check_loggers
 
 @dataclass
 class LTETrainingArguments(TrainingOptions, TrainingArguments):
-    """Everything of ``transformers.TrainingArguments``, and how to make the model sparse.
+    """The fields of ``transformers.TrainingArguments``, and the options that make the model sparse.
 
-    Steps (``max_steps`` or epochs) count all stages together. The learning rate warms up and decays once a stage, and
-    each stage starts with a fresh optimizer; without ``restart_hard`` the hard stage goes on where the soft one ended.
+    Steps (``max_steps`` or epochs) count all stages together. In each stage the learning rate warms up and decays, and
+    the optimizer is fresh. Without ``restart_hard`` the hard stage continues those of the soft stage.
 
     Raises:
-        ValueError: unknown recipe; paper recipe with ``target_sparsity``.
+        ValueError: an unknown schedule, an option outside its range, or options that contradict each other.
     """
 
     warmup_steps: float = field(
-        default=0.06, metadata={"help": "Warm-up of each stage: steps, or below 1 a share of the stage (paper: 0.06)."}
+        default=0.06,
+        metadata={"help": "Warm-up of each stage: a number of steps, or below 1 a share of the stage (paper: 0.06)."},
     )
     logging_nan_inf_filter: bool = field(
         default=False,
-        metadata={"help": "Leave a loss of NaN or inf out of the log, which makes each step wait for it."},
+        metadata={"help": "Leave a loss of NaN or inf out of the log. Then each step waits for its loss."},
     )
     overwrite: bool = field(
-        default=False, metadata={"help": "Delete the checkpoints that a run before left in the output folder."}
+        default=False, metadata={"help": "Delete the checkpoints of an earlier run in the output folder."}
     )
 
     def __post_init__(self) -> None:
@@ -38,13 +39,15 @@ class LTETrainingArguments(TrainingOptions, TrainingArguments):
         if not self.is_dense and (self.load_best_model_at_end or self.save_strategy == "best"):
             name = "load_best_model_at_end" if self.load_best_model_at_end else "save_strategy='best'"
             raise ValueError(
-                f"{name} could choose a model of the dense or soft stage, when more experts were active: only "
-                "recipe='dense' takes it"
+                f"{name} could choose a model of the dense or soft stage, where more experts are active: only "
+                "schedule='dense' takes it"
             )
         if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = True  # frozen routers, and a dense stage that has none in its graph
+            self.ddp_find_unused_parameters = (
+                True  # routers are frozen, and in the dense stage they are not in the graph
+            )
         self._checkpoint_without_reentry()
-        # block by block: a whole model takes minutes to compile; Trainer, too, tells accelerate by its environment
+        # compile block by block: a whole model takes minutes. Trainer uses accelerate's environment variables too
         os.environ.setdefault("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
         unset = self.accelerator_config is None
         super().__post_init__()
@@ -52,15 +55,15 @@ class LTETrainingArguments(TrainingOptions, TrainingArguments):
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
         elif self.device.type == "cuda" and unset and self.dataloader_pin_memory:
-            cast(Any, self.accelerator_config).non_blocking = True  # a batch is copied while the step before it runs
+            cast(Any, self.accelerator_config).non_blocking = True  # a batch is copied while the previous step runs
 
     @property
     def dense_learning_rate_factor(self) -> float:
-        """The dense stage's peak over that of the others."""
+        """The peak learning rate of the dense stage, divided by that of the other stages."""
         return (self.dense_learning_rate or self.learning_rate) / self.learning_rate if self.learning_rate else 1.0
 
     def _checkpoint_without_reentry(self) -> None:
-        """Scores are recorded in the forward pass, which reentrant checkpointing runs without gradient."""
+        """Make checkpointing non-reentrant: a reentrant forward pass has no gradient, and it records the scores."""
         names = [n for n in ("activation_checkpointing", "gradient_checkpointing") if hasattr(self, n)]
         if not any(getattr(self, name) for name in names):
             return
@@ -68,6 +71,6 @@ class LTETrainingArguments(TrainingOptions, TrainingArguments):
         kwargs = json.loads(given) if isinstance(given, str) else dict(given)
         if kwargs.setdefault("use_reentrant", False):
             raise ValueError("gradient checkpointing must be non-reentrant here: set use_reentrant to false")
-        for name in names:  # the second is an alias of the first where both exist, and warns when it is set
+        for name in names:  # if both exist, the second is an alias of the first, and setting it warns
             setattr(self, name, True if name == names[0] else None)
             setattr(self, f"{name}_kwargs", kwargs if name == names[0] else None)

@@ -1,4 +1,4 @@
-"""Which checkpoint of an interrupted run can be trusted: one whose every file is as it was written."""
+"""Finds the newest complete checkpoint: each of its files must be as it was written."""
 
 import json
 import logging
@@ -18,11 +18,11 @@ from lte.files import write_whole
 logger = logging.getLogger(__name__)
 
 MANIFEST = "lte_manifest.json"
-"""The names, sizes and fingerprints of all files of a checkpoint; written last."""
+"""The file with names, sizes and fingerprints of all files of a checkpoint. It is written last."""
 RUN = "lte_run.json"
-"""The identity of a run, in its folder and in each checkpoint: not in the manifest, as users may edit it."""
+"""The file with the identity of a run, in its folder and in each checkpoint. Users may edit it: not in the manifest."""
 MEMORY = "_Stages"
-"""Where a trainer's state has what LTETrainer remembers."""
+"""The key in a trainer's state for the values of LTETrainer."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Flaw:
     """Why a checkpoint cannot be resumed.
 
     Attributes:
-        text: what is wrong, after "it": names the file.
-        damaged: whether it was written otherwise, or not to its end. Else it was made so.
+        text: the error and the file, as a sentence without its subject "it".
+        damaged: whether the files differ from those that were written. Otherwise the checkpoint was saved without them.
     """
 
     text: str
@@ -39,17 +39,17 @@ class Flaw:
 
 
 def checkpoints_in(folder: str | Path) -> list[Path]:
-    """Folders of checkpoints, whole or not, the newest first."""
+    """Return the folders of checkpoints, complete or not, the newest first."""
     steps = {path: re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in Path(folder).glob("*")}
     found = {path: int(match[1]) for path, match in steps.items() if match and path.is_dir()}
     return sorted(found, key=found.__getitem__, reverse=True)
 
 
 def newest_whole(folder: str | Path) -> Path | None:
-    """The newest checkpoint in ``folder`` that is whole; None if there is none. A warning names what is passed over.
+    """Return the newest complete checkpoint in ``folder``; None if there is none. A warning names damaged ones.
 
     Raises:
-        ValueError: there is none, but one that was made so that no run can go on from it.
+        ValueError: there is none, but there is one that was saved without its optimizer.
     """
     flaws: dict[Path, Flaw] = {}
     for checkpoint in checkpoints_in(folder):
@@ -65,7 +65,7 @@ def newest_whole(folder: str | Path) -> Path | None:
 
 
 def check_whole(checkpoint: Path) -> None:
-    """Raise ValueError unless the checkpoint is there, and whole."""
+    """Raise ValueError unless the checkpoint exists and is complete."""
     if not checkpoint.is_dir():
         raise ValueError(f"{checkpoint} is no folder of a checkpoint")
     if flaw := flaw_of(checkpoint):
@@ -78,9 +78,9 @@ def _refused(checkpoint: Path, flaw: Flaw) -> str:
 
 
 def flaw_of(checkpoint: Path) -> Flaw | None:
-    """What is wrong with a checkpoint; None: nothing.
+    """Return what is wrong with a checkpoint; None if it is complete.
 
-    One that was written before there were manifests counts as whole if its state, which was written last, is readable.
+    An old checkpoint without a manifest counts as complete if its state, which was written last, is readable.
     """
     state = state_of(checkpoint)
     if state is None:
@@ -108,7 +108,7 @@ def flaw_of(checkpoint: Path) -> Flaw | None:
 
 
 def state_of(checkpoint: Path) -> dict[str, Any] | None:
-    """The trainer's state; None where it cannot be read."""
+    """Return the trainer's state; None if it cannot be read."""
     try:
         state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -117,7 +117,7 @@ def state_of(checkpoint: Path) -> dict[str, Any] | None:
 
 
 def memory_of(state: dict[str, Any]) -> dict[str, Any] | None:
-    """What LTETrainer remembers in a trainer's state; None where another trainer wrote it."""
+    """Return LTETrainer's values in a trainer's state; None if another trainer wrote the state."""
     try:
         memory = state["stateful_callbacks"][MEMORY]["attributes"]
     except (KeyError, TypeError):
@@ -126,7 +126,7 @@ def memory_of(state: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def seal(checkpoint: Path, identity: dict[str, Any]) -> None:
-    """Say in a checkpoint, all of whose files are written, whose it is and what it holds."""
+    """Write identity and manifest into a checkpoint. All its other files must be written already."""
     write_json(checkpoint / RUN, identity)
     files = {
         path.relative_to(checkpoint).as_posix(): {"bytes": path.stat().st_size, "digest": digest_of_file(path)}
@@ -142,7 +142,7 @@ def _files_in(checkpoint: Path) -> Iterator[Path]:
 
 
 def rotate(newest: Path, limit: int | None, best: str | None) -> None:
-    """Delete the oldest checkpoints beside ``newest`` until ``limit`` are left, but neither it nor the best one."""
+    """Delete the oldest checkpoints until ``limit`` are left. ``newest`` and the best one stay."""
     others = [one for one in checkpoints_in(newest.parent) if one != newest and one != (best and Path(best))]
     present = len(checkpoints_in(newest.parent))
     while limit and present > limit and others:
@@ -151,5 +151,5 @@ def rotate(newest: Path, limit: int | None, best: str | None) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file that is whole at any moment."""
+    """Write a JSON file that is complete at any moment."""
     write_whole(path, json.dumps(content, indent=1))

@@ -1,4 +1,4 @@
-"""What a training run refuses before it begins: things that are fine each on its own."""
+"""Checks before a training run: combinations of model, arguments and callbacks that cannot work."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -14,11 +14,11 @@ from lte.training.arguments import LTETrainingArguments
 
 
 def check_dtype(dtype: torch.dtype | str) -> None:
-    """Raise ValueError unless weights of this dtype can be trained: small steps are lost in float16, large ones inf."""
+    """Raise ValueError if the dtype is float16: small steps are lost there, and large values become inf."""
     if dtype == torch.float16:
         raise ValueError(
-            "weights in float16 cannot be trained, they soon are NaN: load the model in float32 (or bfloat16); fp16 "
-            "and bf16 of the training arguments make it fast"
+            "weights in float16 cannot be trained, because they become NaN: load the model in float32 (or bfloat16); "
+            "fp16 and bf16 of the training arguments make training fast"
         )
 
 
@@ -33,10 +33,10 @@ def check_model(model: Any, args: LTETrainingArguments) -> None:
         raise ValueError("LTETrainer needs a model, made sparse by lte.sparsify_: it does not take model_init")
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
-            "LTETrainer trains all weights, and this model has adapters of peft: merge them before, or put them on "
+            "LTETrainer trains all weights, and this model has adapters of peft: merge them first, or put them on "
             "the trained model and use transformers.Trainer"
         )
-    sparse_layers(model)  # says what to do if there are none
+    sparse_layers(model)  # raises ValueError if there are none
     check_not_shared(model, "LTETrainer groups and fits")
     name = type(model).__name__
     if args.distillation_weight and name.endswith(("ForQuestionAnswering", "ForPreTraining")):
@@ -47,20 +47,20 @@ def check_model(model: Any, args: LTETrainingArguments) -> None:
 
 
 def check_callbacks(callbacks: Iterable[TrainerCallback], args: LTETrainingArguments) -> None:
-    """Raise ValueError if one of them would end a run before its last stage."""
+    """Raise ValueError if a callback would end a run before its last stage."""
     if not args.is_dense and any(isinstance(one, EarlyStoppingCallback) for one in callbacks):
         raise ValueError(
             "EarlyStoppingCallback compares evaluations of all stages, and the dense one has the best: only "
-            "recipe='dense' takes it"
+            "schedule='dense' takes it"
         )
 
 
 def check_sharded(plan: StagePlan, training: Training, args: LTETrainingArguments, grouped: bool) -> None:
-    """Raise ValueError if a run looks at whole weights, which no rank has when parameters are sharded.
+    """Raise ValueError if a run needs whole weights, which no rank has if parameters are sharded.
 
     Args:
-        training: the method's.
-        grouped: whether the model's neurons are in experts already.
+        training: of the method.
+        grouped: whether the model's neurons are grouped already.
     """
     if plan.dense == plan.total:
         return
@@ -77,6 +77,6 @@ def check_sharded(plan: StagePlan, training: Training, args: LTETrainingArgument
         raise ValueError("routers cannot be fitted when parameters are sharded: give router_start='random'")
     if args.distils:
         raise ValueError(
-            "the dense model cannot be copied, to learn from it, when parameters are sharded: give "
+            "distillation cannot copy the dense model when parameters are sharded: give "
             "distillation_weight=0 and feature_distillation_weight=0"
         )

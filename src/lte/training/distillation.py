@@ -1,4 +1,4 @@
-"""The distillation losses: KL divergence from a teacher's next-token distribution, and the error of hidden states."""
+"""The distillation losses: KL divergence from a teacher's distribution of tokens, and the error of hidden states."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,17 +15,17 @@ from lte.modules.evaluating import evaluating
 from lte.modules.token_masks import TokenMasks
 
 _ROWS = 2048
-"""Rows worked on at a time where the arithmetic is not compiled: a vocabulary in fp32 is large."""
+"""Rows that are computed at a time if nothing is compiled: logits of a vocabulary in fp32 are large."""
 
 Piece = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
 
 
 def summed_kl(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-    """``sum KL(teacher || student)`` over rows, in fp32.
+    """Return ``sum KL(teacher || student)`` over rows, in fp32.
 
     Args:
         student: logits ``[..., V]``, with gradient.
-        teacher: logits of the same shape, without.
+        teacher: logits of the same shape, without gradient.
         mask: which rows count, ``[...]``; None for all.
 
     Returns:
@@ -39,27 +39,27 @@ def summed_kl(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> T
 def summed_mix(
     student: Tensor, teacher: Tensor, labels: Tensor, share: float, piece: Piece | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(1 - share) * cross entropy + share * KL(teacher || student)``, summed over rows, in fp32.
+    """Return ``(1 - share) * cross entropy + share * KL(teacher || student)``, summed over rows, in fp32.
 
-    The gradient is worked out on the way, and of both losses together: plain autograd keeps several fp32 copies of
-    all logits, and reads them many times.
+    The gradient of both losses together is computed in the forward pass. Plain autograd would keep several fp32 copies
+    of all logits and read them many times.
 
     Args:
         student: logits ``[..., V]``, with gradient.
-        teacher: logits of the same shape, without.
+        teacher: logits of the same shape, without gradient.
         labels: ``[...]``; rows with -100 do not count.
         share: in [0, 1].
-        piece: :func:`mix_rows` compiled. None runs it as it is, on few rows at a time.
+        piece: the compiled :func:`mix_rows`. None runs it uncompiled, on few rows at a time.
 
     Returns:
-        The mix, whose gradient has the student's dtype; and without gradient: cross entropy, KL.
+        Three scalars: the mix, whose gradient has the student's dtype, and without gradient cross entropy and KL.
     """
     logits = [one.reshape(-1, one.shape[-1]) for one in (student, teacher)]
     return _SummedMix.apply(*logits, labels.reshape(-1, 1), share, piece)  # pyright: ignore
 
 
 def mix_rows(student_RV: Tensor, teacher_RV: Tensor, labels_R1: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Summed cross entropy, summed KL, and the gradient ``[R, V]`` of their mix by the student's logits."""
+    """Return summed cross entropy, summed KL, and the gradient ``[R, V]`` of their mix by the student's logits."""
     log_student, log_teacher = student_RV.float().log_softmax(-1), teacher_RV.float().log_softmax(-1)
     target = log_teacher.exp()
     counts_R1 = labels_R1 != IGNORED
@@ -67,7 +67,7 @@ def mix_rows(student_RV: Tensor, teacher_RV: Tensor, labels_R1: Tensor, share: f
     kl_R1 = (target * (log_teacher - log_student)).sum(-1, keepdim=True)
     label = torch.where(torch.arange(student_RV.shape[-1], device=student_RV.device) == picked_R1, 1 - share, 0.0)
     gradient = log_student.exp() - share * target - label
-    # where, not a product: a row that does not count may hold infinities
+    # where, not a product: a row that does not count may have infinities
     return (
         torch.where(counts_R1, -log_student.gather(-1, picked_R1), 0).sum(),
         torch.where(counts_R1, kl_R1, 0).sum(),
@@ -76,12 +76,12 @@ def mix_rows(student_RV: Tensor, teacher_RV: Tensor, labels_R1: Tensor, share: f
 
 
 class DistilledLoss:
-    """Stands in for ``ForCausalLMLoss`` of transformers, mixed with KL to a teacher.
+    """Replaces ``ForCausalLMLoss`` of transformers by a mix with KL to a teacher.
 
-    The model calls it in its forward pass, so that it sees the logits before mixed precision copies them to fp32.
+    The model calls it in its forward pass. So it gets the logits before mixed precision copies them to fp32.
 
     Attributes:
-        parts: cross entropy and KL of the last call, each divided as the loss is; None before it.
+        parts: cross entropy and KL of the last call, with the divisor of the loss; None before the first call.
     """
 
     def __init__(self, teacher: Tensor, share: float, piece: Piece | None):
@@ -115,15 +115,15 @@ class DistilledLoss:
         scale: int,
         problem: str | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss to train on, and the two it is made of, task loss and KL: where the model did not mix, this does.
+        """Return the training loss and its two parts, task loss and KL. If the model did not mix them, do it here.
 
         Args:
-            loss: what ``Trainer`` made of the forward pass: the mix if the model called this object, or the task loss.
+            loss: ``Trainer``'s loss of the forward pass: the mix if the model called this object, else the task loss.
             student: logits of that pass.
-            mask: which of them count, as in :func:`summed_kl`.
-            num_items: what sums are divided by; None for the number that count.
-            scale: what ``Trainer`` multiplied the loss by.
-            problem: of a head with one answer a row, as in :func:`head_error`.
+            mask: which rows of them count, as in :func:`summed_kl`.
+            num_items: the divisor of sums; None takes the number of rows that count.
+            scale: the factor by which ``Trainer`` multiplied the loss.
+            problem: of a head with one answer for each row, as in :func:`head_error`.
         """
         if self.parts is not None:
             task, kl = self.parts
@@ -136,7 +136,7 @@ class DistilledLoss:
 
 
 def predicts(labels: Tensor | None, logits: Tensor, causal: bool) -> Tensor | None:
-    """Which logits are of a token that counts, ``[B, S]``; None where all are, as those of a classifier.
+    """Return which logits belong to a label that counts, ``[B, S]``; None if all do, as in a classifier.
 
     Args:
         causal: whether a logit is of the next token.
@@ -147,23 +147,23 @@ def predicts(labels: Tensor | None, logits: Tensor, causal: bool) -> Tensor | No
 
 
 def is_causal(model: nn.Module) -> bool:
-    """Whether the model, or the one that it wraps, learns to predict the next token."""
+    """Return whether the model, or the model inside its wrappers, learns to predict the next token."""
     inner = _by_causal_loss(model)
     return inner is not None and not inner.config.is_encoder_decoder
 
 
 def _by_causal_loss(model: nn.Module) -> PreTrainedModel | None:
-    """The model inside its wrappers, if its loss is ``ForCausalLMLoss``."""
+    """Return the model inside its wrappers if its loss is ``ForCausalLMLoss``; else None."""
     inner = next((one for one in model.modules() if isinstance(one, PreTrainedModel)), None)
     return inner if inner is not None and inner.loss_function is ForCausalLMLoss else None
 
 
 def head_error(student: Tensor, teacher: Tensor, problem: str | None) -> Tensor:
-    """How far a classifier's or a regression's outputs ``[B, C]`` are from the teacher's, summed over rows, in fp32.
+    """Return the error of a head's outputs ``[B, C]`` against the teacher's, summed over rows, in fp32.
 
     Args:
-        problem: ``problem_type`` of transformers: squared error for ``regression`` and for one output, divergences of
-            independent labels for ``multi_label_classification``, else KL of the classes.
+        problem: ``problem_type`` of transformers. ``regression`` and heads with one output have the squared error.
+            ``multi_label_classification`` has divergences of independent labels. Others have the KL of the classes.
     """
     student, teacher = student.float(), teacher.float()
     if problem == "regression" or student.shape[-1] == 1:
@@ -178,10 +178,10 @@ def head_error(student: Tensor, teacher: Tensor, problem: str | None) -> Tensor:
 
 @contextmanager
 def causal_loss(model: nn.Module, loss: Callable[..., Tensor] | None) -> Iterator[None]:
-    """Within it a causal language model calls ``loss`` where transformers has ``ForCausalLMLoss``; no other model does.
+    """Let a causal language model call ``loss`` in place of ``ForCausalLMLoss`` inside the context. Others do not.
 
     Args:
-        model: or a wrapper around it.
+        model: the model or a wrapper around it.
         loss: None changes nothing.
     """
     inner = None if loss is None else _by_causal_loss(model)
@@ -196,21 +196,21 @@ def causal_loss(model: nn.Module, loss: Callable[..., Tensor] | None) -> Iterato
 
 
 def hidden_state_error(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
-    """``|s - t|^2 / |t|^2``, mean over tokens and layers, in fp32.
+    """Return ``|s - t|^2 / |t|^2``, a scalar: the mean over tokens and layers, in fp32.
 
-    Each token counts alike. In the ratio of the means the first token of a text would be nearly all there is in the
-    middle of a model: in blocks 11 to 20 of SmolLM2-135M it has 90 to 97 % of the squares of a row of 1024.
-    For backward it keeps one fp32 tensor a layer, and not the teacher's.
+    Each token has the same weight. A ratio of means would measure almost only the first token of a text: in blocks 11
+    to 20 of SmolLM2-135M it has 90 to 97 % of the squares of a row of 1024 tokens. Backward keeps one fp32 tensor for
+    each layer, and none of the teacher's.
 
     Args:
         student: hidden states ``[..., D]`` by layer, with gradient.
-        teacher: the same of the teacher, without.
+        teacher: those of the teacher, without gradient.
         mask: which tokens count, ``[...]``; None for all.
     """
     total = torch.zeros((), device=student[0].device)
     for student_TD, teacher_TD in zip(student, teacher, strict=True):
         error_TD, size_T = student_TD.float() - teacher_TD.float(), teacher_TD.float().square().sum(-1)
-        if mask is not None:  # where, not a product: padding may hold infinities
+        if mask is not None:  # where, not a product: padding may have infinities
             counts_T = mask.bool()
             error_TD, size_T = torch.where(counts_T.unsqueeze(-1), error_TD, 0), torch.where(counts_T, size_T, 1)
         tokens = size_T.numel() if mask is None else mask.bool().sum().clamp_min(1)
@@ -219,7 +219,7 @@ def hidden_state_error(student: Sequence[Tensor], teacher: Sequence[Tensor], mas
 
 
 def block_error(student: Any, teacher: Any, masks: TokenMasks) -> Tensor:
-    """:func:`hidden_state_error` of what every block put out, from outputs of both models; padding does not count."""
+    """Return :func:`hidden_state_error` of the outputs of every block. Padding does not count."""
     errors = []
     for prefix in ("encoder_", "decoder_") if "decoder_hidden_states" in student else ("",):
         blocks = student[f"{prefix}hidden_states"][1:]  # 0 is the embeddings
@@ -230,9 +230,9 @@ def block_error(student: Any, teacher: Any, masks: TokenMasks) -> Tensor:
 
 @torch.no_grad()
 def show_hidden_states_(model: nn.Module) -> None:
-    """Have transformers put its hooks on the blocks now, which it does when hidden states are first asked for.
+    """Make transformers put its hooks for hidden states on the blocks now. By default it does so at the first request.
 
-    A compiled model cannot: it would be cut into pieces there.
+    In a compiled model a later hook would break the program into pieces.
     """
     inputs: Any = {name: value[:1] for name, value in cast(Any, model).dummy_inputs.items()}
     device = next(model.parameters()).device
@@ -262,6 +262,6 @@ class _SummedMix(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Any) -> Any:
         (gradient_RV,) = ctx.saved_tensors
-        # in place, since nobody else has it; as a list, since a product with a number on the device is slow otherwise
+        # in place, because nobody else has the tensor; as a list, because a product with a number on the device is slow
         torch._foreach_mul_([gradient_RV], outputs[0].to(gradient_RV.dtype))  # pyright: ignore
         return gradient_RV, None, None, None, None

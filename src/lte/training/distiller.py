@@ -1,4 +1,4 @@
-"""Learning from the dense model that the dense stage left: it is kept beside the model, and on disk for resuming."""
+"""Distillation from the model of the dense stage. It is kept in memory, and on disk for a resumed run."""
 
 import copy
 from dataclasses import dataclass
@@ -24,11 +24,11 @@ KEPT_IN = "lte_teacher"
 
 @dataclass
 class Lesson:
-    """What the teacher says of a batch; nothing, where there is no teacher.
+    """The teacher's outputs for a batch. Without a teacher it is empty.
 
     Attributes:
         outputs: of the teacher.
-        loss: what the student's model is to call in place of its own loss; None leaves that.
+        loss: the loss that the student's model calls in place of its own; None keeps its own.
         feature_weight: of the error of hidden states; 0 for none.
     """
 
@@ -39,22 +39,22 @@ class Lesson:
     def mix(
         self, loss: Tensor, logits: Any, labels: Tensor | None, causal: bool, problem: str | None, **counted: Any
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The loss to train on, the task loss in it, and the divergence in it; without a teacher that is None.
+        """Return the training loss, its task loss, and its divergence from the teacher (None without a teacher).
 
         Args:
-            loss: what ``Trainer`` made of the student's pass.
+            loss: ``Trainer``'s loss of the student's pass.
             logits: of that pass.
             labels: of the batch.
             causal: whether a logit is of the next token.
-            problem: ``problem_type`` of a head with one answer a row.
-            counted: ``num_items`` and ``scale``, as :meth:`DistilledLoss.mix` has them.
+            problem: ``problem_type`` of a head with one answer for each row.
+            counted: ``num_items`` and ``scale``, as in :meth:`DistilledLoss.mix`.
         """
         if self.loss is None:
             return loss, loss, None
         return self.loss.mix(loss, logits, predicts(labels, logits, causal), problem=problem, **counted)
 
     def feature_loss(self, outputs: Any, masks: TokenMasks, log: StepLog) -> Tensor | float:
-        """The weighted error of the student's hidden states; the log has it without its weight."""
+        """Return the weighted error of the student's hidden states. The log gets the error without the weight."""
         if self.outputs is None or not self.feature_weight:
             return 0.0
         error = block_error(outputs, self.outputs, masks)
@@ -66,15 +66,15 @@ class Distiller:
     """The teacher of a run.
 
     Attributes:
-        teacher: None before the dense stage is over, and where nothing is distilled.
-        wanted: what student and teacher are asked for beyond logits.
+        teacher: None until the dense stage is over, and in a run without distillation.
+        wanted: arguments of student and teacher for outputs besides logits.
     """
 
     def __init__(self, model: nn.Module, options: TrainingOptions, compilation: Compilation, dtype: torch.dtype | None):
         """
         Args:
             model: the student.
-            dtype: of the teacher's parameters; None: the student's.
+            dtype: of the teacher's parameters; None takes the student's.
         """
         self._options, self._compilation, self._dtype = options, compilation, dtype
         self._mix_rows = compilation.only(mix_rows)
@@ -85,12 +85,12 @@ class Distiller:
             self.wanted = {"output_hidden_states": True}
 
     def make(self, model: Any, folder: Path | None) -> None:
-        """Take a frozen copy of the model, which is put in mode dense.
+        """Make a frozen copy of the model the teacher. The model is put in mode dense.
 
         Args:
-            model: as its dense stage left it, not compiled.
-            folder: of the run, where the copy is kept too; None keeps none. A run cut short meanwhile leaves what was
-                there, or nothing.
+            model: the model after its dense stage, not compiled.
+            folder: of the run, which gets the copy too; None saves no copy. If the run is killed meanwhile, the folder
+                has the old copy or none.
         """
         set_mode_(model, "dense")
         if folder is not None:
@@ -98,10 +98,10 @@ class Distiller:
         self.teacher = self._frozen(copy.deepcopy(model))
 
     def load(self, folder: Path, like: Any) -> None:
-        """Take the teacher that a run left in its folder, of the class and device of ``like``.
+        """Load the teacher from a run's folder, with the class and device of ``like``.
 
         Raises:
-            ValueError: it left none.
+            ValueError: the folder has no teacher.
         """
         folder = folder / KEPT_IN
         if not folder.is_dir():
@@ -113,7 +113,7 @@ class Distiller:
 
     @torch.no_grad()
     def lesson(self, inputs: dict[str, Any]) -> Lesson:
-        """Run the teacher."""
+        """Run the teacher on a batch and return its lesson."""
         if self.teacher is None:
             return Lesson()
         outputs, share = self.teacher(**inputs, **self.wanted), self._options.distillation_weight
@@ -123,7 +123,7 @@ class Distiller:
     def _frozen(self, teacher: nn.Module) -> nn.Module:
         teacher = teacher.eval().requires_grad_(False)
         if self._dtype is not None:
-            # not the buffers: frequencies of rotary embeddings are fp32 in any model
+            # not the buffers: frequencies of rotary embeddings are fp32 in every model
             for parameter in teacher.parameters():
                 parameter.data = parameter.data.to(self._dtype)
         keep_dtypes(teacher)
@@ -132,7 +132,7 @@ class Distiller:
 
 
 def keep_dtypes(model: nn.Module) -> None:
-    """Undo what accelerate adds to mixed precision, a copy in fp32 of all outputs: logits are large."""
+    """Remove accelerate's copy of all outputs in fp32 under mixed precision, because logits are large."""
     for module in model.modules():
         convert = getattr(vars(module).get("forward"), "__wrapped__", None)
         if isinstance(convert, ConvertOutputsToFp32):

@@ -1,4 +1,4 @@
-"""A ``Trainer`` that stops where training has diverged: nothing that is not finite is written, the cure is named."""
+"""A ``Trainer`` that stops when training has diverged. It saves only finite weights, and the error says what to do."""
 
 import math
 from collections import deque
@@ -15,13 +15,13 @@ from lte.modules.evaluating import evaluating
 from lte.surgery.stages import Stage
 from lte.training.checkpoints import checkpoints_in, flaw_of, rotate
 
-_MOST = 10_000  # numbers that are kept until they are looked at
-_SMALL_LOSS = 1e-3  # below it a gradient may well be 0
-_SMALLEST_SCALE = 1e-4  # of a loss in fp16: each halving is a step that was left out
+_MOST = 10_000  # numbers that are kept until they are checked
+_SMALL_LOSS = 1e-3  # at a smaller loss the gradient may be 0
+_SMALLEST_SCALE = 1e-4  # scale of a loss in fp16: each halving is a step that was skipped
 
 
 class Seen(NamedTuple):
-    """A number of a training step, which stays on its device until it is looked at."""
+    """A number of a training step. It stays on its device until it is checked."""
 
     step: int
     name: str  # loss or gradient norm
@@ -29,27 +29,30 @@ class Seen(NamedTuple):
 
 
 class Sign(NamedTuple):
-    """What shows that training has diverged: the step, in words, and what may help beside a lower learning rate."""
+    """A sign that training has diverged: the step, a description, and a cure besides a lower learning rate."""
 
     step: int
     what: str
     cure: str = ""
-    after: bool = False  # of the step's update, which was still made from good numbers
+    after: bool = False  # the step's update was still made from finite numbers
 
 
 class WatchedTrainer(Trainer):
-    """Looks at losses, gradient norms and weights, and raises ValueError where they show that training has diverged.
+    """Checks losses, gradient norms and weights, and raises ValueError if they show that training has diverged.
 
-    Signs are a loss or gradient norm that is NaN or infinite, a gradient of exactly 0 while there is a loss (values
-    overflowed on the way), weights that are not finite, and outputs of the last batch that are not. Steps are looked at
-    where the log is written, before each save and at the end, weights and outputs before each save and at the end; no
-    step waits for it. In fp16 the gradient scaler leaves steps out whose gradients overflow, which is no sign, unless
-    it has to leave out all of them.
+    The signs are:
+    - a loss or gradient norm that is NaN or infinite;
+    - a gradient of exactly 0 at a loss above 0, because values overflowed;
+    - weights, or outputs of the last batch, that are not finite.
+
+    Steps are checked when the log is written, before each save and at the end. Weights and outputs are checked before
+    each save and at the end. So no step waits for a check. In fp16 the gradient scaler skips steps whose gradients
+    overflow. This is a sign only if it skips all of them.
     """
 
     @property
     def stage(self) -> Stage | None:
-        """The present one, where there are stages."""
+        """The current stage; None in a run without stages."""
         return None
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -96,7 +99,7 @@ class WatchedTrainer(Trainer):
         return output
 
     def stop_if_diverged(self, weights: bool = True) -> None:
-        """Look at the steps since this was last asked, on all ranks, and at the weights if wanted.
+        """Check the steps since the last call, on all ranks, and the weights if ``weights`` is true.
 
         Raises:
             ValueError: training has diverged. The message names step, stage, and the first weight or module.
@@ -111,7 +114,7 @@ class WatchedTrainer(Trainer):
             self._stop(sign or Sign(self.state.global_step, "another process found it"))
 
     def _sign_of_steps(self) -> Sign | None:
-        """The first that the steps since the last look show."""
+        """Return the first sign in the steps since the last check."""
         seen, loss = list(self._seen), 0.0
         self._seen.clear()
         if not seen:
@@ -135,7 +138,7 @@ class WatchedTrainer(Trainer):
         return Sign(step, "gradients in fp16 overflowed at each of many steps", "or bf16, or no fp16")
 
     def _anywhere(self, found: bool) -> bool:
-        """Whether one of the processes found something: they stop together."""
+        """Return whether any process found a sign, so that all of them stop together."""
         if self.accelerator.num_processes == 1:
             return found
         return bool(cast(Tensor, gather(torch.tensor([found], device=self.accelerator.device))).any())
@@ -156,7 +159,7 @@ class WatchedTrainer(Trainer):
         return "all weights are finite" + (f", outputs are not, first that of {module}" if module else "")
 
     def _rates(self) -> str:
-        """The options that say how large the steps of this stage are, with their values."""
+        """Return the options that decide the size of this stage's steps, with their values."""
         names = ["learning_rate"]
         if self.stage == "dense" and getattr(self.args, "dense_learning_rate", None):
             names = ["dense_learning_rate"]
@@ -165,7 +168,7 @@ class WatchedTrainer(Trainer):
         return " or ".join(f"{name} than {getattr(self.args, name):g}" for name in names if hasattr(self.args, name))
 
     def _kept(self, sign: Sign) -> str:
-        """The newest checkpoint from which a step more went well."""
+        """Return a sentence about the newest checkpoint whose next step succeeded."""
         before = sign.step - (not sign.after)
         for one in checkpoints_in(cast(str, self.args.output_dir)):
             if int(one.name.rpartition("-")[2]) < before and flaw_of(one) is None:
@@ -173,18 +176,18 @@ class WatchedTrainer(Trainer):
         return ""
 
     def _weights_not_finite(self) -> list[str]:
-        """Names of parameters and buffers that hold NaN or infinities, in the model's order."""
+        """Return names of parameters and buffers with NaN or infinities, in the model's order."""
         return weights_not_finite(self.accelerator.unwrap_model(cast(nn.Module, self.model)))
 
     def _overflows(self) -> bool:
-        """Whether the last batch has outputs that are not finite. Not asked of a model that is compiled or sharded."""
+        """Return whether outputs of the last batch are not finite. A compiled or sharded model is not checked."""
         if self._last_batch is None or self.args.torch_compile:
             return False
-        outputs = {name: one for name, one in (self._forward() or {}).items() if name != "loss"}  # a mean of no label
+        outputs = {name: one for name, one in (self._forward() or {}).items() if name != "loss"}  # a mean over no label
         return not all(bool((one < math.inf).all()) for one in _floats(outputs))  # -inf may be a mask
 
     def _first_overflow(self) -> str | None:
-        """The first module whose outputs of the last batch are not finite; None where all are."""
+        """Return the first module with outputs of the last batch that are not finite; None if there is none."""
         if self._last_batch is None:
             return None
         found: list[str] = []
@@ -201,7 +204,7 @@ class WatchedTrainer(Trainer):
 
     @torch.no_grad()
     def _forward(self) -> Any:
-        """What the model makes of the last batch, as it would be evaluated."""
+        """Return the model's outputs for the last batch, computed as in an evaluation."""
         model = self.accelerator.unwrap_model(cast(nn.Module, self.model))
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return None
@@ -211,7 +214,7 @@ class WatchedTrainer(Trainer):
 
 @torch.no_grad()
 def weights_not_finite(model: nn.Module) -> list[str]:
-    """Names of a model's parameters that hold NaN or infinities, in its order; the device is waited for once."""
+    """Return names of a model's parameters with NaN or infinities, in its order. It waits once for the device."""
     finite: dict[str, Tensor] = {}
     for name, one in model.named_parameters():
         here: Tensor = one.to_local() if hasattr(one, "to_local") else one  # pyright: ignore  # of a sharded one

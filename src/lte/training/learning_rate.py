@@ -1,4 +1,4 @@
-"""The learning rate of a run: a Hugging Face schedule that begins anew with each stage."""
+"""The learning rate of a run: a Hugging Face learning rate scheduler that restarts with each stage."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,17 +17,17 @@ def stage_factors(
     dense: float = 1.0,
     restart_hard: bool = True,
 ) -> Callable[[int], float]:
-    """A learning rate factor by step that warms up and decays once a stage.
+    """Return a function from a step to its learning rate factor, which warms up and decays in each stage.
 
     Args:
-        scheduler: the name of a Hugging Face schedule.
-        warmup: the number of steps of a stage -> how many of them warm up.
-        kwargs: of the schedule.
-        dense: the dense stage's peak; the others' is 1.
-        restart_hard: without it soft and hard stage share one schedule.
+        scheduler: the name of a Hugging Face scheduler.
+        warmup: a function from the number of steps of a stage to the number of its warm-up steps.
+        kwargs: of the scheduler.
+        dense: the peak of the dense stage. The peak of the other stages is 1.
+        restart_hard: without it, soft and hard stage share one warm-up and decay.
 
     Raises:
-        ValueError: a schedule that cannot begin anew.
+        ValueError: a scheduler that cannot restart.
     """
     if restart_hard:
         starts = {0: plan.dense, plan.dense: plan.soft, plan.dense + plan.soft: plan.hard}

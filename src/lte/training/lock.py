@@ -1,4 +1,4 @@
-"""One run at a time in a folder. The kernel holds the lock: it ends with its process, however that ends."""
+"""One run at a time in a folder. The kernel holds the lock, so it ends with its process in every case."""
 
 import contextlib
 import json
@@ -20,17 +20,17 @@ logger = logging.getLogger(__name__)
 
 LOCK = ".lte-lock"
 _HELD: set[tuple[int, Path]] = set()
-"""Folders that a process holds. One that closes any file of a lock loses the lock, so it is opened once."""
+"""Folders that this process holds. Closing any handle of a lock's file loses the lock, so it is opened once."""
 
 
 @contextmanager
 def alone_in(folder: str | Path) -> Iterator[None]:
-    """Hold a folder. Where it is missing it is made, and deleted again if nothing is put into it.
+    """Lock a folder. If it does not exist, it is made, and deleted again if it stays empty.
 
-    The same process may hold it several times.
+    The same process may lock it several times.
 
-    A lock of ``lockf``, not of ``flock``: children made by fork, as a loader's workers, do not inherit it, and it
-    holds over NFS too. Where the file system has no locks, a warning says so.
+    The lock is that of ``lockf``, not of ``flock``. Children made by fork, such as a loader's workers, do not inherit
+    it, and it works over NFS too. If the file system has no locks, a warning says so.
 
     Raises:
         ValueError: another process holds it.
@@ -60,9 +60,9 @@ def alone_in(folder: str | Path) -> Iterator[None]:
 
 
 def _opened(path: Path) -> int | None:
-    """The lock's file, held; None where the file system has no locks."""
+    """Return the locked file; None if the file system has no locks."""
     if fcntl is None:
-        logger.warning("%s cannot be locked on this system: let no second run use it", path.parent)
+        logger.warning("%s cannot be locked on this system: do not start a second run in it", path.parent)
         return None
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -76,16 +76,16 @@ def _opened(path: Path) -> int | None:
             ) from None
         except OSError as error:
             os.close(file)
-            logger.warning("%s cannot be locked (%s): let no second run use it", path.parent, error.strerror)
+            logger.warning("%s cannot be locked (%s): do not start a second run in it", path.parent, error.strerror)
             return None
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file), path.stat()):
                 return file
-        os.close(file)  # the holder before deleted it meanwhile
+        os.close(file)  # the previous holder deleted it meanwhile
 
 
 def _sign(file: int) -> None:
-    """Write into the lock's file whose it is."""
+    """Write into the lock's file which process holds it."""
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since, "command": command[:200]})

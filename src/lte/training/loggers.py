@@ -1,4 +1,4 @@
-"""Which loggers a run reports to."""
+"""Checks the loggers that a run reports to."""
 
 from collections.abc import Iterable
 
@@ -12,6 +12,6 @@ def check_loggers(names: Iterable[str]) -> None:
             known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
             raise ValueError(f"report_to is {name!r}, but it is none, or of {known}")
         try:
-            INTEGRATION_TO_CALLBACK[name]()  # says what it lacks
+            INTEGRATION_TO_CALLBACK[name]()  # raises an error that says what is missing
         except (RuntimeError, ImportError) as error:
             raise ValueError(f"report_to is {name!r}, which cannot be used: {error} Or give none.") from error

@@ -1,4 +1,4 @@
-"""What a run does late, tried before its first step: it evaluates, it calibrates, it saves, and there is room to."""
+"""Tries before the first step what a run does later: evaluate, calibrate, save. Checks the room on the disk."""
 
 import json
 import math
@@ -19,21 +19,21 @@ from lte.surgery.generation_settings import keep_generation_settings_
 from lte.training.divergence import weights_not_finite
 from lte.training.saving_trainer import PROVEN
 
-_ALWAYS = ("runtime", "samples_per_second", "steps_per_second", "epoch")  # metrics that evaluate adds
+_ALWAYS = ("runtime", "samples_per_second", "steps_per_second", "epoch")  # metrics that Trainer.evaluate adds
 _ADAMS = ("adamw_torch", "adamw_torch_fused", "adamw_apex_fused", "adamw_anyprecision")
 _SPACES = "give save_total_limit, a larger save_steps or save_only_model, or another output_dir"
 
 
 def try_out(trainer: Any, teacher: bool) -> None:
-    """Try on a batch, and without weights, all that a run does after its first steps. Leaves the random state alone.
+    """Try on one batch, and without weights, all that a run does after its first steps. The random state is kept.
 
     Args:
         trainer: an ``LTETrainer`` whose training begins.
         teacher: whether the run will keep a dense model on disk.
 
     Raises:
-        ValueError: weights that are not finite; files that cannot be written; too little space on the disk; data that
-            cannot be evaluated or calibrated on; an unknown ``metric_for_best_model``.
+        ValueError: weights are not finite, files cannot be written, the disk has too little space, the data cannot be
+            used for evaluation or calibration, or ``metric_for_best_model`` is unknown.
         NotWritten: the output folder cannot be written to.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -49,10 +49,10 @@ def try_out(trainer: Any, teacher: bool) -> None:
 
 
 def check_space(folder: Path, parts: Mapping[str, int]) -> None:
-    """Raise ValueError if the disk of ``folder`` has less room than a run takes.
+    """Raise ValueError if the disk of ``folder`` has less room than a run needs.
 
     Args:
-        parts: what the run writes, with its bytes.
+        parts: the files that the run writes, by name, with their bytes.
     """
     free, wanted = shutil.disk_usage(folder).free, sum(parts.values())
     if wanted > free:
@@ -67,9 +67,9 @@ def _gb(size: int) -> str:
 
 
 def _try_saving(trainer: Any) -> None:
-    """Write all but weights to a folder in the output folder, by the code that saves, and delete it."""
+    """Save everything except weights to a folder in the output folder, then delete it."""
     if not trainer.args.should_save:
-        trainer._save("", state_dict={})  # a model that was sharded at loading is gathered on all ranks
+        trainer._save("", state_dict={})  # all ranks gather a model that was sharded at loading
         return
     folder = Path(trainer.args.output_dir)
     with writing(folder):
@@ -89,11 +89,11 @@ def _try_checkpoint(trainer: Any, folder: str) -> None:
                 raise ValueError(f"the state of callback {type(one).__name__} cannot be saved: {error}") from error
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if not trainer.args.save_only_model and not sharded and not trainer.state.global_step:
-        trainer._save_optimizer_and_scheduler(folder)  # empty yet
+        trainer._save_optimizer_and_scheduler(folder)  # still empty
 
 
 def _wanted(trainer: Any, model: nn.Module, teacher: bool) -> dict[str, int]:
-    """Bytes that a run will write, at least, by what they are."""
+    """Return the least number of bytes that a run will write, by kind of file."""
     args, state = trainer.args, trainer.state
     weights = sum(one.numel() * one.element_size() for one in model.parameters())
     trained = sum(one.numel() * one.element_size() for one in model.parameters() if one.requires_grad)
@@ -107,7 +107,7 @@ def _wanted(trainer: Any, model: nn.Module, teacher: bool) -> dict[str, int]:
     else:
         saves = int(args.save_strategy == "best")
     if args.save_total_limit:
-        most = max(args.save_total_limit, PROVEN) + 1  # the oldest goes once the newest is there
+        most = max(args.save_total_limit, PROVEN) + 1  # the oldest is deleted after the newest is written
         saves = min(saves, max(0, most - there))
     return {
         "the model": weights,
@@ -118,7 +118,7 @@ def _wanted(trainer: Any, model: nn.Module, teacher: bool) -> dict[str, int]:
 
 @contextmanager
 def _unseen(trainer: Any) -> Iterator[None]:
-    """Callbacks, such as progress bars and loggers, see nothing of what happens within."""
+    """Hide what happens inside the context from callbacks, such as progress bars and loggers."""
     callbacks, trainer.callback_handler.callbacks = trainer.callback_handler.callbacks, []
     try:
         yield
@@ -143,8 +143,8 @@ def _try_evaluation(trainer: Any) -> None:
         for metric, value in output.metrics.items():
             if metric.endswith("_loss") and not math.isfinite(value):
                 raise ValueError(
-                    f"{metric} is {value} of the first batch before any step: see that its rows have labels, and that "
-                    "the model computes in a dtype that holds its outputs"
+                    f"{metric} is {value} on the first batch, before any step: check that its rows have labels, and "
+                    "that the model's dtype can hold its outputs"
                 )
         known |= {*output.metrics, *(f"{prefix}_{one}" for one in _ALWAYS)}
     wanted = args.metric_for_best_model
@@ -154,7 +154,7 @@ def _try_evaluation(trainer: Any) -> None:
 
 
 def _first_rows(dataset: Any, count: int) -> Any:
-    if hasattr(dataset, "select"):  # of the library datasets, whose columns Trainer looks at
+    if hasattr(dataset, "select"):  # of the library datasets: Trainer looks at its columns
         return dataset.select(range(min(count, len(dataset))))
     if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
         return [dataset[index] for index in range(min(count, len(dataset)))]
@@ -163,7 +163,7 @@ def _first_rows(dataset: Any, count: int) -> Any:
 
 @torch.no_grad()
 def _try_calibration(trainer: Any, model: nn.Module) -> None:
-    """A forward pass over the first batch that thresholds will be set on, if any will be."""
+    """Run the first batch of the rows for thresholds, if there will be a calibration."""
     if trainer.rows.held_out is None or trainer.training.target is None:
         return
     batch = next(trainer.rows.held_out(), None)

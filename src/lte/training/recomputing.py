@@ -1,4 +1,4 @@
-"""Gradient checkpointing that a run cannot have: reentrant, whoever turned it on."""
+"""Refuses reentrant gradient checkpointing, which a run cannot use."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -8,10 +8,10 @@ from torch import nn
 
 
 def check_recomputing(model: nn.Module) -> None:
-    """Raise ValueError where the model recomputes blocks by re-entering autograd.
+    """Raise ValueError if the model has reentrant gradient checkpointing.
 
-    Scores are recorded in the forward pass, which reentrant checkpointing runs without gradient: losses on them would
-    move no router, and the last calibration would hide it.
+    Its forward pass, in which scores are recorded, has no gradient. So losses on scores would not change any router,
+    and the last calibration would hide this.
     """
     name = next(_reentrant(model), None)
     if name is not None:
@@ -22,7 +22,7 @@ def check_recomputing(model: nn.Module) -> None:
 
 
 def _reentrant(model: nn.Module) -> Iterator[str]:
-    """Names of modules that checkpoint so: transformers keeps the function on each that can."""
+    """Give the names of modules with reentrant checkpointing. transformers keeps its function on each module."""
     for name, module in model.named_modules():
         checkpoint: Any = getattr(module, "_gradient_checkpointing_func", None)
         if not getattr(module, "gradient_checkpointing", False) or checkpoint is None:

@@ -1,4 +1,4 @@
-"""The record of a training run: what was run, as fields, and what its evaluation gave."""
+"""The record of a training run: its options as fields, and the result of its evaluation."""
 
 import os
 from collections.abc import Sequence
@@ -19,33 +19,33 @@ from lte.training.arguments import LTETrainingArguments
 from lte.training.identity import MAY_CHANGE, options_of
 
 _GOAL = ("schedule", "recipe", "target_sparsity", "eta")
-"""Options without a default that every run could have."""
+"""Options that have no common default for every run."""
 _USUAL = {"method": "lte", "calibration_text": [], "held_out": 0.0, "dtype": "auto"}
 _SAME = {"dtype": "float32"}
-"""In other words."""
+"""Other names of usual values."""
 _SAME_RUN = MAY_CHANGE | {"seed"}
 
 
 def made_by_training(
     command: str, model: str, method: Method, inputs: Inputs, args: LTETrainingArguments, **others: Any
 ) -> Made:
-    """What a run makes of a model, see :func:`lte.train`; ``others``: its arguments that are in :data:`_USUAL`."""
+    """Return the work of a run of :func:`lte.train`. ``others`` are its arguments that are in :data:`_USUAL`."""
     others |= {"method": method.name, "dtype": str(others["dtype"]).removeprefix("torch.")}
-    others["method_seed"] = method.to_dict().get("seed", args.seed)  # some have none
+    others["method_seed"] = method.to_dict().get("seed", args.seed)  # some methods have no seed
     usual = {**_USUAL, "method_seed": args.seed}
     ours = {name: value for name, value in plain(others).items() if value not in (usual[name], _SAME.get(name))}
     return Made(command, model, names_of(inputs.text), {**ours, **given(inputs), **given(method), **given_of(args)})
 
 
 def measured_in_training(inputs: Inputs, eval_data: Sequence[Source]) -> Measured:
-    """What a run's last evaluation is on."""
+    """Return the data of a run's last evaluation."""
     if eval_data:
         return Measured("data", names_of(eval_data), given(inputs))
     return Measured("held out", names_of(inputs.text), given(inputs))
 
 
 def run_record(made: Made, measured: Measured, trainer: Any, device: torch.device, evaluation: Evaluation) -> Record:
-    """The record of a run that is over; ``trainer`` is its ``LTETrainer``."""
+    """Return the record of a finished run. ``trainer`` is its ``LTETrainer``."""
     return Record(
         command=made.command,
         model=made.model,
@@ -63,7 +63,7 @@ def run_record(made: Made, measured: Measured, trainer: Any, device: torch.devic
 
 
 def given_of(args: LTETrainingArguments) -> dict[str, Any]:
-    """Of the options that change the result, those that are not as the schedule or the library has them; no seed."""
+    """Return the options that change the result and differ from the schedule's or library's values, without seed."""
     usual: Any = copy(args)
     for one in fields(args):
         if one.init and one.name not in _GOAL:

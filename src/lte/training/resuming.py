@@ -1,4 +1,4 @@
-"""How a run begins in its folder: from nothing, or from a checkpoint of the same run."""
+"""How a run starts in its folder: from the beginning, or from a checkpoint of the same run."""
 
 import logging
 import shutil
@@ -30,19 +30,19 @@ Told = TypeVar("Told")
 def begin_run(
     folder: Path, identity: Mapping[str, Any], resume: str | Path | bool | None, overwrite: bool, model: str
 ) -> Path | None:
-    """The checkpoint that a run goes on from; None: it starts from nothing. Writes the run's identity into the folder.
+    """Return the checkpoint from which a run continues, or None. Write the run's identity into the folder.
 
     Args:
         folder: of the run's output.
-        resume: a checkpoint, or True for the newest whole one in ``folder``; where there is none, a warning says so.
-        overwrite: whether the checkpoints of a run before are deleted.
-        model: where the model was loaded from; empty where it was not.
+        resume: a checkpoint, or True for the newest complete one in ``folder``. If there is none, a warning says so.
+        overwrite: whether the checkpoints of an earlier run are deleted.
+        model: the folder that the model was loaded from, or an empty text.
 
     Raises:
-        ValueError: the checkpoint is damaged, or of another run; without ``resume``, the folder holds checkpoints.
+        ValueError: the checkpoint is damaged or of another run, or the folder has checkpoints and ``resume`` is false.
     """
     if resume and overwrite:
-        raise ValueError("resume goes on from a run's checkpoints, overwrite deletes them: give one of the two")
+        raise ValueError("resume continues from a run's checkpoints, and overwrite deletes them: give one of the two")
     if resume is True:
         found = newest_whole(folder)
         if found is None:
@@ -64,13 +64,13 @@ def begin_run(
 
 def _check_same_run(checkpoint: Path, identity: Mapping[str, Any]) -> None:
     state = state_of(checkpoint)
-    assert state is not None  # whole
+    assert state is not None  # complete
     if (checkpoint / RUN).exists():
         try:
             then = read_json(checkpoint / RUN)
         except ValueError as error:
             raise ValueError(f"{error}, or resume from another checkpoint") from error
-    else:  # of an earlier version, which kept a few options
+    else:  # of an earlier version, which kept only a few options
         then = (memory_of(state) or {}).get("options", {})
         logger.warning(
             "%s has no %s: whether its run had the same model, data and options is checked only in part",
@@ -79,16 +79,16 @@ def _check_same_run(checkpoint: Path, identity: Mapping[str, Any]) -> None:
         )
     check_same(then, identity, str(checkpoint / RUN))
     if is_finished(state):
-        logger.warning("the run is finished: none of its %d steps is left", state["max_steps"])
+        logger.warning("the run is finished: all of its %d steps are done", state["max_steps"])
 
 
 def is_finished(state: Mapping[str, Any]) -> bool:
-    """Whether a trainer's state is that of a run's end."""
+    """Return whether a trainer's state is that of the end of a run."""
     return 0 < state.get("max_steps", 0) <= state["global_step"]
 
 
 def _clear(folder: Path, overwrite: bool, model: str) -> None:
-    """Delete what a run before left, if that is wanted, so that this one is never resumed from it."""
+    """Delete the checkpoints of an earlier run if ``overwrite`` is true, so that this run never resumes from them."""
     left = checkpoints_in(folder)
     if not left:
         return
@@ -105,7 +105,7 @@ def _clear(folder: Path, overwrite: bool, model: str) -> None:
 
 
 def _bring_teacher(teacher: Path, folder: Path) -> None:
-    """Copy what a run distils from to where it goes on, so that it can go on from there once more."""
+    """Copy the teacher of a run to the folder where it continues, so that it can be resumed from there again."""
     if teacher.is_dir() and teacher.parent.resolve() != folder.resolve():
         with new_path(folder) as fresh:
             shutil.copytree(teacher, fresh, dirs_exist_ok=True)
@@ -114,7 +114,7 @@ def _bring_teacher(teacher: Path, folder: Path) -> None:
 
 
 def agreed(first: bool, work: Callable[[], Told]) -> Told:
-    """What ``work`` gives to the first rank alone, on all of them; raises on all of them what it raises."""
+    """Run ``work`` on the first rank. Return its result, or raise its error, on all ranks."""
     told: list[Any] = [None, None]
     failure: Exception | None = None
     if first:

@@ -1,4 +1,4 @@
-"""A ``Trainer`` whose run owns its folder, and goes on from a checkpoint of the same run alone."""
+"""A ``Trainer`` whose run owns its folder and continues only from a checkpoint of the same run."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +13,7 @@ from lte.training.resuming import agreed, begin_run
 
 
 class ResumingTrainer(Trainer):
-    """Writes down at its start what makes the run the run it is, and compares it when the run is resumed.
+    """Writes the identity of a run at its start and compares it when the run is resumed.
 
     Attributes:
         identity: of the run, kept in each checkpoint.
@@ -26,16 +26,16 @@ class ResumingTrainer(Trainer):
 
     @property
     def folder(self) -> Path:
-        return Path(cast(str, self.args.output_dir))  # set by TrainingArguments where it was not given
+        return Path(cast(str, self.args.output_dir))  # set by TrainingArguments if it was not given
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As ``Trainer.train``; ``resume_from_checkpoint=True`` takes the last checkpoint that is whole.
+        """As ``Trainer.train``. ``resume_from_checkpoint=True`` takes the newest complete checkpoint.
 
-        With no such checkpoint the run starts from its beginning. A run that is finished is loaded, and not trained.
+        Without such a checkpoint the run starts from its beginning. A finished run is loaded and not trained.
 
         Raises:
-            ValueError: the checkpoint is of a run with another model, other data or other options, or damaged; the
-                output folder holds checkpoints and is neither resumed nor to be overwritten, or another run uses it.
+            ValueError: the checkpoint is damaged, or its run had another model, other data or other options. Or another
+                run uses the output folder, or the folder has checkpoints and neither resume nor overwrite is given.
         """
         first = self.args.process_index == 0
         with ExitStack() as held:
@@ -54,7 +54,7 @@ class ResumingTrainer(Trainer):
         return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
 
     def _identity(self) -> dict[str, Any]:
-        """What a checkpoint's run must have in common with this one. The model is looked at before it is trained."""
+        """Return the identity that a checkpoint's run must have. The model is read before it is trained."""
         if self._model_identity is None:
             self._model_identity = model_identity(self.accelerator.unwrap_model(self.model))
         datasets = {"train_dataset": self.train_dataset, "calibration_dataset": self.calibration_dataset}
@@ -63,14 +63,14 @@ class ResumingTrainer(Trainer):
         return run_identity(self.args, self._model_identity, datasets, self.data_collator)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """As ``Trainer``'s, which trains at least one step: of a run that is finished none."""
+        """As ``Trainer``'s, which trains at least one step. A finished run trains no step."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
 
     def _load_callback_state(self) -> None:
-        """As ``Trainer``'s, for the others' callbacks: it would make a new one of ours, which belongs to no trainer."""
+        """As ``Trainer``'s, but not for our own callback. ``Trainer`` would make a new one without a trainer."""
         callbacks = cast(dict[str, Any], self.state.stateful_callbacks)
         ours = callbacks.pop(MEMORY, None)
         super()._load_callback_state()

@@ -1,4 +1,4 @@
-"""What a row of a sweep was made from: its options as they were parsed, and its files by content."""
+"""The identity of a sweep's row: its parsed options, and its files by content."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -15,11 +15,11 @@ OPTIONS = "options"
 _FILES = ("model", "text", "eval_text", "calibration_text", "mmlu", "tasks_folder")
 """Options that name files or folders. A hub id counts by its name alone."""
 _ANYWHERE = ("output", "device", "json")
-"""With these a row is the same row."""
+"""Options that do not change a row."""
 
 
 def row_identity(*parsed: Any) -> dict[str, str]:
-    """Fingerprints of all options that change a result, and of each file or folder that an option names, by its name.
+    """Return fingerprints of all options that change a result, and of each file or folder in options, by name.
 
     Args:
         parsed: the options of the command, and of each evaluation after it.
@@ -33,7 +33,7 @@ def row_identity(*parsed: Any) -> dict[str, str]:
 
 
 def what_differs(then: Mapping[str, str], now: Mapping[str, str]) -> str | None:
-    """What has changed since a row was made; None: nothing."""
+    """Return what has changed since a row was made; None if nothing has."""
     files = [name for name in then if name in now and name != OPTIONS and then[name] != now[name]]
     if files:
         return f"{', '.join(files)} had another content"
@@ -71,5 +71,5 @@ def _digest_of_path(path: Path) -> str:
 
 @cache
 def _digest_of_file(path: Path, _size: int, _changed: int) -> str:
-    """Once for all runs of a sweep, unless the file changes meanwhile."""
+    """Return the digest of a file. It is computed once for all runs of a sweep, unless the file changes."""
     return digest_of_file(path)

@@ -1,4 +1,4 @@
-"""A whole run: load a model and data, make the model sparse, train, save, evaluate. ``lte train`` is this function."""
+"""A whole run: load a model and data, make the model sparse, train, save, evaluate. ``lte train`` calls it."""
 
 import json
 from collections.abc import Iterable
@@ -36,14 +36,14 @@ from lte.training.trainer import LTETrainer
 
 
 class Watcher:
-    """What a run shows while it goes on; this one shows what ``transformers.Trainer`` does. Made to be overridden."""
+    """Shows the progress of a run. This one shows what ``transformers.Trainer`` shows. Override its methods."""
 
     def waiting(self, what: str) -> AbstractContextManager[Any]:
-        """Around something that takes a while."""
+        """Return a context for something that takes a while."""
         return nullcontext()
 
     def track(self, items: Iterable[Any], what: str) -> Iterable[Any]:
-        """The items, one after the other."""
+        """Give the items, one after the other."""
         return items
 
     def train(self, trainer: LTETrainer, resume: bool | str | None) -> None:
@@ -52,12 +52,12 @@ class Watcher:
 
 @dataclass
 class Trained:
-    """What a run has made.
+    """The result of a run.
 
     Attributes:
-        model: as it was saved; of recipe ``dense`` the converted model that the plain one was made of.
+        model: as it was saved; with ``schedule="dense"`` the converted model that the saved plain one was made of.
         tokenizer: of the model.
-        trainer: which trained it.
+        trainer: the trainer of the run.
         evaluation: on held-out data.
         summary: what ``lte_training.json`` holds.
     """
@@ -95,31 +95,31 @@ def train(
 
     Args:
         model: a local folder, a hub id, or a ``.gguf`` file; dense, or sparse by the same method.
-        method: which, e.g. ``lte.LTEConfig(target_sparsity=0.5)``; its type picks it. None is LTE.
+        method: a config such as ``lte.LTEConfig(target_sparsity=0.5)``. Its type says which method. None is LTE.
         data: files or hub data sets to train on.
         output_dir: where the model, checkpoints and ``lte_training.json`` go.
-        task: what the data is.
-        data_config: how it is read, ``lte.DataConfig``.
-        eval_data: held-out data, evaluated once training is over; without it a part of ``data`` is held out.
-        calibration_data: to set thresholds on, best a sample of what the model will see; without it, rows of ``data``.
-        held_out: how much of ``data``: a fraction, or from 1 a number of rows.
-        resume: go on from the last whole checkpoint in ``output_dir``, if there is one; or from the one that is named.
+        task: the kind of data, e.g. ``"language_modelling"`` or ``"generation"``.
+        data_config: an ``lte.DataConfig``, which says how data is read.
+        eval_data: held-out data, evaluated after training. Without it a part of ``data`` is held out.
+        calibration_data: data for thresholds; it should be like the text that the model will see. None takes ``data``.
+        held_out: the part of ``data`` that is held out: a fraction, or from 1 on a number of rows.
+        resume: True continues from the newest complete checkpoint in ``output_dir``. A path names a checkpoint.
         device: None takes a GPU if there is one.
         dtype: of the weights; ``"auto"`` is float32.
         trust_remote_code: whether code that comes with the model may run.
         watcher: shows progress.
-        command: what the summary says that was run.
-        args: of the training, in place of ``output_dir`` and ``training``.
+        command: the command line for the summary.
+        args: the training arguments, in place of ``output_dir`` and ``training``.
         training: options of ``lte.LTETrainingArguments``, e.g. ``max_steps`` and ``learning_rate``.
 
     Raises:
-        ValueError: what cannot be right of all these, before any training; another run uses the folder; training
-            diverged.
+        ValueError: an argument is wrong or arguments do not fit together (before any training), another run uses the
+            folder, or training diverged.
     """
     if args is None:
         args = LTETrainingArguments(output_dir, **training)
     elif twice := [*(["output_dir"] if output_dir is not None else []), *training]:
-        raise ValueError(f"args are given, so {', '.join(twice)} belongs into them")
+        raise ValueError(f"args are given, so give {', '.join(twice)} inside args")
     inputs = Inputs(_several(data), task, data_config or DataConfig())
     run = _Run(
         model,
@@ -164,12 +164,12 @@ class _Run:
         args, watcher = self.args, self.watcher
         set_seed(args.seed)
         made = self._made()  # of the options as they were given: the trainer changes some
-        self.method.training(args)  # says now if the two do not fit
+        self.method.training(args)  # raises now if the two do not fit
         check_dtype(self.dtype)
         config, tokenizer = load_config(self.model, self.trust), load_tokenizer(self.model, self.trust)
         if args.load_best_model_at_end and not self.calibration_data:
             raise ArgumentError(
-                "load_best_model_at_end would choose by the data of the final evaluation: give ",
+                "load_best_model_at_end would choose the model by the data of the final evaluation: give ",
                 Argument("calibration_data", "FILE"),
             )
         train_set, held_out, calibration = self._load_data(config, tokenizer)
@@ -208,7 +208,7 @@ class _Run:
         )
 
     def _load_data(self, config: Any, tokenizer: Any) -> tuple[Any, Any, Any]:
-        """Training, held-out and calibration data (None: the trainer keeps rows out)."""
+        """Return training, held-out and calibration data. If the last is None, the trainer keeps rows out."""
         inputs, args = self.inputs, self.args
         load = partial(inputs.load, tokenizer=tokenizer, model_config=config, new_head=True)
         data = load(inputs.text)
@@ -219,7 +219,7 @@ class _Run:
         like_data = replace(inputs.data, class_names=data.class_names)
         calibration = None
         if self.calibration_data:
-            evaluated = args.eval_strategy != "no"  # otherwise thresholds are all that is set on it
+            evaluated = args.eval_strategy != "no"  # otherwise only thresholds need it
             calibration = load(self.calibration_data, data=like_data, labelled=evaluated)
         if self.eval_data:
             return data, load(self.eval_data, data=like_data), calibration
@@ -231,7 +231,7 @@ class _Run:
         if class_names is not None:
             labels = {"num_labels": len(class_names), "id2label": dict(enumerate(class_names))}
             labels["label2id"] = {name: index for index, name in enumerate(class_names)}
-            one = self.inputs.task == "regression"  # a checkpoint may remember what it was trained for before
+            one = self.inputs.task == "regression"  # a checkpoint may have the problem type of an earlier training
             labels["problem_type"] = "regression" if one else "single_label_classification"
         with self.watcher.waiting("loading the model"):
             head = self.inputs.head(config, new=True)
@@ -242,7 +242,7 @@ class _Run:
         made = conversion_of(model.config)
         if not isinstance(made, Method):
             install_routers_(model, self.method)
-            if self.args.dense_fraction == 0:  # else the trainer does, after the dense stage
+            if self.args.dense_fraction == 0:  # otherwise the trainer groups neurons after the dense stage
                 batches = DataLoader(train_set, batch_size=1, shuffle=True, collate_fn=train_set.collator)
                 progress = partial(self.watcher.track, what="grouping neurons")
                 regroup_(model, self.method, batches if self.method.needs_activations else (), progress)
@@ -254,17 +254,17 @@ class _Run:
     def _save(self, trainer: LTETrainer, model: PreTrainedModel, tokenizer: Any) -> None:
         folder = trainer.folder
         if self.args.should_save:
-            (folder / SUMMARY).unlink(missing_ok=True)  # of another model, until this one is evaluated
+            (folder / SUMMARY).unlink(missing_ok=True)  # it describes another model until this one is evaluated
         if not self.args.is_dense:
             trainer.save_model(str(folder))
-        elif self.args.should_save:  # a plain checkpoint, that any method can convert
+        elif self.args.should_save:  # a plain checkpoint, which any method can convert
             with saving(folder) as fresh:
                 densify(model).save_pretrained(fresh)
                 tokenizer.save_pretrained(fresh)
 
 
 def _metrics(task: str) -> dict[str, Any]:
-    """What ``Trainer`` measures beside the loss where rows have labels; ``metric_for_best_model`` can name it."""
+    """Return the metrics of ``Trainer`` for labelled rows. ``metric_for_best_model`` can name one of them."""
     if task not in ("classification", "regression"):
         return {}
 

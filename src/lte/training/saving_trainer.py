@@ -1,4 +1,4 @@
-"""A ``Trainer`` whose models and checkpoints are whole: what cannot be written is named, and leaves nothing behind."""
+"""A ``Trainer`` whose models and checkpoints are complete. A failed save names its file and leaves nothing."""
 
 import shutil
 from pathlib import Path
@@ -12,11 +12,11 @@ from lte.saving import saving
 from lte.training.checkpoints import rotate, seal
 
 PROVEN = 2
-"""So many checkpoints stay while training: the newest may have diverged, from the one before steps went well."""
+"""The least number of checkpoints that stay during training: the newest may come from a run that diverges."""
 
 
 class SavingTrainer(Trainer):
-    """Saves the model, its tokenizer and the arguments at once, and takes back a checkpoint that fails.
+    """Saves the model, its tokenizer and the arguments together, and removes a checkpoint that fails.
 
     Attributes:
         identity: of the run, kept in each checkpoint.
@@ -30,16 +30,16 @@ class SavingTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = output_dir or cast(str, self.args.output_dir)
         if not self.args.should_save:
-            super()._save(folder, state_dict)  # takes part in gathering the weights, writes nothing
+            super()._save(folder, state_dict)  # this rank helps to gather the weights and writes nothing
             return
         with saving(folder) as fresh:
             super()._save(str(fresh), state_dict)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Once all ranks have written, the checkpoint says what it holds; only then are older ones deleted."""
+        """After all ranks have written, write the manifest. Then delete older checkpoints."""
         folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save:
-            shutil.rmtree(folder, ignore_errors=True)  # damaged, and passed over
+            shutil.rmtree(folder, ignore_errors=True)  # damaged, so resuming skips it
         self.accelerator.wait_for_everyone()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:

@@ -1,4 +1,4 @@
-"""A run's way through its stages, as a callback of ``Trainer``, which keeps in checkpoints what it has to remember."""
+"""Leads a run through its stages, as a callback of ``Trainer``, which saves the callback's state in checkpoints."""
 
 import logging
 from dataclasses import astuple
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_CALIBRATIONS = 4  # in the hard stage, evenly spaced; frozen routers' inputs move while the rest trains
+_CALIBRATIONS = 4  # in the hard stage, evenly spaced: the inputs of frozen routers change while the model trains
 
 
-class _Stages(TrainerCallback, ExportableState):  # checkpoints know it by this name
-    """Changes the stage when it is time, by what the method's :class:`~lte.surgery.training.Training` does then.
+class _Stages(TrainerCallback, ExportableState):  # its name in checkpoints
+    """Changes the stage at the right step. The method's :class:`~lte.surgery.training.Training` does the work.
 
     Attributes:
         plan: the stages of the run.
-        stage: the present one; None before the first step.
-        progress: through it, in [0, 1].
+        stage: the current one; None before the first step.
+        progress: through the stage, in [0, 1].
     """
 
     def __init__(self, trainer: "LTETrainer"):
@@ -40,7 +40,7 @@ class _Stages(TrainerCallback, ExportableState):  # checkpoints know it by this 
         self.progress = 0.0
 
     def begin(self, resumed: dict[str, Any] | None) -> None:
-        """Called when training begins, with what a checkpoint remembers of the run, or None."""
+        """Called when training begins, with the state from a checkpoint or None."""
         trainer, model = self.trainer, self.trainer.plain
         check_recomputing(model)
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
@@ -63,12 +63,12 @@ class _Stages(TrainerCallback, ExportableState):  # checkpoints know it by this 
         self.stage = stage = cast(Stage, resumed["stage"])
         trainer.training.set_stage(stage)
         if stage != "dense":
-            trainer.plain.config.lte.pop("grouped", None)  # the checkpoint's neurons are
+            trainer.plain.config.lte.pop("grouped", None)  # the checkpoint's neurons are grouped
             if trainer.args.distils and trainer.state.global_step < self.plan.total:
                 trainer.distiller.load(trainer.folder, trainer.plain)
 
     def begin_step(self, step: int) -> None:
-        """Called before each optimizer step: change the stage when it is time."""
+        """Called before each optimizer step. Change the stage at the right step."""
         stage, self.progress = self.plan.at(step)
         if stage != self.stage:
             self.enter(stage)
@@ -76,7 +76,7 @@ class _Stages(TrainerCallback, ExportableState):  # checkpoints know it by this 
         self.trainer.training.before_step(stage, self.progress)
 
     def end_step(self) -> None:
-        """Called after each optimizer step; now and then set the thresholds (hard)."""
+        """Called after each optimizer step. In the hard stage, set the thresholds at some steps."""
         if self.stage in (None, "dense"):
             return
         trainer, step = self.trainer, self.trainer.state.global_step
@@ -89,7 +89,7 @@ class _Stages(TrainerCallback, ExportableState):  # checkpoints know it by this 
 
     @torch.no_grad()
     def enter(self, stage: Stage) -> None:
-        """Begin a stage for the first time (not on resuming inside it)."""
+        """Begin a stage. Not called if a run is resumed inside the stage."""
         trainer, model, before = self.trainer, self.trainer.plain, self.stage
         if self.plan.begins_sparse(stage):
             if before == "dense":
@@ -109,13 +109,13 @@ class _Stages(TrainerCallback, ExportableState):  # checkpoints know it by this 
         logger.info("stage %s begins at step %d of %s", stage, trainer.state.global_step, type(model).__name__)
 
     def calibrate(self) -> None:
-        """Move the thresholds so that rows which are not trained on have the target's sparsity."""
+        """Move the thresholds so that held-out rows have the target's sparsity."""
         trainer = self.trainer
         if trainer.rows.held_out is not None and trainer.training.target is not None:
             trainer.stop_if_diverged()
             trainer.training.calibrate(trainer.rows)
 
-    # ---- what Trainer asks of a callback
+    # ---- methods that Trainer calls
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

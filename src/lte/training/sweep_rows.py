@@ -1,4 +1,4 @@
-"""The rows of a sweep: which runs have theirs already, and what the row of a run says."""
+"""The rows of a sweep: which runs have one already, and the content of a run's row."""
 
 import json
 import math
@@ -15,19 +15,19 @@ ROWS = "rows.jsonl"
 Row = dict[str, Any]
 
 _ASKED = ("model", "seed", "target_sparsity", "recipe", "steps")
-"""In the row of a command that does not evaluate, where there is such."""
+"""Fields for the row of a command that does not evaluate, if it has them."""
 
 
 def name_of(row: Mapping[str, Any]) -> str:
-    """What varies in a row's run."""
+    """Return the varied options of a row's run, as a name."""
     return ", ".join(f"{name} {value}" for name, value in row["run"].items())
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a sweep so far.
+    """Return the rows of a sweep so far.
 
     Raises:
-        ValueError: a line that is none, as one that was cut off while it was written.
+        ValueError: a line is no row, for example because it is incomplete.
     """
     rows = []
     for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
@@ -36,7 +36,7 @@ def read_rows(path: Path) -> list[Row]:
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict) or not {"run", "command"} <= row.keys():
-            raise ValueError(f"{path} line {number} is no row of a sweep: take it out, and its run is done again")
+            raise ValueError(f"{path} line {number} is no row of a sweep: delete the line, then its run is done again")
         rows.append(row)
     return rows
 
@@ -44,14 +44,14 @@ def read_rows(path: Path) -> list[Row]:
 def row_of(
     varied: Mapping[str, str], identity: Mapping[str, str], command: str, rows: Sequence[Row], folder: Path
 ) -> Row | None:
-    """The row that a run has already, by what varies in it; None where it has none.
+    """Return the row that a run has already, by its varied options; None if it has none.
 
     Args:
-        identity: of the run now, see :func:`lte.training.row_identity.row_identity`.
-        command: of the run now; compared with that of rows without an identity.
+        identity: the current one of the run, see :func:`lte.training.row_identity.row_identity`.
+        command: the current one of the run. Rows without an identity are compared by it.
 
     Raises:
-        ValueError: the row is of other options or files.
+        ValueError: the row was made with other options or files.
     """
     found = [row for row in rows if row["run"] == varied and "error" not in row]
     for row in found:
@@ -63,17 +63,17 @@ def row_of(
 
 
 def of_trained(folder: Path, evals: list[Row]) -> Row:
-    """What a row says of a run that trained the model in a folder, and of further evaluations."""
+    """Return the row of a run that trained the model in a folder, with further evaluations."""
     summary = {name: value for name, value in read_json(folder / SUMMARY).items() if name != "command"}
     return {**summary, "evals": evals} if evals else summary
 
 
 def of_made(command: str, options: Any, evals: list[Row]) -> Row:
-    """The like of a command that does not evaluate what it makes: of what was asked for and of the first evaluation.
+    """Return the row of a command that does not evaluate its model: its options and the first evaluation.
 
     Args:
         command: a caption.
-        options: of the command, as they were parsed.
+        options: the parsed options of the command.
         evals: rows of ``lte eval``.
     """
     first, *evals = evals
@@ -88,6 +88,6 @@ def of_made(command: str, options: Any, evals: list[Row]) -> Row:
 
 
 def diverged(row: Row) -> str | None:
-    """Why a run whose loss is no number has failed; None for others."""
+    """Return why a run failed if its loss is NaN; None for other runs."""
     loss = row["evaluation"].get("loss")
     return None if loss is None or math.isfinite(loss) else f"the run diverged: its loss is {loss}"

@@ -1,4 +1,4 @@
-"""``LTETrainer``: ``transformers.Trainer``, which calls a method's training, a teacher, and the stages of a run."""
+"""``LTETrainer``: a ``transformers.Trainer`` that calls a method's training, a teacher, and the stages of a run."""
 
 import functools
 import logging
@@ -34,32 +34,32 @@ logger = logging.getLogger(__name__)
 class LTETrainer(ResumingTrainer, WatchedTrainer, SavingTrainer):
     """Makes a model sparse and trains it: dense (optional), soft and hard stage in one ``train()``.
 
-    With a method whose routers are not trained there is no soft stage: after the dense one neurons are grouped anew and
-    routers set on training rows, and the model gets used to them (hard). A mixture of experts has its balance loss in
-    place of the efficiency and separability losses.
+    If the method's routers are not trained, there is no soft stage. After the dense stage neurons are grouped and
+    routers are set on training rows, and in the hard stage the model adapts to them. A mixture of experts has a balance
+    loss in place of the efficiency and separability losses.
 
-    Takes what ``transformers.Trainer`` takes; batches may be ragged, padding (attention mask 0) counts
-    in no loss and no sparsity. Logs at each logging step ``task_loss``, ``sparsity`` and ``sparsity/layer_NN``; of LTE
-    ``efficiency_loss``, ``separability_loss``, ``eta`` and ``near_tau`` (share of scores within 0.1 of tau); of a
-    mixture ``balance_loss``.
+    It takes the arguments of ``transformers.Trainer``. Padding (attention mask 0) counts in no loss and no sparsity.
+    The log has ``task_loss``, ``sparsity`` and ``sparsity/layer_NN``. With LTE it also has ``efficiency_loss``,
+    ``separability_loss``, ``eta`` and ``near_tau`` (share of scores within 0.1 of tau), and with a mixture
+    ``balance_loss``.
 
     Args:
-        model: dense, with a ``method``; or sparse already, by ``lte.sparsify_`` or as a run before left it.
-        method: what makes a dense model sparse, e.g. ``lte.LTEConfig(target_sparsity=0.5)``. Neurons are grouped once,
-            when the dense stage is over.
-        calibration_dataset: rows to set thresholds on in the hard stage, so that ``target_sparsity`` is met on
-            text like it: best a sample of what the model will see. None keeps some rows out of training for it.
+        model: a dense model with a ``method``, or a sparse one, from ``lte.sparsify_`` or an earlier run.
+        method: makes a dense model sparse, e.g. ``lte.LTEConfig(target_sparsity=0.5)``. Neurons are grouped once, after
+            the dense stage.
+        calibration_dataset: rows for thresholds in the hard stage. ``target_sparsity`` is met on text like these rows,
+            so they should be like the text that the model will see. None keeps some training rows out for it.
 
     Attributes:
         method: of the model.
-        training: the method's own.
-        stages: where the run is.
-        distiller: has the teacher, where there is one.
+        training: the method's ``Training``.
+        stages: the current stage and its progress.
+        distiller: has the teacher, if there is one.
 
     Raises:
-        ValueError: a dense model without a method, a sparse one with another, one of a method that the recipe or its
-            target does not fit, one without logits that a teacher's could be compared with, one that is shared out by
-            tensor parallelism, arguments of another class, or several GPUs in one process.
+        ValueError: a dense model has no method, a sparse model has another method, or the schedule or target does not
+            fit the method. Or distillation has no logits, tensor parallelism divides the model, the arguments are of
+            another class, or one process has several GPUs.
     """
 
     args: LTETrainingArguments
@@ -81,7 +81,9 @@ class LTETrainer(ResumingTrainer, WatchedTrainer, SavingTrainer):
         self.training = Method.from_dict(model.config.lte).training(args)
         self.method: Method = self.training.method
         model.config.lte |= self.method.to_dict()
-        for layer in sparse_layers(model).values():  # a run before may have frozen them; the optimizer is made now
+        for layer in sparse_layers(
+            model
+        ).values():  # an earlier run may have frozen them, and the optimizer is made now
             layer.router.requires_grad_(True)
             if layer.compensation is not None:
                 layer.compensation.requires_grad_(True)
@@ -92,12 +94,12 @@ class LTETrainer(ResumingTrainer, WatchedTrainer, SavingTrainer):
         self._causal = is_causal(model)
         self._use_cache = getattr(model.config, "use_cache", None)
         super().__init__(model=model, args=args, **kwargs)
-        if not self._causal:  # the losses of other heads take num_items_in_batch, and most do not look at it
+        if not self._causal:  # the losses of other heads take num_items_in_batch, but most of them ignore it
             self.model_accepts_loss_kwargs = False
-        elif self.label_smoother is not None:  # Trainer knows by its class's name that a model is causal
+        elif self.label_smoother is not None:  # Trainer tells a causal model by the name of its class
             self.label_smoother = functools.partial(self.label_smoother, shift_labels=True)
         self.compilation = Compilation(args, self.accelerator)
-        # without gradients and an optimizer there is nothing that fp32 would be kept for, and bf16 is read faster
+        # the teacher has no gradients and no optimizer, so it does not need fp32; bf16 is read faster
         self.distiller = Distiller(model, args, self.compilation, torch.bfloat16 if args.bf16 else None)
         self._causal_loss = self.compilation.only(ForCausalLMLoss)
         self._plain: tuple[Any, Any] = (None, None)
@@ -111,7 +113,7 @@ class LTETrainer(ResumingTrainer, WatchedTrainer, SavingTrainer):
 
     @property
     def plain(self) -> Any:
-        """The model without wrappers. Kept: to find it means a look at all modules, at every step."""
+        """The model without wrappers. It is cached, because the search looks at all modules."""
         if self._plain[0] is not self.model:
             self._plain = self.model, self.accelerator.unwrap_model(self.model)
         return self._plain[1]
@@ -124,13 +126,13 @@ class LTETrainer(ResumingTrainer, WatchedTrainer, SavingTrainer):
         )
 
     def _batches(self, dataset: Any, seed: int | None = None) -> Iterator[dict[str, Any]]:
-        """Rows outside of the training loop, in an order of ``seed`` if it is given. Leaves the random state alone.
+        """Give batches outside of the training loop, in a random order by ``seed`` if it is given.
 
-        The dataset is not looked at before the first batch is asked for: many methods ask for none.
+        The random state is kept. The dataset is read only with the first batch: many methods need no batch.
         """
         loader = DataLoader(
             dataset,
-            batch_size=self._train_batch_size,  # of the shape that blocks are compiled for already
+            batch_size=self._train_batch_size,  # blocks are compiled for this shape already
             shuffle=seed is not None and hasattr(dataset, "__len__"),
             generator=torch.Generator().manual_seed(seed or 0),
             collate_fn=self._get_collator_with_removed_columns(self.data_collator),
@@ -140,11 +142,11 @@ class LTETrainer(ResumingTrainer, WatchedTrainer, SavingTrainer):
             yield self._read_by_model(cast(dict[str, Any], self._prepare_inputs(batch)))
 
     def _read_by_model(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Labels only where the decoder reads them: else they are for a loss, which nobody wants of this pass."""
+        """Return inputs without labels, unless the decoder reads them. These passes need no loss."""
         decoder = getattr(self.plain.config, "is_encoder_decoder", False)
         return {name: value for name, value in inputs.items() if name != "labels" or decoder}
 
-    # ---- what Trainer asks for
+    # ---- methods that Trainer calls
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         check_callbacks(self.callback_handler.callbacks, self.args)
@@ -154,14 +156,14 @@ class LTETrainer(ResumingTrainer, WatchedTrainer, SavingTrainer):
         mode = self.plain.config.lte.get("mode", "dense")
         if mode != "dense" and not checkpoint and not self.args.is_dense:
             logger.warning(
-                "the model is in mode %s, trained already: its weights are kept, but its routers and thresholds start "
-                "anew; to train it as it is, take transformers.Trainer",
+                "the model is in mode %s, so it is trained already: its weights are kept, but its routers and "
+                "thresholds start again; to train it as it is, use transformers.Trainer",
                 mode,
             )
         result = super().train_from(checkpoint, *args, **kwargs)
-        # mixed precision wrapped forward in autocast; the trained model is to run as it is, and optimised at full speed
+        # mixed precision wrapped forward in autocast; the trained model must run without this wrapper
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        if self._use_cache is not None:  # Trainer turns the KV cache off; the trained model is to generate with it
+        if self._use_cache is not None:  # Trainer turns the KV cache off, but the trained model generates with it
             self.plain.config.use_cache = self._use_cache
         return result
 
@@ -207,7 +209,7 @@ class LTETrainer(ResumingTrainer, WatchedTrainer, SavingTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         if isinstance(num_items_in_batch, Tensor):
-            num_items_in_batch = num_items_in_batch.clamp_min(1)  # nothing but padding: a loss of 0, not 0 / 0
+            num_items_in_batch = num_items_in_batch.clamp_min(1)  # a batch of padding has a loss of 0, not 0 / 0
         stage = self.stage
         if not model.training or stage not in ("soft", "hard"):
             with causal_loss(model, self._causal_loss if model.training else None):
@@ -218,7 +220,9 @@ class LTETrainer(ResumingTrainer, WatchedTrainer, SavingTrainer):
             wanted = {**inputs, **self.distiller.wanted}
             loss, outputs = cast(Any, super().compute_loss(model, wanted, True, num_items_in_batch))
         scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        parts = self.current_gradient_accumulation_steps if scaled else 1  # the task loss is a share of so many's
+        parts = (
+            self.current_gradient_accumulation_steps if scaled else 1
+        )  # the task loss is a share of this number of micro-batches
         loss, task, divergence = lesson.mix(
             loss,
             outputs["logits"] if lesson.loss else None,
@@ -238,11 +242,11 @@ class LTETrainer(ResumingTrainer, WatchedTrainer, SavingTrainer):
 
     @property
     def _ranks_scale(self) -> int:
-        """``num_items_in_batch`` counts all ranks, gradients are averaged over them."""
+        """The factor of the loss: ``num_items_in_batch`` counts all ranks, and gradients are averaged over them."""
         return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """As ``Trainer``'s, but parameters are counted once: it takes a millisecond or more of every step."""
+        """As ``Trainer``'s, but parameters are counted once: a count takes a millisecond or more of each step."""
         tokens = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
         if tokens is None:
             return super().floating_point_ops(inputs)
@@ -260,7 +264,7 @@ class LTETrainer(ResumingTrainer, WatchedTrainer, SavingTrainer):
         return self.compilation.keep(super().prediction_step(*args, **kwargs))
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        """As ``Trainer``'s, of all rows: ``dataloader_drop_last`` says how training rows are put into batches."""
+        """As ``Trainer``'s, but with all rows: ``dataloader_drop_last`` is meant for training rows only."""
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
             return super().get_eval_dataloader(*args, **kwargs)
@@ -268,7 +272,7 @@ class LTETrainer(ResumingTrainer, WatchedTrainer, SavingTrainer):
             self.args.dataloader_drop_last = drop_last
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As ``Trainer``'s, in the model's present mode; adds ``eval_sparsity`` of this process's share."""
+        """As ``Trainer``'s, in the model's current mode. It adds ``eval_sparsity`` of this process's rows."""
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         with track_sparsity(self.plain) as meter:
             output = super().evaluation_loop(*args, **kwargs)

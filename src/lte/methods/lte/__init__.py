@@ -1,4 +1,4 @@
-"""LTE: its conversion, and its training: losses, controller, starts of routers and compensation, calibration."""
+"""LTE: its config and its training: losses, controller, start of routers and compensation, calibration."""
 
 from lte.methods.lte.config import LTEConfig
 

@@ -1,4 +1,4 @@
-"""Meeting a sparsity when routers are fixed: one shift of all thresholds, measured on data."""
+"""Calibration: one shift of all thresholds, measured on data, gives fixed routers the target sparsity."""
 
 import logging
 import math
@@ -25,28 +25,28 @@ _MISSED = 0.01
 def calibrate_(model: nn.Module, batches: Iterable[dict[str, Any]], target_sparsity: float, passes: int = 2) -> float:
     """Shift every router's bias by the same amount, so that sparsity on ``batches`` is ``target_sparsity``.
 
-    It moves a trained model along its trade-off between quality and sparsity without training. The shift is the
-    quantile of all layers' logits together, so layers keep their different sparsities. Nothing else of the model
-    changes, neither tau nor its mode; an optimised model (``lte.optimize_``) stays so.
+    This changes the sparsity of a trained model without training. The shift is the quantile of all layers' logits
+    together, so layers keep their different sparsities. Nothing else of the model changes, and an optimised model
+    (``lte.optimize_``) stays optimised.
 
     Args:
         model: sparse, in mode hard.
-        batches: inputs of the model, read ``passes`` times. Take them from data it was not trained on: a model
-            uses fewer experts on text that is new to it than on what it has seen. Padding does not count.
+        batches: inputs of the model, read ``passes`` times. Take them from data that the model was not trained on: a
+            model uses fewer experts on new text. Padding does not count.
         target_sparsity: in (0, 1).
-        passes: forward passes over the batches. Moving one layer's threshold changes the next layer's input, so
-            one is not enough.
+        passes: number of forward passes over the batches. A shift of one layer changes the next layer's input, so one
+            pass is not enough.
 
     Returns:
-        The shift, in units of the logit; positive closed experts.
+        The shift, in units of the logit. A positive shift closes experts.
 
     Raises:
-        ValueError: no batches, a target outside (0, 1), a dense model, one in another mode, or one whose routers give
-            NaN. The model is then as it was.
+        ValueError: there is no batch, the target is outside (0, 1), the model is dense or in another mode, or its
+            routers give NaN. Then the model does not change.
     """
     batches = list(batches)
     if not batches or passes < 1:
-        raise ValueError("calibrating needs at least one batch, and at least one pass over them")
+        raise ValueError("calibration needs at least one batch and at least one pass")
     check_calibration(model, target_sparsity)
     layers = sparse_layers(model)
     before = {name: layer.lte_router.bias.clone() for name, layer in layers.items()}
@@ -56,7 +56,7 @@ def calibrate_(model: nn.Module, batches: Iterable[dict[str, Any]], target_spars
             for _ in range(passes):
                 cut, sparsity = _cut(_margins(model, batches), target_sparsity)
                 total += cut
-                for name, layer in layers.items():  # from the start anew: shifts add up before they are rounded
+                for name, layer in layers.items():  # from the original biases: shifts are added before they are rounded
                     layer.lte_router.bias.copy_(before[name].float() - total / layer.lte_router.temperature)
     except BaseException:
         for name, layer in layers.items():
@@ -64,7 +64,7 @@ def calibrate_(model: nn.Module, batches: Iterable[dict[str, Any]], target_spars
         raise
     if abs(sparsity - target_sparsity) > _MISSED:
         logger.warning(
-            "sparsity %.3f is as near to %.3f as one shift comes: many router logits are equal, or the batches hold "
+            "sparsity %.3f is as near to %.3f as one shift allows: many router logits are equal, or the batches hold "
             "few tokens",
             sparsity,
             target_sparsity,
@@ -75,12 +75,11 @@ def calibrate_(model: nn.Module, batches: Iterable[dict[str, Any]], target_spars
 
 
 def check_calibration(model: nn.Module, target_sparsity: float) -> None:
-    """Whether thresholds of the model can be calibrated.
+    """Raise ValueError unless thresholds of the model can be calibrated.
 
-    Raises:
-        ValueError: a target outside (0, 1), a dense model, one in mode dense or soft, or of another method than LTE.
+    The target must be in (0, 1), and the model must be LTE's, in mode hard.
     """
-    check_target(target_sparsity)
+    check_calibration_target(target_sparsity)
     layers = sparse_layers(model).values()
     check_lte_routers(layers, "convert (or train) the dense model again with another target_sparsity")
     check_hard(layers, "but thresholds are those of mode hard")
@@ -88,12 +87,8 @@ def check_calibration(model: nn.Module, target_sparsity: float) -> None:
         raise ValueError("tau is not between 0 and 1 in every layer: no shift of the router's bias reaches it")
 
 
-def check_target(target_sparsity: float) -> None:
-    """Whether it is a sparsity that thresholds can meet.
-
-    Raises:
-        ValueError: outside (0, 1).
-    """
+def check_calibration_target(target_sparsity: float) -> None:
+    """Raise ValueError unless the target is in (0, 1), so that thresholds can meet it."""
     if not 0 < target_sparsity < 1:
         raise ValueError(
             f"target_sparsity is {target_sparsity}, but it must lie between 0 and 1, e.g. 0.5 "
@@ -102,18 +97,18 @@ def check_target(target_sparsity: float) -> None:
 
 
 def _margins(model: nn.Module, batches: list[dict[str, Any]]) -> Tensor:
-    """By how much logits exceed the logit of tau, on all real tokens of all layers, or on a sample of them.
+    """Return logits minus the logit of tau, for the tokens of all layers without padding, or a sample of them.
 
-    The sample has some experts of every token, in turn: tokens differ much (the first of a text uses nearly all
-    experts), so leaving tokens out would cost accuracy. Logits and not scores are kept, because a sigmoid is 1 from
-    17 on.
+    The sample has some experts of every token, in turn. Tokens differ much (the first of a text uses nearly all
+    experts), so a sample of tokens would be less exact. Logits are kept, not scores, because a sigmoid is 1 from a
+    logit of 17 on.
     """
     layers = sparse_layers(model)
     device = next(model.parameters()).device
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
     kept: list[Tensor] = []
     stride = 0
-    with ExitStack() as hooks, record_scores(model) as recording:  # recording makes optimised layers call the router
+    with ExitStack() as hooks, record_scores(model) as recording:  # a recording makes optimised layers call the router
         for name, layer in layers.items():
             hook = partial(_keep_logits, seen[name], math.log(layer.tau / (1 - layer.tau)))
             hooks.callback(layer.router.register_forward_hook(hook).remove)
@@ -124,15 +119,17 @@ def _margins(model: nn.Module, batches: list[dict[str, Any]]) -> Tensor:
                 widths = [layer.router.num_experts for layer in layers.values()]
                 stride = stride_for(logits * len(batches), _MAX_LOGITS, *widths)
             for name, parts in seen.items():
-                if not parts:  # not run in this pass
+                if not parts:  # the layer did not run in this pass
                     continue
-                margins_TE = torch.cat(parts, dim=-2)  # in parts where the model runs its FFN in chunks of the sequence
+                margins_TE = torch.cat(
+                    parts, dim=-2
+                )  # several parts if the model runs its FFN in chunks of the sequence
                 mask = recording.mask(name)
                 real_TE = margins_TE.flatten(0, -2) if mask is None else margins_TE[mask.to(margins_TE.device).bool()]
                 kept.append(real_TE.flatten()[::stride].clone().to(device))
                 parts.clear()
     if not any(len(values) for values in kept):
-        raise ValueError("the batches hold no token to calibrate on: all is padding")
+        raise ValueError("the batches hold only padding, so there is no token for calibration")
     return torch.cat(kept)
 
 
@@ -141,9 +138,9 @@ def _keep_logits(parts: list[Tensor], threshold: float, router: Any, args: tuple
 
 
 def _cut(values: Tensor, share: float) -> tuple[float, float]:
-    """A number with about that share of the values below it and none equal to it, and the share there really is.
+    """Return a number with about ``share`` of the values below it and none equal to it, and the real share.
 
-    Equal values fall on one side together, the side that comes nearer to ``share``.
+    Equal values are on the same side, the one that comes nearer to ``share``.
     """
     if not values.isfinite().all():
         raise ValueError("router logits are not finite: the model is damaged, or its training went wrong")

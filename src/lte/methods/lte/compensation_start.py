@@ -1,4 +1,4 @@
-"""Where compensation starts: fitted to what the experts would leave out that fitted routers shut."""
+"""The start of compensation: it is fitted to the output of the experts that fitted routers make idle."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -14,20 +14,20 @@ from lte.surgery.sites import FFNSite, find_sites
 
 @torch.no_grad()
 def fit_compensations_(model: Any, batches: Iterable[dict[str, Tensor]], sparsity: float) -> None:
-    """Set every compensation to the reduced-rank regression of what is left out on the FFN's input.
+    """Set every compensation to a reduced-rank regression on the FFN's input.
 
-    Left out is what the dense FFN gives less what it would give with the share ``sparsity`` of the (token, expert)
-    pairs idle whose router logits are lowest, in each layer alike. The regression weighs a token's input and a 1 by
-    its share of idle experts, as :class:`~lte.modules.compensation.Compensation` does, and keeps the ``R`` directions
-    of the output that explain most (Izenman, 1975).
+    The regression predicts what is missing if the (token, expert) pairs with the lowest router logits are idle: in each
+    layer the share ``sparsity`` of them. It weighs a token's input and a 1 by its share of idle experts, as
+    :class:`~lte.modules.compensation.Compensation` does. It keeps the ``R`` directions of the output that explain most
+    (Izenman, 1975).
 
     Args:
         model: sparse, in mode dense, with fitted routers.
-        batches: of the model; as many tokens are read as routers are fitted to.
+        batches: inputs of the model. The number of tokens is that of the routers' fit.
         sparsity: between 0 and 1.
 
     Raises:
-        ValueError: no batch, or one that the model makes NaN or infinities of.
+        ValueError: there is no batch, or the model gives NaN or infinities.
     """
     sites = find_sites(model, model.config.model_type)
     fits = [_Fit(site, sparsity) for site in sites]
@@ -37,7 +37,7 @@ def fit_compensations_(model: Any, batches: Iterable[dict[str, Tensor]], sparsit
 
 
 class _Fit:
-    """Sums over tokens of products of what compensation is given with itself and with what is left out."""
+    """Sums over tokens: products of the compensation's input with itself and with the missing output."""
 
     def __init__(self, site: FFNSite, sparsity: float) -> None:
         self.layer: Any = site.installed
@@ -50,10 +50,10 @@ class _Fit:
         self.count = 0
 
     def add(self, x_TD: Tensor, hidden_TF: Tensor) -> None:
-        """An FFN's input, and what its neurons make of it."""
+        """Add an FFN's input and its neurons."""
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self.layer.lte_router.logits(x_TD)
-            if self.cut is None:  # of the first tokens: near enough for a start
+            if self.cut is None:  # the quantile of the first tokens is good enough for a start
                 rank = min(logits_TE.numel(), 1 + int(self.sparsity * logits_TE.numel()))
                 self.cut = logits_TE.flatten().kthvalue(rank).values
             idle_TE = logits_TE < self.cut
@@ -70,8 +70,13 @@ class _Fit:
         given_DR = torch.linalg.svd(lower_II.T @ map_ID, full_matrices=False)[2].T
         given_DR = given_DR[:, : len(self.layer.compensation.compress)]
         map_IR = map_ID @ given_DR
-        size_R = ((lower_II.T @ map_IR).square().sum(0) / self.count).sqrt().clamp_min(1e-12)  # each then gives 1
-        into, rank = self.layer.compensation, len(size_R)  # a rank above the width leaves the rest at its start
+        size_R = (
+            ((lower_II.T @ map_IR).square().sum(0) / self.count).sqrt().clamp_min(1e-12)
+        )  # each of these inputs then gives 1
+        into, rank = (
+            self.layer.compensation,
+            len(size_R),
+        )  # with a rank above the width, the other directions keep their start
         into.compress[:rank].copy_((map_IR[:-1] / size_R).T)
         into.bias[:rank].copy_(map_IR[-1] / size_R)
         into.expand[:, :rank].copy_(given_DR * size_R)

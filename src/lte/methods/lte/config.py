@@ -21,16 +21,16 @@ class LTEConfig(Grouped):
     """How to convert a model for LTE.
 
     Attributes:
-        expert_size: neurons an expert; must divide d_ff (paper: 32).
-        tau: an expert is active when its score is above it (paper: 0.5).
+        expert_size: neurons of an expert; must divide d_ff (paper: 32).
+        tau: an expert is active if its score is above tau (paper: 0.5).
         grouping: ``kmeans`` on the rows of the first FFN weight (paper), ``coactivation`` from data, or ``random``.
         seed: of grouping and router initialisation.
-        compensation_rank: rank R of a linear stand-in for idle experts, which costs ``2 D R`` weights a token
-            (:class:`~lte.modules.compensation.Compensation`); 0 (paper) is none.
-        target_sparsity: fraction of neurons that training is to leave idle, in (0, 1); None with the paper's recipe.
+        compensation_rank: rank R of a linear map that stands in for idle experts. It costs ``2 D R`` weights for each
+            token (:class:`~lte.modules.compensation.Compensation`); 0 (paper) is none.
+        target_sparsity: fraction of idle neurons after training, in (0, 1); None with ``schedule="paper"``.
 
     Raises:
-        ValueError: an option outside its range.
+        ValueError: an option is outside its range.
     """
 
     name: ClassVar[str] = "lte"
@@ -52,7 +52,7 @@ class LTEConfig(Grouped):
             raise ValueError(f"tau is {self.tau}, but scores lie between 0 and 1, so tau does too (usual: 0.5)")
 
     def training(self, options: TrainingOptions) -> "LTETraining":
-        from lte.methods.lte.training import LTETraining  # who only converts or loads a model does without
+        from lte.methods.lte.training import LTETraining  # not needed to convert or load a model
 
         return LTETraining(self, options)
 

@@ -1,4 +1,4 @@
-"""What a training step of LTE takes from the scores of all layers: losses, and what is logged of them."""
+"""The losses of an LTE training step from the scores of all layers, and the values for its log."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,10 +19,10 @@ NEAR_TAU = 0.1
 def lte_losses(
     recording: Recording, layers: dict[str, Selecting], floor: float, log: StepLog, measure: Callable[..., Any]
 ) -> tuple[Tensor, Tensor]:
-    """LTE's efficiency and separability losses of a forward pass, not weighted; both go to the log.
+    """Return LTE's efficiency and separability losses of a forward pass, without weights. The log gets both.
 
     Args:
-        measure: :func:`measure_scores`, or it compiled.
+        measure: :func:`measure_scores`, compiled or not.
     """
     stacked = recording.stacked()
     groups = [(len(names) / len(layers), scores, mask) for names, scores, mask in stacked]
@@ -31,19 +31,19 @@ def lte_losses(
     for (names, _, _), count in zip(stacked, counts, strict=True):
         log.meter.add_counts(names, *count)
     for name, value in {"efficiency_loss": efficiency, "separability_loss": separability, "near_tau": near}.items():
-        log.note(name, value.clone())  # what a CUDA graph put out does not outlive its step
+        log.note(name, value.clone())  # the output of a CUDA graph is valid only in its step
     return efficiency, separability
 
 
 def measure_scores(
     groups: list[tuple[float, Tensor, Tensor | None]], tau: float, floor: float
 ) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-    """Efficiency loss, separability loss and the share of scores near tau; and active experts, counted by layer.
+    """Return efficiency loss, separability loss, the share of scores near tau, and active experts of each layer.
 
     Args:
-        groups: of layers that are alike: their share of all layers, scores ``[L, ..., E]``, mask.
-        tau: an expert is active when its score is above it.
-        floor: of the squared distance to tau that the separability loss divides by.
+        groups: for each group of similar layers its share of all layers, scores ``[L, ..., E]``, and mask.
+        tau: an expert is active if its score is above tau.
+        floor: the least divisor of the separability loss.
     """
     efficiency = separability = near = torch.zeros((), device=groups[0][1].device)
     counts = []

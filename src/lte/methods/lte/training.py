@@ -1,4 +1,4 @@
-"""How LTE trains (LTE paper, section 4): losses on scores, a sigmoid that sharpens, eta that meets a sparsity."""
+"""LTE's training (LTE paper, section 4): losses on scores, the temperature, and eta, which meets the target."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -20,9 +20,9 @@ from lte.surgery.stages import Stage, StagePlan
 from lte.surgery.training import Rows
 from lte.surgery.training_options import check_target
 
-_USUAL_SPARSITY = 0.5  # that a start is made for where none is asked for
-_COMPARISONS = 10  # in the soft stage, of training rows' sparsity with that of others
-_APART = 20  # steps between two of them at least: a short stage has fewer
+_USUAL_SPARSITY = 0.5  # the sparsity for the start if there is no target
+_COMPARISONS = 10  # comparisons in the soft stage of the sparsity of training rows with that of others
+_APART = 20  # the least number of steps between two of them: a short stage has fewer
 
 
 class LTETraining(LearnedTraining):
@@ -34,12 +34,12 @@ class LTETraining(LearnedTraining):
     """
 
     def check(self) -> None:
-        """Take the target of the options: the routers of one model can be trained for any.
+        """Take the target of the options. The routers of a model can be trained for any target.
 
         Raises:
-            ValueError: the default recipe, and no target.
+            ValueError: the default schedule without a target.
         """
-        if self.options.recipe == "paper":
+        if self.options.schedule == "paper":
             self.method = replace(self.method, target_sparsity=None)
         elif not self.options.is_dense:
             asked = self.options.target_sparsity
@@ -66,7 +66,7 @@ class LTETraining(LearnedTraining):
             fit_compensations_(self.model, batches, self.target or _USUAL_SPARSITY)
 
     def before_step(self, stage: Stage, progress: float) -> None:
-        """Sharpen the sigmoid in the first part of the soft stage."""
+        """Raise the temperature in the first part of the soft stage."""
         if stage == "soft":
             ramped = min(1.0, progress / cast(float, self.options.ramp))
             temperatures = [layer.lte_router.temperature for layer in self.layers.values()]
@@ -74,7 +74,7 @@ class LTETraining(LearnedTraining):
             torch._foreach_add_(temperatures, cast(float, self.options.temperature) ** ramped)  # pyright: ignore
 
     def loss(self, stage: Stage, recording: Recording) -> Tensor:
-        """``eta`` times the efficiency loss, and the separability loss by its weight; both are only logged if hard."""
+        """Return ``eta`` times the efficiency loss plus the weighted separability loss; 0 in the hard stage."""
         floor = self.options.separability_floor
         efficiency, separability = lte_losses(recording, self.layers, floor, self.log, self._measure)
         if stage == "hard":
@@ -83,7 +83,7 @@ class LTETraining(LearnedTraining):
         return loss + weight * separability if weight else loss
 
     def after_step(self, stage: Stage, progress: float, step: int, sparsity: Tensor, rows: Rows) -> None:
-        """Move eta toward the target."""
+        """Change eta by the controller."""
         if stage != "soft" or self.target is None:
             return
         if step % max(_APART, self.run_plan.soft // _COMPARISONS) == 0:
@@ -92,7 +92,7 @@ class LTETraining(LearnedTraining):
 
     @torch.no_grad()
     def compare(self, sparsity: Tensor, rows: Rows) -> None:
-        """Tell the controller by how much rows that are not trained on are sparser than those of the last step."""
+        """Give the controller the sparsity of held-out rows minus that of the last step."""
         if rows.held_out is None:
             return
         with evaluating(self.model), rows.autocast(), track_sparsity(self.model) as meter:
@@ -101,7 +101,7 @@ class LTETraining(LearnedTraining):
         self.controller.gap = cast(Tensor, reduce(meter.measured()[0], reduction="mean")) - sparsity
 
     def calibrate(self, rows: Rows) -> None:
-        """Shift all thresholds by one amount, the mean of those that the ranks find."""
+        """Shift all thresholds by the mean of the shifts that the ranks find."""
         assert rows.held_out is not None
         assert self.target is not None
         routers = [layer.lte_router for layer in self.layers.values()]
