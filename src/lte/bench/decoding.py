@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lte.bench.timing import synchronize
+from lte.inference.clock import Clock
 from lte.inference.generate import generate
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class Decoder:
 
     def __call__(self, prompt_BS: Tensor) -> Decoded:
         options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        clock = _Clock()
+        clock = Clock()
         synchronize(self.device)
         began = time.perf_counter()
         tokens = generate(
@@ -84,16 +85,3 @@ class Decoder:
         )
         _prompt, *times = clock.times
         return Decoded(tokens, times[0] - began, [after - before for before, after in pairwise(times)])
-
-
-class _Clock:
-    """A streamer that notes when it got what."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass

@@ -19,6 +19,7 @@ from lte.data.chat import ChatTemplate
 from lte.data.text_files import read_text
 from lte.data.tokenise import encode, most_tokens, without_start, wrapping
 from lte.evaluation.inputs import generating_head
+from lte.inference.clock import Clock
 from lte.inference.completions import GREEDY, Completion, complete, completions_sparsity, padded, stop_ids
 from lte.ops.sparse_ffn import BackendName
 from lte.surgery.conversion import conversion_of
@@ -63,7 +64,8 @@ class Run:
     """What decoding gave, a prompt each.
 
     Attributes:
-        seconds: that decoding took in all.
+        seconds: that decoding took in all, preparing left out.
+        first: seconds of these until a batch had its first tokens, of all batches.
         preparing: seconds spent before on compiling and capturing steps.
         prepared: what that was, in words.
     """
@@ -71,12 +73,19 @@ class Run:
     texts: list[str] = field(default_factory=list)
     completions: list[Completion] = field(default_factory=list)
     seconds: float = 0.0
+    first: float = 0.0
     preparing: float = 0.0
     prepared: list[str] = field(default_factory=list)
 
     @property
     def tokens(self) -> list[int]:
         return [len(one.new) for one in self.completions]
+
+    @property
+    def later_per_second(self) -> float | None:
+        """Tokens a second after the first of each text; None where there are none."""
+        later, seconds = sum(self.tokens) - len(self.tokens), self.seconds - self.first
+        return later / seconds if later and seconds > 0 else None
 
 
 @torch.no_grad()
@@ -105,7 +114,7 @@ def main(argv: Sequence[str]) -> None:
         optimize_where_possible_(model, options.backend)
     run = _decode(model, tokenizer, batches, options)
     speed = sum(run.tokens) / run.seconds
-    err.print(f"{sum(run.tokens)} tokens, {speed:.1f} a second" + _prepared_in(run.preparing))
+    err.print(_summary(run))
     sparsity = completions_sparsity(model, run.completions).overall if has_routers else None
     if sparsity is not None:
         err.print(f"sparsity {sparsity:.1%} (mode {mode})")
@@ -113,6 +122,7 @@ def main(argv: Sequence[str]) -> None:
         result = {"texts": run.texts, "tokens": run.tokens, "seconds": round(run.seconds, 4), "mode": mode}
         result |= {"tokens_per_second": round(speed, 2), "sparsity": sparsity}
         result |= {"device": str(model.device), "backend": options.backend, "preparing": round(run.preparing, 4)}
+        result |= {"first_token_seconds": round(run.first, 4), "later_tokens_per_second": run.later_per_second}
         result["compiled"] = any(what.startswith("compiling") for what in run.prepared)
         print_json(result)
 
@@ -172,7 +182,7 @@ def _decode(model: PreTrainedModel, tokenizer: Any, batches: list[dict[str, Tens
             run.preparing += time.perf_counter() - began
 
         for index, inputs in enumerate(batches):
-            began = time.perf_counter() - run.preparing
+            began, clock = time.perf_counter() - run.preparing, Clock(streamer())
             completions = complete(
                 model,
                 inputs,
@@ -182,10 +192,11 @@ def _decode(model: PreTrainedModel, tokenizer: Any, batches: list[dict[str, Tens
                 seed=options.seed + index,
                 max_new_tokens=options.max_new_tokens,
                 pad_token_id=tokenizer.pad_token_id,
-                streamer=streamer(),
+                streamer=clock,
                 **sampling,
             )
             run.seconds += time.perf_counter() - run.preparing - began
+            run.first += clock.times[1] - run.preparing - began
             run.completions += completions
             run.texts += [tokenizer.decode(one.new, skip_special_tokens=True) for one in completions]
     if not streams:
@@ -193,8 +204,11 @@ def _decode(model: PreTrainedModel, tokenizer: Any, batches: list[dict[str, Tens
     return run
 
 
-def _prepared_in(seconds: float) -> str:
-    return f" after {seconds:.1f} s of preparing" if seconds else ""
+def _summary(run: Run) -> str:
+    said = f"{sum(run.tokens)} tokens in {run.seconds:.2f} s"
+    if run.later_per_second is not None:
+        said += f": {run.first:.2f} s until the first, then {run.later_per_second:.1f} a second"
+    return said + (f"; {run.preparing:.1f} s of preparing before" if run.preparing else "")
 
 
 @contextmanager
