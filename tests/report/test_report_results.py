@@ -16,7 +16,7 @@ def named(qualities):
 def test_a_row_becomes_a_measurement(tmp_path):
     (one,) = read_results([write(tmp_path / "rows.jsonl", [row("cats", 12.5, 0.5, 0.15, seed=3)])]).measurements
     assert (one.task, one.count, one.unit) == ("wiki/test", 1000, "labels")
-    assert (one.method, one.model, one.seed, one.steps) == ("CATS", "tiny", 3, 300)
+    assert (one.method, one.model, one.seed, one.steps) == ("CATS", "tiny", (3,), 300)
     assert (named(one.qualities), one.sparsity, one.gflops, one.gflops_dense) == ({"perplexity": 12.5}, 0.5, 0.15, 0.2)
     assert one.layer_sparsity == (0.4, 0.5, 0.6)
 
@@ -90,7 +90,7 @@ def test_an_evaluation_knows_how_its_model_was_trained(tmp_path):
         evaluated("out/cats-4", {"method": "cats"}, **more | {"trained_by": trained["command"].replace("-3", "-4")}),
         evaluated("out/cats-4 --mode soft", {"method": "cats"}, **more),
     )
-    assert (one.task, one.model, one.seed, one.steps) == ("wiki/test", "tiny", 3, 300)
+    assert (one.task, one.model, one.seed, one.steps) == ("wiki/test", "tiny", (3,), 300)
     assert one.setting == other.setting != soft.setting
 
 
@@ -111,7 +111,9 @@ def test_what_a_sweep_made_at_once_is_told_apart_by_how_it_was_made(tmp_path):
     cats = "lte sparsify --method cats --model models/tiny --target-sparsity {} --seed {} --output out/m"
     rows = [made_at_once(cats.format(*of), {"method": "cats"}, seed=of[1]) for of in ((0.3, 1), (0.3, 2), (0.5, 1))]
     found = measured(tmp_path, *(row | {"model": "models/tiny"} for row in rows))
-    assert [(one.method, one.model, one.seed) for one in found[::2]] == [("CATS", "tiny", seed) for seed in (1, 2, 1)]
+    assert [(one.method, one.model, one.seed) for one in found[::2]] == [
+        ("CATS", "tiny", (seed,)) for seed in (1, 2, 1)
+    ]
     assert [one.task for one in found[:2]] == ["wiki/test", "wiki/other"]
     first, again, other = (one.setting for one in found[::2])
     assert first == again != other

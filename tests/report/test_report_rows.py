@@ -122,7 +122,7 @@ def test_the_summary_of_a_training_run_has_an_evaluation(tmp_path):
     whole = row("lte", 10.0)
     assert len(read_results([write(tmp_path / "lte_training.json", [whole])]).measurements) == 1
     whole["ewaluation"] = whole.pop("evaluation")
-    with pytest.raises(ValueError, match=r"lte_training.json: the field evaluation is missing"):
+    with pytest.raises(ValueError, match=r"lte_training.json has no evaluation: run lte eval .* --json"):
         read_results([write(tmp_path / "lte_training.json", [whole])])
 
 

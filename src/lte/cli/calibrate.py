@@ -72,8 +72,9 @@ def main(argv: Sequence[str]) -> None:
     with saving(folder) as fresh:
         model.save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
-        made = Made(shlex.join(["lte", "calibrate", *argv]), "", options.data.text, given(options))
-        keep_calibration(Path(options.model), fresh, made, measured=options.in_place)
+        seed = {"seed": options.seed} if options.seed else {}
+        made = Made(shlex.join(["lte", "calibrate", *argv]), "", options.data.text, {**given(options), **seed})
+        keep_calibration(options.model, config, fresh, made, measured=options.in_place)
     _show(before, after, f"{len(held_out)} rows, calibrated on {len(calibration)} others")
     out.print(f"saved to {folder}", soft_wrap=True, markup=False)
     if options.json:

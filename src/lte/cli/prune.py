@@ -1,5 +1,6 @@
 """``lte prune``: ``lte sparsify`` by Wanda or magnitude, which set single weights to 0, with the cost in JSON."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -40,7 +41,7 @@ class Prune:
 
 def main(argv: Sequence[str]) -> None:
     options = parse_prune(argv)
-    model = convert(options, options.config())
+    model = convert(options, options.config(), shlex.join(["lte", "prune", *argv]))
     if options.json:
         share = weight_sparsity(model)
         print_json(

@@ -1,5 +1,6 @@
 """``lte sparsify``: makes a sparse checkpoint of a dense one, by any conversion."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -13,6 +14,8 @@ from lte.cli.main import parse
 from lte.cli.method_options import method_name, with_method
 from lte.cli.options import DeviceOptions, Output, as_written, check_folder, open_model
 from lte.evaluation.inputs import Inputs
+from lte.evaluation.origin import keep_conversion
+from lte.evaluation.record import Made, given
 from lte.saving import saving
 from lte.surgery.conversion import Conversion
 from lte.surgery.convert import sparsify_
@@ -41,11 +44,17 @@ class Sparsify:
 
 def main(argv: Sequence[str]) -> None:
     options = parse_sparsify(argv)
-    convert(options, options.chosen_method)
+    convert(options, options.chosen_method, shlex.join(["lte", "sparsify", *argv]))
 
 
-def convert(options: Any, conversion: Conversion) -> PreTrainedModel:
-    """Load the model of the options, convert it, save it with its tokenizer, and print the result."""
+def convert(options: Any, conversion: Conversion, command: str) -> PreTrainedModel:
+    """Load the model of the options, convert it, save it with its tokenizer and its origin, and print the result.
+
+    Args:
+        options: of the command.
+        conversion: the same as a config.
+        command: a caption.
+    """
     options.data = as_written(options.data)
     device, dtype = options.where.resolve()
     config = load_config(options.model, options.where.trust_remote_code)
@@ -59,8 +68,16 @@ def convert(options: Any, conversion: Conversion) -> PreTrainedModel:
     with saving(options.output) as fresh:
         model.save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
+        keep_conversion(config, fresh, _made(options, conversion, command), conversion)
     out.print(f"{options.output}: {conversion.outcome(model)}", soft_wrap=True, markup=False)
     return model
+
+
+def _made(options: Any, conversion: Conversion, command: str) -> Made:
+    inputs = options.data if conversion.data_tokens else Inputs()  # other conversions read no data
+    method = {"method": conversion.name} if conversion.name != Sparsify.method else {}
+    how = {**method, **given(inputs), **given(conversion), **given(options.where)}
+    return Made(command, options.model, inputs.text, how)
 
 
 def parse_sparsify(argv: Sequence[str]) -> Any:

@@ -128,7 +128,7 @@ def _execute(run: Run, environment: dict[str, str], discard_models: bool) -> Row
         for path in run.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name != SUMMARY:
+            elif path.name != SUMMARY or not COMMANDS[run.name].evaluates:
                 path.unlink()
         if not any(run.folder.iterdir()):
             run.folder.rmdir()

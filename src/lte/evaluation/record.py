@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, TypeVar
 
 SUMMARY = "lte_training.json"
-"""The file that training writes beside a model: how it was made, and its evaluation."""
+"""The file that a command writes beside a model: how it was made. Training adds its evaluation."""
 
 _ELSEWHERE = ("model", "text", "output", "output_dir", "seed", "mode", "json", "predictions", "in_place", "resume")
 _ELSEWHERE += ("device", "backend", "batch_size", "trust_remote_code")
@@ -24,7 +24,8 @@ class Made:
         command: a caption; empty for a call from Python.
         model: its first model, as it was given; empty if it is the model of the previous command.
         data: its data, as it was given.
-        options: all options that change its result and are not at their default. The seed is in the record.
+        options: all options that change its result and are not at their default. The first seed is in the record. A
+            later command's seed is an option.
     """
 
     command: str = ""
@@ -62,7 +63,8 @@ class Record:
         method: its name, as ``method``, and its options.
         trained_by: a caption: the commands that made the model of ``lte eval``.
         made: the commands that made the model, in order; empty if its folder does not say it.
-        seed, recipe, target_sparsity, eta: of training. ``recipe`` is the former name of the schedule.
+        seed: of the first command that has one.
+        recipe, target_sparsity, eta: of training. ``recipe`` is the former name of the schedule.
         steps: of training, by stage.
         environment: the machine and the versions of the measurement.
         evaluation: the measured values, by name.

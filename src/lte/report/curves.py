@@ -136,7 +136,7 @@ def _task(title: str, measurements: Sequence[Measurement], metric: Metric) -> Ta
 
 def average(measurements: Sequence[Measurement], metric: Metric) -> tuple[list[Point], int]:
     """A point a setting; of a command run again with the same seed the last one counts. And how many did not."""
-    settings: dict[tuple[str, tuple[str, ...], Setting], dict[int | None, Measurement]] = {}
+    settings: dict[tuple[str, tuple[str, ...], Setting], dict[tuple[int | None, ...], Measurement]] = {}
     same = {(one.method, one.run, one.seed, round(one.sparsity, 4), one.steps): one for one in measurements}
     for index, one in enumerate(same.values()):  # by training and once more by lte eval, the last counts
         # a row that does not say how it was made is its own

@@ -49,6 +49,7 @@ class Measurement:
         run: what made the model, or its name: measurements of one model share it.
         setting: the options of each command that made the model, and of the one that measured it, without the seed and
             folders to write to: runs that share it differ in nothing but these.
+        seed: the seeds of the commands that made the model, in order.
         steps: training steps of all stages; 0 for methods that need none, and where a row does not say.
         sparsity: of FFNs; of a model whose single weights are 0, their share.
         beyond_ffn: what else is sparse, so that sparsities do not compare: attention's inputs, or weights.
@@ -63,7 +64,7 @@ class Measurement:
     method: str
     run: Setting
     setting: Setting
-    seed: int | None
+    seed: tuple[int | None, ...]
     steps: int
     sparsity: float
     gflops: float
@@ -154,7 +155,7 @@ def _measured(record: Record) -> Iterator[Measurement]:
             method=method,
             run=made,
             setting=(*made, _options(record.measured)),
-            seed=record.seed,
+            seed=(record.seed, *(seed for step in record.made if isinstance(seed := step.options.get("seed"), int))),
             steps=int(sum(record.steps.values())),
             sparsity=zeros if pruned else float(one["sparsity"]),
             gflops=float(one["gflops_per_token"]),
@@ -165,10 +166,10 @@ def _measured(record: Record) -> Iterator[Measurement]:
 
 
 def _options(step: Made | Measured) -> tuple[str, ...]:
-    """As a shell has them; a model's and data that it was made of come first, but where older rows have them inside."""
+    """As a shell has them, without the seed. Its model and data come first, but where older rows have them inside."""
     of_made = {"model": step.model, "text": " ".join(step.data)} if isinstance(step, Made) else {}
     first = {name: value for name, value in of_made.items() if value and name not in step.options}
-    return tuple(_as_option(name, value) for name, value in {**first, **step.options}.items())
+    return tuple(_as_option(name, value) for name, value in {**first, **step.options}.items() if name != "seed")
 
 
 def _as_option(name: str, value: Any) -> str:

@@ -84,8 +84,11 @@ def read_rows(path: Path) -> list[Row]:
     else:
         lines = enumerate(text.split("\n"), 1)
         found = [_read(line, f"{path} line {number}") for number, line in lines if line.strip()]
-    if path.name == SUMMARY:
-        check_fields(found[0] if found else {}, {"evaluation": OBJECT}, str(path), ("evaluation",))
+    if path.name == SUMMARY and found and found[0].get("evaluation") is None:
+        raise ValueError(
+            f"{path} has no evaluation: run lte eval {path.parent} --text FILE --json and give a file with the line "
+            "that it prints"
+        )
     if not found:
         raise ValueError(f"{path} is empty: give a file that lte sweep, train, eval or bench has written")
     return found

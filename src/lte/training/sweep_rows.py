@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lte.evaluation.origin import training_of
 from lte.evaluation.record import SUMMARY, Made, given, plain
 from lte.surgery.reading import read_json
 from lte.training.row_identity import what_differs
@@ -14,8 +13,8 @@ from lte.training.row_identity import what_differs
 ROWS = "rows.jsonl"
 Row = dict[str, Any]
 
-_ASKED = ("model", "seed", "target_sparsity", "recipe", "steps")
-"""Fields for the row of a command that does not evaluate, if it has them."""
+_ASKED, _SAID = ("model", "target_sparsity", "seed"), ("seed", "recipe", "steps")
+"""Fields for the row of a command that does not evaluate: of its options, and of its model's first evaluation."""
 
 
 def name_of(row: Mapping[str, Any]) -> str:
@@ -77,13 +76,14 @@ def of_made(command: str, options: Any, evals: list[Row]) -> Row:
         evals: rows of ``lte eval``.
     """
     first, *evals = evals
-    method = first["method"]
-    training = training_of(options.model, method["method"])
-    before = training.get("made", ())
-    step = Made(command, "" if before else options.model, options.data.text, given(options))
-    asked = training | method | vars(options)
-    row = {"environment": first["environment"], **{name: asked[name] for name in _ASKED if name in asked}}
-    row |= {"made": [vars(one) for one in (*before, step)], "method": method, "evaluation": first}
+    method, made = first["method"], first["made"]
+    asked = {name: value for name, value in (method | vars(options)).items() if name in _ASKED}
+    said = {name: first[name] for name in _SAID if name in first}
+    if made:
+        asked.pop("seed", None)
+    else:  # its folder does not say it, e.g. after a training by an older version
+        made = [vars(Made(command, options.model, options.data.text, given(options)))]
+    row = {"environment": first["environment"], **said, **asked, "made": made, "method": method, "evaluation": first}
     return plain({**row, "evals": evals} if evals else row)
 
 
