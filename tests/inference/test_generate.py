@@ -55,10 +55,8 @@ def test_an_optimised_model_gives_the_same_tokens(family):
     assert torch.equal(lte.generate(model, inputs, **GREEDY), expected)
 
 
-_NOT_FOR_TEXT_TO_COME = {"bert", "roberta", "xlm-roberta", "camembert", "electra", "bart", "mbart", "pegasus", "marian"}
-CAUSAL = [
-    one for one in known_families() if one in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and one not in _NOT_FOR_TEXT_TO_COME
-]
+OTHERS = {"bert", "roberta", "xlm-roberta", "camembert", "electra", "bart", "mbart", "pegasus", "marian"}
+CAUSAL = [one for one in known_families() if one in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and one not in OTHERS]
 LEFT_TO_HUGGING_FACE = {"bloom", "gpt_neo", "mpt"}
 """They count positions by themselves, or look at them on the host."""
 
