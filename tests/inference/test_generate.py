@@ -82,6 +82,23 @@ def test_tokens_are_those_of_hugging_face(family, options, caplog):
     assert ("is decoded by model.generate" in caplog.text) == (family in LEFT_TO_HUGGING_FACE)
 
 
+def test_an_eager_step_is_given_the_filled_slots_alone(monkeypatch):
+    seen, right = [], torch.nn.functional.scaled_dot_product_attention
+
+    def attend(query, key, *rest, **options):
+        seen.append((key.shape[2], options["attn_mask"] is None))
+        return right(query, key, *rest, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    model = lively("llama", num_hidden_layers=1)
+    options = {**GREEDY, "max_new_tokens": 4, "eos_token_id": None}
+    lte.generate(model, prompts()[1][None], **options)
+    assert seen[1:] == [(8, True), (9, True), (10, True)]
+    seen.clear()
+    lte.generate(model, left_padded(), **options)
+    assert seen[1:] == [(8, False), (9, False), (10, False)]
+
+
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text", "olmo3", "cohere2", "ministral"])
 @pytest.mark.parametrize("form", ["bool", "int64"])
 def test_a_sliding_window_is_looked_through(family, form, monkeypatch):

@@ -102,6 +102,7 @@ class Decoder:
         if how.compile:
             tuned = _TUNED if how.tune else None
             self._step = torch.compile(self._eager_step, fullgraph=True, dynamic=False, options=tuned)
+        self._seen, self._together = slots, False
         self._ways: dict[tuple[object, ...], tuple[Tokens, Run]] = {}
 
     def prepare(self, model: PreTrainedModel, sampler: Sampler, preparing: Preparing) -> None:
@@ -115,7 +116,8 @@ class Decoder:
         tokens = Tokens(self.batch, self.slots, model.config.get_text_config().vocab_size, sampler, model.device)
 
         def run() -> None:
-            masks = step_masks(self._kinds, self._slot_B, self.slots, self._form)  # once, not in each layer
+            # once, not in each layer
+            masks = step_masks(self._kinds, self._slot_B, self._seen, self._form, self._together)
             with attending(model, self._form):
                 logits_BV = self._step(model, tokens.last_B, self._slot_B, masks)
             tokens.append(sampler.choose(logits_BV, tokens))
@@ -156,16 +158,24 @@ class Decoder:
         rows, length = prompts.ids.shape
         self._cache.fill(prompts.cache, length - prompts.mask.sum(-1))
         self._slot_B.zero_()
-        self._slot_B[:rows] = prompts.mask.sum(-1)
+        length_B = prompts.mask.sum(-1)
+        self._slot_B[:rows] = length_B
         tokens.begin(prompts.ids, prompts.mask, padding)
         logits = torch.nn.functional.pad(prompts.logits, (0, 0, 0, self.batch - rows))
         tokens.append(sampler.choose(logits, tokens))
         watch = _Watch(tokens, rows, streamer)
-        made = 1
+        made, longest, together = 1, int(length_B.max()), bool((length_B == length_B[0]).all())
         while not watch.ended(made == most or out_of_time()):
+            if not (self.how.compile or self.how.graph):
+                self._show(longest + made, together)
             run()
             made += 1
         return torch.cat([prompts.ids, tokens.made_BN[:rows, : watch.read]], dim=-1)
+
+    def _show(self, seen: int, together: bool) -> None:
+        """Let the next step, which is eager, see the slots that it needs alone."""
+        self._seen, self._together = seen, together
+        self._cache.show(seen, together)
 
     def _captured(self, run: Run) -> Run:
         try:
@@ -175,7 +185,7 @@ class Decoder:
         except RuntimeError as error:  # it waits for the GPU, or copies from the host
             raise NotCovered(f"its step cannot be captured ({' '.join(str(error).split())[:120]})") from error
 
-    def _eager_step(self, model: Any, token_B: Tensor, slot_B: Tensor, masks: Masks) -> Tensor:
+    def _eager_step(self, model: Any, token_B: Tensor, slot_B: Tensor, masks: Masks | None) -> Tensor:
         return model(
             input_ids=token_B[:, None],
             attention_mask=masks,

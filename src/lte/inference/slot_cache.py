@@ -10,30 +10,40 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 
 from lte.inference.sampling import NotCovered
 
-Masks = dict[str, Tensor] | Tensor
+Masks = dict[str, Tensor | None] | Tensor
 """What tokens may look at, by kind of layer where a model has kinds."""
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 class SlotLayer(StaticLayer):
-    """One layer's keys and values, ``[B, H, S, d]``, of which a step writes one slot a row."""
+    """One layer's keys and values, ``[B, H, S, d]``. A step writes one slot of each row."""
 
     def __init__(self, slots: int, slot_B: Tensor) -> None:
         super().__init__(max_cache_len=slots)
         self.slot_B = slot_B
         self.rows_B = torch.arange(len(slot_B), device=slot_B.device)
+        self.seen, self.together = slots, False
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write one token a row into its slot; gives all slots."""
+        """Write the token of each row into its slot, and return all slots that are seen."""
         assert self.keys is not None
         assert self.values is not None
-        self.keys[self.rows_B, :, self.slot_B] = key_states[:, :, 0]
-        self.values[self.rows_B, :, self.slot_B] = value_states[:, :, 0]
-        return self.keys, self.values
+        if self.together:
+            self.keys.index_copy_(2, self.slot_B[:1], key_states)
+            self.values.index_copy_(2, self.slot_B[:1], value_states)
+        else:
+            self.keys[self.rows_B, :, self.slot_B] = key_states[:, :, 0]
+            self.values[self.rows_B, :, self.slot_B] = value_states[:, :, 0]
+        if self.seen == self.max_cache_len:
+            return self.keys, self.values
+        return self.keys[:, :, : self.seen], self.values[:, :, : self.seen]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen, 0
 
     def get_seq_length(self) -> int:
-        """More than 0, as after a prompt. Positions and masks are given to the model, so nothing else follows."""
-        return self.max_cache_len - 1
+        """More than 0, as after a prompt: the tokens before the one that a step writes."""
+        return self.seen - 1
 
 
 class SlotCache(Cache):
@@ -71,6 +81,17 @@ class SlotCache(Cache):
                     2, column_BHS[..., None].expand(*column_BHS.shape, prompts.shape[-1])
                 )
 
+    def show(self, seen: int, together: bool) -> None:
+        """Let an eager step see so many slots. Without this, a step sees all, as a captured one must.
+
+        Args:
+            seen: up to the slot that the longest row writes.
+            together: whether all rows write the same slot.
+        """
+        for layer in self.layers:
+            assert isinstance(layer, SlotLayer)
+            layer.seen, layer.together, layer.is_compileable = seen, together, False
+
     def _beside(self, filled: DynamicCache) -> Iterator[tuple[Any, Any]]:
         return zip(self.layers, filled.layers, strict=True)
 
@@ -93,29 +114,38 @@ def mask_kinds(config: PretrainedConfig) -> dict[str, int | None] | int | None:
     return {kind: window if kind == SLIDING else None for kind in sorted(kinds)}
 
 
-def step_masks(kinds: dict[str, int | None] | int | None, slot_B: Tensor, slots: int, form: torch.dtype) -> Masks:
-    """What each row's token may look at, ``[B, 1, 1, S]``, or one such a kind of layer.
+def step_masks(
+    kinds: dict[str, int | None] | int | None, slot_B: Tensor, seen: int, form: torch.dtype, together: bool = False
+) -> Masks | None:
+    """Return what each row's token may look at, ``[B, 1, 1, S]``, or one such for each kind of layer.
 
     Args:
         kinds: as :func:`mask_kinds` gives them.
         slot_B: the slot of each row's token.
-        slots: of each row.
+        seen: the number of slots that attention is given.
         form: bool gives True where a token may look, a floating point dtype a mask that is added to scores, int64 the
             first and the last slot, ``[B, 1, 1, 2]``.
+        together: all rows write the last slot that is seen. Where no window hides one, the mask is then None.
     """
 
-    def mask(window: int | None) -> Tensor:
+    def mask(window: int | None) -> Tensor | None:
+        if together and (window is None or seen <= window):
+            return None
         if form == torch.int64:
             first_B = torch.zeros_like(slot_B) if window is None else (slot_B - window + 1).clamp(min=0)
             return torch.stack([first_B, slot_B], -1)[:, None, None]
-        column_S, last_B1 = torch.arange(slots, device=slot_B.device), slot_B[:, None]
+        column_S, last_B1 = torch.arange(seen, device=slot_B.device), slot_B[:, None]
         seen_BS = column_S <= last_B1
         if window is not None:
             seen_BS = seen_BS & (column_S > last_B1 - window)
-        seen = seen_BS[:, None, None]
-        return seen if form == torch.bool else torch.where(seen, 0.0, torch.finfo(form).min).to(form)
+        shown = seen_BS[:, None, None]
+        return shown if form == torch.bool else torch.where(shown, 0.0, torch.finfo(form).min).to(form)
 
-    return {kind: mask(window) for kind, window in kinds.items()} if isinstance(kinds, dict) else mask(kinds)
+    if isinstance(kinds, dict):
+        return {kind: mask(window) for kind, window in kinds.items()}
+    if kinds is not None:  # left without one, a model would look for a window of its own
+        together = False
+    return mask(kinds)
 
 
 def check_filled(cache: object) -> None:
