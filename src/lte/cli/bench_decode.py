@@ -18,7 +18,6 @@ from lte.cli.bench_report import (
     BenchOutput,
     NumericDtype,
     Report,
-    Row,
     Shape,
     check_positive,
     check_sparsities,
@@ -27,6 +26,7 @@ from lte.cli.bench_report import (
 from lte.cli.console import err
 from lte.cli.main import parse
 from lte.cli.options import DeviceOptions, open_model
+from lte.evaluation.result_row import ResultRow
 from lte.methods.lte import LTEConfig
 from lte.modules.sparse_ffn import Selecting
 from lte.surgery.convert import set_mode_, sparsify_
@@ -145,7 +145,7 @@ def _check_memory(shape: str, dtype: torch.dtype) -> None:
         )
 
 
-_COLUMNS: dict[str, Callable[[Row], str]] = {
+_COLUMNS: dict[str, Callable[[ResultRow], str]] = {
     "batch": lambda r: str(r["batch"]),
     "sparsity": lambda r: f"{r['sparsity']:.1%}",
     "union": lambda r: f"{r['union_sparsity']:.1%}",
@@ -161,6 +161,6 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
 }
 
 
-def _line(row: Row) -> str:
+def _line(row: ResultRow) -> str:
     text = "  ".join(f"{name} {cell(row)}" for name, cell in _COLUMNS.items())
     return f"{text}  (dense {row['dense_by']}, lte {row['lte_by']}; prepared in {row['prepare_s']:.0f} s)"

@@ -15,7 +15,6 @@ from lte.cli.bench_report import (
     BenchOutput,
     NumericDtype,
     Report,
-    Row,
     Shape,
     Sparsities,
     check_positive,
@@ -25,6 +24,7 @@ from lte.cli.bench_report import (
 from lte.cli.console import err, out
 from lte.cli.main import parse
 from lte.cli.options import DeviceOptions
+from lte.evaluation.result_row import ResultRow
 from lte.surgery.loading import load_config
 
 
@@ -104,7 +104,7 @@ def main(argv: Sequence[str]) -> int:
     return code
 
 
-_COLUMNS: dict[str, Callable[[Row], str]] = {
+_COLUMNS: dict[str, Callable[[ResultRow], str]] = {
     "dtype": lambda r: r["dtype"],
     "tokens": lambda r: str(r["tokens"]),
     "sparsity": lambda r: f"{r['sparsity']:.1%}",
@@ -120,5 +120,5 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
 }
 
 
-def _line(row: Row) -> str:
+def _line(row: ResultRow) -> str:
     return "  ".join(f"{name} {cell(row)}" for name, cell in _COLUMNS.items())

@@ -15,11 +15,12 @@ from transformers import PreTrainedModel
 from lte.bench.decode import random_model
 from lte.bench.shapes import shape_config
 from lte.bench.train import step_seconds
-from lte.cli.bench_report import BenchOutput, Report, Row, Shape, check_positive
+from lte.cli.bench_report import BenchOutput, Report, Shape, check_positive
 from lte.cli.console import err
 from lte.cli.main import parse
 from lte.cli.options import DeviceOptions, open_model
 from lte.data.batches import PackedBlocks
+from lte.evaluation.result_row import ResultRow
 from lte.inference.generate import one_line
 from lte.methods.lte import LTEConfig
 from lte.modules.sparse_ffn import Selecting
@@ -100,7 +101,7 @@ def _model(options: Train, device: torch.device) -> PreTrainedModel:
     return model
 
 
-def _rows(options: Train, name: str, model: PreTrainedModel, device: torch.device, folder: str) -> Iterator[Row]:
+def _rows(options: Train, name: str, model: PreTrainedModel, device: torch.device, folder: str) -> Iterator[ResultRow]:
     """A row a variant, its dense run just before it."""
     tokens = options.batch * options.sequence_length
     vocabulary = min(model.config.get_text_config().vocab_size, 2**16)
@@ -111,7 +112,7 @@ def _rows(options: Train, name: str, model: PreTrainedModel, device: torch.devic
     )
     dataset = PackedBlocks(ids, options.sequence_length)
     for variant in options.variant:
-        row: Row = {"shape": name, "variant": variant, "batch": options.batch}
+        row: ResultRow = {"shape": name, "variant": variant, "batch": options.batch}
         row |= {
             "sequence_length": options.sequence_length,
             "bf16": _bf16(options, device),
@@ -168,7 +169,7 @@ def _bf16(options: Train, device: torch.device) -> bool:
     return device.type == "cuda" if options.bf16 is None else options.bf16
 
 
-_COLUMNS: dict[str, Callable[[Row], str]] = {
+_COLUMNS: dict[str, Callable[[ResultRow], str]] = {
     "soft stage, schedule": lambda r: r["variant"],
     "dense ms": lambda r: f"{r['dense_ms']:.1f}",
     "lte ms": lambda r: f"{r['lte_ms']:.1f}",
@@ -178,5 +179,5 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
 }
 
 
-def _line(row: Row) -> str:
+def _line(row: ResultRow) -> str:
     return "  ".join(f"{name} {cell(row)}" for name, cell in _COLUMNS.items())

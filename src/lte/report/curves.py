@@ -1,4 +1,4 @@
-"""Runs become points (mean and spread over seeds), points become curves, one set of curves a task."""
+"""Runs become points (mean and spread over seeds), points become curves, one set of curves for each comparison."""
 
 import statistics
 from collections import Counter
@@ -14,7 +14,7 @@ from lte.report.results import Measurement, Setting
 class Point:
     """One setting: means over its seeds, and the standard deviation of its quality where it has several.
 
-    ``others`` are mean and deviation by the metrics that its task is not drawn by.
+    ``others`` are mean and deviation by the metrics that its comparison is not drawn by.
     """
 
     method: str
@@ -35,7 +35,7 @@ class Curve:
     """All points of one method with one budget.
 
     Attributes:
-        title: of the method, with its budget where the task has several.
+        title: of the method, with its budget where the comparison has several.
         points: by sparsity.
         front: those that no other point of the curve beats in both quality and cost.
     """
@@ -56,7 +56,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Task:
+class Comparison:
     """What can be compared: the same metric on the same data by models of one size.
 
     Attributes:
@@ -86,8 +86,8 @@ class Task:
         return ", ".join(filter(None, [self.title, self.model])) or f"{self.count:,} {self.unit} of unnamed data"
 
 
-def gather(measurements: Iterable[Measurement], metric: str | None = None) -> list[Task]:
-    """Sort measurements into tasks, in the order in which they come, each by this metric, or its first."""
+def gather(measurements: Iterable[Measurement], metric: str | None = None) -> list[Comparison]:
+    """Sort measurements into comparisons, in the order in which they come, each by this metric, or its first."""
     groups: dict[tuple, list[Measurement]] = {}
     for one in measurements:
         shown = next((each for each in one.qualities if each.name == metric), next(iter(one.qualities)))
@@ -96,18 +96,21 @@ def gather(measurements: Iterable[Measurement], metric: str | None = None) -> li
         fitting = [other for other in groups if other[:3] == key[:3] and other[3]]
         if len(fitting) == 1:
             groups[fitting[0]] += groups.pop(key)
-    tasks = [_task(key[3], several, key[0]) for key, several in groups.items()]
-    named = Counter((task.metric.name, task.heading) for task in tasks)
-    return [_told_apart(task) if named[task.metric.name, task.heading] > 1 else task for task in tasks]
+    comparisons = [_comparison(key[3], several, key[0]) for key, several in groups.items()]
+    named = Counter((comparison.metric.name, comparison.heading) for comparison in comparisons)
+    return [
+        _told_apart(comparison) if named[comparison.metric.name, comparison.heading] > 1 else comparison
+        for comparison in comparisons
+    ]
 
 
-def _told_apart(task: Task) -> Task:
-    """With a title that says what else than its name tells it from other tasks."""
-    more = f"{task.count:,} {task.unit}, dense {task.gflops_dense:.6g} GFLOPs"
-    return replace(task, title=f"{task.title} ({more})".strip())
+def _told_apart(comparison: Comparison) -> Comparison:
+    """With a title that says what else than its name tells it from other comparisons."""
+    more = f"{comparison.count:,} {comparison.unit}, dense {comparison.gflops_dense:.6g} GFLOPs"
+    return replace(comparison, title=f"{comparison.title} ({more})".strip())
 
 
-def _task(title: str, measurements: Sequence[Measurement], metric: Metric) -> Task:
+def _comparison(title: str, measurements: Sequence[Measurement], metric: Metric) -> Comparison:
     points, repeated = average(measurements, metric)
     dense = [point for point in points if point.method == "dense"]
     rivals = [point for point in points if point.method != "dense"]
@@ -121,7 +124,7 @@ def _task(title: str, measurements: Sequence[Measurement], metric: Metric) -> Ta
         {one.model for one in measurements if one.model and one.method == "dense"}
         or {one.model for one in measurements if one.model}
     )
-    return Task(
+    return Comparison(
         metric=metric,
         title=title,
         model=", ".join(names),

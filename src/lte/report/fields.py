@@ -5,7 +5,8 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-Row = dict[str, Any]
+from lte.evaluation.result_row import ResultRow
+
 Kind = tuple[str, Callable[[Any], bool]]
 """In words, and whether a value is one."""
 
@@ -53,7 +54,7 @@ def one_of(names: Collection[str]) -> Kind:
 OBJECT: Kind = ("an object", lambda value: isinstance(value, dict))
 
 
-def check_fields(row: Row, kinds: Mapping[str, Kind], where: str, needed: Iterable[str] = ()) -> None:
+def check_fields(row: ResultRow, kinds: Mapping[str, Kind], where: str, needed: Iterable[str] = ()) -> None:
     """Refuse a row in which a field is not what it has to be. One that is null counts as missing.
 
     Raises:

@@ -6,7 +6,7 @@ from lte.report.drawing import Chart
 
 
 @dataclass(frozen=True)
-class Table:
+class TextTable:
     """Cells as text. ``folded``: the page shows it on demand. ``note``: what stands below it."""
 
     caption: str
@@ -25,6 +25,6 @@ class Section:
     text: tuple[str, ...] = ()
     charts: tuple[Chart, ...] = ()
     more: tuple[Chart, ...] = ()
-    tables: tuple[Table, ...] = ()
+    tables: tuple[TextTable, ...] = ()
     warnings: tuple[str, ...] = ()
     tokens: bool = False

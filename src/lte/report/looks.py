@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
 
-from lte.report.curves import Task
+from lte.report.curves import Comparison
 from lte.report.drawing import INK, MARKERS, PALETTE
 
 OURS = PALETTE[1]
@@ -30,8 +30,8 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Budget:
-    """Of a number of training steps in one task: its line, its marks' fill, and its name in the legend."""
+class BudgetLook:
+    """Of a number of training steps in one comparison: its line, its marks' fill, and its name in the legend."""
 
     line: Any
     fill: Any
@@ -47,9 +47,9 @@ class Budget:
         )  # fmt: skip
 
 
-def looks_of(tasks: Sequence[Task]) -> Mapping[str, Look]:
+def looks_of(comparisons: Sequence[Comparison]) -> Mapping[str, Look]:
     """A look for each method. Variants ("Wanda, 2:4") have their method's colour and a marker of their own."""
-    methods = dict.fromkeys(curve.method for task in tasks for curve in task.curves)
+    methods = dict.fromkeys(curve.method for comparison in comparisons for curve in comparison.curves)
     colors = {"LTE": OURS}
     looks: dict[str, Look] = {"LTE": Look(OURS, MARKERS[0], True)}
     for index, method in enumerate(one for one in methods if one != "LTE"):
@@ -62,15 +62,15 @@ def looks_of(tasks: Sequence[Task]) -> Mapping[str, Look]:
     return looks
 
 
-def budgets_of(task: Task) -> Mapping[int, Budget]:
+def budgets_of(comparison: Comparison) -> Mapping[int, BudgetLook]:
     """By number of steps: the one of most curves has full lines and marks, no training has dots and hollow marks."""
-    curves = Counter(curve.steps for curve in task.curves)
+    curves = Counter(curve.steps for curve in comparison.curves)
     trained = sorted(filter(None, curves), key=lambda steps: (-curves[steps], -steps))
     kinds = [("-", "full"), ("--", "bottom"), ("-.", "left"), ((0, (6, 1, 1, 1, 1, 1)), "top")]
     budgets = {
-        steps: Budget(line, fill, f"{steps:,} steps")
+        steps: BudgetLook(line, fill, f"{steps:,} steps")
         for steps, (line, fill) in zip(trained, cycle(kinds), strict=False)
     }
     if 0 in curves:
-        budgets[0] = Budget(":", "none", "without training") if trained else Budget("-", "full", "")
+        budgets[0] = BudgetLook(":", "none", "without training") if trained else BudgetLook("-", "full", "")
     return budgets

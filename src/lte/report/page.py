@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lte.report.layout import Section, Table
+from lte.report.layout import Section, TextTable
 from lte.report.routing import Routing
 from lte.report.routing_view import token_data
 
@@ -14,14 +14,14 @@ HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
-class Head:
+class PageHead:
     """What stands above the sections."""
 
     title: str
     lines: tuple[str, ...]
 
 
-def html(head: Head, parts: Sequence[Section], routing: Routing | None) -> str:
+def html(head: PageHead, parts: Sequence[Section], routing: Routing | None) -> str:
     """A page that needs nothing but itself."""
     import jinja2
 
@@ -44,7 +44,7 @@ def _script_safe(values: dict[str, Any]) -> str:
     return json.dumps(values, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def markdown(head: Head, parts: Sequence[Section], pictures: dict[str, str]) -> str:
+def markdown(head: PageHead, parts: Sequence[Section], pictures: dict[str, str]) -> str:
     """The same in Markdown; ``pictures`` has the file of each chart by its slug, where there is one."""
     lines = [f"# {head.title}", "", *(f"{_escaped(line)}\n" for line in head.lines)]
     for part in parts:
@@ -61,7 +61,7 @@ def markdown(head: Head, parts: Sequence[Section], pictures: dict[str, str]) -> 
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _markdown_table(table: Table) -> list[str]:
+def _markdown_table(table: TextTable) -> list[str]:
     note = ["", _escaped(table.note)] if table.note else []
     rows = [table.header, ("---",) * len(table.header), *table.rows]
     return [f"{_escaped(table.caption)}:", "", *(f"| {' | '.join(map(_escaped, row))} |" for row in rows), *note]

@@ -49,7 +49,7 @@ class Routing:
 
 
 @torch.no_grad()
-def route(model: PreTrainedModel, tokenizer: Any, text: str, max_tokens: int) -> Routing:
+def routing_on(model: PreTrainedModel, tokenizer: Any, text: str, max_tokens: int) -> Routing:
     """Run ``model`` over the start of ``text``, as far as its positions go, and look at its routers.
 
     A model in mode dense is run in mode soft. The decoder of an encoder-decoder is given the same text.

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import get_args
 
 from lte.evaluation.record import SUMMARY, MeasuredOn
+from lte.evaluation.result_row import ResultRow
 from lte.report.fields import (
     AMOUNT,
     METHOD,
@@ -15,7 +16,6 @@ from lte.report.fields import (
     TEXT,
     WHOLE,
     Kind,
-    Row,
     check_fields,
     many,
     named,
@@ -68,7 +68,7 @@ _DRAWN = ("tokens", "sparsity", "sparsity_asked", "speedup", "ideal_speedup")
 """Of a row of ``lte bench ffn``."""
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_result_rows(path: Path) -> list[ResultRow]:
     """The rows of a file: of ``.jsonl`` one a line, of ``.json`` one in all.
 
     Raises:
@@ -91,7 +91,7 @@ def read_rows(path: Path) -> list[Row]:
     return found
 
 
-def _read(text: str, where: str) -> Row:
+def _read(text: str, where: str) -> ResultRow:
     try:
         row = json.loads(text)
         json.dumps(row, ensure_ascii=False).encode()
@@ -107,7 +107,7 @@ def _read(text: str, where: str) -> Row:
     return row
 
 
-def _check(row: Row, where: str) -> None:
+def _check(row: ResultRow, where: str) -> None:
     """Refuse a row of ours with a field that is not what we write. Rows of others are counted, and not looked at."""
     if row.get("bench") is not None:
         check_fields(row, {"rows": many(OBJECT)}, where, ("rows",))
@@ -124,12 +124,12 @@ def _check(row: Row, where: str) -> None:
             _check_steps(row, where)
 
 
-def _check_evaluation(one: Row, where: str) -> None:
+def _check_evaluation(one: ResultRow, where: str) -> None:
     check_fields(one, _EVALUATION, where)
     _check_steps(one, where)
 
 
-def _check_steps(one: Row, where: str) -> None:
+def _check_steps(one: ResultRow, where: str) -> None:
     check_fields(one.get("measured") or {}, _STEP, f"{where}, measured")
     for number, step in enumerate(one.get("made") or (), 1):
         check_fields(step, _STEP, f"{where}, part {number} of made")

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+from lte.evaluation.result_row import ResultRow
 from lte.report.drawing import INK, MARKERS, PALETTE, Chart, Notes, legend_below
-from lte.report.layout import Section, Table
-from lte.report.rows import Row
+from lte.report.layout import Section, TextTable
 
 
-def latency(benches: Sequence[Row]) -> Section:
+def latency(benches: Sequence[ResultRow]) -> Section:
     """What ``lte bench`` measured."""
     charts = tuple(chart for number, bench in enumerate(benches, 1) if (chart := speed_chart(bench, number)))
     tables = []
@@ -25,7 +25,7 @@ def latency(benches: Sequence[Row]) -> Section:
             if "error" not in row
         )
         if rows:
-            tables.append(Table(caption, (*columns, "device", "commit"), rows, folded=len(rows) > 12))
+            tables.append(TextTable(caption, (*columns, "device", "commit"), rows, folded=len(rows) > 12))
     text = ("Measured by lte bench, routing included, dense and sparse in the same run.",)
     return Section("latency", "Speed", text, charts, tables=tuple(tables))
 
@@ -53,7 +53,7 @@ def _value(value: object) -> str:
     return "" if value is None else str(value)
 
 
-def speed_chart(bench: Row, number: int) -> Chart | None:
+def speed_chart(bench: ResultRow, number: int) -> Chart | None:
     """Speed-up of one FFN over measured sparsity, a line a number of tokens; dotted what bytes alone would allow.
 
     None for other benchmarks, or with less than two sparsities.

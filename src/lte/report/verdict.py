@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lte.report.curves import Point, Task, unbeaten
+from lte.report.curves import Comparison, Point, unbeaten
 from lte.report.metrics import Metric
 
 FROM_SPARSITY = 0.45
@@ -36,17 +36,18 @@ def at_cost(points: Sequence[Point], gflops: float, metric: Metric) -> float | N
     return min((point.value for point in ordered), key=lambda value: metric.loss(value, 0.0))
 
 
-def duels(task: Task) -> list[Duel]:
+def duels(comparison: Comparison) -> list[Duel]:
     """LTE's best runs against each run of every rival from 50 % up."""
-    ours = [point for curve in task.curves for point in curve.points if point.method == "LTE"]
+    ours = [point for curve in comparison.curves for point in curve.points if point.method == "LTE"]
     if not ours:
         return []
     found = []
-    for curve in task.curves:
+    for curve in comparison.curves:
         for point in curve.front:
             if point.method.startswith("LTE") or point.sparsity < FROM_SPARSITY:
                 continue
             fair = [one for one in ours if not point.steps or 0 < one.steps <= point.steps]
-            lte = at_cost(unbeaten(fair, task.metric), point.gflops, task.metric)
-            found.append(Duel(curve.title, point, lte, lte is not None and task.metric.loss(lte, point.value) < 0))
+            lte = at_cost(unbeaten(fair, comparison.metric), point.gflops, comparison.metric)
+            leads = lte is not None and comparison.metric.loss(lte, point.value) < 0
+            found.append(Duel(curve.title, point, lte, leads))
     return found
