@@ -87,7 +87,7 @@ def test_ten_methods_look_different_and_lte_like_none_of_them(comparison):
     assert len(looks) == len(METHODS) + 1
     assert len({(look.color, look.marker) for look in looks.values()}) == len(looks)
     ours = {title: look for title, look in looks.items() if look.color == OURS}
-    assert list(ours) == ["LTE", "LTE, paper's recipe"]
+    assert list(ours) == ["LTE", "LTE, paper's schedule"]
     others = [look for title, look in looks.items() if title not in ours]
     for what in ("linewidth", "zorder"):
         assert min(look.line[what] for look in ours.values()) > max(look.line[what] for look in others)

@@ -219,4 +219,4 @@ def _method(record: Record) -> str:
         title += f", {options['pattern']}"
     if options.get("activation") and name != "relufication":
         title += f", {options['activation']}"
-    return f"{title}, paper's recipe" if recipe == "paper" else title
+    return f"{title}, paper's schedule" if recipe == "paper" else title

@@ -36,7 +36,7 @@ _BENCHES = (
         "sparse, ms a token": "lte_ms", "speed-up": "speedup", "ideal": "ideal_speedup", "dense by": "dense_by",
     }),
     ("train", "A training step", {
-        "model": "shape", "recipe": "variant", "batch": "batch", "length": "sequence_length",
+        "model": "shape", "schedule": "variant", "batch": "batch", "length": "sequence_length",
         "dense, ms": "dense_ms", "LTE, ms": "lte_ms", "ratio": "ratio",
     }),
     ("ffn", "One FFN", {
