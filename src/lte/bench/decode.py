@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from lte.bench.decoding import Decoded, Decoder
+from lte.bench.decoding import Decoded, TimedDecoder
 from lte.bench.parity import parity
-from lte.bench.routing import adjust_, measure, random_routers_, route_, router_inputs
+from lte.bench.routing import adjust_, measured_routing, random_routers_, route_, router_inputs
 from lte.bench.synthetic import OPEN, layer_targets
 from lte.core.accounting import cost
-from lte.inference.generate import one_line
+from lte.inference.generate import error_line
 from lte.inference.optimize import optimize_
 from lte.inference.packed import PackedLayer
 from lte.modules.recording import sparse_layers
@@ -105,11 +105,11 @@ def _bench_batch(
     sizes = (batch, grid.prompt_tokens, grid.new_tokens, grid.compile, grid.tune)
     began = time.perf_counter()
     try:
-        decoders = {name: Decoder(model, *sizes) for name, model in dense.items()}
-        decoders["lte"] = Decoder(sparse, *sizes)
+        decoders = {name: TimedDecoder(model, *sizes) for name, model in dense.items()}
+        decoders["lte"] = TimedDecoder(sparse, *sizes)
         wrong = _wrong_step(decoders["lte"], prompt, grid.seed)
     except Exception as error:  # this batch does not fit, or does not run; others may
-        yield from ({**row, "sparsity_asked": asked, "error": one_line(error)} for asked in asked_for)
+        yield from ({**row, "sparsity_asked": asked, "error": error_line(error)} for asked in asked_for)
         return
     row["prepare_s"] = time.perf_counter() - began
     if wrong is not None:
@@ -120,16 +120,16 @@ def _bench_batch(
 
 
 def _bench_one(
-    decoders: dict[str, Decoder], grid: DecodeGrid, prompt: Tensor, asked: float | None, row: dict[str, Any]
+    decoders: dict[str, TimedDecoder], grid: DecodeGrid, prompt: Tensor, asked: float | None, row: dict[str, Any]
 ) -> dict[str, Any]:
     try:
         return _measure_one(decoders, grid, prompt, asked, row)
     except Exception as error:  # costs this row, not the table
-        return {**row, "error": one_line(error)}
+        return {**row, "error": error_line(error)}
 
 
 def _measure_one(
-    decoders: dict[str, Decoder], grid: DecodeGrid, prompt: Tensor, asked: float | None, row: dict[str, Any]
+    decoders: dict[str, TimedDecoder], grid: DecodeGrid, prompt: Tensor, asked: float | None, row: dict[str, Any]
 ) -> dict[str, Any]:
     lte = decoders["lte"]
     if asked is not None:
@@ -144,7 +144,7 @@ def _measure_one(
     for _ in range(grid.repeats):
         for name, decoder in decoders.items():
             runs[name].append(decoder(prompt))
-    by_layer, union = measure(lte.model, runs["lte"][-1].tokens[:, :-1], grid.prompt_tokens)
+    by_layer, union = measured_routing(lte.model, runs["lte"][-1].tokens[:, :-1], grid.prompt_tokens)
     step_ms = {name: 1e3 * statistics.median(s for one in ones for s in one.steps) for name, ones in runs.items()}
     prefill_ms = {name: 1e3 * statistics.median(one.prefill for one in ones) for name, ones in runs.items()}
     total = {name: statistics.median(one.total for one in ones) for name, ones in runs.items()}
@@ -184,7 +184,7 @@ def _measure_one(
     return row
 
 
-def _fit_(lte: Decoder, prompt: Tensor, sparsity: float, seed: int) -> None:
+def _fit_(lte: TimedDecoder, prompt: Tensor, sparsity: float, seed: int) -> None:
     """Set the routers so that what is decoded has this sparsity: on the prompt first, then on what came out."""
     route_(lte.model, prompt, sparsity, seed)
     if sparsity in (0, 1):
@@ -192,7 +192,7 @@ def _fit_(lte: Decoder, prompt: Tensor, sparsity: float, seed: int) -> None:
     targets = layer_targets(len(sparse_layers(lte.model)), sparsity, seed)
     for _ in range(_FITS):
         tokens = lte(prompt).tokens[:, :-1]  # the last one was never read
-        found, _union = measure(lte.model, tokens, lte.prompt_tokens)
+        found, _union = measured_routing(lte.model, tokens, lte.prompt_tokens)
         if abs(sum(found) / len(found) - sparsity) <= _CLOSE:
             return
         adjust_(lte.model, tokens, targets, lte.prompt_tokens)
@@ -210,7 +210,7 @@ def _parity(model: PreTrainedModel, prompt: Tensor, backend: BackendName) -> tup
     return parity(inputs, weights, backend), choose(inputs[0], weights[0], backend)
 
 
-def _wrong_step(lte: Decoder, prompt: Tensor, seed: int) -> str | None:
+def _wrong_step(lte: TimedDecoder, prompt: Tensor, seed: int) -> str | None:
     """What is wrong with the first tokens that the step decodes, or None.
 
     An eager pass over them by the reference has to find each of them best, or as good as. That pass is given the
@@ -262,7 +262,7 @@ def _by_reference(model: PreTrainedModel) -> Iterator[None]:
             layer.packed = packed
 
 
-def _bytes(decoder: Decoder, union_sparsity: list[float] | None) -> int:
+def _bytes(decoder: TimedDecoder, union_sparsity: list[float] | None) -> int:
     """Weights and keys and values that one step reads; None is dense."""
     model, size = decoder.model, decoder.model.dtype.itemsize
     counted = cost(
@@ -276,7 +276,7 @@ def _bytes(decoder: Decoder, union_sparsity: list[float] | None) -> int:
     return counted.weight_bytes + counted.head_bytes + cached
 
 
-def _generate(decoder: Decoder, prompt: Tensor) -> float:
+def _generate(decoder: TimedDecoder, prompt: Tensor) -> float:
     """Seconds of Hugging Face's own ``generate`` without options, after a short warm-up."""
     call: Any = decoder.model.generate
     options = {"do_sample": False, "attention_mask": torch.ones_like(prompt), "pad_token_id": 0, "eos_token_id": None}

@@ -30,7 +30,7 @@ class Decoded:
         return self.prefill + sum(self.steps)
 
 
-class Decoder:
+class TimedDecoder:
     """A model that continues prompts of one size by :func:`lte.generate`.
 
     Args:

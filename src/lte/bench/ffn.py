@@ -11,10 +11,10 @@ from torch import Tensor
 from lte.bench import synthetic
 from lte.bench.parity import parity
 from lte.bench.shapes import FFNSize
-from lte.bench.timing import Run, available_memory, cache_bytes, in_turn
+from lte.bench.timing import available_memory, cache_bytes, in_turn
 from lte.core.linear import linear_fp32
-from lte.inference.generate import one_line
-from lte.inference.graphs import capture
+from lte.inference.generate import error_line
+from lte.inference.graphs import Action, capture
 from lte.ops import reference
 from lte.ops.sparse_ffn import BackendName, choose, sparse_ffn
 from lte.ops.weights import FFNWeights
@@ -80,7 +80,7 @@ def _bench_tokens(grid: FFNGrid, dtype: torch.dtype, tokens: int, layers: Layers
         runs["lte"] = _prepared(grid, lambda: _run_sparse(x_LTD, layers.sparse, grid.backend))
     except Exception as error:  # a kernel that does not compile costs these rows, not the table
         for asked in grid.sparsities:
-            yield {**common, "sparsity_asked": asked, "backend": grid.backend, "error": one_line(error)}
+            yield {**common, "sparsity_asked": asked, "backend": grid.backend, "error": error_line(error)}
         return
     for asked in grid.sparsities:
         row = {**common, "sparsity_asked": asked, "backend": used}
@@ -93,11 +93,11 @@ def _bench_tokens(grid: FFNGrid, dtype: torch.dtype, tokens: int, layers: Layers
             row |= _costs(grid, dtype, layers, x_LTD)
             yield {**row, **_timed(grid, dtype, layers, runs, row)}
         except Exception as error:
-            yield {**row, "error": one_line(error)}
+            yield {**row, "error": error_line(error)}
 
 
 def _timed(
-    grid: FFNGrid, dtype: torch.dtype, layers: Layers, runs: dict[str, Run], row: dict[str, Any]
+    grid: FFNGrid, dtype: torch.dtype, layers: Layers, runs: dict[str, Action], row: dict[str, Any]
 ) -> dict[str, Any]:
     seconds = in_turn(runs, grid.device, grid.repeats, grid.seconds)
     microseconds = {name: 1e6 * value / len(layers.sparse) for name, value in seconds.items()}
@@ -200,9 +200,9 @@ def _costs(grid: FFNGrid, dtype: torch.dtype, layers: Layers, x_LTD: Tensor) -> 
     }
 
 
-def _dense_runs(grid: FFNGrid, layers: Layers, x_LTD: Tensor) -> dict[str, Run]:
+def _dense_runs(grid: FFNGrid, layers: Layers, x_LTD: Tensor) -> dict[str, Action]:
     """Every dense contender, ready to be timed, by its name and dtype."""
-    runs: dict[str, Run] = {}
+    runs: dict[str, Action] = {}
     variants: dict[str, Callable[..., Tensor]] = {"eager": _ffn(grid.size)}
     if grid.compile:
         torch._dynamo.reset()  # a new number of tokens is a new program, not a reason to make sizes dynamic
@@ -225,7 +225,7 @@ def _dense_runs(grid: FFNGrid, layers: Layers, x_LTD: Tensor) -> dict[str, Run]:
             except Exception as error:
                 if name == "eager":
                     raise
-                logger.warning("dense %s not timed at %d tokens: %s", name, x_LTD.shape[1], one_line(error))
+                logger.warning("dense %s not timed at %d tokens: %s", name, x_LTD.shape[1], error_line(error))
     return runs
 
 
@@ -245,7 +245,7 @@ def _run_sparse(x_LTD: Tensor, layers: list[FFNWeights], backend: BackendName) -
         sparse_ffn(x_TD, weights, backend=backend)
 
 
-def _prepared(grid: FFNGrid, run: Run) -> Run:
+def _prepared(grid: FFNGrid, run: Action) -> Action:
     if grid.device.type == "cuda":
         return capture(run)
     run()  # compiles, where it does

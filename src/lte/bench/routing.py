@@ -47,7 +47,7 @@ def adjust_(model: nn.Module, tokens_BS: Tensor, targets: list[float], first: in
 
 
 @torch.no_grad()
-def measure(model: nn.Module, tokens_BS: Tensor, first: int) -> tuple[list[float], list[float]]:
+def measured_routing(model: nn.Module, tokens_BS: Tensor, first: int) -> tuple[list[float], list[float]]:
     """Sparsity by layer, and union sparsity by layer, of the passes over positions from ``first`` on.
 
     The union is taken over the rows of the batch: the share of experts that none of them wants in a step.

@@ -4,12 +4,11 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-Run = Callable[[], object]
+from lte.inference.graphs import Action
 
 _SHORTEST_SAMPLE = 2e-3  # seconds; below it the start of a graph and the clock's resolution would show
 _UNKNOWN_CACHE = 128 * 2**20
@@ -20,7 +19,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def in_turn(runs: dict[str, Run], device: torch.device, repeats: int = 20, seconds: float = 3.0) -> dict[str, float]:
+def in_turn(runs: dict[str, Action], device: torch.device, repeats: int = 20, seconds: float = 3.0) -> dict[str, float]:
     """Median seconds a call of each run, the runs taking turns so that all see the same state of the machine.
 
     On CUDA the runs should be graph replays: then only the GPU is timed, by events, with no wait in between.
@@ -45,7 +44,7 @@ def in_turn(runs: dict[str, Run], device: torch.device, repeats: int = 20, secon
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
-def _in_turn_cuda(runs: dict[str, Run], repeats: int) -> dict[str, float]:
+def _in_turn_cuda(runs: dict[str, Action], repeats: int) -> dict[str, float]:
     def record() -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
@@ -82,7 +81,7 @@ def memory_bandwidth(device: torch.device) -> float:
     count = min(count, available_memory(device) // 16)
     source = torch.empty(count, device=device).normal_()
     target = torch.empty_like(source)
-    runs: dict[str, Run] = {"read": lambda: source.sum(), "copy": lambda: target.copy_(source)}
+    runs: dict[str, Action] = {"read": lambda: source.sum(), "copy": lambda: target.copy_(source)}
     seconds = in_turn(runs, device, repeats=10, seconds=2.0)
     size = source.numel() * source.itemsize
     return max(size / seconds["read"], 2 * size / seconds["copy"]) / 1e9

@@ -16,9 +16,9 @@ from lte.bench.timing import memory_bandwidth
 from lte.cli.bench_report import (
     BackendOption,
     BenchOutput,
+    BenchReport,
     NumericDtype,
-    Report,
-    Shape,
+    ShapeName,
     check_positive,
     check_sparsities,
     resolve_backend,
@@ -37,7 +37,7 @@ _FEWEST_TOKENS = 8  # a step runs four times before its CUDA graph exists
 
 @dataclass
 class Decode:
-    shape: Shape = "llama2-7b"
+    shape: ShapeName = "llama2-7b"
     model: str | None = None
     """In place of --shape: a local folder, a hub id, or a .gguf file; dense (gets random routers) or trained sparse."""
     sparsity: Annotated[
@@ -112,7 +112,7 @@ def main(argv: Sequence[str]) -> int:
         bandwidth=gb_per_s,
         seed=options.seed,
     )
-    report = Report("decode", argv, device, gb_per_s, options.to.output)
+    report = BenchReport("decode", argv, device, gb_per_s, options.to.output)
     report.collect(bench_decode(dense_models(model), sparse, grid), _line)
     code = report.finish(f"decoding {grid.name}", _COLUMNS, options.to.json)
     if options.to.plot is not None:

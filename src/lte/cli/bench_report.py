@@ -19,7 +19,7 @@ from lte.files import append_line, write_whole
 from lte.ops.sparse_ffn import COMPILED, BackendName, missing
 from lte.report.plots import plot_speed
 
-Shape = Annotated[str, tyro.conf.arg(help=f"Random weights of a published size: {', '.join(SHAPES)}.")]
+ShapeName = Annotated[str, tyro.conf.arg(help=f"Random weights of a published size: {', '.join(SHAPES)}.")]
 Sparsities = Annotated[tuple[float, ...], tyro.conf.arg(help="Sparsities to ask of the routers; 0 is every expert.")]
 NumericDtype = Literal["float32", "bfloat16", "float16"]
 BackendOption = Literal["device", "auto", "reference", "triton", "cpu"]
@@ -53,7 +53,7 @@ class BenchOutput:
             raise ValueError(f"plot is {self.plot}, but there is no folder {plot.parent}: make it first")
 
 
-class Report:
+class BenchReport:
     """Collects rows. Each is shown and kept in ``OUTPUT.partial`` at once, so that a run cut short loses only one."""
 
     def __init__(

@@ -11,7 +11,7 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from lte.ops.slot_attention import MAX_WIDTH, slot_attention
 from lte.ops.sparse_ffn import missing
 
-OURS = "lte_slots"
+SLOT_ATTENTION = "lte_slots"
 """The name of :func:`_attend` among Hugging Face's attentions."""
 
 
@@ -44,7 +44,7 @@ def attending(model: PreTrainedModel, form: torch.dtype) -> Iterator[None]:
     before = {key: config._attn_implementation for key, config in configs.items()}
     try:
         for config in configs.values():
-            config._attn_implementation = OURS
+            config._attn_implementation = SLOT_ATTENTION
         yield
     finally:
         for key, config in configs.items():
@@ -67,4 +67,4 @@ def _attend(
     return slot_attention(query[:, :, 0], key, value, attention_mask[:, 0, 0], scale)[:, None], None
 
 
-AttentionInterface.register(OURS, _attend)
+AttentionInterface.register(SLOT_ATTENTION, _attend)

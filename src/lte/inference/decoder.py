@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from lte.inference.attention import attending, mask_form
-from lte.inference.graphs import Run, capture
+from lte.inference.graphs import Action, capture
 from lte.inference.sampling import NotCovered, Sampler, Tokens
 from lte.inference.slot_cache import Masks, SlotCache, check_filled, mask_kinds, step_masks
 
@@ -102,7 +102,7 @@ class Decoder:
         if how.compile:
             tuned = _TUNED if how.tune else None
             self._step = torch.compile(self._eager_step, fullgraph=True, dynamic=False, options=tuned)
-        self._ways: dict[tuple[object, ...], tuple[Tokens, Run]] = {}
+        self._ways: dict[tuple[object, ...], tuple[Tokens, Action]] = {}
 
     def prepare(self, model: PreTrainedModel, sampler: Sampler, preparing: Preparing) -> None:
         """Compile and capture the step for a way of choosing tokens, unless that is done.
@@ -167,7 +167,7 @@ class Decoder:
             made += 1
         return torch.cat([prompts.ids, tokens.made_BN[:rows, : watch.read]], dim=-1)
 
-    def _captured(self, run: Run) -> Run:
+    def _captured(self, run: Action) -> Action:
         try:
             return capture(run)
         except torch.OutOfMemoryError:

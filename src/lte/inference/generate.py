@@ -228,7 +228,7 @@ def _explained(compile: bool) -> Iterator[None]:
 
         if not isinstance(error, TorchDynamoException):
             raise
-        reason = one_line(error).partition(" Set TORCH")[0]  # less torch's advice to those who look into torch
+        reason = error_line(error).partition(" Set TORCH")[0]  # less torch's advice to those who look into torch
         raise ValueError(
             f"this model's step does not compile here: {reason}; leave --compile out (compile=False)"
         ) from error
@@ -245,6 +245,6 @@ def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
         yield
 
 
-def one_line(error: Exception) -> str:
+def error_line(error: Exception) -> str:
     """What is said of an error that something else takes the place of: its type and the beginning of its message."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

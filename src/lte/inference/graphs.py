@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Run = Callable[[], object]
+Action = Callable[[], object]
+"""A call without arguments, to be captured or timed. Its result is not used."""
 
 _MOST_TOKENS = 64
 _FROM = 3
@@ -27,7 +28,7 @@ class Unshared:
         return type(self), ()
 
 
-def capture(run: Run, pool: Any = None) -> Run:
+def capture(run: Action, pool: Any = None) -> Action:
     """``run`` as a CUDA graph: the call that replays it. It must not wait for the GPU.
 
     Args:
@@ -52,7 +53,7 @@ class _Kept:
     key: object
     x: Tensor
     y: list[Tensor]
-    replay: Run
+    replay: Action
 
 
 class Replays(Unshared):

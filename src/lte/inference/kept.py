@@ -15,7 +15,7 @@ _MOST = 4
 _SMALLEST = 256
 
 
-class Kept(Unshared):
+class KeptDecoders(Unshared):
     """The last few decoders of one model.
 
     Attributes:
@@ -51,9 +51,9 @@ class Kept(Unshared):
         return found
 
 
-def kept_with(model: PreTrainedModel) -> Kept:
+def kept_with(model: PreTrainedModel) -> KeptDecoders:
     """What is kept with this model."""
-    return vars(model).setdefault("_decoders", Kept())
+    return vars(model).setdefault("_decoders", KeptDecoders())
 
 
 def _rounded(size: int, smallest: int) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lte.evaluation.result_row import ResultRow
 
-Kind = tuple[str, Callable[[Any], bool]]
+FieldKind = tuple[str, Callable[[Any], bool]]
 """In words, and whether a value is one."""
 
 
@@ -26,35 +26,35 @@ def _method(value: Any) -> bool:
     return plain and isinstance(value, dict) and isinstance(value.get("method"), str)
 
 
-TEXT: Kind = ("a text", lambda value: isinstance(value, str))
-WHOLE: Kind = ("a whole number", lambda value: _finite(value) and value == int(value))
-QUALITY: Kind = ("a number", _number)
-AMOUNT: Kind = ("a number of 0 or more", lambda value: _finite(value) and value >= 0)
-POSITIVE: Kind = ("a number above 0", lambda value: _finite(value) and value > 0)
-SHARE: Kind = ("a number from 0 to 1", lambda value: _number(value) and not (value < 0 or value > 1))  # or NaN
-METHOD: Kind = (
+TEXT: FieldKind = ("a text", lambda value: isinstance(value, str))
+WHOLE: FieldKind = ("a whole number", lambda value: _finite(value) and value == int(value))
+QUALITY: FieldKind = ("a number", _number)
+AMOUNT: FieldKind = ("a number of 0 or more", lambda value: _finite(value) and value >= 0)
+POSITIVE: FieldKind = ("a number above 0", lambda value: _finite(value) and value > 0)
+SHARE: FieldKind = ("a number from 0 to 1", lambda value: _number(value) and not (value < 0 or value > 1))  # or NaN
+METHOD: FieldKind = (
     "a text, or an object whose field method is one, and whose options are single values",
     lambda value: isinstance(value, str) or _method(value),
 )
 
 
-def many(kind: Kind) -> Kind:
+def many(kind: FieldKind) -> FieldKind:
     return f"a list, each {kind[0]}", lambda value: isinstance(value, list) and all(map(kind[1], value))
 
 
-def named(kind: Kind) -> Kind:
+def named(kind: FieldKind) -> FieldKind:
     """An object with names that are not known before."""
     return f"an object, each value {kind[0]}", lambda one: isinstance(one, dict) and all(map(kind[1], one.values()))
 
 
-def one_of(names: Collection[str]) -> Kind:
+def one_of(names: Collection[str]) -> FieldKind:
     return f"one of {', '.join(names)}", lambda value: isinstance(value, str) and value in names
 
 
-OBJECT: Kind = ("an object", lambda value: isinstance(value, dict))
+OBJECT: FieldKind = ("an object", lambda value: isinstance(value, dict))
 
 
-def check_fields(row: ResultRow, kinds: Mapping[str, Kind], where: str, needed: Iterable[str] = ()) -> None:
+def check_fields(row: ResultRow, kinds: Mapping[str, FieldKind], where: str, needed: Iterable[str] = ()) -> None:
     """Refuse a row in which a field is not what it has to be. One that is null counts as missing.
 
     Raises:

@@ -15,7 +15,7 @@ from lte.report.fields import (
     SHARE,
     TEXT,
     WHOLE,
-    Kind,
+    FieldKind,
     check_fields,
     many,
     named,
@@ -24,7 +24,7 @@ from lte.report.fields import (
 from lte.report.metrics import METRICS
 from lte.report.older_rows import upgraded
 
-_EVALUATION: dict[str, Kind] = {
+_EVALUATION: dict[str, FieldKind] = {
     **dict.fromkeys(("command", "model", "mode"), TEXT),
     **dict.fromkeys(("sparsity", "weight_sparsity", "attention_sparsity"), SHARE),
     **dict.fromkeys(
@@ -38,7 +38,7 @@ _EVALUATION: dict[str, Kind] = {
     "results": named(OBJECT),
     "num_samples": named(AMOUNT),
 }
-_RUN: dict[str, Kind] = {
+_RUN: dict[str, FieldKind] = {
     **dict.fromkeys(("command", "trained_by", "model", "recipe"), TEXT),
     "method": METHOD,
     "made": many(OBJECT),
@@ -52,13 +52,13 @@ _RUN: dict[str, Kind] = {
     "evaluation": OBJECT,
     "evals": many(OBJECT),
 }
-_STEP: dict[str, Kind] = {
+_STEP: dict[str, FieldKind] = {
     **dict.fromkeys(("command", "model"), TEXT),
     "kind": one_of(get_args(MeasuredOn)),
     "data": many(TEXT),
     "options": OBJECT,
 }
-_BENCH: dict[str, Kind] = {
+_BENCH: dict[str, FieldKind] = {
     **dict.fromkeys(("dtype", "shape"), TEXT),
     **dict.fromkeys(("sparsity", "sparsity_asked", "union_sparsity"), SHARE),
     **dict.fromkeys(("speedup", "ideal_speedup"), POSITIVE),
