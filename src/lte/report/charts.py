@@ -12,24 +12,24 @@ from lte.report.drawing import INK, Chart, Notes, legend_below
 from lte.report.looks import BudgetLook, Look, budgets_of
 
 ARROW = ((-0.1, -1), (0.1, -1), (0.1, 0), (0.45, 0), (0, 1), (-0.45, 0), (-0.1, 0), (-0.1, -1))
-"""Upward, for what lies beyond the chart."""
-_MANY = 12  # runs whose quartiles say something
+"""An arrow upward, for runs beyond the chart."""
+_MANY = 12  # with so many runs, quartiles mean something
 
 
 def slug(text: str) -> str:
-    """As a part of a file name or an id."""
+    """Return the text as a part of a file name or an id."""
     return re.sub(r"[\W_]+", "-", text.lower()).strip("-")
 
 
 def in_words(point: Point, comparison: Comparison, title: str) -> str:
-    """One point in words."""
+    """Return one point in words."""
     spread = f" ± {point.spread:.2g} over {point.seeds} seeds" if point.spread is not None else ""
     quality = f"{comparison.metric.title.split(',')[0]} {point.value:.4g}{spread}"
     return f"{title}: {quality}, {point.sparsity:.1%} sparse, {point.gflops:.4g} GFLOPs per token"
 
 
 def tradeoff(comparison: Comparison, by: str, looks: Mapping[str, Look]) -> Chart:
-    """Quality against ``sparsity`` or ``gflops``; dense is a line across, runs beyond the chart are arrows."""
+    """Return a chart of quality against ``sparsity`` or ``gflops``. Dense is a line. Runs beyond it are arrows."""
     label = "sparsity of FFN neurons, %" if by == "sparsity" else "GFLOPs per token"
     beyond, budgets = beyond_chart(comparison), budgets_of(comparison)
 
@@ -77,10 +77,10 @@ def tradeoff(comparison: Comparison, by: str, looks: Mapping[str, Look]) -> Char
 
 
 def beyond_chart(comparison: Comparison) -> list[Point]:
-    """Runs too bad for the chart: they would flatten what matters.
+    """Return runs that are too bad for the chart, because they would make all others look alike.
 
-    Those of more than twice dense's perplexity, or less than 85 % of its quality, unless most runs are no better; of
-    many runs also those that lose more than twice what three quarters of them lose at most.
+    These are runs with more than twice dense's perplexity, or less than 85 % of its quality. If there are many runs, a
+    run is also too bad if it loses more than twice the upper quartile of losses. At least half of the runs remain.
     """
     points = [point for curve in comparison.curves for point in curve.points]
     if comparison.dense is None or comparison.dense.value <= 0:
@@ -95,7 +95,7 @@ def beyond_chart(comparison: Comparison) -> list[Point]:
 
 
 def _named(comparison: Comparison, by: str, beyond: Sequence[Point]) -> str:
-    """Runs beyond the chart in words."""
+    """Return the runs beyond the chart in words."""
     where = "{0.value:.1f} at {1:.3g}\N{NO-BREAK SPACE}%" if by == "sparsity" else "{0.value:.1f} at {1:.4g}"
     several = [
         f"{curve.title} ({', '.join(where.format(point, _x(point, by)) for point in curve.points if point in beyond)})"
@@ -110,7 +110,7 @@ def _x(point: Point, by: str) -> float:
 
 
 def _mark(axes: Any, point: Point, by: str, look: Look, budget: BudgetLook, best: bool) -> Any:
-    """A run; smaller and faint where another of its curve is better and cheaper."""
+    """Draw a run. It is small and faint if another run of its curve is better and cheaper."""
     (mark,) = axes.plot(
         _x(point, by), point.value, **look.line | {"linestyle": "", "linewidth": 0},
         marker=look.marker, markersize=(7 if best else 4.5) + look.ours, alpha=1 if best else 0.55,
@@ -123,7 +123,7 @@ def _mark(axes: Any, point: Point, by: str, look: Look, budget: BudgetLook, best
 
 
 def _arrow(axes: Any, point: Point, by: str, look: Look, up: bool) -> Any:
-    """A run beyond the chart, at its edge."""
+    """Draw a run beyond the chart, at its edge."""
     shape = [(x, y if up else -y) for x, y in ARROW]
     where = {"transform": axes.get_xaxis_transform(), "clip_on": False}
     (mark,) = axes.plot(
@@ -134,7 +134,7 @@ def _arrow(axes: Any, point: Point, by: str, look: Look, up: bool) -> Any:
 
 
 def _scale(axes: Any, comparison: Comparison, beyond: Sequence[Point]) -> None:
-    """Perplexities that lie far apart on a logarithmic scale, with plain numbers."""
+    """Set the scales. Perplexities that are far apart get a logarithmic scale with plain numbers."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
     axes.margins(x=0.06)
@@ -158,7 +158,7 @@ def _scale(axes: Any, comparison: Comparison, beyond: Sequence[Point]) -> None:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Plain numbers, as many as have room for their labels."""
+    """Return plain numbers, the most whose labels fit."""
     ticks: list[float] = []
     for bases in ((1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 1.5, 2, 3, 4, 6, 8), (1, 2, 5), (1, 3), (1,)):
         ticks = [base * 10**power for power in range(-2, 7) for base in bases if low <= base * 10**power <= high]
@@ -168,7 +168,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def layers_chart(comparison: Comparison, curve: Curve) -> Chart | None:
-    """Sparsity of each layer: a row a run (some of the best), a column a layer. None where rows lack it."""
+    """Return a chart of sparsity by layer: a row for each of some of the best runs. None if rows do not have it."""
     title, points = curve.title, _apart(curve.front, comparison)
     if not points:
         return None
@@ -208,7 +208,7 @@ def layers_chart(comparison: Comparison, curve: Curve) -> Chart | None:
 
 
 def _apart(points: Sequence[Point], comparison: Comparison) -> list[Point]:
-    """Of points with layers, the best ones that are three points of sparsity or more from each other."""
+    """Return the best points with layers that differ by three points of sparsity or more from each other."""
     kept: list[Point] = []
     for point in sorted(points, key=lambda one: comparison.metric.loss(one.value, 0.0)):
         if len(point.layer_sparsity) > 1 and all(abs(point.sparsity - one.sparsity) >= 0.03 for one in kept):

@@ -1,4 +1,4 @@
-"""What the fields of a row of results have to be, so that a damaged one is named and not drawn."""
+"""The kinds of values in a row of results. A row with a wrong value is an error, and is not drawn."""
 
 import json
 import math
@@ -8,11 +8,11 @@ from typing import Any
 from lte.evaluation.result_row import ResultRow
 
 FieldKind = tuple[str, Callable[[Any], bool]]
-"""In words, and whether a value is one."""
+"""The kind in words, and a function that says whether a value is of that kind."""
 
 
 def _number(value: Any) -> bool:
-    """Also NaN and infinity: a run that diverged has them."""
+    """Return whether the value is a number. NaN and infinity are numbers, because a run that diverged has them."""
     return isinstance(value, float) or (type(value) is int and abs(value) < 10**300)
 
 
@@ -43,7 +43,7 @@ def many(kind: FieldKind) -> FieldKind:
 
 
 def named(kind: FieldKind) -> FieldKind:
-    """An object with names that are not known before."""
+    """Return the kind of an object with any names, whose values are of one kind."""
     return f"an object, each value {kind[0]}", lambda one: isinstance(one, dict) and all(map(kind[1], one.values()))
 
 
@@ -55,10 +55,9 @@ OBJECT: FieldKind = ("an object", lambda value: isinstance(value, dict))
 
 
 def check_fields(row: ResultRow, kinds: Mapping[str, FieldKind], where: str, needed: Iterable[str] = ()) -> None:
-    """Refuse a row in which a field is not what it has to be. One that is null counts as missing.
+    """Raise ValueError unless each field of a row is of its kind. A field that is null counts as missing.
 
-    Raises:
-        ValueError: naming where it is, the field and what is expected.
+    The message names the place, the field and what is expected.
     """
     for name in needed:
         if row.get(name) is None:

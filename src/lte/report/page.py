@@ -15,14 +15,14 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class PageHead:
-    """What stands above the sections."""
+    """The title of the page, and the lines between it and the first section."""
 
     title: str
     lines: tuple[str, ...]
 
 
 def html(head: PageHead, parts: Sequence[Section], routing: Routing | None) -> str:
-    """A page that needs nothing but itself."""
+    """Return an HTML page that loads no other file."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -40,12 +40,12 @@ def html(head: PageHead, parts: Sequence[Section], routing: Routing | None) -> s
 
 
 def _script_safe(values: dict[str, Any]) -> str:
-    """JSON that cannot end the script element it stands in."""
+    """Return JSON that cannot end the script element around it."""
     return json.dumps(values, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def markdown(head: PageHead, parts: Sequence[Section], pictures: dict[str, str]) -> str:
-    """The same in Markdown; ``pictures`` has the file of each chart by its slug, where there is one."""
+    """Return the same in Markdown. ``pictures`` has the files of charts by slug; other charts are left out."""
     lines = [f"# {head.title}", "", *(f"{_escaped(line)}\n" for line in head.lines)]
     for part in parts:
         lines += [f"## {_escaped(part.title)}", ""]
@@ -72,7 +72,7 @@ def _escaped(text: str) -> str:
 
 
 def pngs(parts: Sequence[Section], stem: Path) -> dict[str, str]:
-    """Write every chart as STEM-slug.png; the names of the files by slug."""
+    """Write every chart as STEM-slug.png and return the names of the files by slug."""
     names = {}
     for part in parts:
         for chart in (*part.charts, *part.more):

@@ -1,4 +1,4 @@
-"""Rows of results files, each checked: what ``lte train``, ``lte eval``, ``lte sweep`` and ``lte bench`` write."""
+"""Rows of results files, each checked. ``lte train``, ``lte eval``, ``lte sweep`` and ``lte bench`` write them."""
 
 import json
 from pathlib import Path
@@ -65,15 +65,15 @@ _BENCH: dict[str, FieldKind] = {
     "tokens": AMOUNT,
 }
 _DRAWN = ("tokens", "sparsity", "sparsity_asked", "speedup", "ideal_speedup")
-"""Of a row of ``lte bench ffn``."""
+"""The fields of a row of ``lte bench ffn`` that are drawn."""
 
 
 def read_result_rows(path: Path) -> list[ResultRow]:
-    """The rows of a file: of ``.jsonl`` one a line, of ``.json`` one in all.
+    """Return the rows of a file: one for each line of ``.jsonl``, one in all of ``.json``.
 
     Raises:
-        ValueError: naming file, line and field: it is not JSON, holds something else, or nothing, or a row of ours has
-            a field of another type.
+        ValueError: the file is empty or not JSON, a row is no object, or a field of our rows has another type. The
+            message names file, line and field.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -99,16 +99,16 @@ def _read(text: str, where: str) -> ResultRow:
         raise ValueError(f"{where} holds half a character (a lone surrogate): write the row again") from None
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", str(error))
-        raise ValueError(f"{where} is not JSON ({reason}): a results file is a row a line") from None
+        raise ValueError(f"{where} is not JSON ({reason}): a results file has one row on each line") from None
     if not isinstance(row, dict):
-        raise ValueError(f"{where} is no JSON object: a results file is an object a line")
+        raise ValueError(f"{where} is no JSON object: a results file has one object on each line")
     row = upgraded(row)
     _check(row, where)
     return row
 
 
 def _check(row: ResultRow, where: str) -> None:
-    """Refuse a row of ours with a field that is not what we write. Rows of others are counted, and not looked at."""
+    """Raise ValueError unless the fields of one of our rows are as we write them. Other rows are not checked."""
     if row.get("bench") is not None:
         check_fields(row, {"rows": many(OBJECT)}, where, ("rows",))
         for number, one in enumerate(row["rows"], 1):

@@ -1,4 +1,4 @@
-"""The report's sections, the same for page, Markdown and pictures: text, charts, tables."""
+"""The report's sections: text, charts, tables. Page, Markdown and pictures have the same ones."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -18,7 +18,7 @@ from lte.report.verdict import duels
 def sections(
     results: Results, comparisons: Sequence[Comparison], routing: Routing | None = None, before: Routing | None = None
 ) -> list[Section]:
-    """All sections there is something for, in the order of the page."""
+    """Return all sections that are not empty, in the order of the page."""
     found = [_tradeoff(comparison, comparisons, number) for number, comparison in enumerate(comparisons, 1)]
     if comparisons:
         found.append(_table_one(comparisons))
@@ -29,13 +29,13 @@ def sections(
         found.append(latency(results.benches))
     if results.failures:
         rows = tuple(results.failures)
-        text = (f"Runs that did not end well: {len(rows)}. They are in none of the pictures.",)
+        text = (f"Runs that did not end well: {len(rows)}. They are in no chart.",)
         found.append(Section("failed", "Failed runs", text, tables=(TextTable("Failed runs", ("run", "error"), rows),)))
     return found
 
 
 def _layers(comparisons: Sequence[Comparison]) -> list[Section]:
-    """LTE's charts, and those of others on demand."""
+    """Return a section with LTE's charts; the page shows charts of other methods on demand."""
     charts = [
         (curve, chart)
         for comparison in comparisons
@@ -57,8 +57,8 @@ def _tradeoff(comparison: Comparison, comparisons: Sequence[Comparison], number:
     text = []
     if comparison.curves:
         text.append(
-            f"{comparison.count:,} {comparison.unit}. A line joins a method's best runs, those that none of its "
-            "others beats in both quality and cost; small marks are its other runs."
+            f"{comparison.count:,} {comparison.unit}. A line joins a method's best runs: no other run of the "
+            "method beats them in both quality and cost. Small marks are its other runs."
         )
     if any(point.spread is not None for curve in comparison.curves for point in curve.points):
         text.append(
@@ -90,9 +90,11 @@ def _tradeoff(comparison: Comparison, comparisons: Sequence[Comparison], number:
             text.append(f"{against} LTE leads in {sum(one.leads for one in several)} of {len(several)} places.")
     dearer = [f"{one.title} ({one.rival.gflops:.4g} GFLOPs per token)" for one in met if one.lte is None]
     if dearer:
-        warnings.append(f"No LTE run of no more steps is as cheap as {', '.join(dearer)}: compared with none.")
+        warnings.append(
+            f"No LTE run with the same number of steps or fewer is as cheap as {', '.join(dearer)}: not compared."
+        )
     if comparison.dense is None:
-        warnings.append("No dense run is among these results, so nothing says what was lost.")
+        warnings.append("No dense run is among these results, so the loss is not known.")
     name = comparison.metric.title.split(",")[0]
     return Section(
         f"task-{number}",
@@ -105,7 +107,7 @@ def _tradeoff(comparison: Comparison, comparisons: Sequence[Comparison], number:
 
 
 def _beyond_ffn(comparison: Comparison) -> list[str]:
-    """A word on methods whose sparsity is not that of FFNs alone."""
+    """Return sentences about methods whose sparsity is not that of FFNs alone."""
     points = [point for curve in comparison.curves for point in curve.points]
     methods = {
         what: list(dict.fromkeys(p.method for p in points if p.beyond_ffn == what)) for what in ("inputs", "weights")
@@ -113,13 +115,13 @@ def _beyond_ffn(comparison: Comparison) -> list[str]:
     text = []
     if methods["inputs"]:
         text.append(
-            f"{', '.join(methods['inputs'])}: sparse in attention too, which sparsity leaves out and GFLOPs count: "
-            "compare by these."
+            f"{', '.join(methods['inputs'])}: also sparse in attention. Sparsity does not count that, but GFLOPs do: "
+            "compare by GFLOPs."
         )
     if methods["weights"]:
         text.append(
-            f"{', '.join(methods['weights'])}: sparsity is the share of weights that are 0, attention's too, and "
-            "GFLOPs are without them, as for hardware that skips each: compare by these."
+            f"{', '.join(methods['weights'])}: sparsity is the share of weights that are 0, also in attention. GFLOPs "
+            "leave these weights out, as hardware that skips each of them would: compare by GFLOPs."
         )
     return text
 
@@ -202,18 +204,20 @@ def _routing(routing: Routing, before: Routing | None) -> list[Section]:
     header = ("tokens together", "idle for all, %", "least sparse layer", "most sparse layer")
     scores = Section("scores", "Router scores", tuple(text), (score_chart(routing, before),))
     tokens = [
-        "The stronger its colour, the more experts a token uses in the layer chosen, from the fewest to the most of "
-        "any token. Choose one to see which."
+        "The stronger the colour of a token, the more experts it uses in the chosen layer. The scale goes from the "
+        "fewest to the most experts of any token. Choose a token to see its experts."
     ]
     if experts > MOST_EXPERTS:
-        tokens.append(f"{experts:,} experts a layer are too many to show which ones: only how many.")
+        tokens.append(
+            f"A layer has {experts:,} experts: too many to show which ones are active, so only their number is shown."
+        )
     union = Section(
         "union",
         "Union sparsity",
         (
-            "Tokens decoded together share the experts that are read: one is skipped only where no token of the batch "
-            "wants it. The mean over all ways to draw a batch from the tokens of this text. By chance: experts chosen "
-            "anew for each token, which tokens of one text do not do.",
+            "Tokens that are decoded together share the experts that are read. An expert is skipped only if no token "
+            "of the batch wants it. The numbers are means over all ways to draw a batch from the tokens of this text. "
+            "The line by chance is for experts that are chosen independently for each token.",
         ),
         (union_chart(routing),),
         tables=(TextTable("Union sparsity", header, rows, folded=True),),

@@ -9,7 +9,7 @@ from lte.report.layout import Section, TextTable
 
 
 def latency(benches: Sequence[ResultRow]) -> Section:
-    """What ``lte bench`` measured."""
+    """Return the section with the measurements of ``lte bench``."""
     charts = tuple(chart for number, bench in enumerate(benches, 1) if (chart := speed_chart(bench, number)))
     tables = []
     for part, caption, columns in _BENCHES:
@@ -54,9 +54,10 @@ def _value(value: object) -> str:
 
 
 def speed_chart(bench: ResultRow, number: int) -> Chart | None:
-    """Speed-up of one FFN over measured sparsity, a line a number of tokens; dotted what bytes alone would allow.
+    """Return a chart of the speed-up of one FFN over measured sparsity, a line for each number of tokens.
 
-    None for other benchmarks, or with less than two sparsities.
+    The speed-up that the bytes alone would allow is dotted. None for other benchmarks, and for less than two
+    sparsities.
     """
     rows = [row for row in bench["rows"] if {"speedup", "tokens", "sparsity_asked"} <= row.keys()]
     if len({row["sparsity_asked"] for row in rows}) < 2:

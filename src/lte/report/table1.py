@@ -1,4 +1,4 @@
-"""The paper's Table 1 in its own form: the fewest GFLOPs per token within an allowed loss of quality."""
+"""The paper's Table 1 in the same form: the fewest GFLOPs per token within an allowed loss of quality."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ PAPER: dict[str, tuple[float | None, ...]] = {
 
 @dataclass(frozen=True)
 class Cheapest:
-    """The cheapest point of one method in one comparison that is within the allowed loss; None where none is."""
+    """The cheapest point of one method in one comparison that is within the allowed loss; None if no point is."""
 
     point: Point | None
     tried: int
@@ -37,17 +37,17 @@ class Cheapest:
 
 @dataclass(frozen=True)
 class TableOne:
-    """Ours beside the paper's: a row a method, ``None`` where it was not run (or is not in the paper)."""
+    """Our numbers and the paper's: a row for each method, ``None`` if it was not run or is not in the paper."""
 
     comparisons: tuple[Comparison, ...]
     rows: tuple[tuple[str, tuple[float | None, ...] | None, tuple[Cheapest | None, ...]], ...]
 
 
-_ROUNDING = 1e-9  # of a loss of just what is allowed
+_ROUNDING = 1e-9  # for a loss that is exactly the allowed one
 
 
 def cheapest_within(comparison: Comparison, method: str) -> Cheapest | None:
-    """The cheapest run of ``method`` within the allowed loss of the best dense run; None where it was not run."""
+    """Return the cheapest run of ``method`` within the allowed loss of the best dense run; None if it was not run."""
     metric = comparison.metric
     if comparison.dense is None or metric.allowed is None:
         return None
@@ -61,14 +61,14 @@ def cheapest_within(comparison: Comparison, method: str) -> Cheapest | None:
 
 
 def table_one(comparisons: Sequence[Comparison]) -> TableOne:
-    """Every method of the paper and of the results, in every comparison that has a dense run and an allowed loss."""
+    """Return every method of the paper and the results, in all comparisons with a dense run and an allowed loss."""
     usable = tuple(
         comparison
         for comparison in comparisons
         if comparison.dense is not None and comparison.metric.allowed is not None
     )
     ours = [point.method for comparison in usable for curve in comparison.curves for point in curve.points]
-    names = sorted(dict.fromkeys([*PAPER, *ours]), key=lambda name: name.startswith("LTE"))  # LTE last, as there
+    names = sorted(dict.fromkeys([*PAPER, *ours]), key=lambda name: name.startswith("LTE"))  # LTE last, as in the paper
     rows = tuple(
         (name, PAPER.get(name), tuple(cheapest_within(comparison, name) for comparison in usable)) for name in names
     )
