@@ -184,12 +184,12 @@ class Forbidding(LogitsProcessor):
 @pytest.mark.parametrize(
     ("asked", "reason"),
     [
-        ({"num_beams": 2}, "beam search is none of greedy and sampling"),
+        ({"num_beams": 2}, "beam search is neither greedy nor sampling"),
         ({"logits_processor": LogitsProcessorList([Forbidding()])}, "Forbidding looks at more than scores"),
         ({"no_repeat_ngram_size": 2}, "NoRepeatNGramLogitsProcessor looks at more than scores"),
         ({"cache_implementation": "static"}, "cache_implementation is given"),
-        ({"use_cache": False}, "it is to keep no keys and values"),
-        ({"return_dict_in_generate": True}, "more than tokens is asked for"),
+        ({"use_cache": False}, "the options say to keep no keys and values"),
+        ({"return_dict_in_generate": True}, "the options ask for more than tokens"),
     ],
 )
 def test_what_the_loop_does_not_do_is_left_to_hugging_face(asked, reason, caplog):
@@ -325,7 +325,7 @@ def test_few_decoders_are_kept(compiled_by):
 
 
 def test_compile_is_refused_while_recording(llama):
-    with lte.track_sparsity(llama), pytest.raises(ValueError, match="being recorded"):
+    with lte.track_sparsity(llama), pytest.raises(ValueError, match="cannot record scores"):
         lte.generate(llama, prompts()[0][None], compile=True, **GREEDY)
 
 
