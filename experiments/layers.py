@@ -8,13 +8,13 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).parent.parent
 LINES = {  # file, words of the command, label
     "SmolLM2-135M, 30 layers": [
-        ("paper", "--separability-weight 0.5 --eta 0.5", "paper's recipe: lambda 0.5, eta 0.5"),
+        ("paper", "--separability-weight 0.5 --eta 0.5", "paper's schedule: lambda 0.5, eta 0.5"),
         ("paper", "--separability-weight 1 --eta 2", "lambda 1, eta 2"),
         ("paper", "--separability-weight 0 --eta 0.5", "lambda 0, eta 0.5"),
-        ("wikitext2", "--max-steps 1200 --seed 42 --target-sparsity 0.5", "the default recipe at 50 %"),
+        ("wikitext2", "--max-steps 1200 --seed 42 --target-sparsity 0.5", "the default schedule at 50 %"),
     ],
     "GPT-2-like, 8 layers": [
-        ("paper", "--separability-weight 0.5 --eta 0.5", "paper's recipe: lambda 0.5, eta 0.5"),
+        ("paper", "--separability-weight 0.5 --eta 0.5", "paper's schedule: lambda 0.5, eta 0.5"),
         ("paper", "--separability-weight 1 --eta 2", "lambda 1, eta 2"),
         ("paper", "--separability-weight 0 --eta 0.1", "lambda 0, eta 0.1"),
     ],

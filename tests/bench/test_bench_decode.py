@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 from lte.bench import decode as bench_decode
 from lte.bench import decoding, parity
 from lte.bench.decode import DecodeGrid, dense_models, random_model
-from lte.bench.decoding import Decoded, Decoder
+from lte.bench.decoding import Decoded, TimedDecoder
 from lte.bench.routing import random_routers_, route_
 from lte.inference.optimize import optimize_
 from lte.methods.lte import LTEConfig
@@ -44,7 +44,7 @@ def prompt(batch: int = 2) -> torch.Tensor:
 def test_tokens_are_those_of_the_masked_dense_model(sparse, backend):
     options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     expected = sparse.generate(prompt(), **options)
-    decoder = Decoder(optimize_(copy.deepcopy(sparse), backend), 2, PROMPT, NEW, compile=False)
+    decoder = TimedDecoder(optimize_(copy.deepcopy(sparse), backend), 2, PROMPT, NEW, compile=False)
     assert decoder.how == "eager"
     for _ in range(2):
         found = decoder(prompt())
@@ -57,11 +57,13 @@ def test_tokens_are_those_of_the_masked_dense_model(sparse, backend):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, about itself
 def test_a_compiled_step_gives_the_same_tokens_and_sees_new_biases(sparse):
     packed = optimize_(copy.deepcopy(sparse), "auto")
-    decoder = Decoder(packed, 2, PROMPT, NEW, compile=True)
+    decoder = TimedDecoder(packed, 2, PROMPT, NEW, compile=True)
     assert decoder.how == "compiled"
     for sparsity in (0.6, 0.9):
         route_(packed, prompt(), sparsity)
-        assert torch.equal(decoder(prompt()).tokens, Decoder(packed, 2, PROMPT, NEW, compile=False)(prompt()).tokens)
+        assert torch.equal(
+            decoder(prompt()).tokens, TimedDecoder(packed, 2, PROMPT, NEW, compile=False)(prompt()).tokens
+        )
 
 
 def test_a_step_that_does_not_compile_is_timed_as_it_is(dense, monkeypatch, caplog):
@@ -72,7 +74,7 @@ def test_a_step_that_does_not_compile_is_timed_as_it_is(dense, monkeypatch, capl
     monkeypatch.setattr(
         decoding, "generate", lambda *args, compile, **how: (broken if compile else right)(*args, **how)
     )
-    decoder = Decoder(dense, 1, PROMPT, NEW, compile=True)
+    decoder = TimedDecoder(dense, 1, PROMPT, NEW, compile=True)
     assert decoder.how == "eager"
     assert len(decoder(prompt(1)).steps) == NEW - 1
     assert "does not compile here" in caplog.text
@@ -108,13 +110,13 @@ def test_a_wrong_backend_gets_no_time(dense, monkeypatch):
 
 
 def test_a_wrong_step_gets_no_time(dense, monkeypatch):
-    class Wrong(Decoder):
+    class Wrong(TimedDecoder):
         def __call__(self, prompt_BS):
             made = super().__call__(prompt_BS)
             made.tokens[:, PROMPT:].add_(1).remainder_(100)
             return made
 
-    monkeypatch.setattr(bench_decode, "Decoder", Wrong)
+    monkeypatch.setattr(bench_decode, "TimedDecoder", Wrong)
     for row in run(dense, batches=(2,)):
         assert "decoded token" in row["error"]
         assert "lte_ms" not in row
@@ -148,13 +150,13 @@ def test_the_check_decides_half_of_the_experts_and_gives_the_biases_back(sparse)
 
 
 def test_dense_is_the_fastest_of_its_contenders_in_each_measure(dense, monkeypatch):
-    class Timed(Decoder):
+    class Slow(TimedDecoder):
         def __call__(self, prompt_BS):
             fp32 = self.model.dtype == torch.float32  # the faster step, but a slow prefill
             times = (1.0, [0.1] * (NEW - 1)) if fp32 else (0.01, [0.11] * (NEW - 1))
             return Decoded(super().__call__(prompt_BS).tokens, *times)
 
-    monkeypatch.setattr(bench_decode, "Decoder", Timed)
+    monkeypatch.setattr(bench_decode, "TimedDecoder", Slow)
     row = run(dense, batches=(2,), sparsities=(0.5,))[0]
     assert (row["dense_by"], row["dense_total_by"]) == ("eager float32", "eager bfloat16")
     assert (row["dense_ms"], row["dense_prefill_ms"]) == pytest.approx((100, 10))

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig
 
 from lte.bench.decode import random_model
-from lte.bench.routing import measure, random_routers_, route_
+from lte.bench.routing import measured_routing, random_routers_, route_
 from lte.bench.shapes import FFNSize
 from lte.bench.synthetic import biases, layer_targets, random_ffn, shift_to
 from lte.methods.lte import LTEConfig
@@ -57,7 +57,7 @@ def test_a_model_meets_the_sparsity_on_what_its_layers_see():
     tokens = torch.randint(200, (2, 64), generator=torch.Generator().manual_seed(0))
     for asked in (0.5, 0.8, 0.0):
         route_(model, tokens, asked)
-        by_layer, union = measure(model, tokens, 0)
+        by_layer, union = measured_routing(model, tokens, 0)
         assert sum(by_layer) / 8 == pytest.approx(asked, abs=0.02)
         assert asked == 0 or max(by_layer) - min(by_layer) > 0.1
         assert all(a <= b for a, b in zip(union, by_layer, strict=True))

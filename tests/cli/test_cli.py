@@ -131,6 +131,27 @@ def test_train_from_a_recipe(files, trained, capsys):
     assert math.isfinite(found["perplexity"])
 
 
+@pytest.mark.parametrize("name", ["--schedule", "--recipe"])
+def test_a_typed_learning_rate_is_that_of_a_dense_run(name, tmp_path, caplog):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("learning_rate: 6.0e-4\ndense_learning_rate: 3.0e-4\n")
+    given = [str(recipe), "--model", "m", "--text", "t", "-o", str(tmp_path / "out")]
+
+    def factor(*options):
+        target = () if "dense" in options else ("--target-sparsity", "0.5")
+        args = parse_train([*given, *options, *target]).training
+        return args.learning_rate * args.dense_learning_rate_factor
+
+    assert factor(name, "dense") == pytest.approx(3e-4)
+    assert factor(name, "dense", "--learning-rate", "5e-5") == pytest.approx(5e-5)
+    assert factor(name, "dense", "--learning-rate=5e-5") == pytest.approx(5e-5)
+    assert not caplog.text
+    assert factor("--learning-rate", "5e-5", "--dense-learning-rate", "2e-5") == pytest.approx(2e-5)
+    assert not caplog.text
+    assert factor("--learning-rate", "5e-5") == pytest.approx(3e-4)
+    assert "the dense stage keeps the learning rate 0.0003" in caplog.text
+
+
 @pytest.mark.slow
 def test_generate(trained, capfd):
     given = ["generate", str(trained), "--prompt", "1 and 2", "--max-new-tokens", "5", "--device", "cpu"]

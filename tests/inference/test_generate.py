@@ -55,10 +55,8 @@ def test_an_optimised_model_gives_the_same_tokens(family):
     assert torch.equal(lte.generate(model, inputs, **GREEDY), expected)
 
 
-_NOT_FOR_TEXT_TO_COME = {"bert", "roberta", "xlm-roberta", "camembert", "electra", "bart", "mbart", "pegasus", "marian"}
-CAUSAL = [
-    one for one in known_families() if one in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and one not in _NOT_FOR_TEXT_TO_COME
-]
+OTHERS = {"bert", "roberta", "xlm-roberta", "camembert", "electra", "bart", "mbart", "pegasus", "marian"}
+CAUSAL = [one for one in known_families() if one in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and one not in OTHERS]
 LEFT_TO_HUGGING_FACE = {"bloom", "gpt_neo", "mpt"}
 """They count positions by themselves, or look at them on the host."""
 
@@ -82,6 +80,23 @@ def test_tokens_are_those_of_hugging_face(family, options, caplog):
     for inputs in (left_padded(), {"input_ids": prompts()[1][None]}):
         assert torch.equal(lte.generate(model, inputs, **options), model.generate(**inputs, **options))
     assert ("is decoded by model.generate" in caplog.text) == (family in LEFT_TO_HUGGING_FACE)
+
+
+def test_an_eager_step_is_given_the_filled_slots_alone(monkeypatch):
+    seen, right = [], torch.nn.functional.scaled_dot_product_attention
+
+    def attend(query, key, *rest, **options):
+        seen.append((key.shape[2], options["attn_mask"] is None))
+        return right(query, key, *rest, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    model = lively("llama", num_hidden_layers=1)
+    options = {**GREEDY, "max_new_tokens": 4, "eos_token_id": None}
+    lte.generate(model, prompts()[1][None], **options)
+    assert seen[1:] == [(8, True), (9, True), (10, True)]
+    seen.clear()
+    lte.generate(model, left_padded(), **options)
+    assert seen[1:] == [(8, False), (9, False), (10, False)]
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text", "olmo3", "cohere2", "ministral"])
@@ -169,12 +184,12 @@ class Forbidding(LogitsProcessor):
 @pytest.mark.parametrize(
     ("asked", "reason"),
     [
-        ({"num_beams": 2}, "beam search is none of greedy and sampling"),
+        ({"num_beams": 2}, "beam search is neither greedy nor sampling"),
         ({"logits_processor": LogitsProcessorList([Forbidding()])}, "Forbidding looks at more than scores"),
         ({"no_repeat_ngram_size": 2}, "NoRepeatNGramLogitsProcessor looks at more than scores"),
         ({"cache_implementation": "static"}, "cache_implementation is given"),
-        ({"use_cache": False}, "it is to keep no keys and values"),
-        ({"return_dict_in_generate": True}, "more than tokens is asked for"),
+        ({"use_cache": False}, "the options say to keep no keys and values"),
+        ({"return_dict_in_generate": True}, "the options ask for more than tokens"),
     ],
 )
 def test_what_the_loop_does_not_do_is_left_to_hugging_face(asked, reason, caplog):
@@ -310,7 +325,7 @@ def test_few_decoders_are_kept(compiled_by):
 
 
 def test_compile_is_refused_while_recording(llama):
-    with lte.track_sparsity(llama), pytest.raises(ValueError, match="being recorded"):
+    with lte.track_sparsity(llama), pytest.raises(ValueError, match="cannot record scores"):
         lte.generate(llama, prompts()[0][None], compile=True, **GREEDY)
 
 

@@ -152,7 +152,7 @@ def test_refusals_leave_the_model_as_it_was():
     mixed.decoder.block[1].layer[2].DenseReluDense.wo.float()
     refused(mixed, r"decoder.*wi bfloat16.*wo float32.*model.float\(\)")
     quick = sparse(hidden_act="quick_gelu")
-    refused(quick, "QuickGELUActivation is none that lte.sparse_ffn knows")
+    refused(quick, "QuickGELUActivation is not one of lte.sparse_ffn")
     quantised = sparse()
     quantised.model.layers[1].mlp.down_proj.weight = nn.Parameter(torch.zeros(32, 8, dtype=torch.int8), False)
     refused(quantised, "quantised weights")

@@ -14,7 +14,7 @@ METHODS = ("lte", "deja-vu", "moefication", "relufication", "cats", "teal", "wan
 
 
 @pytest.fixture
-def task(tmp_path):
+def comparison(tmp_path):
     return lambda *rows: gather(read_results([write(tmp_path / "rows.jsonl", list(rows))]).measurements)[0]
 
 
@@ -28,8 +28,8 @@ def many(methods=METHODS, budgets=(0, 300, 600, 1200)):
     ]
 
 
-def drawn(task, by="gflops", see=lambda figure: figure):
-    with tradeoff(task, by, looks_of([task])).drawn() as (figure, _):
+def drawn(comparison, by="gflops", see=lambda figure: figure):
+    with tradeoff(comparison, by, looks_of([comparison])).drawn() as (figure, _):
         figure.canvas.draw()
         return see(figure)
 
@@ -40,10 +40,10 @@ def plot_inches(figure):
 
 
 @pytest.mark.parametrize("by", ["sparsity", "gflops"])
-def test_the_plot_has_one_size_for_any_number_of_curves(task, by):
-    few = task(row("dense", 11), *many(METHODS[:1], (300,)))
-    several = task(row("dense", 11), *many())
-    long = task(row("dense", 11), *many(), *(row(f"a method with a name {n * 9}", 90, 0.5) for n in range(8)))
+def test_the_plot_has_one_size_for_any_number_of_curves(comparison, by):
+    few = comparison(row("dense", 11), *many(METHODS[:1], (300,)))
+    several = comparison(row("dense", 11), *many())
+    long = comparison(row("dense", 11), *many(), *(row(f"a method with a name {n * 9}", 90, 0.5) for n in range(8)))
     assert [len(one.curves) for one in (few, several, long)] == [1, 40, 48]
     sizes = [drawn(one, by, plot_inches) for one in (few, several, long)]
     assert sizes[1] == pytest.approx(sizes[0], rel=0.02)
@@ -56,7 +56,7 @@ def test_the_plot_has_one_size_for_any_number_of_curves(task, by):
 @pytest.mark.parametrize("worst", [11.2, 14, 22, 40, 800])
 @pytest.mark.parametrize("dense", [True, False])
 @pytest.mark.parametrize("scale", [1, 0.05])
-def test_labels_do_not_overlap_and_all_is_inside(task, worst, dense, scale):
+def test_labels_do_not_overlap_and_all_is_inside(comparison, worst, dense, scale):
     rows = [*many(), row("cats", worst, 0.9, 0.07), row("cats", (worst * 11) ** 0.5, 0.8, 0.08)]
     rows += [row("dense", 11)] if dense else []
     for one in rows:
@@ -78,23 +78,23 @@ def test_labels_do_not_overlap_and_all_is_inside(task, worst, dense, scale):
             assert whole.x0 <= box.x0 < box.x1 <= whole.x1
             assert whole.y0 <= box.y0 < box.y1 <= whole.y1
 
-    drawn(task(*rows), see=see)
+    drawn(comparison(*rows), see=see)
 
 
-def test_ten_methods_look_different_and_lte_like_none_of_them(task):
-    found = task(row("dense", 11), *many(), row("lte", 12, 0.5) | {"recipe": "paper"})
+def test_ten_methods_look_different_and_lte_like_none_of_them(comparison):
+    found = comparison(row("dense", 11), *many(), row("lte", 12, 0.5) | {"recipe": "paper"})
     looks = looks_of([found])
     assert len(looks) == len(METHODS) + 1
     assert len({(look.color, look.marker) for look in looks.values()}) == len(looks)
     ours = {title: look for title, look in looks.items() if look.color == OURS}
-    assert list(ours) == ["LTE", "LTE, paper's recipe"]
+    assert list(ours) == ["LTE", "LTE, paper's schedule"]
     others = [look for title, look in looks.items() if title not in ours]
     for what in ("linewidth", "zorder"):
         assert min(look.line[what] for look in ours.values()) > max(look.line[what] for look in others)
 
 
-def test_a_method_looks_alike_in_every_chart_and_with_every_budget(task):
-    one, other = task(row("dense", 11), *many()), task(*many(METHODS[::-1], (300,)))
+def test_a_method_looks_alike_in_every_chart_and_with_every_budget(comparison):
+    one, other = comparison(row("dense", 11), *many()), comparison(*many(METHODS[::-1], (300,)))
     looks = looks_of([one, other])
     assert {curve.method for curve in one.curves + other.curves} == set(looks)
     labels = drawn(one, see=lambda figure: [text.get_text() for text in figure.legends[0].texts])
@@ -108,18 +108,18 @@ def test_a_method_looks_alike_in_every_chart_and_with_every_budget(task):
     ]
 
 
-def test_budgets_differ_in_line_and_fill(task):
-    found = task(*many(), row("another", 12, 0.5, steps=600))
+def test_budgets_differ_in_line_and_fill(comparison):
+    found = comparison(*many(), row("another", 12, 0.5, steps=600))
     budgets = budgets_of(found)
     assert len({(str(one.line), one.fill) for one in budgets.values()}) == len(budgets) == 4
     assert (budgets[600].line, budgets[600].fill) == ("-", "full")  # of most curves
     assert (budgets[0].line, budgets[0].fill) == (":", "none")
-    (only,) = budgets_of(task(*many(METHODS, (0,)))).values()
+    (only,) = budgets_of(comparison(*many(METHODS, (0,)))).values()
     assert (only.line, only.fill) == ("-", "full")  # nothing to tell apart
 
 
-def test_runs_beyond_the_chart_are_named_and_pointed_at(task):
-    found = task(
+def test_runs_beyond_the_chart_are_named_and_pointed_at(comparison):
+    found = comparison(
         row("dense", 10),
         row("lte", 12, 0.5, 0.12),
         row("cats", 13, 0.5, 0.12),
@@ -145,26 +145,26 @@ def test_runs_beyond_the_chart_are_named_and_pointed_at(task):
     assert "static pruning" in tradeoff(found, "gflops", looks_of([found])).svg()
 
 
-def test_of_many_runs_those_far_from_most_are_beyond(task):
+def test_of_many_runs_those_far_from_most_are_beyond(comparison):
     good = [row("lte", 10.1 + 0.05 * n, 0.3 + n / 20) for n in range(10)]  # three quarters lose 0.55 at most
     many = [row("cats", 11 + n, 0.5 + n / 10) for n in range(3)]
-    assert beyond_chart(task(row("dense", 10), *good[:8], *many)) == []
-    assert [point.value for point in beyond_chart(task(row("dense", 10), *good, *many))] == [12, 13]
+    assert beyond_chart(comparison(row("dense", 10), *good[:8], *many)) == []
+    assert [point.value for point in beyond_chart(comparison(row("dense", 10), *good, *many))] == [12, 13]
 
 
-def test_of_accuracy_less_than_85_percent_of_dense_is_beyond(task):
+def test_of_accuracy_less_than_85_percent_of_dense_is_beyond(comparison):
     rows = [row("dense", 0.8, metric="accuracy")]
     rows += [
         row("lte", value, s, metric="accuracy") for value, s in ((0.78, 0.3), (0.7, 0.5), (0.68, 0.6), (0.67, 0.7))
     ]
-    found = task(*rows)
+    found = comparison(*rows)
     assert [point.value for point in beyond_chart(found)] == [67]
     bottom = drawn(found, see=lambda figure: figure.axes[0].get_ylim()[0])
     assert 66 < bottom < 68
 
 
-def test_where_most_runs_are_bad_or_none_is_dense_the_chart_shows_them(task):
+def test_where_most_runs_are_bad_or_none_is_dense_the_chart_shows_them(comparison):
     bad = [row("cats", 90 + s, s) for s in (0.3, 0.5, 0.7)]
-    assert [point.value for point in beyond_chart(task(row("dense", 10), *bad))] == [90.7]
-    assert beyond_chart(task(*bad, row("lte", 12, 0.5))) == []
-    assert beyond_chart(task(row("dense", 10), row("cats", 90, 0.5))) == []
+    assert [point.value for point in beyond_chart(comparison(row("dense", 10), *bad))] == [90.7]
+    assert beyond_chart(comparison(*bad, row("lte", 12, 0.5))) == []
+    assert beyond_chart(comparison(row("dense", 10), row("cats", 90, 0.5))) == []

@@ -26,7 +26,7 @@ def test_a_row_becomes_a_measurement(tmp_path):
     [
         ({"recipe": "dense"}, "dense"),
         ({"recipe": "default"}, "LTE"),
-        ({"recipe": "paper"}, "LTE, paper's recipe"),
+        ({"recipe": "paper"}, "LTE, paper's schedule"),
         ({"method": "deja-vu"}, "Deja Vu"),
         ({"method": {"method": "teal", "seed": 0}}, "TEAL"),
         ({"method": {"method": "moefication", "selection": "mlp"}}, "MoEfication"),
@@ -124,7 +124,7 @@ def test_what_a_sweep_calibrated_is_told_apart_by_the_model_it_began_with(tmp_pa
     row = made_at_once("lte calibrate out/a --target-sparsity 0.3 --output out/m", {"method": "lte"})
     more = {"seed": 0, "recipe": "paper", "steps": {"dense": 0, "soft": 300, "hard": 0}}
     one, *_, other = measured(tmp_path, row | more | {"model": "out/a"}, row | more | {"model": "out/b"})
-    assert (one.method, one.steps) == ("LTE, paper's recipe", 300)
+    assert (one.method, one.steps) == ("LTE, paper's schedule", 300)
     assert one.setting != other.setting
 
 

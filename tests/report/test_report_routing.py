@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lte
 from byte_tokenizer import byte_tokenizer, with_bos
-from lte.report.routing import BINS, histogram, route, union_by_batch, union_sparsity
+from lte.report.routing import BINS, histogram, routing_on, union_by_batch, union_sparsity
 from lte.report.routing_view import token_data
 
 torch.set_num_threads(1)
@@ -55,7 +55,7 @@ def test_histogram():
 
 def test_a_text_is_routed_as_the_model_does(model):
     text = "one\ntwo — three"
-    found = route(model, byte_tokenizer(), text, 512)
+    found = routing_on(model, byte_tokenizer(), text, 512)
     assert "".join(found.pieces) == text
     with lte.track_sparsity(model) as meter:
         model(input_ids=torch.tensor([byte_tokenizer()(text)["input_ids"]]))
@@ -63,12 +63,12 @@ def test_a_text_is_routed_as_the_model_does(model):
     assert 0 < found.sparsity < 1
     assert found.mode == "hard"
     assert [sum(shares) for shares in found.histogram] == pytest.approx([1, 1])
-    assert len(route(model, byte_tokenizer(), text, 4).pieces) == 4
+    assert len(routing_on(model, byte_tokenizer(), text, 4).pieces) == 4
 
 
 def test_a_model_not_yet_trained_is_run_soft_and_left_as_it_was(model):
     lte.set_mode_(model, "dense")
-    found = route(model, byte_tokenizer(), "one two", 512)
+    found = routing_on(model, byte_tokenizer(), "one two", 512)
     assert found.mode == "soft"
     assert found.histogram_overall[-1] < 0.5  # scores, not the ones of mode dense
     assert {layer.mlp.mode for layer in model.model.layers} == {"dense"}
@@ -76,11 +76,11 @@ def test_a_model_not_yet_trained_is_run_soft_and_left_as_it_was(model):
 
 def test_an_empty_text_is_refused(model):
     with pytest.raises(ValueError, match="empty"):
-        route(model, byte_tokenizer(), "", 512)
+        routing_on(model, byte_tokenizer(), "", 512)
 
 
 def test_what_the_page_gets_of_tokens(model):
-    found = route(model, byte_tokenizer(), "some text", 512)
+    found = routing_on(model, byte_tokenizer(), "some text", 512)
     data = json.loads(json.dumps(token_data(found)))
     assert data["experts"] == [6, 6]
     for layer, active_TE in enumerate(found.active):
@@ -95,9 +95,9 @@ def test_a_text_is_routed_behind_the_bos_of_its_tokenizer(model):
     tokenizer, text = with_bos(), "one\ntwo"
     read = []
     model.register_forward_pre_hook(lambda _, args, kwargs: read.append(kwargs["input_ids"]), with_kwargs=True)
-    found = route(model, tokenizer, text, 512)
+    found = routing_on(model, tokenizer, text, 512)
     assert read[0].tolist() == [[1, *byte_tokenizer()(text)["input_ids"]]]
     assert "".join(found.pieces) == text
     assert all(len(active) == len(text) for active in found.active)
-    assert len(route(model, tokenizer, text, 4).pieces) == 3  # as many tokens as were asked for, BOS counted
+    assert len(routing_on(model, tokenizer, text, 4).pieces) == 3  # as many tokens as were asked for, BOS counted
     assert read[1].shape == (1, 4)

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from lte.report.curves import gather
-from lte.report.page import Head, html, markdown
+from lte.report.page import PageHead, html, markdown
 from lte.report.results import read_results
 from lte.report.sections import sections
 from result_rows import bench, row, write
@@ -48,7 +48,7 @@ def changed(rows, path, odd):
 def report_of(path):
     results = read_results([path])
     parts = sections(results, gather(results.measurements, None))
-    head = Head("title", ("line",))
+    head = PageHead("title", ("line",))
     return html(head, parts, None) + markdown(head, parts, {})
 
 

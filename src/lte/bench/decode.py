@@ -1,4 +1,4 @@
-"""A whole model, dense against sparse: prefill, time a token, and the limit that bytes set."""
+"""A whole model, dense against sparse: prefill, time per token, and the limit that bytes set."""
 
 import copy
 import statistics
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from lte.bench.decoding import Decoded, Decoder
+from lte.bench.decoding import Decoded, TimedDecoder
 from lte.bench.parity import parity
-from lte.bench.routing import adjust_, measure, random_routers_, route_, router_inputs
+from lte.bench.routing import adjust_, measured_routing, random_routers_, route_, router_inputs
 from lte.bench.synthetic import OPEN, layer_targets
 from lte.core.accounting import cost
-from lte.inference.generate import one_line
+from lte.inference.generate import error_line
 from lte.inference.optimize import optimize_
 from lte.inference.packed import PackedLayer
 from lte.modules.recording import sparse_layers
@@ -29,12 +29,12 @@ _CLOSE = 0.01
 _FITS = 3
 _CHECKED = 8
 _SHORT = {torch.float32: 0.01, torch.bfloat16: 0.25, torch.float16: 0.25}
-"""Standard deviations of the logits by which rounding may put a token below the best one."""
+"""Rounding may put a token below the best one by this many standard deviations of the logits."""
 
 
 @dataclass(frozen=True)
 class DecodeGrid:
-    """What to time. Without ``sparsities`` the routers are left as they are: trained."""
+    """The cases to time. Without ``sparsities`` the routers are not changed: they are trained ones."""
 
     name: str
     sparsities: Sequence[float]
@@ -45,24 +45,24 @@ class DecodeGrid:
     repeats: int = 3
     compile: bool = True
     tune: bool = False
-    """Whether compiling includes coordinate descent tuning, dense and sparse alike."""
+    """Whether compiling includes coordinate descent tuning, for dense and sparse."""
     attention: str | None = None
-    """Of transformers' attentions, for dense and sparse alike; None is what the model would take."""
+    """One of transformers' attentions, for dense and sparse. None is the default of the model."""
     generate: bool = False
-    """Also time ``model.generate``, as it is without options."""
+    """Whether ``model.generate`` without options is timed too."""
     bandwidth: float = float("nan")
     seed: int = 0
 
 
 def random_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.device, seed: int) -> PreTrainedModel:
-    """A model of random weights, drawn in ``dtype`` where they stay."""
+    """Return a model of random weights, drawn in ``dtype`` on ``device``."""
     torch.manual_seed(seed)
     with torch.device(device):
         return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=dtype)).eval()
 
 
 def dense_models(model: PreTrainedModel) -> dict[str, PreTrainedModel]:
-    """The dense contenders: the model, and on a CPU also in the other of fp32 and bf16."""
+    """Return the dense contenders by name: the model, and on a CPU its copy in the other of fp32 and bf16."""
     found = {str(model.dtype).removeprefix("torch."): model.eval()}
     if model.device.type == "cpu":
         other = "float32" if model.dtype != torch.float32 else "bfloat16"
@@ -74,11 +74,11 @@ def dense_models(model: PreTrainedModel) -> dict[str, PreTrainedModel]:
 def bench_decode(
     dense: dict[str, PreTrainedModel], sparse: PreTrainedModel, grid: DecodeGrid
 ) -> Iterator[dict[str, Any]]:
-    """Time the grid, row by row. A row whose parity is red, or that fails, has ``error`` and no times.
+    """Time the grid, row by row. A row that fails, or has no parity, has ``error`` and no times.
 
     Args:
-        dense: contenders by name, of which the fastest counts.
-        sparse: in mode hard; it is packed here, and its routers drawn anew if ``grid`` asks for sparsities.
+        dense: contenders by name. The fastest counts.
+        sparse: is packed here. Its routers are drawn again if ``grid`` has sparsities.
     """
     if grid.attention is not None:
         for model in (*dense.values(), sparse):
@@ -89,7 +89,7 @@ def bench_decode(
         random_routers_(sparse, grid.seed)
     for batch in grid.batches:
         yield from _bench_batch(dense, sparse, grid, batch)
-        torch._dynamo.reset()  # the next batch size is a new program, not a reason to make sizes dynamic
+        torch._dynamo.reset()  # so that the next batch size is a new program and does not make sizes dynamic
 
 
 def _bench_batch(
@@ -105,11 +105,11 @@ def _bench_batch(
     sizes = (batch, grid.prompt_tokens, grid.new_tokens, grid.compile, grid.tune)
     began = time.perf_counter()
     try:
-        decoders = {name: Decoder(model, *sizes) for name, model in dense.items()}
-        decoders["lte"] = Decoder(sparse, *sizes)
+        decoders = {name: TimedDecoder(model, *sizes) for name, model in dense.items()}
+        decoders["lte"] = TimedDecoder(sparse, *sizes)
         wrong = _wrong_step(decoders["lte"], prompt, grid.seed)
-    except Exception as error:  # this batch does not fit, or does not run; others may
-        yield from ({**row, "sparsity_asked": asked, "error": one_line(error)} for asked in asked_for)
+    except Exception as error:  # this batch does not fit or does not run; other batches may
+        yield from ({**row, "sparsity_asked": asked, "error": error_line(error)} for asked in asked_for)
         return
     row["prepare_s"] = time.perf_counter() - began
     if wrong is not None:
@@ -120,16 +120,16 @@ def _bench_batch(
 
 
 def _bench_one(
-    decoders: dict[str, Decoder], grid: DecodeGrid, prompt: Tensor, asked: float | None, row: dict[str, Any]
+    decoders: dict[str, TimedDecoder], grid: DecodeGrid, prompt: Tensor, asked: float | None, row: dict[str, Any]
 ) -> dict[str, Any]:
     try:
         return _measure_one(decoders, grid, prompt, asked, row)
-    except Exception as error:  # costs this row, not the table
-        return {**row, "error": one_line(error)}
+    except Exception as error:  # this row is lost, not the table
+        return {**row, "error": error_line(error)}
 
 
 def _measure_one(
-    decoders: dict[str, Decoder], grid: DecodeGrid, prompt: Tensor, asked: float | None, row: dict[str, Any]
+    decoders: dict[str, TimedDecoder], grid: DecodeGrid, prompt: Tensor, asked: float | None, row: dict[str, Any]
 ) -> dict[str, Any]:
     lte = decoders["lte"]
     if asked is not None:
@@ -144,7 +144,7 @@ def _measure_one(
     for _ in range(grid.repeats):
         for name, decoder in decoders.items():
             runs[name].append(decoder(prompt))
-    by_layer, union = measure(lte.model, runs["lte"][-1].tokens[:, :-1], grid.prompt_tokens)
+    by_layer, union = measured_routing(lte.model, runs["lte"][-1].tokens[:, :-1], grid.prompt_tokens)
     step_ms = {name: 1e3 * statistics.median(s for one in ones for s in one.steps) for name, ones in runs.items()}
     prefill_ms = {name: 1e3 * statistics.median(one.prefill for one in ones) for name, ones in runs.items()}
     total = {name: statistics.median(one.total for one in ones) for name, ones in runs.items()}
@@ -184,22 +184,22 @@ def _measure_one(
     return row
 
 
-def _fit_(lte: Decoder, prompt: Tensor, sparsity: float, seed: int) -> None:
-    """Set the routers so that what is decoded has this sparsity: on the prompt first, then on what came out."""
+def _fit_(lte: TimedDecoder, prompt: Tensor, sparsity: float, seed: int) -> None:
+    """Set the routers so that decoding has this sparsity: first on the prompt, then on the decoded tokens."""
     route_(lte.model, prompt, sparsity, seed)
     if sparsity in (0, 1):
         return
     targets = layer_targets(len(sparse_layers(lte.model)), sparsity, seed)
     for _ in range(_FITS):
         tokens = lte(prompt).tokens[:, :-1]  # the last one was never read
-        found, _union = measure(lte.model, tokens, lte.prompt_tokens)
+        found, _union = measured_routing(lte.model, tokens, lte.prompt_tokens)
         if abs(sum(found) / len(found) - sparsity) <= _CLOSE:
             return
         adjust_(lte.model, tokens, targets, lte.prompt_tokens)
 
 
 def _parity(model: PreTrainedModel, prompt: Tensor, backend: BackendName) -> tuple[str | None, BackendName]:
-    """What is wrong with the backend on a step's inputs to the first and last FFN, or None; and the backend used."""
+    """Return an error of the backend on a step's inputs to the first and last FFN, or None, and the backend used."""
     with router_inputs(model) as seen:
         model(input_ids=prompt[:, :1], use_cache=False)
     layers = list(sparse_layers(model).values())
@@ -210,13 +210,13 @@ def _parity(model: PreTrainedModel, prompt: Tensor, backend: BackendName) -> tup
     return parity(inputs, weights, backend), choose(inputs[0], weights[0], backend)
 
 
-def _wrong_step(lte: Decoder, prompt: Tensor, seed: int) -> str | None:
-    """What is wrong with the first tokens that the step decodes, or None.
+def _wrong_step(lte: TimedDecoder, prompt: Tensor, seed: int) -> str | None:
+    """Return an error of the first tokens that the step decodes, or None.
 
-    An eager pass over them by the reference has to find each of them best, or as good as. That pass is given the
-    tokens decoded before, so that a tie which rounding decides the other way does not count against all that follow.
-    Half of the experts are open meanwhile, for all tokens. Scores close to tau would not do: rounding decides about
-    them, and in a random model the experts that are then swapped change everything after a few layers.
+    An eager pass by the reference has to find each token best, or almost as good as the best. The pass reads the tokens
+    that were decoded before. So if rounding decides one tie differently, later tokens are still compared. Half of the
+    experts are open for all tokens meanwhile. With scores close to tau, rounding would choose other experts. In a
+    random model that changes all outputs after a few layers.
     """
     with _fixed_choice(lte.model, seed):
         tokens = lte(prompt).tokens
@@ -234,7 +234,7 @@ def _wrong_step(lte: Decoder, prompt: Tensor, seed: int) -> str | None:
 
 @contextmanager
 def _fixed_choice(model: PreTrainedModel, seed: int) -> Iterator[None]:
-    """Within it, router biases open half of the experts for every token and shut the others."""
+    """Open half of the experts for every token and close the others, by router biases, inside the context."""
     routers = [layer.lte_router for layer in sparse_layers(model).values()]
     kept = [router.bias.clone() for router in routers]
     generator = torch.Generator().manual_seed(seed)
@@ -250,7 +250,7 @@ def _fixed_choice(model: PreTrainedModel, seed: int) -> Iterator[None]:
 
 @contextmanager
 def _by_reference(model: PreTrainedModel) -> Iterator[None]:
-    """Within it, the model's layers run the reference; afterwards they are the very same, as a compiled step checks."""
+    """Run the layers by the reference inside the context. Afterwards their ``packed`` are the same objects again."""
     layers = [cast(PackedLayer, layer) for layer in sparse_layers(model).values()]
     kept = [layer.packed for layer in layers]
     try:
@@ -262,8 +262,8 @@ def _by_reference(model: PreTrainedModel) -> Iterator[None]:
             layer.packed = packed
 
 
-def _bytes(decoder: Decoder, union_sparsity: list[float] | None) -> int:
-    """Weights and keys and values that one step reads; None is dense."""
+def _bytes(decoder: TimedDecoder, union_sparsity: list[float] | None) -> int:
+    """Return the bytes of weights, keys and values that one step reads. None as sparsity means dense."""
     model, size = decoder.model, decoder.model.dtype.itemsize
     counted = cost(
         model_shape(model), 0.0 if union_sparsity is None else union_sparsity, union_sparsity is not None, size
@@ -276,11 +276,15 @@ def _bytes(decoder: Decoder, union_sparsity: list[float] | None) -> int:
     return counted.weight_bytes + counted.head_bytes + cached
 
 
-def _generate(decoder: Decoder, prompt: Tensor) -> float:
-    """Seconds of Hugging Face's own ``generate`` without options, after a short warm-up."""
+def _generate(decoder: TimedDecoder, prompt: Tensor) -> float:
+    """Return the seconds of Hugging Face's own ``generate`` without options.
+
+    It runs once untimed: torch plans attention for each length of the cache when it first meets that length, which
+    takes milliseconds, and the model that comes first would pay for all others.
+    """
     call: Any = decoder.model.generate
     options = {"do_sample": False, "attention_mask": torch.ones_like(prompt), "pad_token_id": 0, "eos_token_id": None}
-    call(prompt, max_new_tokens=2, **options)
+    call(prompt, max_new_tokens=decoder.new_tokens, **options)[0, -1].item()
     began = time.perf_counter()
     call(prompt, max_new_tokens=decoder.new_tokens, **options)[0, -1].item()
     return time.perf_counter() - began

@@ -1,4 +1,4 @@
-"""``lte.generate`` with a clock: what a user calls, greedy, and when each token came."""
+"""``lte.generate`` with a clock: the function that users call, greedy, and the time of each token."""
 
 import logging
 import time
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Decoded:
-    """Token ids with the prompt ``[B, P + N]``, and seconds: until the first new token, of every later one."""
+    """Token ids with the prompt ``[B, P + N]``, the seconds until the first new token, and those of each later one."""
 
     tokens: Tensor
     prefill: float
@@ -30,13 +30,13 @@ class Decoded:
         return self.prefill + sum(self.steps)
 
 
-class Decoder:
+class TimedDecoder:
     """A model that continues prompts of one size by :func:`lte.generate`.
 
     Args:
         model: on its device.
         batch, prompt_tokens, new_tokens: the size.
-        compile, tune: as for :func:`lte.generate`. A step that does not compile is timed as it is, and a line says so.
+        compile, tune: as for :func:`lte.generate`. A step that does not compile is timed without, with a warning.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Decoder:
 
     @property
     def how(self) -> str:
-        """How a step runs, in words."""
+        """The way in which a step runs, in words."""
         cuda = self.device.type == "cuda"
         compiled = f"compiled{' and tuned' if self._tune and cuda else ''}"
         return ", ".join(filter(None, [compiled if self._compile else "", "CUDA graph" if cuda else ""])) or "eager"

@@ -1,4 +1,4 @@
-"""What ``lte demo`` runs: a dense model and a sparse one with the same budget of training, and how fast they decode."""
+"""The work of ``lte demo``: train a dense and a sparse model for the same time, and measure how fast they decode."""
 
 import json
 import random
@@ -28,7 +28,7 @@ BATCH = 2
 
 @dataclass(frozen=True)
 class Budget:
-    """What the demo spends: seconds of training in all, tokens of a row, rows held out and calibrated on."""
+    """Sizes of the demo: seconds of training in all, tokens of a row, rows that are held out and for calibration."""
 
     seconds: float
     sequence_length: int
@@ -46,7 +46,7 @@ QUICK = Budget(seconds=85, sequence_length=128, held_out=16, calibration=6, new_
 
 
 def write_topics(folder: Path, seed: int) -> Path:
-    """Python's help topics as rows of a file, in a random order."""
+    """Write Python's help topics as rows of a file, in a random order, and return its path."""
     names = sorted(topics)
     random.Random(seed).shuffle(names)
     source = folder / "topics.jsonl"
@@ -55,7 +55,7 @@ def write_topics(folder: Path, seed: int) -> Path:
 
 
 def measure_step(gguf: Path, source: Path, budget: Budget) -> tuple[bool, float]:
-    """Whether bf16 is faster than fp32 here, and the seconds of a dense training step."""
+    """Return whether bf16 is faster than fp32 here, and the seconds of a dense training step."""
     model, tokenizer = load_model(str(gguf)), load_tokenizer(str(gguf))
     config = DataConfig(sequence_length=budget.sequence_length)
     data = load_dataset_for("language_modelling", str(source), tokenizer, config, max_rows=BATCH)
@@ -69,11 +69,11 @@ def measure_step(gguf: Path, source: Path, budget: Budget) -> tuple[bool, float]
             loss.backward()
             best[bf16] = time.perf_counter() - began
     fastest = min(best, key=best.__getitem__)
-    return fastest, best[fastest] * 1.15  # the optimizer's share
+    return fastest, best[fastest] * 1.15  # for the optimizer
 
 
 def steps_within(budget: Budget, seconds: float) -> int:
-    """Training steps of each of the two models, where a dense step takes ``seconds``."""
+    """Return the training steps of each of the two models if a dense step takes ``seconds``."""
     return max(12, round(budget.seconds / (2.5 * seconds)))  # a dense run, and an LTE run with its teacher
 
 
@@ -89,7 +89,7 @@ def train_both(
     watcher: Watcher,
     command: str,
 ) -> dict[str, Trained]:
-    """A dense run and one of LTE, by name, both into ``folder``: the second is kept."""
+    """Train a dense model and one by LTE, both into ``folder``, where the second replaces the first."""
     made: dict[str, Trained] = {}
     for name in ("dense", "lte"):
         args = LTETrainingArguments(
@@ -126,7 +126,7 @@ def train_both(
 def decode(
     models: Mapping[str, PreTrainedModel], tokenizer: Any, new_tokens: int
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Tokens a second of greedy ``generate`` at batch 1 (median of three, the models in turn), and the texts."""
+    """Return tokens per second of greedy ``generate`` at batch 1 (median of three, models in turn), and the texts."""
     inputs = tokenizer(PROMPT, return_tensors="pt")
     settings = {"do_sample": False, "temperature": None, "top_p": None, "pad_token_id": tokenizer.eos_token_id}
     speeds: dict[str, list[float]] = {name: [] for name in models}

@@ -11,10 +11,10 @@ from torch import Tensor
 from lte.bench import synthetic
 from lte.bench.parity import parity
 from lte.bench.shapes import FFNSize
-from lte.bench.timing import Run, available_memory, cache_bytes, in_turn
+from lte.bench.timing import available_memory, cache_bytes, in_turn
 from lte.core.linear import linear_fp32
-from lte.inference.generate import one_line
-from lte.inference.graphs import capture
+from lte.inference.generate import error_line
+from lte.inference.graphs import Action, capture
 from lte.ops import reference
 from lte.ops.sparse_ffn import BackendName, choose, sparse_ffn
 from lte.ops.weights import FFNWeights
@@ -30,7 +30,7 @@ DenseLayer = tuple[Tensor | None, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class FFNGrid:
-    """What to time. ``sparsities`` are asked for; rows say what was measured."""
+    """The cases to time. ``sparsities`` are the ones asked for, and rows have the measured ones."""
 
     name: str
     size: FFNSize
@@ -52,17 +52,17 @@ class FFNGrid:
 
 @dataclass(frozen=True)
 class Layers:
-    """Copies of the FFN, used one after the other so that none stays in cache; dense ones by dtype."""
+    """Copies of the FFN, used one after the other so that none stays in cache. Dense copies are by dtype."""
 
     sparse: list[FFNWeights]
     dense: dict[torch.dtype, list[DenseLayer]]
     samples: list[Tensor]
-    """For each copy, logits without bias of random tokens."""
+    """For each copy, the logits of random tokens, without bias."""
 
 
 @torch.no_grad()
 def bench_ffn(grid: FFNGrid) -> Iterator[dict[str, Any]]:
-    """Time the grid, row by row. A row whose parity is red, or that fails, has ``error`` and no times."""
+    """Time the grid, row by row. A row that fails, or has no parity, has ``error`` and no times."""
     for dtype in grid.dtypes:
         layers = make_layers(grid, dtype)
         for tokens in grid.tokens:
@@ -78,9 +78,9 @@ def _bench_tokens(grid: FFNGrid, dtype: torch.dtype, tokens: int, layers: Layers
         used = choose(x_LTD[0], layers.sparse[0], grid.backend)
         runs = _dense_runs(grid, layers, x_LTD)
         runs["lte"] = _prepared(grid, lambda: _run_sparse(x_LTD, layers.sparse, grid.backend))
-    except Exception as error:  # a kernel that does not compile costs these rows, not the table
+    except Exception as error:  # if a kernel does not compile, these rows are lost, not the table
         for asked in grid.sparsities:
-            yield {**common, "sparsity_asked": asked, "backend": grid.backend, "error": one_line(error)}
+            yield {**common, "sparsity_asked": asked, "backend": grid.backend, "error": error_line(error)}
         return
     for asked in grid.sparsities:
         row = {**common, "sparsity_asked": asked, "backend": used}
@@ -93,11 +93,11 @@ def _bench_tokens(grid: FFNGrid, dtype: torch.dtype, tokens: int, layers: Layers
             row |= _costs(grid, dtype, layers, x_LTD)
             yield {**row, **_timed(grid, dtype, layers, runs, row)}
         except Exception as error:
-            yield {**row, "error": one_line(error)}
+            yield {**row, "error": error_line(error)}
 
 
 def _timed(
-    grid: FFNGrid, dtype: torch.dtype, layers: Layers, runs: dict[str, Run], row: dict[str, Any]
+    grid: FFNGrid, dtype: torch.dtype, layers: Layers, runs: dict[str, Action], row: dict[str, Any]
 ) -> dict[str, Any]:
     seconds = in_turn(runs, grid.device, grid.repeats, grid.seconds)
     microseconds = {name: 1e6 * value / len(layers.sparse) for name, value in seconds.items()}
@@ -120,12 +120,12 @@ def _timed(
 
 
 def make_layers(grid: FFNGrid, dtype: torch.dtype) -> Layers:
-    """As many copies as it takes for the active weights of a whole round to be four times the cache."""
+    """Return so many copies that the active weights of one round are four times the size of the cache."""
     on_cpu = grid.device.type == "cpu"
     dense_dtypes = [torch.float32, torch.bfloat16] if on_cpu else [dtype]
     count = grid.size.d_ff * grid.size.weights_per_neuron
     experts = grid.size.d_ff // grid.expert_size
-    beside = grid.size.d_model * (experts + 2 * grid.compensation_rank)  # router and compensation
+    beside = grid.size.d_model * (experts + 2 * grid.compensation_rank)  # of router and compensation
     read = (count * (1 - max(grid.sparsities)) + beside) * dtype.itemsize
     room = available_memory(grid.device) // 2
     one = (count + beside) * dtype.itemsize + count * sum(dense.itemsize for dense in dense_dtypes)
@@ -147,7 +147,7 @@ def make_layers(grid: FFNGrid, dtype: torch.dtype) -> Layers:
 
 
 def set_biases_(grid: FFNGrid, layers: Layers, x_LTD: Tensor, sparsity: float) -> None:
-    """Set the routers so that the tokens timed have this sparsity; in place, as a captured graph needs it."""
+    """Set the routers, in place, so that the timed tokens have this sparsity. A captured graph needs that."""
     targets = synthetic.layer_targets(len(layers.sparse), sparsity, grid.seed)
     set_to, with_bias = [], []
     for index, (weights, x_TD) in enumerate(zip(layers.sparse, x_LTD, strict=True)):
@@ -161,9 +161,10 @@ def set_biases_(grid: FFNGrid, layers: Layers, x_LTD: Tensor, sparsity: float) -
 
 
 def crossovers(rows: Sequence[dict[str, Any]], slack: float = 0.03) -> dict[str, dict[str, int]]:
-    """By dtype and sparsity: up to how many tokens sparse is not slower than dense by more than ``slack``.
+    """Return, by dtype and sparsity, the highest number of tokens at which sparse is not slower than dense.
 
-    0 where it is slower, or failed, at the fewest tokens already; nothing where it was never timed.
+    Sparse may be slower by ``slack``. The number is 0 if sparse is slower, or fails, at the lowest number of tokens.
+    There is no entry if it was never timed.
     """
     found: dict[str, dict[str, int]] = {}
     still: set[tuple[str, float]] = {(row["dtype"], row["sparsity_asked"]) for row in rows if "lte_us" in row}
@@ -182,7 +183,7 @@ def crossovers(rows: Sequence[dict[str, Any]], slack: float = 0.03) -> dict[str,
 
 
 def _costs(grid: FFNGrid, dtype: torch.dtype, layers: Layers, x_LTD: Tensor) -> dict[str, Any]:
-    """Sparsity as it is, and the bytes that one FFN has to move at it."""
+    """Return the measured sparsity, and the bytes that one FFN has to move at that sparsity."""
     active_LTE = torch.stack([reference.route(x, w.router) for x, w in zip(x_LTD, layers.sparse, strict=True)])
     union = float(active_LTE.any(1).float().mean())
     size, tokens = grid.size, x_LTD.shape[1]
@@ -200,14 +201,14 @@ def _costs(grid: FFNGrid, dtype: torch.dtype, layers: Layers, x_LTD: Tensor) -> 
     }
 
 
-def _dense_runs(grid: FFNGrid, layers: Layers, x_LTD: Tensor) -> dict[str, Run]:
-    """Every dense contender, ready to be timed, by its name and dtype."""
-    runs: dict[str, Run] = {}
+def _dense_runs(grid: FFNGrid, layers: Layers, x_LTD: Tensor) -> dict[str, Action]:
+    """Return every dense contender, ready to be timed, by its name and dtype."""
+    runs: dict[str, Action] = {}
     variants: dict[str, Callable[..., Tensor]] = {"eager": _ffn(grid.size)}
     if grid.compile:
-        torch._dynamo.reset()  # a new number of tokens is a new program, not a reason to make sizes dynamic
+        torch._dynamo.reset()  # so that a new number of tokens is a new program and does not make sizes dynamic
         variants["compiled"] = torch.compile(_ffn(grid.size), dynamic=False)
-        if x_LTD.shape[1] == 1 and grid.device.type == "cuda":  # torch's own matrix-vector kernels in place of cuBLAS
+        if x_LTD.shape[1] == 1 and grid.device.type == "cuda":  # torch's matrix-vector kernels instead of cuBLAS
             options: dict[str, Any] = {"coordinate_descent_tuning": True}
             variants["tuned"] = torch.compile(_ffn(grid.size), dynamic=False, options=options)
         if grid.max_autotune:
@@ -225,7 +226,7 @@ def _dense_runs(grid: FFNGrid, layers: Layers, x_LTD: Tensor) -> dict[str, Run]:
             except Exception as error:
                 if name == "eager":
                     raise
-                logger.warning("dense %s not timed at %d tokens: %s", name, x_LTD.shape[1], one_line(error))
+                logger.warning("dense %s not timed at %d tokens: %s", name, x_LTD.shape[1], error_line(error))
     return runs
 
 
@@ -245,10 +246,10 @@ def _run_sparse(x_LTD: Tensor, layers: list[FFNWeights], backend: BackendName) -
         sparse_ffn(x_TD, weights, backend=backend)
 
 
-def _prepared(grid: FFNGrid, run: Run) -> Run:
+def _prepared(grid: FFNGrid, run: Action) -> Action:
     if grid.device.type == "cuda":
         return capture(run)
-    run()  # compiles, where it does
+    run()  # compiles, if it is a compiled one
     return run
 
 

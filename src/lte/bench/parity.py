@@ -1,4 +1,4 @@
-"""Whether a backend computes what the reference does, on the tensors that are about to be timed."""
+"""Parity: a check that a backend computes the same as the reference, on the tensors that are to be timed."""
 
 from collections.abc import Sequence
 
@@ -10,14 +10,14 @@ from lte.ops.sparse_ffn import BackendName, sparse_ffn
 from lte.ops.weights import FFNWeights
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
-_AMBIGUOUS = 2e-5  # a logit so close to the threshold may fall on either side of it by rounding
+_AMBIGUOUS = 2e-5  # rounding may move a logit so close to the threshold to its other side
 
 
 def parity(x_LTD: Tensor | Sequence[Tensor], layers: Sequence[FFNWeights], backend: BackendName) -> str | None:
-    """What is wrong with the backend on the first and the last copy, or None.
+    """Return an error of the backend on the first and the last copy, or None.
 
-    A token with a logit at the threshold is compared under a given choice of experts, since rounding
-    may decide it either way.
+    A token with a logit at the threshold is compared with a given choice of experts, because rounding may decide it
+    either way.
     """
     for index in sorted({0, len(layers) - 1}):
         x_TD, weights = x_LTD[index], layers[index]
@@ -35,6 +35,6 @@ def parity(x_LTD: Tensor | Sequence[Tensor], layers: Sequence[FFNWeights], backe
 
 
 def relative_rms(found: Tensor, expected: Tensor) -> float:
-    """Relative RMS error; where zeros are expected, the norm of what was found."""
+    """Return the relative RMS error, or the norm of ``found`` if ``expected`` is 0."""
     norm = expected.float().norm()
     return float((found.float() - expected.float()).norm() / (norm if norm > 0 else 1))

@@ -1,4 +1,4 @@
-"""Routers of a whole model set to a sparsity on what its FFNs really see, and what that sparsity then is."""
+"""Set the routers of a whole model to a sparsity on the real inputs of its FFNs, and measure that sparsity."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,12 +12,12 @@ from lte.inference.packed import logit
 from lte.modules.recording import record_scores, sparse_layers
 from lte.modules.sparse_ffn import Selecting
 
-_ROUNDS = 3  # a layer's inputs move with the layers before it
+_ROUNDS = 3  # the inputs of a layer depend on the layers before it
 
 
 @torch.no_grad()
 def random_routers_(model: nn.Module, seed: int = 0) -> None:
-    """New weights for every router; :func:`route_` then sets the biases."""
+    """Draw new weights for every router. :func:`route_` then sets the biases."""
     layers = sparse_layers(model)
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     for layer in layers.values():
@@ -26,7 +26,7 @@ def random_routers_(model: nn.Module, seed: int = 0) -> None:
 
 @torch.no_grad()
 def route_(model: nn.Module, tokens_BS: Tensor, sparsity: float, seed: int = 0) -> None:
-    """Set router biases, in place, so that these tokens have that sparsity; layers and experts differ."""
+    """Set router biases, in place, so that these tokens have that sparsity. Layers and experts differ."""
     layers = list(sparse_layers(model).values())
     targets = layer_targets(len(layers), sparsity, seed)
     for layer in layers:
@@ -40,17 +40,17 @@ def route_(model: nn.Module, tokens_BS: Tensor, sparsity: float, seed: int = 0) 
 
 @torch.no_grad()
 def adjust_(model: nn.Module, tokens_BS: Tensor, targets: list[float], first: int = 0) -> None:
-    """Shift the biases of each layer to its target on these tokens, from position ``first`` on."""
+    """Shift the biases of each layer, in place, to its target on these tokens from position ``first`` on."""
     for layer, logits_BSE, target, _ in _with_logits(model, tokens_BS, targets):
         wanted = logits_BSE[:, first:] + layer.lte_router.bias.float()
         layer.lte_router.bias.add_(shift_to([wanted], target, logit(layer.tau)))
 
 
 @torch.no_grad()
-def measure(model: nn.Module, tokens_BS: Tensor, first: int) -> tuple[list[float], list[float]]:
-    """Sparsity by layer, and union sparsity by layer, of the passes over positions from ``first`` on.
+def measured_routing(model: nn.Module, tokens_BS: Tensor, first: int) -> tuple[list[float], list[float]]:
+    """Return sparsity and union sparsity, each by layer, of the positions from ``first`` on.
 
-    The union is taken over the rows of the batch: the share of experts that none of them wants in a step.
+    The union is taken over the rows of the batch. Its sparsity is the share of experts that no row wants in a step.
     """
     sparsity, union = [], []
     layers = list(sparse_layers(model).values())
@@ -63,7 +63,7 @@ def measure(model: nn.Module, tokens_BS: Tensor, first: int) -> tuple[list[float
 
 @contextmanager
 def router_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Within it, a forward pass leaves the input of every router, by the name of its layer."""
+    """Return a context in which a forward pass stores the input of every router, by the name of its layer."""
     seen: dict[str, Tensor] = {}
     with ExitStack() as hooks, record_scores(model):  # recording makes an optimised layer call its router
         for name, layer in sparse_layers(model).items():
@@ -78,7 +78,7 @@ def router_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 def _with_logits(
     model: nn.Module, tokens_BS: Tensor, targets: list[float]
 ) -> Iterator[tuple[Selecting, Tensor, float, int]]:
-    """Each layer with its logits (without bias) on these tokens, its target and its number."""
+    """Yield each layer with its logits on these tokens (without bias), its target and its number."""
     with router_inputs(model) as seen:
         model(input_ids=tokens_BS, use_cache=False, logits_to_keep=1)
     layers = sparse_layers(model)

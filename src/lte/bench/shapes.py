@@ -1,4 +1,4 @@
-"""Published models by name, as Hugging Face configs: sizes to time random weights of, without fetching anything."""
+"""Published models by name, as Hugging Face configs: sizes for random weights, without a download."""
 
 from dataclasses import dataclass
 from typing import Any, cast
@@ -92,7 +92,7 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 @dataclass(frozen=True)
 class FFNSize:
-    """What an FFN is, without its weights."""
+    """The size and kind of an FFN, without its weights."""
 
     d_model: int
     d_ff: int
@@ -105,10 +105,10 @@ class FFNSize:
 
 
 def shape_config(name: str) -> PretrainedConfig:
-    """The config of a published shape. No token ends a text: random weights would stop anywhere.
+    """Return the config of a published shape. It has no EOS, because random weights would end a text anywhere.
 
     Raises:
-        ValueError: no such name.
+        ValueError: there is no such name.
     """
     if name not in SHAPES:
         raise ValueError(f"shape is {name!r}, but it is one of {', '.join(SHAPES)} (or give --model)")
@@ -117,10 +117,10 @@ def shape_config(name: str) -> PretrainedConfig:
 
 
 def ffn_size(config: PretrainedConfig) -> FFNSize:
-    """The first FFN of a model of this config.
+    """Return the size of the first FFN of a model of this config.
 
     Raises:
-        ValueError: unknown family, or an activation that ``sparse_ffn`` does not have.
+        ValueError: the family is unknown, or ``sparse_ffn`` does not have the activation.
     """
     site = find_sites(meta_model(config), cast(str, config.model_type))[0]
     text = config.get_text_config()

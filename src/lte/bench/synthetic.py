@@ -1,6 +1,6 @@
-"""Random FFNs with routers that behave like trained ones: layers, experts and tokens differ in how much is active.
+"""Random FFNs with routers that behave like trained ones: layers, experts and tokens differ in their sparsity.
 
-The routing is computed by the router as ever; only its biases are set, by quantiles of its own logits.
+The routers run as usual. Only their biases are set, by quantiles of their own logits.
 """
 
 import math
@@ -17,17 +17,17 @@ LAYER_SPREAD = 0.35
 """Standard deviation over layers of logit(sparsity): 0.31, 0.33, 0.40 in the runs of results/wikitext2_before.jsonl."""
 
 EXPERT_SPREAD = 1.0
-"""Of logit(share of tokens that want the expert) over the experts of a layer. Assumed."""
+"""Standard deviation over the experts of a layer of logit(share of tokens that want the expert). Assumed."""
 
 TOKEN_SPREAD = 0.05
-"""Correlation of the logits of a layer's experts: some tokens want more of them all. Assumed."""
+"""Correlation of the logits of a layer's experts: some tokens want more experts than others. Assumed."""
 
 OPEN = 1e3
-"""A bias beyond any logit: all tokens want that expert, and with the other sign none does."""
+"""A bias beyond any logit: all tokens want that expert. With the other sign, no token wants it."""
 
 
 def layer_targets(layers: int, sparsity: float, seed: int = 0) -> list[float]:
-    """A sparsity for each layer, of mean ``sparsity``, spread as trained layers are."""
+    """Return a sparsity for each layer, with mean ``sparsity`` and the spread of trained layers."""
     normal = statistics.NormalDist()
     quantiles = torch.tensor([normal.inv_cdf((i + 0.5) / layers) for i in range(layers)])
     order = torch.randperm(layers, generator=torch.Generator().manual_seed(seed))
@@ -42,10 +42,10 @@ def random_ffn(
     generator: torch.Generator,
     rank: int = 0,
 ) -> FFNWeights:
-    """Random weights of an FFN, made where they stay; router biases are 0 until :func:`set_biases_`.
+    """Return random weights of an FFN, made on ``device``. Router biases are 0.
 
     Args:
-        rank: of the compensation; 0 for none.
+        rank: rank of the compensation; 0 for none.
     """
     F, D = size.d_ff, size.d_model
 
@@ -70,7 +70,7 @@ def random_ffn(
 
 @torch.no_grad()
 def random_router_(weight_ED: Tensor, generator: torch.Generator) -> None:
-    """Draw a router's weight: independent rows, and a part that all rows have in common."""
+    """Draw a router's weight, in place: independent rows, and a part that all rows have in common."""
     d_model = weight_ED.shape[1]
     device = weight_ED.device
     own = torch.empty(weight_ED.shape, device=device).normal_(0, d_model**-0.5, generator=generator)
@@ -79,7 +79,7 @@ def random_router_(weight_ED: Tensor, generator: torch.Generator) -> None:
 
 
 def biases(logits_TE: Tensor, sparsity: float, threshold: float, seed: int = 0) -> Tensor:
-    """Biases ``[E]`` at which these logits (without bias) have that sparsity, some experts wanted more than others."""
+    """Return biases ``[E]`` that give these logits (without bias) that sparsity. Experts differ in their share."""
     num_tokens, num_experts = logits_TE.shape
     if sparsity in (0, 1):
         return torch.full((num_experts,), OPEN if sparsity == 0 else -OPEN, device=logits_TE.device)
@@ -95,7 +95,7 @@ def biases(logits_TE: Tensor, sparsity: float, threshold: float, seed: int = 0) 
 
 
 def shift_to(logits: Sequence[Tensor], sparsity: float, threshold: float) -> float:
-    """What to add to all biases so that these logits (biases included) have that sparsity over all."""
+    """Return the number to add to all biases so that these logits (with biases) have that sparsity in all."""
     if sparsity in (0, 1):
         return 0.0
     values = torch.cat([one.flatten() for one in logits]).sort().values
@@ -104,7 +104,7 @@ def shift_to(logits: Sequence[Tensor], sparsity: float, threshold: float) -> flo
 
 
 def _spread(offsets: Tensor, mean: float) -> Tensor:
-    """``sigmoid(offsets + shift)``, the shift such that its mean is ``mean``."""
+    """Return ``sigmoid(offsets + shift)``, with the shift at which its mean is ``mean``."""
     if mean in (0, 1):
         return torch.full_like(offsets, mean)
     low, high = -30.0, 30.0

@@ -1,17 +1,16 @@
-"""Clocks: calls timed in turn, what one that fails leaves, CUDA graphs, the machine's memory bandwidth and cache."""
+"""Clocks: calls timed in turn, and the machine's memory bandwidth, cache and free memory."""
 
 import math
 import os
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-Run = Callable[[], object]
+from lte.inference.graphs import Action
 
-_SHORTEST_SAMPLE = 2e-3  # seconds; below it the start of a graph and the clock's resolution would show
+_SHORTEST_SAMPLE = 2e-3  # seconds; a shorter one would measure the start of a graph and the clock's resolution
 _UNKNOWN_CACHE = 128 * 2**20
 
 
@@ -20,14 +19,14 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def in_turn(runs: dict[str, Run], device: torch.device, repeats: int = 20, seconds: float = 3.0) -> dict[str, float]:
-    """Median seconds a call of each run, the runs taking turns so that all see the same state of the machine.
+def in_turn(runs: dict[str, Action], device: torch.device, repeats: int = 20, seconds: float = 3.0) -> dict[str, float]:
+    """Return the median seconds of one call of each run. The runs take turns, so the machine is the same for all.
 
-    On CUDA the runs should be graph replays: then only the GPU is timed, by events, with no wait in between.
+    On CUDA the runs should be graph replays. Then only the GPU is timed, by events, without a wait in between.
 
     Args:
-        repeats: samples of each run.
-        seconds: on a CPU, stop after so long, but not before three samples.
+        repeats: number of samples of each run.
+        seconds: the time after which to stop on a CPU, but not before three samples.
     """
     if device.type == "cuda":
         return _in_turn_cuda(runs, repeats)
@@ -45,7 +44,7 @@ def in_turn(runs: dict[str, Run], device: torch.device, repeats: int = 20, secon
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
-def _in_turn_cuda(runs: dict[str, Run], repeats: int) -> dict[str, float]:
+def _in_turn_cuda(runs: dict[str, Action], repeats: int) -> dict[str, float]:
     def record() -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
@@ -64,7 +63,7 @@ def _in_turn_cuda(runs: dict[str, Run], repeats: int) -> dict[str, float]:
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
-            run()  # each run meets the caches as its own predecessor leaves them
+            run()  # so that the caches are as a call of the same run leaves them
             begin = record()
             for _ in range(calls[name]):
                 run()
@@ -77,19 +76,19 @@ def _in_turn_cuda(runs: dict[str, Run], repeats: int) -> dict[str, float]:
 
 
 def memory_bandwidth(device: torch.device) -> float:
-    """GB/s (10^9) of memory, the better of reading (a sum) and copying (read and write counted)."""
+    """Return GB/s (10^9) of memory: the faster of reading (a sum) and copying (read plus write)."""
     count = 2**28 if device.type == "cuda" else 2**26  # fp32: 1 GiB, 256 MiB
     count = min(count, available_memory(device) // 16)
     source = torch.empty(count, device=device).normal_()
     target = torch.empty_like(source)
-    runs: dict[str, Run] = {"read": lambda: source.sum(), "copy": lambda: target.copy_(source)}
+    runs: dict[str, Action] = {"read": lambda: source.sum(), "copy": lambda: target.copy_(source)}
     seconds = in_turn(runs, device, repeats=10, seconds=2.0)
     size = source.numel() * source.itemsize
     return max(size / seconds["read"], 2 * size / seconds["copy"]) / 1e9
 
 
 def cache_bytes(device: torch.device) -> int:
-    """The last level of cache: L2 of a GPU, L3 of a CPU (128 MiB where it is unknown)."""
+    """Return the size of the last level of cache: L2 of a GPU, L3 of a CPU (128 MiB if it is unknown)."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     for level in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/level"):
@@ -100,7 +99,7 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated."""
+    """Return the number of bytes that can still be allocated."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

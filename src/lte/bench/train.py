@@ -1,4 +1,4 @@
-"""How long a training step takes: ``LTETrainer`` itself, with a clock at the end of every step."""
+"""The time of a training step: ``LTETrainer`` itself, with a clock at the end of every step."""
 
 import statistics
 import time
@@ -15,13 +15,13 @@ from lte.training.trainer import LTETrainer
 
 
 def step_seconds(model: Any, args: LTETrainingArguments, dataset: PackedBlocks, warmup: int) -> float:
-    """Median seconds of an optimizer step of ``args``' recipe, the data loader and all else included.
+    """Return the median seconds of an optimizer step with the schedule of ``args``, including the data loader.
 
     Args:
-        model: sparse, of any mode; it is trained.
-        args: ``max_steps`` are run.
-        dataset: to train on, and to calibrate on where the recipe does.
-        warmup: first steps that do not count.
+        model: sparse, in any mode. It is trained.
+        args: the arguments of a run of ``max_steps``.
+        dataset: rows to train on, and to calibrate on if the schedule does.
+        warmup: number of first steps that do not count.
     """
     trainer = LTETrainer(
         model=model,
@@ -39,7 +39,7 @@ def step_seconds(model: Any, args: LTETrainingArguments, dataset: PackedBlocks, 
 
 
 class _Clock(TrainerCallback):
-    """Marks the end of each step: on CUDA by events, so that nothing waits for them."""
+    """Marks the end of each step: on CUDA by events, which the host does not wait for."""
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
@@ -54,7 +54,7 @@ class _Clock(TrainerCallback):
             self._marks.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        """Of each step but the first."""
+        """Return the seconds of each step except the first."""
         if self._cuda:
             torch.cuda.synchronize()
             return [before.elapsed_time(after) / 1e3 for before, after in pairwise(self._marks)]

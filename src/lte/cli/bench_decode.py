@@ -16,10 +16,9 @@ from lte.bench.timing import memory_bandwidth
 from lte.cli.bench_report import (
     BackendOption,
     BenchOutput,
+    BenchReport,
     NumericDtype,
-    Report,
-    Row,
-    Shape,
+    ShapeName,
     check_positive,
     check_sparsities,
     resolve_backend,
@@ -27,6 +26,7 @@ from lte.cli.bench_report import (
 from lte.cli.console import err
 from lte.cli.main import parse
 from lte.cli.options import DeviceOptions, open_model
+from lte.evaluation.result_row import ResultRow
 from lte.methods.lte import LTEConfig
 from lte.modules.sparse_ffn import Selecting
 from lte.surgery.convert import set_mode_, sparsify_
@@ -37,7 +37,7 @@ _FEWEST_TOKENS = 8  # a step runs four times before its CUDA graph exists
 
 @dataclass
 class Decode:
-    shape: Shape = "llama2-7b"
+    shape: ShapeName = "llama2-7b"
     model: str | None = None
     """In place of --shape: a local folder, a hub id, or a .gguf file; dense (gets random routers) or trained sparse."""
     sparsity: Annotated[
@@ -112,7 +112,7 @@ def main(argv: Sequence[str]) -> int:
         bandwidth=gb_per_s,
         seed=options.seed,
     )
-    report = Report("decode", argv, device, gb_per_s, options.to.output)
+    report = BenchReport("decode", argv, device, gb_per_s, options.to.output)
     report.collect(bench_decode(dense_models(model), sparse, grid), _line)
     code = report.finish(f"decoding {grid.name}", _COLUMNS, options.to.json)
     if options.to.plot is not None:
@@ -145,7 +145,7 @@ def _check_memory(shape: str, dtype: torch.dtype) -> None:
         )
 
 
-_COLUMNS: dict[str, Callable[[Row], str]] = {
+_COLUMNS: dict[str, Callable[[ResultRow], str]] = {
     "batch": lambda r: str(r["batch"]),
     "sparsity": lambda r: f"{r['sparsity']:.1%}",
     "union": lambda r: f"{r['union_sparsity']:.1%}",
@@ -161,6 +161,6 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
 }
 
 
-def _line(row: Row) -> str:
+def _line(row: ResultRow) -> str:
     text = "  ".join(f"{name} {cell(row)}" for name, cell in _COLUMNS.items())
     return f"{text}  (dense {row['dense_by']}, lte {row['lte_by']}; prepared in {row['prepare_s']:.0f} s)"

@@ -13,10 +13,9 @@ from lte.bench.timing import memory_bandwidth
 from lte.cli.bench_report import (
     BackendOption,
     BenchOutput,
+    BenchReport,
     NumericDtype,
-    Report,
-    Row,
-    Shape,
+    ShapeName,
     Sparsities,
     check_positive,
     check_sparsities,
@@ -25,12 +24,13 @@ from lte.cli.bench_report import (
 from lte.cli.console import err, out
 from lte.cli.main import parse
 from lte.cli.options import DeviceOptions
+from lte.evaluation.result_row import ResultRow
 from lte.surgery.loading import load_config
 
 
 @dataclass
 class FFN:
-    shape: Shape = "llama2-7b"
+    shape: ShapeName = "llama2-7b"
     model: str | None = None
     """Take the FFN size of this model in place of --shape: a local folder, a hub id, or a .gguf file."""
     sparsity: Sparsities = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
         bandwidth=gb_per_s,
         seed=options.seed,
     )
-    report = Report("ffn", argv, device, gb_per_s, options.to.output)
+    report = BenchReport("ffn", argv, device, gb_per_s, options.to.output)
     report.collect(bench_ffn(grid), _line)
     report.values["crossovers"] = found = crossovers(report.rows)
     for dtype, by_sparsity in found.items():
@@ -104,7 +104,7 @@ def main(argv: Sequence[str]) -> int:
     return code
 
 
-_COLUMNS: dict[str, Callable[[Row], str]] = {
+_COLUMNS: dict[str, Callable[[ResultRow], str]] = {
     "dtype": lambda r: r["dtype"],
     "tokens": lambda r: str(r["tokens"]),
     "sparsity": lambda r: f"{r['sparsity']:.1%}",
@@ -120,5 +120,5 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
 }
 
 
-def _line(row: Row) -> str:
+def _line(row: ResultRow) -> str:
     return "  ".join(f"{name} {cell(row)}" for name, cell in _COLUMNS.items())

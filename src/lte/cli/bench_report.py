@@ -14,12 +14,12 @@ import tyro
 from lte.bench.shapes import SHAPES
 from lte.cli.console import err, print_json, table
 from lte.evaluation.environment import commit, device_name, versions
+from lte.evaluation.result_row import ResultRow
 from lte.files import append_line, write_whole
 from lte.ops.sparse_ffn import COMPILED, BackendName, missing
 from lte.report.plots import plot_speed
 
-Row = dict[str, Any]
-Shape = Annotated[str, tyro.conf.arg(help=f"Random weights of a published size: {', '.join(SHAPES)}.")]
+ShapeName = Annotated[str, tyro.conf.arg(help=f"Random weights of a published size: {', '.join(SHAPES)}.")]
 Sparsities = Annotated[tuple[float, ...], tyro.conf.arg(help="Sparsities to ask of the routers; 0 is every expert.")]
 NumericDtype = Literal["float32", "bfloat16", "float16"]
 BackendOption = Literal["device", "auto", "reference", "triton", "cpu"]
@@ -53,7 +53,7 @@ class BenchOutput:
             raise ValueError(f"plot is {self.plot}, but there is no folder {plot.parent}: make it first")
 
 
-class Report:
+class BenchReport:
     """Collects rows. Each is shown and kept in ``OUTPUT.partial`` at once, so that a run cut short loses only one."""
 
     def __init__(
@@ -73,14 +73,14 @@ class Report:
             self._output.parent.mkdir(parents=True, exist_ok=True)
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[ResultRow]:
         return self.values["rows"]
 
     @property
     def failed(self) -> bool:
         return any("error" in row for row in self.rows)
 
-    def collect(self, rows: Iterable[Row], show: Callable[[Row], str]) -> None:
+    def collect(self, rows: Iterable[ResultRow], show: Callable[[ResultRow], str]) -> None:
         """Take rows as they come."""
         for row in rows:
             self.rows.append(row)
@@ -94,7 +94,7 @@ class Report:
         """Write a picture, a line for each value of ``by``."""
         plot_speed(self.rows, by, Path(path), f"{title}, {self.values['device']}")
 
-    def finish(self, title: str, columns: dict[str, Callable[[Row], str]], as_json: bool) -> int:
+    def finish(self, title: str, columns: dict[str, Callable[[ResultRow], str]], as_json: bool) -> int:
         """Print the table, append the JSON line, print it; give the exit code."""
         good = [row for row in self.rows if "error" not in row]
         table(
@@ -118,7 +118,7 @@ class Report:
         return self._output.with_name(f"{self._output.name}.partial")
 
 
-def _where(row: Row) -> str:
+def _where(row: ResultRow) -> str:
     return " ".join(f"{key} {value}" for key, value in row.items() if key not in ("error", "shape"))
 
 

@@ -15,12 +15,13 @@ from transformers import PreTrainedModel
 from lte.bench.decode import random_model
 from lte.bench.shapes import shape_config
 from lte.bench.train import step_seconds
-from lte.cli.bench_report import BenchOutput, Report, Row, Shape, check_positive
+from lte.cli.bench_report import BenchOutput, BenchReport, ShapeName, check_positive
 from lte.cli.console import err
 from lte.cli.main import parse
 from lte.cli.options import DeviceOptions, open_model
 from lte.data.batches import PackedBlocks
-from lte.inference.generate import one_line
+from lte.evaluation.result_row import ResultRow
+from lte.inference.generate import error_line
 from lte.methods.lte import LTEConfig
 from lte.modules.sparse_ffn import Selecting
 from lte.surgery.convert import sparsify_
@@ -37,8 +38,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @dataclass
-class Train:
-    shape: Shape = "smollm2-135m"
+class BenchTrain:
+    shape: ShapeName = "smollm2-135m"
     variant: tuple[str, ...] = tuple(VARIANTS)
     """The variants to time."""
     model: str | None = None
@@ -66,7 +67,7 @@ class Train:
 
 
 def main(argv: Sequence[str]) -> int:
-    options: Train = parse(Train, "bench train", argv)
+    options: BenchTrain = parse(BenchTrain, "bench train", argv)
     check_positive("batch, sequence_length and steps", [options.batch, options.sequence_length, options.steps])
     if unknown := set(options.variant) - VARIANTS.keys():
         raise ValueError(f"variant is {', '.join(sorted(unknown))!r}, but there are: {'; '.join(VARIANTS)}")
@@ -80,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"device is {options.device!r}, but training takes the first: set CUDA_VISIBLE_DEVICES")
     model = _model(options, device)
     name = options.model or options.shape
-    report = Report("train", argv, device, None, options.to.output)
+    report = BenchReport("train", argv, device, None, options.to.output)
     err.print(
         f"{len(options.variant)} variants, each beside a dense run, {_WARMUP + options.steps} steps a run", markup=False
     )
@@ -89,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
     return report.finish(f"a training step of {name}", _COLUMNS, options.to.json)
 
 
-def _model(options: Train, device: torch.device) -> PreTrainedModel:
+def _model(options: BenchTrain, device: torch.device) -> PreTrainedModel:
     """The sparse model that every run starts from."""
     if options.model is None:
         model = random_model(shape_config(options.shape), torch.float32, device, options.seed)
@@ -100,7 +101,9 @@ def _model(options: Train, device: torch.device) -> PreTrainedModel:
     return model
 
 
-def _rows(options: Train, name: str, model: PreTrainedModel, device: torch.device, folder: str) -> Iterator[Row]:
+def _rows(
+    options: BenchTrain, name: str, model: PreTrainedModel, device: torch.device, folder: str
+) -> Iterator[ResultRow]:
     """A row a variant, its dense run just before it."""
     tokens = options.batch * options.sequence_length
     vocabulary = min(model.config.get_text_config().vocab_size, 2**16)
@@ -111,7 +114,7 @@ def _rows(options: Train, name: str, model: PreTrainedModel, device: torch.devic
     )
     dataset = PackedBlocks(ids, options.sequence_length)
     for variant in options.variant:
-        row: Row = {"shape": name, "variant": variant, "batch": options.batch}
+        row: ResultRow = {"shape": name, "variant": variant, "batch": options.batch}
         row |= {
             "sequence_length": options.sequence_length,
             "bf16": _bf16(options, device),
@@ -122,7 +125,7 @@ def _rows(options: Train, name: str, model: PreTrainedModel, device: torch.devic
             dense, dense_memory = _run(options, model, device, folder, dataset, {"schedule": "dense"})
             lte, lte_memory = _run(options, model, device, folder, dataset, VARIANTS[variant])
         except Exception as error:  # out of memory with a teacher, say; the other variants may fit
-            yield {**row, "error": one_line(error)}
+            yield {**row, "error": error_line(error)}
             continue
         row |= {"dense_ms": 1e3 * dense, "lte_ms": 1e3 * lte, "ratio": lte / dense}
         row |= {"dense_tokens_per_s": tokens / dense, "lte_tokens_per_s": tokens / lte}
@@ -130,7 +133,7 @@ def _rows(options: Train, name: str, model: PreTrainedModel, device: torch.devic
 
 
 def _run(
-    options: Train,
+    options: BenchTrain,
     model: PreTrainedModel,
     device: torch.device,
     folder: str,
@@ -164,11 +167,11 @@ def _run(
     return seconds, torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
 
 
-def _bf16(options: Train, device: torch.device) -> bool:
+def _bf16(options: BenchTrain, device: torch.device) -> bool:
     return device.type == "cuda" if options.bf16 is None else options.bf16
 
 
-_COLUMNS: dict[str, Callable[[Row], str]] = {
+_COLUMNS: dict[str, Callable[[ResultRow], str]] = {
     "soft stage, schedule": lambda r: r["variant"],
     "dense ms": lambda r: f"{r['dense_ms']:.1f}",
     "lte ms": lambda r: f"{r['lte_ms']:.1f}",
@@ -178,5 +181,5 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
 }
 
 
-def _line(row: Row) -> str:
+def _line(row: ResultRow) -> str:
     return "  ".join(f"{name} {cell(row)}" for name, cell in _COLUMNS.items())

@@ -60,7 +60,7 @@ class Generate:
 
 
 @dataclass
-class Run:
+class Generated:
     """What decoding gave, a prompt each.
 
     Attributes:
@@ -163,13 +163,13 @@ def _encode(tokenizer: Any, prompts: list[str], options: Generate, encoder_decod
     return padded([torch.tensor(row) for row in rows], "right" if encoder_decoder else "left")
 
 
-def _decode(model: PreTrainedModel, tokenizer: Any, batches: list[dict[str, Tensor]], options: Generate) -> Run:
+def _decode(model: PreTrainedModel, tokenizer: Any, batches: list[dict[str, Tensor]], options: Generate) -> Generated:
     sampling = (
         {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k}
         if options.temperature
         else GREEDY
     )
-    run, stops = Run(), stop_ids(model, tokenizer)
+    run, stops = Generated(), stop_ids(model, tokenizer)
     streams = len(batches) == 1 and len(batches[0]["input_ids"]) == 1
     with _shown(tokenizer, streams, len(batches) * options.max_new_tokens) as (streamer, waits):
 
@@ -204,7 +204,7 @@ def _decode(model: PreTrainedModel, tokenizer: Any, batches: list[dict[str, Tens
     return run
 
 
-def _summary(run: Run) -> str:
+def _summary(run: Generated) -> str:
     said = f"{sum(run.tokens)} tokens in {run.seconds:.2f} s"
     if run.later_per_second is not None:
         said += f": {run.first:.2f} s until the first, then {run.later_per_second:.1f} a second"

@@ -15,9 +15,9 @@ from lte.cli.options import DeviceOptions, open_model
 from lte.evaluation.record import SUMMARY
 from lte.files import write_whole
 from lte.report.curves import gather
-from lte.report.page import Head, html, markdown, pngs
+from lte.report.page import PageHead, html, markdown, pngs
 from lte.report.results import Results, read_results
-from lte.report.routing import Routing, route
+from lte.report.routing import Routing, routing_on
 from lte.report.sections import sections
 from lte.surgery.conversion import conversion_of
 from lte.surgery.loading import load_config, load_tokenizer
@@ -64,14 +64,14 @@ def main(argv: Sequence[str]) -> None:
     metrics = dict.fromkeys(metric.name for one in results.measurements for metric in one.qualities)
     if options.metric not in (None, *metrics):
         raise ValueError(f"metric is {options.metric!r}, but these results have: {', '.join(metrics) or 'none'}")
-    tasks = gather(results.measurements, options.metric)
+    comparisons = gather(results.measurements, options.metric)
     routing = before = None
     if options.model and options.text:
         text = Path(options.text).read_text(encoding="utf-8")
         routing = _route(options, options.model, text)
         if options.before:
             before = _route(options, options.before, text)
-    parts = sections(results, tasks, routing, before)
+    parts = sections(results, comparisons, routing, before)
     head = _head(options, results)
     pictures = pngs(parts, stem) if "png" in formats else {}
     written = list(pictures.values())
@@ -139,12 +139,12 @@ def _route(options: Report, name: str, text: str) -> Routing:
     device, dtype = options.where.resolve()
     model = open_model(name, "own", device, dtype, options.where.trust_remote_code)
     with err.status("reading the text"):
-        return route(model, load_tokenizer(name, options.where.trust_remote_code), text, options.max_tokens)
+        return routing_on(model, load_tokenizer(name, options.where.trust_remote_code), text, options.max_tokens)
 
 
-def _head(options: Report, results: Results) -> Head:
+def _head(options: Report, results: Results) -> PageHead:
     lines = [f"{counted}; from {', '.join(options.results)}."] if (counted := results.counted()) else []
     if options.model:
         before = f", before: {options.before}" if options.before else ""
         lines.append(f"Routers of {options.model}{before}, on {options.text}.")
-    return Head(options.title, (*lines, f"Made by lte {__version__} on {date.today().isoformat()}."))
+    return PageHead(options.title, (*lines, f"Made by lte {__version__} on {date.today().isoformat()}."))

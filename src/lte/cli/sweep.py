@@ -24,9 +24,10 @@ from lte.cli.options import Output
 from lte.cli.sweep_grid import COMMANDS, Run, plan
 from lte.cli.sweep_table import line_of, show
 from lte.evaluation.record import SUMMARY
+from lte.evaluation.result_row import ResultRow
 from lte.files import append_line
 from lte.training.lock import alone_in
-from lte.training.sweep_rows import ROWS, Row, diverged, of_made, of_trained, read_rows, row_of
+from lte.training.sweep_rows import ROWS, diverged, of_made, of_trained, read_sweep_rows, row_of
 
 
 @dataclass
@@ -65,9 +66,9 @@ def main(argv: Sequence[str]) -> int:
     return int(any("error" in row for row in rows))
 
 
-def _run(runs: Sequence[Run], folder: Path, options: Sweep) -> list[Row]:
+def _run(runs: Sequence[Run], folder: Path, options: Sweep) -> list[ResultRow]:
     """Execute all runs that are not done yet. Return the rows of all runs."""
-    before = read_rows(folder / ROWS)
+    before = read_sweep_rows(folder / ROWS)
     done = {run.folder: row_of(run.varied, run.identity, run.command, before, folder) for run in runs}
     todo = [run for run in runs if done[run.folder] is None]
     err.print(f"{len(runs)} runs, {len(runs) - len(todo)} of them done already", markup=False)
@@ -78,13 +79,13 @@ def _run(runs: Sequence[Run], folder: Path, options: Sweep) -> list[Row]:
     return [row for row in done.values() if row is not None]
 
 
-def execute(runs: Sequence[Run], jobs: int, discard_models: bool) -> Iterable[tuple[Run, Row]]:
+def execute(runs: Sequence[Run], jobs: int, discard_models: bool) -> Iterable[tuple[Run, ResultRow]]:
     """Give runs with their rows when they end. Each run is a process, so a failed run does not stop the others."""
     slots: queue.SimpleQueue[int] = queue.SimpleQueue()
     for slot in range(jobs):
         slots.put(slot)
 
-    def one(run: Run) -> tuple[Run, Row]:
+    def one(run: Run) -> tuple[Run, ResultRow]:
         slot = slots.get()
         try:
             return run, _execute(run, _environment(slot, jobs), discard_models)
@@ -100,12 +101,12 @@ def execute(runs: Sequence[Run], jobs: int, discard_models: bool) -> Iterable[tu
             raise
 
 
-def _execute(run: Run, environment: dict[str, str], discard_models: bool) -> Row:
+def _execute(run: Run, environment: dict[str, str], discard_models: bool) -> ResultRow:
     began, environment = time.perf_counter(), {**environment, PARENT: str(os.getpid())}
     run.folder.mkdir(parents=True, exist_ok=True)
     log = run.folder.with_suffix(run.folder.suffix + ".log")
-    row: Row = {"run": run.varied, "command": run.command, "identity": run.identity}
-    found: list[Row] = []
+    row: ResultRow = {"run": run.varied, "command": run.command, "identity": run.identity}
+    found: list[ResultRow] = []
     with log.open("w") as file:
         for arguments in run.commands:
             command = [sys.executable, "-m", "lte.cli.child", *arguments]

@@ -4,7 +4,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from lte.cli.console import err, table
-from lte.training.sweep_rows import Row, name_of
+from lte.evaluation.result_row import ResultRow
+from lte.training.sweep_rows import name_of
 
 _QUALITIES = ("rougeL", "bleu", "perplexity", "accuracy", "f1", "matthews", "pearson", "spearman")
 _MEASURES = (*_QUALITIES, "sparsity", "gflops_per_token")
@@ -12,7 +13,7 @@ _BEYOND_FFN = ("attention_sparsity", "weight_sparsity")
 """Values that are shown if a row has them."""
 
 
-def show(rows: Sequence[Row]) -> None:
+def show(rows: Sequence[ResultRow]) -> None:
     """Print a table of the rows that did not fail. If the seed varies, it also has mean and spread over seeds."""
     good = [row for row in rows if "error" not in row]
     columns = list(dict.fromkeys(name for row in good for name in _measured(row)))
@@ -26,7 +27,7 @@ def show(rows: Sequence[Row]) -> None:
             err.print(line_of(row), markup=False, soft_wrap=True)
 
 
-def _measured(row: Row) -> dict[str, float]:
+def _measured(row: ResultRow) -> dict[str, float]:
     """Return the measured values of a run, by the heading of their columns."""
     found = {}
     for index, result in enumerate([row["evaluation"], *row.get("evals", [])]):
@@ -42,9 +43,9 @@ def _measured(row: Row) -> dict[str, float]:
     return found
 
 
-def _by_seed(rows: Iterable[Row]) -> dict[str, list[Row]]:
+def _by_seed(rows: Iterable[ResultRow]) -> dict[str, list[ResultRow]]:
     """Return groups of several rows that differ only in the seed."""
-    found: dict[str, list[Row]] = {}
+    found: dict[str, list[ResultRow]] = {}
     for row in rows:
         if "seed" in row["run"]:
             rest = {name: value for name, value in row["run"].items() if name != "seed"}
@@ -61,7 +62,7 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def line_of(row: Row) -> str:
+def line_of(row: ResultRow) -> str:
     if "error" in row:
         return f"error: {name_of(row)}: {row['error']}"
     measured = ", ".join(f"{name} {_number(value)}" for name, value in _measured(row).items())

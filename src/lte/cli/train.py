@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import re
 import shlex
 from collections.abc import Sequence
@@ -22,11 +23,13 @@ from lte.cli.method_options import chosen, method_in, with_method
 from lte.cli.options import DeviceOptions, as_written, check_folder
 from lte.evaluation.inputs import Inputs
 from lte.surgery.method import Method
-from lte.surgery.training_options import check_target
+from lte.surgery.training_options import DENSE, check_target
 from lte.training.arguments import LTETrainingArguments
 
 if TYPE_CHECKING:
     from lte.training.run import Trained
+
+logger = logging.getLogger(__name__)
 
 ELSEWHERE = ("target_sparsity", "seed")
 """Options that a method and the training have in common."""
@@ -93,7 +96,8 @@ def main(argv: Sequence[str]) -> None:
 def parse_train(argv: Sequence[str]) -> Train:
     """Return the options of ``[RECIPE.yaml] [OPTIONS]``. A recipe's keys are names of options. Later options win.
 
-    If another method than the recipe's is given, the recipe's options of its method are left out.
+    If another method than the recipe's is given, the recipe's options of its method are left out. A typed
+    ``--learning-rate`` is the rate of a dense run, whatever the recipe says of the dense stage.
     """
     arguments = list(argv)
     if arguments and arguments[0].endswith((".yaml", ".yml")):
@@ -130,6 +134,14 @@ def recipe_arguments(path: Path, given: Sequence[str] = ()) -> list[str]:
     replaced = method_in(given, its_method.name) is not its_method
     left_out = {"method", *its_method.options()} - {*ELSEWHERE} if replaced else set()
     arguments, hints = [], _hints(Train)
+    if _typed(given, "learning-rate") and not _typed(given, "dense-learning-rate"):
+        rate = recipe.get("dense_learning_rate", recipe.get("dense-learning-rate"))
+        if (_typed(given, "schedule") or _typed(given, "recipe") or recipe.get("schedule")) == DENSE:
+            left_out |= {"dense_learning_rate"}  # a dense run has one rate, and it was typed
+        elif rate is not None:
+            logger.warning(
+                "the dense stage keeps the learning rate %g of %s: --dense-learning-rate sets another", rate, path
+            )
     for name, value in recipe.items():
         if str(name).replace("-", "_") in left_out:
             continue
@@ -143,6 +155,13 @@ def recipe_arguments(path: Path, given: Sequence[str] = ()) -> list[str]:
             pairs = zip(value, plain, strict=True) if isinstance(value, list) else [(value, plain)]
             arguments += [flag, *(_as_argument(one, text, hint) for one, text in pairs)]
     return arguments
+
+
+def _typed(arguments: Sequence[str], name: str) -> str | None:
+    """Return the value that arguments give an option; the last one counts."""
+    found = [value for flag, value in pairwise(arguments) if flag == f"--{name}"]
+    found += [one.partition("=")[2] for one in arguments if one.startswith(f"--{name}=")]
+    return found[-1] if found else None
 
 
 def _as_argument(value: Any, text: Any, hint: Any) -> str:

@@ -1,4 +1,4 @@
-"""Which attention a decoding step uses, and its own one, registered with Hugging Face's attention functions."""
+"""The attention of a decoding step. One of them is ours, and registered with Hugging Face's attention functions."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,15 +11,15 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from lte.ops.slot_attention import MAX_WIDTH, slot_attention
 from lte.ops.sparse_ffn import missing
 
-OURS = "lte_slots"
+SLOT_ATTENTION = "lte_slots"
 """The name of :func:`_attend` among Hugging Face's attentions."""
 
 
 def mask_form(model: PreTrainedModel, graph: bool) -> torch.dtype:
-    """The form of the masks that a step's attention takes, as :func:`~lte.inference.slot_cache.step_masks` makes them.
+    """Return the form of a step's masks, as :func:`~lte.inference.slot_cache.step_masks` makes them.
 
-    Captured on a GPU, models whose attention goes through Hugging Face's interface get the one that reads the filled
-    slots alone, which knows them as numbers: int64.
+    The form is int64 for our own attention. It reads the filled slots alone, whose numbers the mask holds. A step that
+    is captured on a GPU uses it if the model's attention goes through Hugging Face's interface.
     """
     if model.config._attn_implementation == "eager":
         return model.dtype
@@ -32,7 +32,7 @@ def mask_form(model: PreTrainedModel, graph: bool) -> torch.dtype:
 
 @contextmanager
 def attending(model: PreTrainedModel, form: torch.dtype) -> Iterator[None]:
-    """Within it, the model's attention is the one that takes masks of this form."""
+    """Give the model the attention that takes masks of this form, inside the context."""
     if form != torch.int64:
         yield
         return
@@ -44,7 +44,7 @@ def attending(model: PreTrainedModel, form: torch.dtype) -> Iterator[None]:
     before = {key: config._attn_implementation for key, config in configs.items()}
     try:
         for config in configs.values():
-            config._attn_implementation = OURS
+            config._attn_implementation = SLOT_ATTENTION
         yield
     finally:
         for key, config in configs.items():
@@ -60,11 +60,11 @@ def _attend(
     scaling: float | None = None,
     **other: Any,
 ) -> tuple[Tensor, None]:
-    """As Hugging Face's attention functions: ``[B, H, 1, D]`` -> ``[B, 1, H, D]``."""
+    """Compute attention as Hugging Face's functions do: ``[B, H, 1, D]`` -> ``[B, 1, H, D]``."""
     if other.get("softcap") is not None:
-        raise ValueError("attention with a soft cap is none that the decoding step has: use eager attention")
+        raise ValueError("the decoding step has no attention with a soft cap: use eager attention")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return slot_attention(query[:, :, 0], key, value, attention_mask[:, 0, 0], scale)[:, None], None
 
 
-AttentionInterface.register(OURS, _attend)
+AttentionInterface.register(SLOT_ATTENTION, _attend)

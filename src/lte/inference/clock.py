@@ -1,4 +1,4 @@
-"""When each token came."""
+"""The time at which each token came."""
 
 import time
 
@@ -7,13 +7,13 @@ from transformers.generation.streamers import BaseStreamer
 
 
 class Clock(BaseStreamer):
-    """A streamer that notes when it got what.
+    """A streamer that keeps the time of each of its calls.
 
     Args:
-        inner: gets everything as well.
+        inner: another streamer, which gets all tokens too.
 
     Attributes:
-        times: seconds on ``time.perf_counter``: of the prompts first, then of each step's tokens.
+        times: seconds on ``time.perf_counter``. The first is that of the prompts, then there is one for each step.
     """
 
     def __init__(self, inner: BaseStreamer | None = None) -> None:
@@ -21,7 +21,7 @@ class Clock(BaseStreamer):
         self._inner = inner
 
     def put(self, value: Tensor) -> None:
-        """Note the time, and pass the tokens on."""
+        """Keep the time and pass the tokens on."""
         self.times.append(time.perf_counter())
         if self._inner is not None:
             self._inner.put(value)

@@ -1,4 +1,4 @@
-"""Completions of prompts: what was generated, row by row and without padding, and how sparse it was."""
+"""Completions of prompts, one for each row and without padding, and their sparsity."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,18 +13,18 @@ from lte.inference.generate import generate
 from lte.modules.recording import SparsityMeter, track_sparsity
 
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-"""Options of ``generate`` that a model's own settings must not win over."""
+"""Options of ``generate`` for greedy decoding, whatever a model's own settings are."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What was generated for one prompt, without padding, on the CPU.
+    """The tokens generated for one prompt, without padding, on the CPU.
 
     Attributes:
         prompt: its token ids.
-        start: what the decoder of an encoder-decoder begins with; empty for other models.
-        new: the tokens generated, up to and with the one that ends the text.
-        ended: whether there is such a token; otherwise the tokens allowed were used up.
+        start: the tokens that the decoder of an encoder-decoder begins with; empty for other models.
+        new: the generated tokens, including the one that ends the text.
+        ended: whether there is such a token. If not, the text has the highest allowed number of tokens.
     """
 
     prompt: Tensor
@@ -34,7 +34,7 @@ class Completion:
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a text: the model's, and the tokenizer's EOS, which is what training appends."""
+    """Return the tokens that end a text: those of the model, and the tokenizer's EOS, which training appends."""
     given = model.generation_config.eos_token_id  # pyright: ignore[reportOptionalMemberAccess]
     found = {*([given] if isinstance(given, int) else given or [])}
     eos: Any = tokenizer.eos_token_id
@@ -44,16 +44,16 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
 def complete(
     model: PreTrainedModel, inputs: Mapping[str, Tensor], stops: Sequence[int], **options: Any
 ) -> list[Completion]:
-    """:func:`lte.generate`, its rows taken apart.
+    """Continue prompts by :func:`lte.generate` and return one completion for each.
 
     Args:
         model: on its device.
         inputs: ``input_ids`` and ``attention_mask`` of one or more prompts.
-        stops: as :func:`stop_ids` gives them; none at all is fine.
+        stops: as :func:`stop_ids` returns them; may be empty.
         options: of :func:`lte.generate`.
     """
     end: dict[str, Any] = {"eos_token_id": list(stops)} if stops else {}
-    end["forced_eos_token_id"] = None  # a text that is cut has not ended
+    end["forced_eos_token_id"] = None  # a text that is cut off has not ended
     output = generate(model, inputs, **end, **options).cpu()
     begin = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
     made = []
@@ -67,7 +67,7 @@ def complete(
 
 
 def completions_sparsity(model: PreTrainedModel, completions: Sequence[Completion]) -> SparsityMeter:
-    """Sparsity of prompts and new tokens, padding and what a batch computes for texts that have ended left out."""
+    """Return the sparsity of prompts and new tokens. Padding and tokens after the end of a text do not count."""
     with track_sparsity(model.base_model) as meter:
         replay(model, completions)
     return meter
@@ -80,9 +80,9 @@ def replay(
     batch_size: int = 1,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> None:
-    """Pass prompts and new tokens through ``model.base_model``, for those who watch it.
+    """Pass prompts and new tokens through ``model.base_model``, so that the pass can be recorded.
 
-    A pass afterwards: watching while decoding would slow it down, and keep its steps from being compiled.
+    This is a pass after decoding. To record while decoding would slow it down and prevent compiled steps.
     """
     backbone = model.base_model  # the head would hold a vocabulary for every token
     for first in progress(range(0, len(completions), batch_size)):
@@ -97,9 +97,10 @@ def replay(
 
 
 def padded(rows: Sequence[Tensor], side: Literal["left", "right"] = "right", token: int = 0) -> dict[str, Tensor]:
-    """A batch of rows of token ids. Which token pads does not matter to the model: the mask says that it is none.
+    """Return rows of token ids as one padded batch. The padding token does not matter, because the mask excludes it.
 
-    On the right positions count from each row's first token, as in training; what is to be continued needs the left.
+    With padding on the right, positions count from each row's first token, as in training. Prompts that are to be
+    continued need padding on the left.
     """
     masks = [torch.ones_like(row) for row in rows]
     return {

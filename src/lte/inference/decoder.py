@@ -1,4 +1,4 @@
-"""The decoding loop: a step is one call, on CUDA one compiled graph, and nothing in it waits for the host."""
+"""The decoding loop. A step is one call, on CUDA one compiled graph, and no part of it waits for the host."""
 
 import logging
 import time
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from lte.inference.attention import attending, mask_form
-from lte.inference.graphs import Run, capture
+from lte.inference.graphs import Action, capture
 from lte.inference.sampling import NotCovered, Sampler, Tokens
 from lte.inference.slot_cache import Masks, SlotCache, check_filled, mask_kinds, step_masks
 
@@ -22,13 +22,13 @@ logger = logging.getLogger(__name__)
 Preparing = Callable[[str], AbstractContextManager[object]]
 
 _TUNED: dict[str, Any] = {"coordinate_descent_tuning": True}
-"""Options of inductor on CUDA: at batch 1 torch then multiplies matrices and vectors by kernels of its own."""
+"""Options of inductor on CUDA. With them, torch has its own kernels for a matrix times a vector, at batch 1."""
 _LATE = 1
-"""Steps that the host is behind the GPU when it looks whether all texts have ended."""
+"""The number of steps by which the host is behind the GPU when it checks whether all texts have ended."""
 
 
 class Streamer(Protocol):
-    """What ``generate`` calls a streamer."""
+    """The methods that ``generate`` calls on a streamer."""
 
     def put(self, value: Tensor) -> None: ...
 
@@ -52,7 +52,7 @@ class Prompts:
 
     @classmethod
     def read(cls, model: PreTrainedModel, ids_BP: Tensor, mask_BP: Tensor | None) -> "Prompts":
-        """Pass prompts through the model, eager: each length is another shape."""
+        """Pass prompts through the model, eager, because each length is another shape."""
         call: Any = model
         cache = DynamicCache(config=model.config)
         mask = torch.ones_like(ids_BP) if mask_BP is None else mask_BP
@@ -73,9 +73,9 @@ class How:
     """How a step runs.
 
     Attributes:
-        compile: through ``torch.compile``.
-        tune: where it is compiled, with a search for the fastest kernels.
-        graph: as a CUDA graph.
+        compile: whether it is compiled by ``torch.compile``.
+        tune: whether compiling includes a search for the fastest kernels.
+        graph: whether it is a CUDA graph.
     """
 
     compile: bool = False
@@ -88,7 +88,7 @@ class Decoder:
 
     Args:
         model: causal, on one device.
-        prompts: the first to be continued.
+        prompts: the first prompts to continue; their cache gives the shapes.
         batch, slots: sizes of the buffers.
     """
 
@@ -102,10 +102,11 @@ class Decoder:
         if how.compile:
             tuned = _TUNED if how.tune else None
             self._step = torch.compile(self._eager_step, fullgraph=True, dynamic=False, options=tuned)
-        self._ways: dict[tuple[object, ...], tuple[Tokens, Run]] = {}
+        self._seen, self._together = slots, False
+        self._ways: dict[tuple[object, ...], tuple[Tokens, Action]] = {}
 
     def prepare(self, model: PreTrainedModel, sampler: Sampler, preparing: Preparing) -> None:
-        """Compile and capture the step for a way of choosing tokens, unless that is done.
+        """Compile and capture the step for one way to choose tokens, unless this was done before.
 
         Raises:
             NotCovered: the step cannot be captured.
@@ -115,7 +116,8 @@ class Decoder:
         tokens = Tokens(self.batch, self.slots, model.config.get_text_config().vocab_size, sampler, model.device)
 
         def run() -> None:
-            masks = step_masks(self._kinds, self._slot_B, self.slots, self._form)  # once, not in each layer
+            # once, not in each layer
+            masks = step_masks(self._kinds, self._slot_B, self._seen, self._form, self._together)
             with attending(model, self._form):
                 logits_BV = self._step(model, tokens.last_B, self._slot_B, masks)
             tokens.append(sampler.choose(logits_BV, tokens))
@@ -139,15 +141,15 @@ class Decoder:
         streamer: Streamer | None = None,
         out_of_time: Callable[[], bool] = lambda: False,
     ) -> Tensor:
-        """Continue prompts until all have ended.
+        """Continue prompts until all texts have ended.
 
         Args:
-            prompts: at most :attr:`batch`, of which each has room for ``most`` more tokens in :attr:`slots`.
-            sampler: prepared.
-            padding: the token that follows a text's end.
-            most: new tokens of each text, at least 1.
-            streamer: gets each step's tokens ``[B]``.
-            out_of_time: asked after each step; True ends all texts.
+            prompts: at most :attr:`batch` prompts. Each has room for ``most`` more tokens in :attr:`slots`.
+            sampler: one that :meth:`prepare` was called with.
+            padding: the token that fills a row after the end of its text.
+            most: the highest number of new tokens of a text, at least 1.
+            streamer: gets the tokens of each step, ``[B]``.
+            out_of_time: called after each step. If it returns True, all texts end.
 
         Returns:
             ``[B, P + N]``: prompts and new tokens.
@@ -156,18 +158,26 @@ class Decoder:
         rows, length = prompts.ids.shape
         self._cache.fill(prompts.cache, length - prompts.mask.sum(-1))
         self._slot_B.zero_()
-        self._slot_B[:rows] = prompts.mask.sum(-1)
+        length_B = prompts.mask.sum(-1)
+        self._slot_B[:rows] = length_B
         tokens.begin(prompts.ids, prompts.mask, padding)
         logits = torch.nn.functional.pad(prompts.logits, (0, 0, 0, self.batch - rows))
         tokens.append(sampler.choose(logits, tokens))
         watch = _Watch(tokens, rows, streamer)
-        made = 1
+        made, longest, together = 1, int(length_B.max()), bool((length_B == length_B[0]).all())
         while not watch.ended(made == most or out_of_time()):
+            if not (self.how.compile or self.how.graph):
+                self._show(longest + made, together)
             run()
             made += 1
         return torch.cat([prompts.ids, tokens.made_BN[:rows, : watch.read]], dim=-1)
 
-    def _captured(self, run: Run) -> Run:
+    def _show(self, seen: int, together: bool) -> None:
+        """Show the next step, which is eager, only the slots that it needs."""
+        self._seen, self._together = seen, together
+        self._cache.show(seen, together)
+
+    def _captured(self, run: Action) -> Action:
         try:
             return capture(run)
         except torch.OutOfMemoryError:
@@ -175,7 +185,7 @@ class Decoder:
         except RuntimeError as error:  # it waits for the GPU, or copies from the host
             raise NotCovered(f"its step cannot be captured ({' '.join(str(error).split())[:120]})") from error
 
-    def _eager_step(self, model: Any, token_B: Tensor, slot_B: Tensor, masks: Masks) -> Tensor:
+    def _eager_step(self, model: Any, token_B: Tensor, slot_B: Tensor, masks: Masks | None) -> Tensor:
         return model(
             input_ids=token_B[:, None],
             attention_mask=masks,
@@ -186,10 +196,10 @@ class Decoder:
 
 
 class _Watch:
-    """The host's view of the tokens: on CUDA one step late, so that the GPU has its next step before it is asked.
+    """The tokens as the host sees them. On CUDA this is one step late, so that the GPU never waits for its next step.
 
     Attributes:
-        read: steps that the host has seen; the tokens of later ones count for nothing.
+        read: the number of steps that the host has seen. Tokens of later steps are not used.
     """
 
     def __init__(self, tokens: Tokens, rows: int, streamer: Streamer | None) -> None:
@@ -200,7 +210,7 @@ class _Watch:
         self.read = 0
 
     def ended(self, last: bool) -> bool:
-        """Look at the step just begun. True if no other has to follow: all texts have ended, or it was the ``last``."""
+        """Return whether decoding is over after this step: all texts have ended, or it is the ``last`` step."""
         ended, ids, event = self._free.pop()
         ended.copy_(self._tokens.finished_B.all(), non_blocking=True)
         if self._streamer is not None:
@@ -230,16 +240,16 @@ class _Watch:
 
 
 def _own_random(device: torch.device) -> AbstractContextManager[object]:
-    """Within it, steps draw from a random state of their own."""
+    """Return a context in which steps draw from another random state."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def _many_sizes() -> AbstractContextManager[object]:
-    """Within it, each model and size may be compiled by itself: torch stops at eight programs of one function."""
+    """Return a context in which each model and size can be compiled. By default torch stops at eight programs."""
     return torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096)  # pyright: ignore
 
 
 def timer(criteria: Sequence[Any]) -> Callable[[], bool]:
-    """Whether the time of a ``MaxTimeCriteria`` is over."""
+    """Return a function that says whether the time of a ``MaxTimeCriteria`` is over."""
     ends = [one.initial_timestamp + one.max_time for one in criteria]
     return lambda: any(time.time() > end for end in ends)

@@ -38,31 +38,33 @@ def generate(
 ) -> Any:
     """Continue ``inputs`` with a model that is dense, sparse, or optimised by :func:`lte.optimize_`.
 
-    Causal models run the decoding loop of :mod:`lte.inference.decoder`, greedy or sampling: model, choice of the token
-    and stop are one step. On CUDA the step is compiled and captured as a CUDA graph, once for each size of batch
-    and text (rounded up to powers of 2), and kept with the model. What the loop does not cover (beams, several
-    devices, encoder-decoders, logits processors of the user, ...) is left to ``model.generate``, and a line of the
-    log says why. Within ``lte.track_sparsity`` and ``lte.record_scores``, which look at every pass, steps run eager.
+    Causal models run the decoding loop of :mod:`lte.inference.decoder`, greedy or sampling. One step runs the model,
+    chooses the token and checks for the end. On CUDA the step is compiled and captured as a CUDA graph, and kept with
+    the model. This happens once for each size of batch and text, rounded up to powers of 2. The loop does not cover
+    beams, several devices, encoder-decoders, or logits processors of the user. ``model.generate`` decodes in these
+    cases, and a line of the log says why. Within ``lte.track_sparsity`` and ``lte.record_scores``, which record every
+    pass, steps run eager.
 
     Args:
-        model: on its device; inputs are moved there.
-        inputs: token ids ``[B, P]``, or what a tokenizer returns. Prompts of unequal length are padded on the left,
+        model: on its device. Inputs are moved there.
+        inputs: token ids ``[B, P]``, or what a tokenizer returns. Prompts of unequal length are padded on the left:
             ``tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")``.
-        compile: whether to compile the step. None does on CUDA, for models that Hugging Face can compile whole.
-        tune: where CUDA compiles, also search for the fastest kernels: several times slower once, a tenth faster then.
-        seed: of sampling. None goes on with torch's random state; a seed leaves that state alone.
-        preparing: gives a context manager that is entered while a step is compiled or captured, e.g. one that shows
-            a bar; it gets what is being prepared, in words. None writes that to the log,
-            as a warning: it can take a minute.
-        options: as ``model.generate`` has them: ``max_new_tokens``, ``do_sample``, ``temperature``, ``top_p``,
-            ``top_k``, ``repetition_penalty``, ``streamer``, ...
+        compile: whether to compile the step. None compiles on CUDA, if Hugging Face can compile the whole model.
+        tune: whether compiling on CUDA includes a search for the fastest kernels. Compiling then takes several times
+            as long, and steps are a tenth faster.
+        seed: of sampling. None continues torch's random state. A seed does not change that state.
+        preparing: called with words that say what is compiled or captured. It returns a context manager for that
+            time, for example one that shows a bar. None writes the words to the log as a warning, because it can take
+            a minute.
+        options: all options of ``model.generate``, for example ``max_new_tokens``, ``do_sample``, ``temperature``,
+            ``top_p``, ``top_k``, ``repetition_penalty`` and ``streamer``.
 
     Returns:
-        What ``model.generate`` returns: token ids, prompts included (not for encoder-decoders).
+        What ``model.generate`` returns: token ids, including the prompts (except for encoder-decoders).
 
     Raises:
-        ValueError: prompts padded on the right, ``compile=True`` while recording, a step that does not compile, and
-            Hugging Face's own.
+        ValueError: prompts are padded on the right, ``compile=True`` is given while recording, a step does not
+            compile, or Hugging Face raises it.
     """
     given = dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": inputs}
     given = {name: value.to(model.device) for name, value in given.items()}
@@ -71,7 +73,7 @@ def generate(
         raise ValueError('prompts are padded on the right: tokenize them with padding_side="left"')
     recording = any(isinstance(module, Selecting) and bool(module.kept_in) for module in model.modules())
     if compile and recording:
-        raise ValueError("scores are being recorded, which a compiled step cannot do: leave compile=True out")
+        raise ValueError("a compiled step cannot record scores: leave compile=True out while scores are recorded")
     calls: Any = model.generate
     with _seeded(seed, model.device):
         try:
@@ -90,7 +92,7 @@ def generate(
 def _hugging_face_steps(
     model: PreTrainedModel, compile: bool | None, recording: bool, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """How ``model.generate`` is told to run its own steps: with a static cache and compiled where that pays."""
+    """Return the options for the steps of ``model.generate``: a static cache and compiled steps if faster."""
     cuda = model.device.type == "cuda"
     if compile is None:
         compile = cuda and model._can_compile_fullgraph and not recording
@@ -102,7 +104,7 @@ def _hugging_face_steps(
 
 
 class _Loop:
-    """What ``model.generate`` calls in place of its own loop, once it has prepared everything."""
+    """The loop that ``model.generate`` calls instead of its own, after its preparations."""
 
     def __init__(
         self,
@@ -132,11 +134,11 @@ class _Loop:
     ) -> Tensor:
         mode = generation_config.get_generation_mode()
         if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-            raise NotCovered(f"{mode.value.replace('_', ' ')} is none of greedy and sampling")
+            raise NotCovered(f"{mode.value.replace('_', ' ')} is neither greedy nor sampling")
         if generation_config.return_dict_in_generate:
-            raise NotCovered("more than tokens is asked for")
+            raise NotCovered("the options ask for more than tokens")
         if not generation_config.use_cache:
-            raise NotCovered("it is to keep no keys and values")
+            raise NotCovered("the options say to keep no keys and values")
         if unknown := sorted(name for name, value in inputs.items() if value is not None and name not in _READ):
             raise NotCovered(f"it is given {', '.join(unknown)}")
         criteria = [one for one in stopping_criteria if type(one) not in (EosTokenCriteria, MaxLengthCriteria)]
@@ -160,7 +162,7 @@ class _Loop:
         return made
 
     def _prepared(self, model: PreTrainedModel, prompts: Prompts, most: int, sampler: Sampler) -> Decoder:
-        """A decoder that is ready. Where compiling is not asked for but tried, one that does not compile runs as is.
+        """Return a decoder that is ready. If compiling fails and was not asked for, its step is not compiled.
 
         Raises:
             NotCovered: the step cannot be captured.
@@ -183,12 +185,12 @@ class _Loop:
 
 
 def _refused(model: PreTrainedModel) -> str | None:
-    """Why the loop cannot run this model; None if it can."""
+    """Return why the loop cannot run this model; None if it can."""
     attention = model.config._attn_implementation
     if model.config.is_encoder_decoder:
         return "it is an encoder-decoder"
     if attention not in ("sdpa", "eager"):
-        return f"of attentions the loop runs sdpa and eager, not {attention}"
+        return f"the loop runs the attentions sdpa and eager, not {attention}"
     if not model._can_compile_fullgraph:
         return "its step cannot be captured"
     if not {"position_ids", "logits_to_keep"} <= inspect.signature(model.forward).parameters.keys():
@@ -199,7 +201,7 @@ def _refused(model: PreTrainedModel) -> str | None:
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
-    """Raise NotCovered unless the loop does what is asked for."""
+    """Raise NotCovered unless the loop has these options."""
     asked = [name for name in _OF_ITS_OWN if options.get(name) is not None]
     if asked:
         raise NotCovered(f"{', '.join(asked)} is given")
@@ -218,17 +220,17 @@ def _say_once(message: str, level: int = logging.WARNING) -> None:
 
 @contextmanager
 def _explained(compile: bool) -> Iterator[None]:
-    """Where steps are compiled, a failure of the compiler becomes a ValueError; other errors stay what they are."""
+    """Turn a failure of the compiler into a ValueError if steps are compiled. Other errors are not changed."""
     try:
         yield
     except RuntimeError as error:
         if not compile:
             raise
-        from torch._dynamo.exc import TorchDynamoException  # of inductor's failures too; slow to import
+        from torch._dynamo.exc import TorchDynamoException  # also the base of inductor's errors; slow to import
 
         if not isinstance(error, TorchDynamoException):
             raise
-        reason = one_line(error).partition(" Set TORCH")[0]  # less torch's advice to those who look into torch
+        reason = error_line(error).partition(" Set TORCH")[0]  # without advice on how to debug torch
         raise ValueError(
             f"this model's step does not compile here: {reason}; leave --compile out (compile=False)"
         ) from error
@@ -236,7 +238,7 @@ def _explained(compile: bool) -> Iterator[None]:
 
 @contextmanager
 def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Random numbers start at ``seed`` within, and go on afterwards as if nothing had been drawn."""
+    """Start random numbers at ``seed`` inside the context. Afterwards the random state is the one from before."""
     if seed is None:
         yield
         return
@@ -245,6 +247,6 @@ def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
         yield
 
 
-def one_line(error: Exception) -> str:
-    """What is said of an error that something else takes the place of: its type and the beginning of its message."""
+def error_line(error: Exception) -> str:
+    """Return the type of an error and the beginning of its message, on one line, for a row or another message."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

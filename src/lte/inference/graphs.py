@@ -1,4 +1,4 @@
-"""CUDA graphs: capturing a call, and replaying a layer's when it is called eager, one launch in place of many."""
+"""CUDA graphs: capture a call, and replay the graph of a layer in eager mode, one launch instead of many."""
 
 import threading
 from collections.abc import Callable
@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Run = Callable[[], object]
+Action = Callable[[], object]
+"""A call without arguments, to be captured or timed. Its result is not used."""
 
 _MOST_TOKENS = 64
 _FROM = 3
-"""Times that a number of tokens has to come before it is captured: a prompt's length comes once."""
+"""How often a number of tokens has to come before it is captured. The length of a prompt comes only once."""
 _MOST = 4
-"""Numbers of tokens that a layer keeps a graph of."""
+"""A layer keeps graphs for at most this many numbers of tokens."""
 
 
 class Unshared:
-    """Belongs to one object in one process: a copy of it, or what is read back from a pickle, is new and empty."""
+    """Base of an object that belongs to one other object in one process. Its copy is new and empty."""
 
     def __deepcopy__(self, memo: Any) -> Any:
         return type(self)()
@@ -27,12 +28,12 @@ class Unshared:
         return type(self), ()
 
 
-def capture(run: Run, pool: Any = None) -> Run:
-    """``run`` as a CUDA graph: the call that replays it. It must not wait for the GPU.
+def capture(run: Action, pool: Any = None) -> Action:
+    """Capture ``run`` as a CUDA graph and return the call that replays it.
 
     Args:
-        run: what to capture; it is called three times before.
-        pool: memory that other graphs use as well, which never run at the same time.
+        run: the call to capture. It is called three times before, and it must not wait for the GPU.
+        pool: memory to share with other graphs that never run at the same time.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -52,14 +53,14 @@ class _Kept:
     key: object
     x: Tensor
     y: list[Tensor]
-    replay: Run
+    replay: Action
 
 
 class Replays(Unshared):
-    """A layer's graphs by the number of its tokens.
+    """The graphs of one layer, by the number of tokens.
 
-    In eager decoding the host is what takes time: checks, three launches by Triton. A graph is one launch. It reads
-    its input from a place of its own and writes the output to another, so both are copied.
+    In eager decoding the host is slower than the GPU: it checks, and it launches three Triton kernels. A graph is one
+    launch. It has fixed tensors for its input and its output, so both are copied.
     """
 
     def __init__(self) -> None:
@@ -68,12 +69,12 @@ class Replays(Unshared):
         self._lock = threading.Lock()
 
     def __call__(self, x: Tensor, key: object, compute: Callable[[Tensor], Tensor]) -> Tensor:
-        """``compute(x)``, by replaying it where that is possible.
+        """Return ``compute(x)``, by a replay if that is possible.
 
         Args:
             x: ``[..., D]`` on a GPU.
-            key: all that ``compute`` depends on beside ``x``; when it changes, or the stream, the graph is made anew.
-            compute: gives a tensor of the shape of ``x``. It must not wait for the GPU.
+            key: all that ``compute`` depends on besides ``x``. If it or the stream changes, the graph is made again.
+            compute: returns a tensor of the shape of ``x``. It must not wait for the GPU.
         """
         tokens = x.numel() // x.shape[-1]
         if tokens > _MOST_TOKENS or torch.cuda.is_current_stream_capturing():

@@ -1,4 +1,4 @@
-"""Decoders of a model, kept from one call of ``generate`` to the next for as long as the model stays as it was."""
+"""Decoders of a model, kept from one call of ``generate`` to the next as long as the model does not change."""
 
 import threading
 
@@ -11,16 +11,16 @@ from lte.inference.sampling import NotCovered
 from lte.modules.sparse_ffn import Selecting
 
 _MOST = 4
-"""Decoders kept a model: each has a cache of keys and values."""
+"""A model keeps at most this many decoders, because each has a cache of keys and values."""
 _SMALLEST = 256
 
 
-class Kept(Unshared):
+class KeptDecoders(Unshared):
     """The last few decoders of one model.
 
     Attributes:
-        lock: held while one of them decodes: a step has one place for its tokens.
-        refused: why no step of the model can be captured, once that has been tried.
+        lock: held while one of them decodes, because a step has one buffer for its tokens.
+        refused: why no step of the model can be captured; None if it can, or if nothing was captured yet.
     """
 
     def __init__(self) -> None:
@@ -30,10 +30,10 @@ class Kept(Unshared):
         self._decoders: dict[tuple[object, ...], Decoder] = {}
 
     def decoder(self, model: PreTrainedModel, prompts: Prompts, most: int, how: How) -> Decoder:
-        """A decoder with room for these prompts and ``most`` new tokens.
+        """Return a decoder with room for these prompts and ``most`` new tokens.
 
-        Where a step is compiled or captured, sizes are rounded up to powers of 2, so that prompts and batches of other
-        sizes find it ready.
+        If a step is compiled or captured, sizes are rounded up to powers of 2, so that prompts and batches of similar
+        sizes use the same step.
         """
         batch, slots = prompts.ids.shape[0], prompts.ids.shape[1] + most
         if not (how.compile or how.graph):
@@ -51,9 +51,9 @@ class Kept(Unshared):
         return found
 
 
-def kept_with(model: PreTrainedModel) -> Kept:
-    """What is kept with this model."""
-    return vars(model).setdefault("_decoders", Kept())
+def kept_with(model: PreTrainedModel) -> KeptDecoders:
+    """Return the decoders that are kept with this model."""
+    return vars(model).setdefault("_decoders", KeptDecoders())
 
 
 def _rounded(size: int, smallest: int) -> int:
@@ -61,7 +61,7 @@ def _rounded(size: int, smallest: int) -> int:
 
 
 def _state(model: PreTrainedModel) -> object:
-    """All that a captured step has taken for granted: where weights lie, and how each module computes."""
+    """Return all that a captured step depends on: the addresses of weights, and how each module computes."""
     tensors = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
     modules = tuple(
         (type(one), one.training, len(one._forward_hooks), len(one._forward_pre_hooks), vars(one).get("forward"))

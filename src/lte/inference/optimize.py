@@ -1,4 +1,4 @@
-"""``optimize_``: prepare a trained sparse model for decoding. Packing is a memory layout, nothing more."""
+"""``optimize_`` prepares a trained sparse model for decoding. Packing changes the memory layout alone."""
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -21,24 +21,24 @@ from lte.surgery.sites import FFNSite, find_sites
 
 
 def optimize_(model: PreTrainedModel, backend: BackendName = "auto") -> PreTrainedModel:
-    """Make ``model`` skip its idle experts in inference, in place; ``model.generate()`` and all else as ever.
+    """Make ``model`` skip its idle experts in inference, in place. ``model.generate()`` works as before.
 
-    The model is put in eval mode and its FFN weights are laid out one contiguous row a neuron. Modules,
-    parameter names, values and their number of bytes stay, so it saves, loads, moves and casts as before.
-    Where gradients, training, autocast or another mode are asked for, and where projections are wrapped
-    afterwards (LoRA), layers compute all experts, as they did. Calling it again changes the backend.
+    The model is put in eval mode, and its FFN weights get one contiguous row for each neuron. Modules, parameter names
+    and values do not change, so the model saves, loads, moves and casts as before. Layers still compute all experts
+    with gradients, in training, under autocast, in another mode, and if projections are wrapped later (LoRA). A second
+    call changes the backend.
 
     Args:
         model: sparse and in mode hard, as it is after training.
-        backend: ``auto`` takes the fastest for each call. One that is named runs or raises, see :func:`lte.sparse_ffn`.
+        backend: ``auto`` takes the fastest for each call. A named backend runs or raises, see :func:`lte.sparse_ffn`.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: unknown backend, a dense model, one in mode dense or soft, one of another method than LTE;
-            quantised, adapted or mixed precision projections, an activation that ``sparse_ffn`` does not know, weights
-            that are divided by tensor parallelism. The model is then as it was.
+        ValueError: the backend is unknown. The model is dense, in mode dense or soft, or of another method than LTE.
+            Projections are quantised, adapted or of mixed precision. ``sparse_ffn`` does not know the activation.
+            Weights are divided by tensor parallelism. In all cases the model is not changed.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, but it is one of {', '.join(BACKENDS)}")
@@ -47,7 +47,7 @@ def optimize_(model: PreTrainedModel, backend: BackendName = "auto") -> PreTrain
     check_lte_routers(layers, "its kernels cannot run it, use the model as it is, it computes the same")
     check_hard(layers, "which uses every expert")
     sites = find_sites(model, model.config.model_type)
-    found = [(site.installed, _packed(site, backend)) for site in sites]  # all checked before the first change
+    found = [(site.installed, _packed(site, backend)) for site in sites]  # checks all before the first change
     for layer, packed in found:
         for projection in (packed.gate, packed.up, packed.down):
             if projection is not None:
@@ -58,7 +58,7 @@ def optimize_(model: PreTrainedModel, backend: BackendName = "auto") -> PreTrain
 
 
 def _packed(site: FFNSite, backend: BackendName) -> Packed:
-    """What the site's layer will need.
+    """Return what the site's layer needs to skip experts.
 
     Raises:
         ValueError: it cannot be computed by ``sparse_ffn``.
@@ -77,8 +77,8 @@ def _packed(site: FFNSite, backend: BackendName) -> Packed:
     act = activation_name(module)
     if act is None:
         raise ValueError(
-            f"{site.name}: the activation {type(module).__name__} is none that lte.sparse_ffn knows: "
-            "use the model as it is, it computes the same"
+            f"{site.name}: the activation {type(module).__name__} is not one of lte.sparse_ffn: "
+            "use the model as it is, the results are the same"
         )
     absorbed = family.site is None
     if absorbed:

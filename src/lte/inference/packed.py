@@ -1,4 +1,4 @@
-"""Sparse FFNs that skip their idle experts: ``SparseFFN`` and ``SparseActivation`` running ``sparse_ffn``."""
+"""Sparse FFNs that skip their idle experts: ``SparseFFN`` and ``SparseActivation`` that call ``sparse_ffn``."""
 
 import math
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from lte.ops.reference import activate
 from lte.ops.sparse_ffn import BackendName, sparse_ffn
 from lte.ops.weights import Activation, Affine, FFNWeights, Matrix, RouterWeights
 
-_PLAIN = (nn.Parameter, FakeTensor)  # not a quantiser's subclass; torch.export puts fake ones in their place
+_PLAIN = (nn.Parameter, FakeTensor)  # no subclass of a quantiser; torch.export uses fake tensors
 
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear layer of an FFN where it was found, so that a wrapper put in its place later is noticed.
+    """A linear layer of an FFN and its place in the model, so that a later wrapper in that place is noticed.
 
     Attributes:
         transposed: whether its weight is ``[D, F]``, as ``nn.Linear`` keeps a down projection.
@@ -37,7 +37,7 @@ class Projection:
     hooks: int = 0
 
     def untouched(self) -> bool:
-        """Whether calling the layer is multiplying by its weight: no adapter, quantiser or hook came since."""
+        """Return whether a call of the layer only multiplies by its weight: no adapter, quantiser or hook was added."""
         linear = self.linear
         return (
             self.parent._modules.get(self.name) is linear
@@ -49,7 +49,7 @@ class Projection:
         )
 
     def rows(self) -> Tensor:
-        """``[F, D]``: one row a neuron, a view."""
+        """Return the weight as ``[F, D]``, one row for each neuron. It is a view."""
         weight = self.linear._parameters["weight"]
         assert weight is not None
         return weight.t() if self.transposed else weight
@@ -59,14 +59,14 @@ class Projection:
 
     @torch.no_grad()
     def pack_(self) -> None:
-        """Lay the weight out so that :meth:`rows` is contiguous. Shape, values and Parameter stay."""
-        rows_FD = self.rows().contiguous()  # nothing is copied where it is contiguous already
+        """Make :meth:`rows` contiguous. Shape, values and the Parameter do not change."""
+        rows_FD = self.rows().contiguous()  # no copy if it is contiguous already
         self.linear.weight.data = rows_FD.t() if self.transposed else rows_FD
 
 
 @dataclass(frozen=True)
 class Packed:
-    """What an optimised layer needs besides router and compensation: projections, activation by name, backend."""
+    """The parts of an optimised layer besides router and compensation: projections, activation name, backend."""
 
     up: Projection
     down: Projection
@@ -83,7 +83,7 @@ class Packed:
         return self.up.untouched() and self.down.untouched() and (self.gate is None or self.gate.untouched())
 
     def weights(self, router: Router, compensation: Compensation | None, tau: float) -> FFNWeights:
-        """Views of the weights as they are now: parameters may have been moved, cast or replaced since."""
+        """Return views of the current weights. Parameters may have been moved, cast or replaced since the last call."""
         up, gate = self.up.weights(), None if self.gate is None else self.gate.weights()
         if self.fused_gate_up:
             gate, up = _halves(up)
@@ -98,16 +98,16 @@ class Packed:
 
 
 class PackedLayer(Selecting):
-    """What both forms share: when experts are skipped, and how."""
+    """Base of both forms: it decides when experts are skipped, and runs ``sparse_ffn``."""
 
     packed: Packed
     replays: Replays
 
     def skips(self, x_TD: Tensor) -> bool:
-        """Whether idle experts are skipped in this pass.
+        """Return whether idle experts are skipped in this pass.
 
-        Training, gradients, autocast, other modes, and projections, routers and compensations that were wrapped or
-        hooked since take the modules' own path, where all experts are computed.
+        All experts are computed in training, with gradients, under autocast and in other modes. This is also so if
+        projections, routers or compensations were wrapped or got hooks.
         """
         return (
             self.mode == "hard"
@@ -120,7 +120,7 @@ class PackedLayer(Selecting):
         )
 
     def run(self, x_TD: Tensor) -> Tensor:
-        """The FFN's output by ``sparse_ffn``."""
+        """Return the FFN's output, computed by ``sparse_ffn``."""
         if self.recorded:
             scores_TE = self.router(x_TD)
             self.keep(scores_TE)
@@ -134,7 +134,7 @@ class PackedLayer(Selecting):
         return sparse_ffn(x_TD, weights, active_TE, self.packed.backend)
 
     def _key(self, x_TD: Tensor) -> tuple[object, ...]:
-        """What an output depends on beside the input: where weights lie, for one."""
+        """Return all that an output depends on besides the input, including the addresses of weights."""
         layers = (self.router, *self.packed.linears)
         tensors = [one for layer in layers for one in layer._parameters.values() if one is not None]
         if self.compensation is not None:
@@ -154,7 +154,7 @@ class PackedFFN(PackedLayer, SparseFFN):
 
 
 class PackedActivation(PackedLayer, SparseActivation):
-    """A ``SparseActivation`` that computes the whole FFN while its projections, ``BypassedLinear``, pass on."""
+    """A ``SparseActivation`` that computes the whole FFN. Its projections, ``BypassedLinear``, return their input."""
 
     def forward(self, hidden_TF: Tensor) -> Tensor:
         x_TD = self.take_input()
@@ -162,7 +162,7 @@ class PackedActivation(PackedLayer, SparseActivation):
 
 
 class BypassedLinear(nn.Linear):
-    """A projection beside a :class:`PackedActivation`: it gives back its input whenever that one does its work."""
+    """A projection of a :class:`PackedActivation`. It returns its input if that layer computes the whole FFN."""
 
     layer: tuple[PackedActivation]  # in a tuple, so that it does not become a child
 
@@ -171,13 +171,13 @@ class BypassedLinear(nn.Linear):
 
 
 def _halves(both: Affine) -> tuple[Affine, Affine]:
-    """A projection that gives the gate first and up behind it, as two."""
+    """Split a projection into gate, its first half, and up, its second half."""
     rows, bias = both.matrix.rows.chunk(2), (None, None) if both.bias is None else both.bias.chunk(2)
     return Affine(Matrix(rows[0]), bias[0]), Affine(Matrix(rows[1]), bias[1])
 
 
 def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether it is what it was made as: peft can put a wrapper in its place, and anyone hooks on it."""
+    """Return whether a module is of its own type and without hooks. For example, peft can replace it by a wrapper."""
     return (
         type(module) is kind
         and "forward" not in vars(module)
@@ -186,8 +186,8 @@ def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def activation_name(act: nn.Module) -> Activation | None:
-    """The activation's name in ``sparse_ffn``, found by what it computes; None if it is another one."""
-    if next(act.parameters(), None) is not None:  # what it computes may change
+    """Return the activation's name in ``sparse_ffn``, found by what it computes; None if ``sparse_ffn`` lacks it."""
+    if next(act.parameters(), None) is not None:  # its function may change
         return None
     x = torch.cat([torch.linspace(-20, 20, 2001), torch.tensor([-1e3, 1e3])])
     y = act(x)
@@ -196,7 +196,7 @@ def activation_name(act: nn.Module) -> Activation | None:
 
 
 def logit(tau: float) -> float:
-    """What a router's logit has to exceed for the score to exceed tau."""
+    """Return the logit at which the score is tau: an expert is active when its logit is higher."""
     if not 0 < tau < 1:
         return math.inf if tau >= 1 else -math.inf
     return math.log(tau / (1 - tau))

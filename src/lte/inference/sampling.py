@@ -1,4 +1,4 @@
-"""Choosing the next token inside the decoding step: Hugging Face's settings as tensors, nothing read by the host."""
+"""The choice of the next token inside the decoding step. Settings are tensors, and the host reads nothing."""
 
 from collections.abc import Callable, Sequence
 
@@ -27,24 +27,24 @@ _OF_SCORES_ALONE = (
     EpsilonLogitsWarper,
     LogitNormalization,
 )
-"""They read no tokens and wait for nothing, so they run inside a CUDA graph as they are."""
+"""These processors read no tokens and do not wait for the GPU, so they run inside a CUDA graph."""
 
 
 class NotCovered(Exception):
-    """What is asked for is none of what the decoding loop does: ``model.generate`` has to do it."""
+    """The decoding loop cannot do what is asked for, so ``model.generate`` has to do it."""
 
 
 class Sampler:
-    """What turns logits into the next token: the processors of one call of ``generate``, in its order.
+    """Turns logits into the next token by the processors of one call of ``generate``, in the same order.
 
     Args:
         processors: as ``generate`` prepares them.
-        sample: draw a token by its probability; otherwise the most likely one is taken.
+        sample: whether a token is drawn by its probability. Otherwise the most likely token is taken.
         stops: ids of the tokens that end a text.
-        prompt_tokens: length of the prompts, padding counted.
+        prompt_tokens: length of the prompts, including padding.
 
     Raises:
-        NotCovered: a processor that needs the host, or that is not Hugging Face's.
+        NotCovered: a processor needs the host, or is not one of Hugging Face's.
     """
 
     def __init__(self, processors: Sequence[LogitsProcessor], sample: bool, stops: Sequence[int], prompt_tokens: int):
@@ -68,7 +68,7 @@ class Sampler:
             else:
                 raise NotCovered(f"{type(one).__name__} looks at more than scores")
         self.key = tuple(said)
-        """Samplers with the same key choose alike."""
+        """Samplers with the same key choose in the same way."""
 
     def _at_least(self, new: int, said: list[object]) -> None:
         self.fewest = max(self.fewest, new)
@@ -76,7 +76,7 @@ class Sampler:
         said.append(("fewest", self.fewest))
 
     def choose(self, logits_BV: Tensor, tokens: "Tokens") -> Tensor:
-        """The next token of each row, ``[B]`` int64."""
+        """Return the next token of each row, ``[B]`` int64."""
         scores_BV = logits_BV.float()
         for process in self._order:
             scores_BV = process(scores_BV, tokens)
@@ -94,14 +94,14 @@ class Sampler:
 
 
 class Tokens:
-    """What has been generated, on the device, where a CUDA graph reads and writes it.
+    """The generated tokens, on the device, where a CUDA graph reads and writes them.
 
     Attributes:
         last_B: ``[B]`` int64, each row's last token.
         made_BN: ``[B, N]`` int64, the new tokens.
-        count: ``[]`` int64, how many of them there are.
-        finished_B: rows whose text has ended; their tokens are padding from then on.
-        seen_BV: tokens that occur in prompt or text, kept for a repetition penalty alone.
+        count: ``[]`` int64, the number of new tokens of a row.
+        finished_B: rows whose text has ended. All their later tokens are padding.
+        seen_BV: tokens that occur in prompt or text. Empty unless there is a repetition penalty.
         ends_V: the tokens that end a text.
     """
 
@@ -119,7 +119,7 @@ class Tokens:
             self.ends_V[[stop for stop in sampler.stops if stop < vocabulary]] = True
 
     def begin(self, prompt_BP: Tensor, mask_BP: Tensor, padding: int) -> None:
-        """Start anew with these prompts; rows beyond them have ended already."""
+        """Start again with these prompts. Rows without a prompt count as ended."""
         rows = len(prompt_BP)
         self.made_BN.fill_(padding)
         self.padding.fill_(padding)
@@ -131,7 +131,7 @@ class Tokens:
             self.seen_BV[:rows].scatter_(1, torch.where(mask_BP.bool(), prompt_BP, prompt_BP[:, -1:]), True)
 
     def append(self, chosen_B: Tensor) -> None:
-        """Take a token a row; a row that has ended gets padding."""
+        """Append one token to each row, and padding to rows that have ended."""
         self.last_B.copy_(torch.where(self.finished_B, self.padding, chosen_B))
         self.made_BN.index_copy_(1, self.count[None], self.last_B[:, None])
         self.count.add_(1)

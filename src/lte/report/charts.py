@@ -7,98 +7,99 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from lte.report.curves import Curve, Point, Task
+from lte.report.curves import Comparison, Curve, Point
 from lte.report.drawing import INK, Chart, Notes, legend_below
-from lte.report.looks import Budget, Look, budgets_of
+from lte.report.looks import BudgetLook, Look, budgets_of
 
 ARROW = ((-0.1, -1), (0.1, -1), (0.1, 0), (0.45, 0), (0, 1), (-0.45, 0), (-0.1, 0), (-0.1, -1))
-"""Upward, for what lies beyond the chart."""
-_MANY = 12  # runs whose quartiles say something
+"""An arrow upward, for runs beyond the chart."""
+_MANY = 12  # with so many runs, quartiles mean something
 
 
 def slug(text: str) -> str:
-    """As a part of a file name or an id."""
+    """Return the text as a part of a file name or an id."""
     return re.sub(r"[\W_]+", "-", text.lower()).strip("-")
 
 
-def describe(point: Point, task: Task, title: str) -> str:
-    """One point in words."""
+def in_words(point: Point, comparison: Comparison, title: str) -> str:
+    """Return one point in words."""
     spread = f" ± {point.spread:.2g} over {point.seeds} seeds" if point.spread is not None else ""
-    quality = f"{task.metric.title.split(',')[0]} {point.value:.4g}{spread}"
+    quality = f"{comparison.metric.title.split(',')[0]} {point.value:.4g}{spread}"
     return f"{title}: {quality}, {point.sparsity:.1%} sparse, {point.gflops:.4g} GFLOPs per token"
 
 
-def tradeoff(task: Task, by: str, looks: Mapping[str, Look]) -> Chart:
-    """Quality against ``sparsity`` or ``gflops``; dense is a line across, runs beyond the chart are arrows."""
+def tradeoff(comparison: Comparison, by: str, looks: Mapping[str, Look]) -> Chart:
+    """Return a chart of quality against ``sparsity`` or ``gflops``. Dense is a line. Runs beyond it are arrows."""
     label = "sparsity of FFN neurons, %" if by == "sparsity" else "GFLOPs per token"
-    beyond, budgets = beyond_chart(task), budgets_of(task)
+    beyond, budgets = beyond_chart(comparison), budgets_of(comparison)
 
     def draw(axes: Any, notes: Notes) -> None:
-        drawn = sorted(task.curves, key=lambda curve: not looks[curve.method].ours)
+        drawn = sorted(comparison.curves, key=lambda curve: not looks[curve.method].ours)
         for curve in drawn:
             look, budget = looks[curve.method], budgets[curve.steps]
             front = sorted(curve.front, key=lambda point: _x(point, by))
             axes.plot([_x(one, by) for one in front], [one.value for one in front], ls=budget.line, **look.line)
             for point in curve.points:
                 if point in beyond:
-                    mark = _arrow(axes, point, by, look, task.metric.lower)
+                    mark = _arrow(axes, point, by, look, comparison.metric.lower)
                 else:
                     mark = _mark(axes, point, by, look, budget, point in curve.front)
-                mark.set_gid(notes.add(describe(point, task, curve.title)))
+                mark.set_gid(notes.add(in_words(point, comparison, curve.title)))
         for method in dict.fromkeys(curve.method for curve in drawn):
             axes.plot([], [], marker=looks[method].marker, label=method, **looks[method].line)
-        if task.dense is not None:
-            line = axes.axhline(task.dense.value, color=INK, linestyle=(0, (5, 3)), linewidth=1.2, label="dense")
-            line.set_gid(notes.add(describe(task.dense, task, "dense")))
-            if task.dense.spread is not None:
-                low, high = task.dense.value - task.dense.spread, task.dense.value + task.dense.spread
-                axes.axhspan(low, high, color=INK, alpha=0.1, linewidth=0)
+        if comparison.dense is not None:
+            line = axes.axhline(comparison.dense.value, color=INK, linestyle=(0, (5, 3)), linewidth=1.2, label="dense")
+            line.set_gid(notes.add(in_words(comparison.dense, comparison, "dense")))
+            if comparison.dense.spread is not None:
+                value, spread = comparison.dense.value, comparison.dense.spread
+                axes.axhspan(value - spread, value + spread, color=INK, alpha=0.1, linewidth=0)
             if by == "gflops":
-                (mark,) = axes.plot(task.dense.gflops, task.dense.value, "s", color=INK, markersize=6)
-                mark.set_gid(notes.add(describe(task.dense, task, "dense")))
+                (mark,) = axes.plot(comparison.dense.gflops, comparison.dense.value, "s", color=INK, markersize=6)
+                mark.set_gid(notes.add(in_words(comparison.dense, comparison, "dense")))
         if by == "sparsity":
             axes.set_xlim(left=min(0, *axes.get_xlim()))
-        _scale(axes, task, beyond)
-        axes.set(xlabel=label, ylabel=task.metric.title + (" (less is better)" if task.metric.lower else ""))
+        _scale(axes, comparison, beyond)
+        better = " (less is better)" if comparison.metric.lower else ""
+        axes.set(xlabel=label, ylabel=comparison.metric.title + better)
         axes.grid()
         several = [budgets[steps].handle() for steps in sorted(budgets, reverse=True)] if len(budgets) > 1 else []
-        legend_below(axes, more=several, note=_named(task, by, beyond))
+        legend_below(axes, more=several, note=_named(comparison, by, beyond))
 
-    best = [describe(point, task, curve.title) for curve in task.curves for point in curve.front]
-    dense = [describe(task.dense, task, "dense")] if task.dense else []
+    best = [in_words(point, comparison, curve.title) for curve in comparison.curves for point in curve.front]
+    dense = [in_words(comparison.dense, comparison, "dense")] if comparison.dense else []
     return Chart(
-        f"{slug(task.heading)}-{slug(task.metric.name)}-{by}",
-        f"{task.metric.title.split(',')[0]} against {'sparsity' if by == 'sparsity' else 'GFLOPs per token'}",
-        ". ".join([f"{task.metric.title} against {label}", *dense, *best]),
+        f"{slug(comparison.heading)}-{slug(comparison.metric.name)}-{by}",
+        f"{comparison.metric.title.split(',')[0]} against {'sparsity' if by == 'sparsity' else 'GFLOPs per token'}",
+        ". ".join([f"{comparison.metric.title} against {label}", *dense, *best]),
         draw,
         (4.0, 2.9),
     )
 
 
-def beyond_chart(task: Task) -> list[Point]:
-    """Runs too bad for the chart: they would flatten what matters.
+def beyond_chart(comparison: Comparison) -> list[Point]:
+    """Return runs that are too bad for the chart, because they would make all others look alike.
 
-    Those of more than twice dense's perplexity, or less than 85 % of its quality, unless most runs are no better; of
-    many runs also those that lose more than twice what three quarters of them lose at most.
+    These are runs with more than twice dense's perplexity, or less than 85 % of its quality. If there are many runs, a
+    run is also too bad if it loses more than twice the upper quartile of losses. At least half of the runs remain.
     """
-    points = [point for curve in task.curves for point in curve.points]
-    if task.dense is None or task.dense.value <= 0:
+    points = [point for curve in comparison.curves for point in curve.points]
+    if comparison.dense is None or comparison.dense.value <= 0:
         return []
-    worst = task.dense.value * (2 if task.metric.lower else 0.85)
-    losses = [task.metric.loss(point.value, task.dense.value) for point in points]
-    allowed = task.metric.loss(worst, task.dense.value)
+    worst = comparison.dense.value * (2 if comparison.metric.lower else 0.85)
+    losses = [comparison.metric.loss(point.value, comparison.dense.value) for point in points]
+    allowed = comparison.metric.loss(worst, comparison.dense.value)
     if len(losses) >= _MANY:
         allowed = min(allowed, 2 * statistics.quantiles(losses)[2])
     allowed = max(allowed, statistics.median_low(losses))
     return [point for point, loss in zip(points, losses, strict=True) if loss > allowed]
 
 
-def _named(task: Task, by: str, beyond: Sequence[Point]) -> str:
-    """Runs beyond the chart in words."""
+def _named(comparison: Comparison, by: str, beyond: Sequence[Point]) -> str:
+    """Return the runs beyond the chart in words."""
     where = "{0.value:.1f} at {1:.3g}\N{NO-BREAK SPACE}%" if by == "sparsity" else "{0.value:.1f} at {1:.4g}"
     several = [
         f"{curve.title} ({', '.join(where.format(point, _x(point, by)) for point in curve.points if point in beyond)})"
-        for curve in task.curves
+        for curve in comparison.curves
         if any(point in beyond for point in curve.points)
     ]
     return f"beyond the chart: {'; '.join(several)}" if several else ""
@@ -108,8 +109,8 @@ def _x(point: Point, by: str) -> float:
     return 100 * point.sparsity if by == "sparsity" else point.gflops
 
 
-def _mark(axes: Any, point: Point, by: str, look: Look, budget: Budget, best: bool) -> Any:
-    """A run; smaller and faint where another of its curve is better and cheaper."""
+def _mark(axes: Any, point: Point, by: str, look: Look, budget: BudgetLook, best: bool) -> Any:
+    """Draw a run. It is small and faint if another run of its curve is better and cheaper."""
     (mark,) = axes.plot(
         _x(point, by), point.value, **look.line | {"linestyle": "", "linewidth": 0},
         marker=look.marker, markersize=(7 if best else 4.5) + look.ours, alpha=1 if best else 0.55,
@@ -122,7 +123,7 @@ def _mark(axes: Any, point: Point, by: str, look: Look, budget: Budget, best: bo
 
 
 def _arrow(axes: Any, point: Point, by: str, look: Look, up: bool) -> Any:
-    """A run beyond the chart, at its edge."""
+    """Draw a run beyond the chart, at its edge."""
     shape = [(x, y if up else -y) for x, y in ARROW]
     where = {"transform": axes.get_xaxis_transform(), "clip_on": False}
     (mark,) = axes.plot(
@@ -132,17 +133,17 @@ def _arrow(axes: Any, point: Point, by: str, look: Look, up: bool) -> Any:
     return mark
 
 
-def _scale(axes: Any, task: Task, beyond: Sequence[Point]) -> None:
-    """Perplexities that lie far apart on a logarithmic scale, with plain numbers."""
+def _scale(axes: Any, comparison: Comparison, beyond: Sequence[Point]) -> None:
+    """Set the scales. Perplexities that are far apart get a logarithmic scale with plain numbers."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
     axes.margins(x=0.06)
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    points = [point for curve in task.curves for point in curve.points if point not in beyond]
+    points = [point for curve in comparison.curves for point in curve.points if point not in beyond]
     values = [point.value for point in points]
-    values += [task.dense.value] if task.dense else []
+    values += [comparison.dense.value] if comparison.dense else []
     low, high = min(values), max(values)
-    if task.metric.lower and low > 0 and high > 2.5 * low:
+    if comparison.metric.lower and low > 0 and high > 2.5 * low:
         axes.set_yscale("log")
         axes.set_ylim(low / 1.1, high * 1.1)
         axes.yaxis.set_minor_locator(NullLocator())
@@ -157,7 +158,7 @@ def _scale(axes: Any, task: Task, beyond: Sequence[Point]) -> None:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Plain numbers, as many as have room for their labels."""
+    """Return plain numbers, the most whose labels fit."""
     ticks: list[float] = []
     for bases in ((1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 1.5, 2, 3, 4, 6, 8), (1, 2, 5), (1, 3), (1,)):
         ticks = [base * 10**power for power in range(-2, 7) for base in bases if low <= base * 10**power <= high]
@@ -166,9 +167,9 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return ticks
 
 
-def layers_chart(task: Task, curve: Curve) -> Chart | None:
-    """Sparsity of each layer: a row a run (some of the best), a column a layer. None where rows lack it."""
-    title, points = curve.title, _apart(curve.front, task)
+def layers_chart(comparison: Comparison, curve: Curve) -> Chart | None:
+    """Return a chart of sparsity by layer: a row for each of some of the best runs. None if rows do not have it."""
+    title, points = curve.title, _apart(curve.front, comparison)
     if not points:
         return None
     longest = max(len(point.layer_sparsity) for point in points)
@@ -198,18 +199,18 @@ def layers_chart(task: Task, curve: Curve) -> Chart | None:
 
     text = [f"{point.sparsity:.1%}: {', '.join(f'{one:.2f}' for one in point.layer_sparsity)}" for point in points]
     return Chart(
-        f"{slug(task.heading)}-{slug(task.metric.name)}-layers-{slug(title)}",
-        f"{title}, {task.heading}",
+        f"{slug(comparison.heading)}-{slug(comparison.metric.name)}-layers-{slug(title)}",
+        f"{title}, {comparison.heading}",
         ". ".join([f"sparsity by layer of {title}", *text]),
         draw,
         (4.0, 1.4 + 0.48 * len(points)),
     )
 
 
-def _apart(points: Sequence[Point], task: Task) -> list[Point]:
-    """Of points with layers, the best ones that are three points of sparsity or more from each other."""
+def _apart(points: Sequence[Point], comparison: Comparison) -> list[Point]:
+    """Return the best points with layers that differ by three points of sparsity or more from each other."""
     kept: list[Point] = []
-    for point in sorted(points, key=lambda one: task.metric.loss(one.value, 0.0)):
+    for point in sorted(points, key=lambda one: comparison.metric.loss(one.value, 0.0)):
         if len(point.layer_sparsity) > 1 and all(abs(point.sparsity - one.sparsity) >= 0.03 for one in kept):
             kept.append(point)
     return sorted(kept, key=lambda one: one.sparsity)

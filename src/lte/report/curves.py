@@ -1,4 +1,4 @@
-"""Runs become points (mean and spread over seeds), points become curves, one set of curves a task."""
+"""Runs become points (mean and spread over seeds), and points become curves, one set for each comparison."""
 
 import statistics
 from collections import Counter
@@ -12,9 +12,9 @@ from lte.report.results import Measurement, Setting
 
 @dataclass(frozen=True)
 class Point:
-    """One setting: means over its seeds, and the standard deviation of its quality where it has several.
+    """One setting: means over its seeds, and the standard deviation of its quality if it has several seeds.
 
-    ``others`` are mean and deviation by the metrics that its task is not drawn by.
+    ``others`` are mean and deviation by the metrics that the charts of its comparison do not show.
     """
 
     method: str
@@ -35,9 +35,9 @@ class Curve:
     """All points of one method with one budget.
 
     Attributes:
-        title: of the method, with its budget where the task has several.
-        points: by sparsity.
-        front: those that no other point of the curve beats in both quality and cost.
+        title: the method's title, with its budget if the comparison has several.
+        points: in order of sparsity.
+        front: the points that no other point of the curve beats in both quality and cost.
     """
 
     title: str
@@ -46,22 +46,22 @@ class Curve:
 
     @property
     def method(self) -> str:
-        """That of all its points."""
+        """The method of all its points."""
         return self.points[0].method
 
     @property
     def steps(self) -> int:
-        """Those of training of all its points."""
+        """The training steps of each of its points."""
         return self.points[0].steps
 
 
 @dataclass(frozen=True)
-class Task:
-    """What can be compared: the same metric on the same data by models of one size.
+class Comparison:
+    """Runs that can be compared: the same metric on the same data by models of one size.
 
     Attributes:
-        dense: the best dense point; None where no dense run is among the results.
-        repeated: measurements left out because the same command with the same seed was run again later.
+        dense: the best dense point; None if no dense run is among the results.
+        repeated: number of measurements that are left out, because the same command and seed was run again later.
     """
 
     metric: Metric
@@ -76,18 +76,18 @@ class Task:
 
     @property
     def others(self) -> list[Metric]:
-        """What else was measured of its runs."""
+        """The other metrics of its runs."""
         points = [*filter(None, [self.dense]), *(point for curve in self.curves for point in curve.points)]
         return list(dict.fromkeys(metric for point in points for metric in point.others))
 
     @property
     def heading(self) -> str:
-        """The data and the model, as far as the rows say."""
+        """The data and the model, if the rows name them."""
         return ", ".join(filter(None, [self.title, self.model])) or f"{self.count:,} {self.unit} of unnamed data"
 
 
-def gather(measurements: Iterable[Measurement], metric: str | None = None) -> list[Task]:
-    """Sort measurements into tasks, in the order in which they come, each by this metric, or its first."""
+def gather(measurements: Iterable[Measurement], metric: str | None = None) -> list[Comparison]:
+    """Sort measurements into comparisons, in the same order. Each is by this metric, or by its first one."""
     groups: dict[tuple, list[Measurement]] = {}
     for one in measurements:
         shown = next((each for each in one.qualities if each.name == metric), next(iter(one.qualities)))
@@ -96,18 +96,21 @@ def gather(measurements: Iterable[Measurement], metric: str | None = None) -> li
         fitting = [other for other in groups if other[:3] == key[:3] and other[3]]
         if len(fitting) == 1:
             groups[fitting[0]] += groups.pop(key)
-    tasks = [_task(key[3], several, key[0]) for key, several in groups.items()]
-    named = Counter((task.metric.name, task.heading) for task in tasks)
-    return [_told_apart(task) if named[task.metric.name, task.heading] > 1 else task for task in tasks]
+    comparisons = [_comparison(key[3], several, key[0]) for key, several in groups.items()]
+    named = Counter((comparison.metric.name, comparison.heading) for comparison in comparisons)
+    return [
+        _told_apart(comparison) if named[comparison.metric.name, comparison.heading] > 1 else comparison
+        for comparison in comparisons
+    ]
 
 
-def _told_apart(task: Task) -> Task:
-    """With a title that says what else than its name tells it from other tasks."""
-    more = f"{task.count:,} {task.unit}, dense {task.gflops_dense:.6g} GFLOPs"
-    return replace(task, title=f"{task.title} ({more})".strip())
+def _told_apart(comparison: Comparison) -> Comparison:
+    """Return the comparison with a title that names its size and its dense cost, to tell it from others."""
+    more = f"{comparison.count:,} {comparison.unit}, dense {comparison.gflops_dense:.6g} GFLOPs"
+    return replace(comparison, title=f"{comparison.title} ({more})".strip())
 
 
-def _task(title: str, measurements: Sequence[Measurement], metric: Metric) -> Task:
+def _comparison(title: str, measurements: Sequence[Measurement], metric: Metric) -> Comparison:
     points, repeated = average(measurements, metric)
     dense = [point for point in points if point.method == "dense"]
     rivals = [point for point in points if point.method != "dense"]
@@ -121,7 +124,7 @@ def _task(title: str, measurements: Sequence[Measurement], metric: Metric) -> Ta
         {one.model for one in measurements if one.model and one.method == "dense"}
         or {one.model for one in measurements if one.model}
     )
-    return Task(
+    return Comparison(
         metric=metric,
         title=title,
         model=", ".join(names),
@@ -135,7 +138,7 @@ def _task(title: str, measurements: Sequence[Measurement], metric: Metric) -> Ta
 
 
 def average(measurements: Sequence[Measurement], metric: Metric) -> tuple[list[Point], int]:
-    """A point a setting; of a command run again with the same seed the last one counts. And how many did not."""
+    """Return a point for each setting, and how many measurements are left out: of repeated runs the last one counts."""
     settings: dict[tuple[str, tuple[str, ...], Setting], dict[tuple[int | None, ...], Measurement]] = {}
     same = {(one.method, one.run, one.seed, round(one.sparsity, 4), one.steps): one for one in measurements}
     for index, one in enumerate(same.values()):  # by training and once more by lte eval, the last counts
@@ -179,7 +182,7 @@ def _curve(title: str, points: Sequence[Point], metric: Metric) -> Curve:
 
 
 def unbeaten(points: Sequence[Point], metric: Metric) -> list[Point]:
-    """Those that no other is at least as good and as cheap as, and better in one of the two."""
+    """Return the points that no other beats: none is as good and as cheap, and better in one of the two."""
     rated = [(metric.loss(point.value, 0.0), point.gflops) for point in points]
 
     def beaten(one: tuple[float, float]) -> bool:

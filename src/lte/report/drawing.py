@@ -1,4 +1,4 @@
-"""Charts as SVG that sits inside a page, or as PNG: text stays text, and takes the page's colour."""
+"""Charts as SVG inside a page, or as PNG. Text of an SVG remains text and has the page's colour."""
 
 import io
 import re
@@ -14,10 +14,10 @@ from typing import Any
 from lte.files import whole_file
 
 INK = "#102030"
-"""Text and axes. In a page it becomes the page's own colour, dark or light."""
+"""The colour of text and axes. In a page it becomes the page's text colour, dark or light."""
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
-"""Okabe and Ito's, told apart by the colour-blind; without the black and yellow that a dark or light page swallows."""
+"""The colours of Okabe and Ito, for colour-blind readers. Black and yellow are left out: some pages hide them."""
 
 MARKERS = "osD^vPX*<>ph"
 
@@ -47,12 +47,12 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass
 class Notes:
-    """What a chart says where it is pointed at: the id of a mark and its text."""
+    """The text of each mark of a chart, by the id of the mark. The page shows it under the pointer."""
 
     texts: dict[str, str] = field(default_factory=dict)
 
     def add(self, text: str) -> str:
-        """An id for a mark with that text."""
+        """Keep the text and return an id for its mark."""
         gid = f"note{len(self.texts)}"
         self.texts[gid] = text
         return gid
@@ -60,14 +60,14 @@ class Notes:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart that can be drawn as often as it is needed.
+    """A chart that can be drawn many times.
 
     Attributes:
         slug: part of its file name and of the ids inside.
-        caption: what it shows, in one sentence.
-        summary: the same for those who cannot see it, with its main numbers.
-        draw: draws on axes, and notes what its marks say.
-        size: in inches, without what ``legend_below`` adds. Narrow, so that a phone need not shrink its text much.
+        caption: its content in one sentence.
+        summary: the same for readers who cannot see it, with its main numbers.
+        draw: a function that draws on axes and adds the texts of marks to notes.
+        size: in inches, without the part that ``legend_below`` adds. It is narrow, so that text is readable on a phone.
     """
 
     slug: str
@@ -77,20 +77,20 @@ class Chart:
     size: tuple[float, float] = (4.0, 2.7)
 
     def svg(self) -> str:
-        """An ``<svg>`` element without anything from outside."""
+        """Return an ``<svg>`` element that loads nothing."""
         with self.drawn() as (figure, notes):
             buffer = io.StringIO()
             figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
         return _inline(buffer.getvalue(), self.slug, self.summary, notes)
 
     def png(self, path: Path) -> None:
-        """Write it on white."""
+        """Write the chart as a PNG file on white."""
         with self.drawn() as (figure, _), whole_file(path) as fresh:
             figure.savefig(fresh, dpi=160, facecolor="white")
 
     @contextmanager
     def drawn(self) -> Iterator[tuple[Any, Notes]]:
-        """The figure, and what its marks say."""
+        """Return a context with the figure and the texts of its marks."""
         import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -106,9 +106,10 @@ class Chart:
 def legend_below(
     axes: Any, columns: int = 2, title: str | None = None, more: Sequence[Any] = (), note: str = ""
 ) -> None:
-    """What the lines are and a note, in room that is added below: the plot keeps its size, however much there is.
+    """Add a legend and a note below the plot. The figure grows, so the plot keeps its size.
 
-    ``columns`` at most, as many as fit; ``more`` handles than those of the axes' own labels.
+    The legend has at most ``columns`` columns, fewer if they do not fit. ``more`` are handles besides those of the
+    axes' labels.
     """
     figure = axes.figure
     (width, height), renderer = figure.get_size_inches(), figure.canvas.get_renderer()

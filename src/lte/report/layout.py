@@ -1,4 +1,4 @@
-"""What a report is made of: sections with text, charts and tables."""
+"""The parts of a report: sections with text, charts and tables."""
 
 from dataclasses import dataclass
 
@@ -6,8 +6,8 @@ from lte.report.drawing import Chart
 
 
 @dataclass(frozen=True)
-class Table:
-    """Cells as text. ``folded``: the page shows it on demand. ``note``: what stands below it."""
+class TextTable:
+    """A table whose cells are text. ``folded``: the page shows it on demand. ``note``: a line below the table."""
 
     caption: str
     header: tuple[str, ...]
@@ -18,13 +18,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report. ``more``: charts that the page shows on demand; ``tokens``: it puts those here."""
+    """A part of the report. ``more``: charts that the page shows on demand. ``tokens``: it has the coloured tokens."""
 
     slug: str
     title: str
     text: tuple[str, ...] = ()
     charts: tuple[Chart, ...] = ()
     more: tuple[Chart, ...] = ()
-    tables: tuple[Table, ...] = ()
+    tables: tuple[TextTable, ...] = ()
     warnings: tuple[str, ...] = ()
     tokens: bool = False

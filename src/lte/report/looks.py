@@ -1,4 +1,4 @@
-"""How curves look, and how the page says it: a colour and a marker a method, a line and a fill a budget of training."""
+"""The look of curves: a colour and a marker for each method, a line and a fill for each training budget."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
 
-from lte.report.curves import Task
+from lte.report.curves import Comparison
 from lte.report.drawing import INK, MARKERS, PALETTE
 
 OURS = PALETTE[1]
@@ -17,7 +17,7 @@ OTHERS = tuple(color for color in PALETTE if color != OURS)
 
 @dataclass(frozen=True)
 class Look:
-    """Of a method: the same in every chart of a page."""
+    """The look of a method, the same in every chart of a page."""
 
     color: str
     marker: str
@@ -25,20 +25,20 @@ class Look:
 
     @property
     def line(self) -> dict[str, Any]:
-        """Options of its lines: LTE's are thicker, and above the others'."""
+        """The options of its lines. LTE's lines are thicker, and above all others."""
         return {"color": self.color, "linewidth": 2.6 if self.ours else 1.4, "zorder": 4 if self.ours else 3}
 
 
 @dataclass(frozen=True)
-class Budget:
-    """Of a number of training steps in one task: its line, its marks' fill, and its name in the legend."""
+class BudgetLook:
+    """The look of a number of training steps in one comparison: line, fill of marks, and name in the legend."""
 
     line: Any
     fill: Any
     title: str
 
     def handle(self) -> Any:
-        """It without a method's colour."""
+        """Return a handle for the legend, without a method's colour."""
         from matplotlib.lines import Line2D
 
         return Line2D(
@@ -47,9 +47,9 @@ class Budget:
         )  # fmt: skip
 
 
-def looks_of(tasks: Sequence[Task]) -> Mapping[str, Look]:
-    """A look for each method. Variants ("Wanda, 2:4") have their method's colour and a marker of their own."""
-    methods = dict.fromkeys(curve.method for task in tasks for curve in task.curves)
+def looks_of(comparisons: Sequence[Comparison]) -> Mapping[str, Look]:
+    """Return a look for each method. Variants ("Wanda, 2:4") have their method's colour and another marker."""
+    methods = dict.fromkeys(curve.method for comparison in comparisons for curve in comparison.curves)
     colors = {"LTE": OURS}
     looks: dict[str, Look] = {"LTE": Look(OURS, MARKERS[0], True)}
     for index, method in enumerate(one for one in methods if one != "LTE"):
@@ -62,15 +62,15 @@ def looks_of(tasks: Sequence[Task]) -> Mapping[str, Look]:
     return looks
 
 
-def budgets_of(task: Task) -> Mapping[int, Budget]:
-    """By number of steps: the one of most curves has full lines and marks, no training has dots and hollow marks."""
-    curves = Counter(curve.steps for curve in task.curves)
+def budgets_of(comparison: Comparison) -> Mapping[int, BudgetLook]:
+    """Return looks by number of steps. The most frequent one has full lines and marks. 0 has dots and hollow marks."""
+    curves = Counter(curve.steps for curve in comparison.curves)
     trained = sorted(filter(None, curves), key=lambda steps: (-curves[steps], -steps))
     kinds = [("-", "full"), ("--", "bottom"), ("-.", "left"), ((0, (6, 1, 1, 1, 1, 1)), "top")]
     budgets = {
-        steps: Budget(line, fill, f"{steps:,} steps")
+        steps: BudgetLook(line, fill, f"{steps:,} steps")
         for steps, (line, fill) in zip(trained, cycle(kinds), strict=False)
     }
     if 0 in curves:
-        budgets[0] = Budget(":", "none", "without training") if trained else Budget("-", "full", "")
+        budgets[0] = BudgetLook(":", "none", "without training") if trained else BudgetLook("-", "full", "")
     return budgets

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Metric:
-    """A measure of quality, and what counts as a small loss of it.
+    """A measure of quality, and the loss of it that counts as small.
 
     Attributes:
         name: the field of an evaluation that holds it.
-        title: how the page calls it.
-        allowed: how much may be lost where methods are compared by their cost; None: no such comparison.
+        title: its name on the page.
+        allowed: the loss that is allowed when methods are compared by their cost; None for no such comparison.
         lower: whether less is better.
-        scale: from the field to what is shown (100: a share in percent).
+        scale: the factor from the field to the shown number (100: a share in percent).
     """
 
     name: str
@@ -22,7 +22,7 @@ class Metric:
     scale: float = 1.0
 
     def loss(self, value: float, dense: float) -> float:
-        """How much worse ``value`` is than ``dense``; below 0 where it is better."""
+        """Return how much worse ``value`` is than ``dense``; below 0 if it is better."""
         return value - dense if self.lower else dense - value
 
 
@@ -37,7 +37,7 @@ METRICS = (
     Metric("pearson", "Pearson correlation, %", 1.0, scale=100),
     Metric("spearman", "Spearman correlation, %", 1.0, scale=100),
 )
-"""An evaluation that has several is shown by the first of them, where none is asked for.
+"""An evaluation that has several is shown by the first of them, unless the user asks for another.
 
-The paper allows 0.05 ROUGE-L (5 points of 100) and 0.5 perplexity; one point of the others is ours.
+The paper allows 0.05 ROUGE-L (5 points of 100) and 0.5 perplexity; one point of the others is our choice.
 """

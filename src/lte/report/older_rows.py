@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from lte.report.fields import Row
+from lte.evaluation.result_row import ResultRow
 
 Options = Mapping[str, str]
 
@@ -13,7 +13,7 @@ _ELSEWHERE = ("--seed", "-o", "--output", "--output-dir", "--resume", "--json", 
 """What a command says and is no option of :class:`~lte.evaluation.record.Made`."""
 
 
-def upgraded(row: Row) -> Row:
+def upgraded(row: ResultRow) -> ResultRow:
     """The row with ``made`` and ``measured`` in it and in its evaluations, or with ``bench``; itself if it has them."""
     row, command = _with_options(row), _text(row, "command")
     if isinstance(row.get("rows"), list) and "bench" not in row and command.startswith("lte bench "):
@@ -25,12 +25,12 @@ def upgraded(row: Row) -> Row:
     return {**row, **_evaluated(row, row)} if "sparsity" in row else row
 
 
-def _with_options(one: Row) -> Row:
+def _with_options(one: ResultRow) -> ResultRow:
     """With a method that has room for its options, where it was but a name."""
     return {**one, "method": {"method": one["method"]}} if isinstance(one.get("method"), str) else one
 
 
-def _evaluated(row: Row, one: Any) -> Any:
+def _evaluated(row: ResultRow, one: Any) -> Any:
     """An evaluation in a row, with ``made`` and ``measured`` of its own."""
     if not isinstance(one, dict):
         return one
@@ -48,18 +48,18 @@ def _evaluated(row: Row, one: Any) -> Any:
     return {**one, **{name: value for name, value in found.items() if not _has(row, one, name)}}
 
 
-def _has(row: Row, one: Row, name: str) -> bool:
+def _has(row: ResultRow, one: ResultRow, name: str) -> bool:
     """Whether it is said of an evaluation. Of a model that was trained by an older version, ``made`` is empty."""
     said = one.get(name, row.get(name))
     return said is not None and not (name == "made" and said == [] and row.get("trained_by"))
 
 
-def _text(row: Row, name: str) -> str:
+def _text(row: ResultRow, name: str) -> str:
     value = row.get(name)
     return value if isinstance(value, str) else ""
 
 
-def _commands(row: Row, one: Row) -> list[str]:
+def _commands(row: ResultRow, one: ResultRow) -> list[str]:
     """What was run for an evaluation, in order: what trained the model, the row's command, the evaluation's own."""
     command, own = _text(row, "command"), _text(one, "command")
     made = command if own in ("", command) else split_commands(command)[0]  # the others are evaluations
@@ -67,7 +67,7 @@ def _commands(row: Row, one: Row) -> list[str]:
     return list(dict.fromkeys(filter(None, (*trained, made, own)))) or [""]
 
 
-def _made(command: str, options: Options) -> Row:
+def _made(command: str, options: Options) -> ResultRow:
     """As :class:`~lte.evaluation.record.Made` in a row, with all that was written, model and data too, as options."""
     recipes = [word for word in options.get("", "").split() if word.endswith((".yaml", ".yml"))]
     found = {"": " ".join(recipes)} if recipes else {}
@@ -75,7 +75,7 @@ def _made(command: str, options: Options) -> Row:
     return {"command": command, "model": options.get("--model", ""), "data": data, "options": found | _given(options)}
 
 
-def _measured(options: Options, alone: bool) -> Row:
+def _measured(options: Options, alone: bool) -> ResultRow:
     """As :class:`~lte.evaluation.record.Measured` in a row, of the command that measured."""
     trained = options.get("", "").startswith("lte train")
     if "--mmlu" in options:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lte.report.layout import Section, Table
+from lte.report.layout import Section, TextTable
 from lte.report.routing import Routing
 from lte.report.routing_view import token_data
 
@@ -14,15 +14,15 @@ HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
-class Head:
-    """What stands above the sections."""
+class PageHead:
+    """The title of the page, and the lines between it and the first section."""
 
     title: str
     lines: tuple[str, ...]
 
 
-def html(head: Head, parts: Sequence[Section], routing: Routing | None) -> str:
-    """A page that needs nothing but itself."""
+def html(head: PageHead, parts: Sequence[Section], routing: Routing | None) -> str:
+    """Return an HTML page that loads no other file."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -40,12 +40,12 @@ def html(head: Head, parts: Sequence[Section], routing: Routing | None) -> str:
 
 
 def _script_safe(values: dict[str, Any]) -> str:
-    """JSON that cannot end the script element it stands in."""
+    """Return JSON that cannot end the script element around it."""
     return json.dumps(values, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def markdown(head: Head, parts: Sequence[Section], pictures: dict[str, str]) -> str:
-    """The same in Markdown; ``pictures`` has the file of each chart by its slug, where there is one."""
+def markdown(head: PageHead, parts: Sequence[Section], pictures: dict[str, str]) -> str:
+    """Return the same in Markdown. ``pictures`` has the files of charts by slug; other charts are left out."""
     lines = [f"# {head.title}", "", *(f"{_escaped(line)}\n" for line in head.lines)]
     for part in parts:
         lines += [f"## {_escaped(part.title)}", ""]
@@ -61,7 +61,7 @@ def markdown(head: Head, parts: Sequence[Section], pictures: dict[str, str]) -> 
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _markdown_table(table: Table) -> list[str]:
+def _markdown_table(table: TextTable) -> list[str]:
     note = ["", _escaped(table.note)] if table.note else []
     rows = [table.header, ("---",) * len(table.header), *table.rows]
     return [f"{_escaped(table.caption)}:", "", *(f"| {' | '.join(map(_escaped, row))} |" for row in rows), *note]
@@ -72,7 +72,7 @@ def _escaped(text: str) -> str:
 
 
 def pngs(parts: Sequence[Section], stem: Path) -> dict[str, str]:
-    """Write every chart as STEM-slug.png; the names of the files by slug."""
+    """Write every chart as STEM-slug.png and return the names of the files by slug."""
     names = {}
     for part in parts:
         for chart in (*part.charts, *part.more):

@@ -1,4 +1,4 @@
-"""Pictures: how training went and how sparse each layer ended up; how fast a sparse model is."""
+"""Pictures: the course of training and the sparsity of each layer, and the speed of a sparse model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,9 +19,9 @@ def plot_training(
     Args:
         logs: ``trainer.state.log_history`` of an LTE run.
         layer_sparsity: measured sparsity of each layer.
-        target: the sparsity asked for.
-        path: where to write.
-        baseline: the logs of a dense run, to draw its loss beside.
+        target: the sparsity that was asked for.
+        path: the file to write.
+        baseline: the logs of a dense run, whose loss is drawn too.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -52,13 +52,13 @@ def plot_training(
 
 
 def plot_speed(rows: Sequence[dict[str, Any]], by: str, path: Path, title: str) -> None:
-    """Write a PNG: speed-up over measured sparsity, one line for each value of ``by``, the ideal dotted.
+    """Write a PNG: speed-up over measured sparsity, one line for each value of ``by``. The ideal is dotted.
 
     Args:
-        rows: of ``lte bench``; those with an error are left out.
-        by: the key that tells the lines apart, e.g. ``"tokens"``.
-        path: where to write.
-        title: above the picture.
+        rows: rows of ``lte bench``. Rows with an error are left out.
+        by: the key whose values get a line each, for example ``"tokens"``.
+        path: the file to write.
+        title: the title of the picture.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lte.evaluation.record import Made, Measured, Record, records_in
+from lte.evaluation.result_row import ResultRow
 from lte.report.fields import QUALITY
 from lte.report.metrics import ACCURACY, METRICS, Metric
-from lte.report.rows import Row, read_rows
+from lte.report.rows import read_result_rows
 
 _DIVERGED = 1e9
 """A quality from here on, or NaN, is that of a run that diverged: nothing can be drawn beside it."""
@@ -78,7 +79,7 @@ class Results:
     """What the files held: measurements, lines of ``lte bench``, failed runs, and how many rows were neither."""
 
     measurements: list[Measurement] = field(default_factory=list)
-    benches: list[Row] = field(default_factory=list)
+    benches: list[ResultRow] = field(default_factory=list)
     failures: list[tuple[str, str]] = field(default_factory=list)
     others: int = 0
 
@@ -98,11 +99,11 @@ def read_results(files: Iterable[Path]) -> Results:
     """Everything in some results files: ``.jsonl``, a row a line, or one JSON object.
 
     Raises:
-        ValueError: as :func:`lte.report.rows.read_rows`.
+        ValueError: as :func:`lte.report.rows.read_result_rows`.
     """
     found, failed, done = Results(), {}, set()
     for path in files:
-        for row in read_rows(path):
+        for row in read_result_rows(path):
             if "error" in row:
                 failed[str(row.get("command", ""))] = _run(row), str(row["error"])
             elif row.get("bench") is not None:
@@ -124,14 +125,14 @@ def read_results(files: Iterable[Path]) -> Results:
     return found
 
 
-def _run(row: Row) -> str:
+def _run(row: ResultRow) -> str:
     varied = row.get("run")
     if isinstance(varied, dict):
         return ", ".join(f"{name} {value}" for name, value in varied.items())
     return str(row.get("command", "a run that does not say which"))
 
 
-def _measurements(row: Row) -> Iterator[Measurement]:
+def _measurements(row: ResultRow) -> Iterator[Measurement]:
     for record in records_in(row):
         if all(isinstance(record.evaluation.get(name), int | float) for name in ("sparsity", "gflops_per_token")):
             yield from _measured(record)
@@ -219,4 +220,4 @@ def _method(record: Record) -> str:
         title += f", {options['pattern']}"
     if options.get("activation") and name != "relufication":
         title += f", {options['activation']}"
-    return f"{title}, paper's recipe" if recipe == "paper" else title
+    return f"{title}, paper's schedule" if recipe == "paper" else title

@@ -1,4 +1,4 @@
-"""What a model's routers do on a text: their scores, which experts fire for which token, the union over a batch."""
+"""The work of a model's routers on a text: scores, active experts of each token, the union over a batch."""
 
 import statistics
 from collections.abc import Sequence
@@ -20,15 +20,15 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 @dataclass(frozen=True)
 class Routing:
-    """What one pass over a text showed.
+    """The result of one pass over a text.
 
     Attributes:
         pieces: the text, cut into the model's tokens.
         layers: the names of the layers.
-        active: which experts fire, ``[T, E]`` booleans a layer.
-        histogram: share of all scores in each of ``BINS`` equal bins from 0 to 1, layer by layer.
-        mode: how the model ran.
-        tau: above which score an expert is active.
+        active: whether each expert is active, ``[T, E]`` booleans for each layer.
+        histogram: for each layer, the share of its scores in each of ``BINS`` equal bins from 0 to 1.
+        mode: the mode in which the model ran.
+        tau: the score above which an expert is active.
     """
 
     pieces: tuple[str, ...]
@@ -49,17 +49,17 @@ class Routing:
 
 
 @torch.no_grad()
-def route(model: PreTrainedModel, tokenizer: Any, text: str, max_tokens: int) -> Routing:
-    """Run ``model`` over the start of ``text``, as far as its positions go, and look at its routers.
+def routing_on(model: PreTrainedModel, tokenizer: Any, text: str, max_tokens: int) -> Routing:
+    """Run ``model`` on the start of ``text``, up to its number of positions, and return what its routers did.
 
-    A model in mode dense is run in mode soft. The decoder of an encoder-decoder is given the same text.
+    A model in mode dense runs in mode soft. The decoder of an encoder-decoder gets the same text.
 
     Raises:
-        ValueError: the model has no routers, or the text no token.
+        ValueError: the model has no routers, or the text has no token.
     """
     layers = sparse_layers(model)
     max_tokens = min(max_tokens, most_tokens(tokenizer, model.config))
-    start = [] if model.config.is_encoder_decoder else wrapping(tokenizer)[0]  # context, and not shown
+    start = [] if model.config.is_encoder_decoder else wrapping(tokenizer)[0]  # only context, not shown
     max_tokens -= len(start)
     ids = tokenizer(text, truncation=True, max_length=max_tokens, add_special_tokens=False)["input_ids"]
     if not ids:
@@ -88,15 +88,16 @@ def route(model: PreTrainedModel, tokenizer: Any, text: str, max_tokens: int) ->
 
 
 def histogram(scores_TE: Tensor) -> tuple[float, ...]:
-    """Share of the scores in each of ``BINS`` equal bins from 0 to 1; 1 itself belongs to the last."""
+    """Return the share of the scores in each of ``BINS`` equal bins from 0 to 1. The last bin includes 1."""
     counts = torch.histc(scores_TE.float(), bins=BINS, min=0, max=1)
     return tuple((counts / scores_TE.numel()).tolist())
 
 
 def union_sparsity(active_TE: Tensor, batch: int) -> float:
-    """Share of experts that no token of a batch uses: the mean over all ways to draw ``batch`` of the ``T`` tokens.
+    """Return the share of experts that no token of a batch uses, as a mean over all batches.
 
-    An expert that ``k`` of ``T`` tokens use stays idle in ``C(T - k, B) / C(T, B)`` of the batches.
+    A batch is any choice of ``batch`` of the ``T`` tokens. An expert that ``k`` tokens use stays idle in
+    ``C(T - k, B) / C(T, B)`` of the batches.
     """
     tokens = len(active_TE)
     assert 1 <= batch <= tokens
@@ -108,14 +109,14 @@ def union_sparsity(active_TE: Tensor, batch: int) -> float:
 
 
 def union_by_batch(active: Sequence[Tensor]) -> dict[int, list[float]]:
-    """:func:`union_sparsity` of each layer, for batches up to half of the tokens."""
+    """Return :func:`union_sparsity` of each layer, for batches of up to half of the tokens."""
     tokens = len(active[0])
     sizes = [batch for batch in BATCHES if batch == 1 or 2 * batch <= tokens]
     return {batch: [union_sparsity(one, batch) for one in active] for batch in sizes}
 
 
 def _pieces(tokenizer: Any, text: str, ids: Sequence[int], max_tokens: int) -> list[str]:
-    """What each token stands for in the text; nothing of the text is lost between them."""
+    """Return the piece of the text of each token. The pieces together are the whole text."""
     if not tokenizer.is_fast:
         return [tokenizer.decode([one]) for one in ids]
     offsets = tokenizer(

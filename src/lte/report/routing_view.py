@@ -1,4 +1,4 @@
-"""What the page shows of a model's routing: charts, and the data behind the coloured tokens."""
+"""A model's routing on the page: charts, and the data for the coloured tokens."""
 
 import statistics
 from typing import Any
@@ -7,11 +7,11 @@ from lte.report.drawing import INK, PALETTE, Chart, Notes, legend_below
 from lte.report.routing import BINS, Routing, union_by_batch
 
 MOST_EXPERTS = 512
-"""With more experts a layer than this (a method that chooses single neurons) the page does not list which fire."""
+"""If a layer has more experts, as with methods that choose single neurons, the page does not list the active ones."""
 
 
 def score_chart(after: Routing, before: Routing | None) -> Chart:
-    """Histogram of router scores, all layers together."""
+    """Return a histogram of router scores, all layers together."""
     middles = [(index + 0.5) / BINS for index in range(BINS)]
 
     def draw(axes: Any, notes: Notes) -> None:
@@ -35,7 +35,7 @@ def score_chart(after: Routing, before: Routing | None) -> Chart:
 
 
 def union_chart(routing: Routing) -> Chart:
-    """Sparsity that is left when a batch of tokens shares the experts, against the size of the batch."""
+    """Return a chart of the sparsity that a batch of tokens has together, against the size of the batch."""
     by_batch = union_by_batch(routing.active)
     means = {batch: statistics.mean(layers) for batch, layers in by_batch.items()}
     alone = by_batch[1]
@@ -65,7 +65,7 @@ def union_chart(routing: Routing) -> Chart:
 
 
 def token_data(routing: Routing) -> dict[str, Any]:
-    """For the page's script: pieces, experts of each layer, how many fire for each token, which (as hexadecimal)."""
+    """Return the data of the page's script: pieces, number of experts, and active experts of each token."""
     experts = [one.shape[1] for one in routing.active]
     listed = max(experts) <= MOST_EXPERTS
     return {
@@ -77,6 +77,6 @@ def token_data(routing: Routing) -> dict[str, Any]:
 
 
 def _bits(row: list[bool]) -> str:
-    """The first expert is the highest bit of the first digit."""
+    """Return the row as hexadecimal digits. The first expert is the highest bit of the first digit."""
     padded = "".join("1" if one else "0" for one in row) + "0" * (-len(row) % 4)
     return f"{int(padded, 2):0{len(padded) // 4}x}"

@@ -1,10 +1,11 @@
-"""Rows of results files, each checked: what ``lte train``, ``lte eval``, ``lte sweep`` and ``lte bench`` write."""
+"""Rows of results files, each checked. ``lte train``, ``lte eval``, ``lte sweep`` and ``lte bench`` write them."""
 
 import json
 from pathlib import Path
 from typing import get_args
 
 from lte.evaluation.record import SUMMARY, MeasuredOn
+from lte.evaluation.result_row import ResultRow
 from lte.report.fields import (
     AMOUNT,
     METHOD,
@@ -14,8 +15,7 @@ from lte.report.fields import (
     SHARE,
     TEXT,
     WHOLE,
-    Kind,
-    Row,
+    FieldKind,
     check_fields,
     many,
     named,
@@ -24,7 +24,7 @@ from lte.report.fields import (
 from lte.report.metrics import METRICS
 from lte.report.older_rows import upgraded
 
-_EVALUATION: dict[str, Kind] = {
+_EVALUATION: dict[str, FieldKind] = {
     **dict.fromkeys(("command", "model", "mode"), TEXT),
     **dict.fromkeys(("sparsity", "weight_sparsity", "attention_sparsity"), SHARE),
     **dict.fromkeys(
@@ -38,7 +38,7 @@ _EVALUATION: dict[str, Kind] = {
     "results": named(OBJECT),
     "num_samples": named(AMOUNT),
 }
-_RUN: dict[str, Kind] = {
+_RUN: dict[str, FieldKind] = {
     **dict.fromkeys(("command", "trained_by", "model", "recipe"), TEXT),
     "method": METHOD,
     "made": many(OBJECT),
@@ -52,28 +52,28 @@ _RUN: dict[str, Kind] = {
     "evaluation": OBJECT,
     "evals": many(OBJECT),
 }
-_STEP: dict[str, Kind] = {
+_STEP: dict[str, FieldKind] = {
     **dict.fromkeys(("command", "model"), TEXT),
     "kind": one_of(get_args(MeasuredOn)),
     "data": many(TEXT),
     "options": OBJECT,
 }
-_BENCH: dict[str, Kind] = {
+_BENCH: dict[str, FieldKind] = {
     **dict.fromkeys(("dtype", "shape"), TEXT),
     **dict.fromkeys(("sparsity", "sparsity_asked", "union_sparsity"), SHARE),
     **dict.fromkeys(("speedup", "ideal_speedup"), POSITIVE),
     "tokens": AMOUNT,
 }
 _DRAWN = ("tokens", "sparsity", "sparsity_asked", "speedup", "ideal_speedup")
-"""Of a row of ``lte bench ffn``."""
+"""The fields of a row of ``lte bench ffn`` that are drawn."""
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a file: of ``.jsonl`` one a line, of ``.json`` one in all.
+def read_result_rows(path: Path) -> list[ResultRow]:
+    """Return the rows of a file: one for each line of ``.jsonl``, one in all of ``.json``.
 
     Raises:
-        ValueError: naming file, line and field: it is not JSON, holds something else, or nothing, or a row of ours has
-            a field of another type.
+        ValueError: the file is empty or not JSON, a row is no object, or a field of our rows has another type. The
+            message names file, line and field.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -94,7 +94,7 @@ def read_rows(path: Path) -> list[Row]:
     return found
 
 
-def _read(text: str, where: str) -> Row:
+def _read(text: str, where: str) -> ResultRow:
     try:
         row = json.loads(text)
         json.dumps(row, ensure_ascii=False).encode()
@@ -102,16 +102,16 @@ def _read(text: str, where: str) -> Row:
         raise ValueError(f"{where} holds half a character (a lone surrogate): write the row again") from None
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", str(error))
-        raise ValueError(f"{where} is not JSON ({reason}): a results file is a row a line") from None
+        raise ValueError(f"{where} is not JSON ({reason}): a results file has one row on each line") from None
     if not isinstance(row, dict):
-        raise ValueError(f"{where} is no JSON object: a results file is an object a line")
+        raise ValueError(f"{where} is no JSON object: a results file has one object on each line")
     row = upgraded(row)
     _check(row, where)
     return row
 
 
-def _check(row: Row, where: str) -> None:
-    """Refuse a row of ours with a field that is not what we write. Rows of others are counted, and not looked at."""
+def _check(row: ResultRow, where: str) -> None:
+    """Raise ValueError unless the fields of one of our rows are as we write them. Other rows are not checked."""
     if row.get("bench") is not None:
         check_fields(row, {"rows": many(OBJECT)}, where, ("rows",))
         for number, one in enumerate(row["rows"], 1):
@@ -127,12 +127,12 @@ def _check(row: Row, where: str) -> None:
             _check_steps(row, where)
 
 
-def _check_evaluation(one: Row, where: str) -> None:
+def _check_evaluation(one: ResultRow, where: str) -> None:
     check_fields(one, _EVALUATION, where)
     _check_steps(one, where)
 
 
-def _check_steps(one: Row, where: str) -> None:
+def _check_steps(one: ResultRow, where: str) -> None:
     check_fields(one.get("measured") or {}, _STEP, f"{where}, measured")
     for number, step in enumerate(one.get("made") or (), 1):
         check_fields(step, _STEP, f"{where}, part {number} of made")

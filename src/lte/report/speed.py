@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
+from lte.evaluation.result_row import ResultRow
 from lte.report.drawing import INK, MARKERS, PALETTE, Chart, Notes, legend_below
-from lte.report.layout import Section, Table
-from lte.report.rows import Row
+from lte.report.layout import Section, TextTable
 
 
-def latency(benches: Sequence[Row]) -> Section:
-    """What ``lte bench`` measured."""
+def latency(benches: Sequence[ResultRow]) -> Section:
+    """Return the section with the measurements of ``lte bench``."""
     charts = tuple(chart for number, bench in enumerate(benches, 1) if (chart := speed_chart(bench, number)))
     tables = []
     for part, caption, columns in _BENCHES:
@@ -25,7 +25,7 @@ def latency(benches: Sequence[Row]) -> Section:
             if "error" not in row
         )
         if rows:
-            tables.append(Table(caption, (*columns, "device", "commit"), rows, folded=len(rows) > 12))
+            tables.append(TextTable(caption, (*columns, "device", "commit"), rows, folded=len(rows) > 12))
     text = ("Measured by lte bench, routing included, dense and sparse in the same run.",)
     return Section("latency", "Speed", text, charts, tables=tuple(tables))
 
@@ -36,7 +36,7 @@ _BENCHES = (
         "sparse, ms a token": "lte_ms", "speed-up": "speedup", "ideal": "ideal_speedup", "dense by": "dense_by",
     }),
     ("train", "A training step", {
-        "model": "shape", "recipe": "variant", "batch": "batch", "length": "sequence_length",
+        "model": "shape", "schedule": "variant", "batch": "batch", "length": "sequence_length",
         "dense, ms": "dense_ms", "LTE, ms": "lte_ms", "ratio": "ratio",
     }),
     ("ffn", "One FFN", {
@@ -53,10 +53,11 @@ def _value(value: object) -> str:
     return "" if value is None else str(value)
 
 
-def speed_chart(bench: Row, number: int) -> Chart | None:
-    """Speed-up of one FFN over measured sparsity, a line a number of tokens; dotted what bytes alone would allow.
+def speed_chart(bench: ResultRow, number: int) -> Chart | None:
+    """Return a chart of the speed-up of one FFN over measured sparsity, a line for each number of tokens.
 
-    None for other benchmarks, or with less than two sparsities.
+    The speed-up that the bytes alone would allow is dotted. None for other benchmarks, and for less than two
+    sparsities.
     """
     rows = [row for row in bench["rows"] if {"speedup", "tokens", "sparsity_asked"} <= row.keys()]
     if len({row["sparsity_asked"] for row in rows}) < 2:

@@ -1,9 +1,9 @@
-"""The paper's Table 1 in its own form: the fewest GFLOPs per token within an allowed loss of quality."""
+"""The paper's Table 1 in the same form: the fewest GFLOPs per token within an allowed loss of quality."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lte.report.curves import Point, Task
+from lte.report.curves import Comparison, Point
 
 CITATION = (
     "Zheng, Bai, Liu, Mao, Chen, Lai, Prakash: Learn To be Efficient: Build Structured Sparsity in Large Language "
@@ -21,8 +21,8 @@ PAPER: dict[str, tuple[float | None, ...]] = {
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The cheapest point of one method on one task that is within the allowed loss; None where none is."""
+class Cheapest:
+    """The cheapest point of one method in one comparison that is within the allowed loss; None if no point is."""
 
     point: Point | None
     tried: int
@@ -36,34 +36,40 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Table:
-    """Ours beside the paper's: a row a method, ``None`` where it was not run (or is not in the paper)."""
+class TableOne:
+    """Our numbers and the paper's: a row for each method, ``None`` if it was not run or is not in the paper."""
 
-    tasks: tuple[Task, ...]
-    rows: tuple[tuple[str, tuple[float | None, ...] | None, tuple[Choice | None, ...]], ...]
-
-
-_ROUNDING = 1e-9  # of a loss of just what is allowed
+    comparisons: tuple[Comparison, ...]
+    rows: tuple[tuple[str, tuple[float | None, ...] | None, tuple[Cheapest | None, ...]], ...]
 
 
-def choose(task: Task, method: str) -> Choice | None:
-    """The cheapest run of ``method`` within the allowed loss of the best dense run; None where it was not run."""
-    metric = task.metric
-    if task.dense is None or metric.allowed is None:
+_ROUNDING = 1e-9  # for a loss that is exactly the allowed one
+
+
+def cheapest_within(comparison: Comparison, method: str) -> Cheapest | None:
+    """Return the cheapest run of ``method`` within the allowed loss of the best dense run; None if it was not run."""
+    metric = comparison.metric
+    if comparison.dense is None or metric.allowed is None:
         return None
-    dense = task.dense
+    dense = comparison.dense
     if method == "dense":
-        return Choice(dense, 1, task.gflops_dense)
-    points = [point for curve in task.curves for point in curve.points if point.method == method]
+        return Cheapest(dense, 1, comparison.gflops_dense)
+    points = [point for curve in comparison.curves for point in curve.points if point.method == method]
     within = [point for point in points if metric.loss(point.value, dense.value) <= metric.allowed + _ROUNDING]
     cheapest = min(within, key=lambda point: point.gflops, default=None)
-    return Choice(cheapest, len(points), task.gflops_dense) if points else None
+    return Cheapest(cheapest, len(points), comparison.gflops_dense) if points else None
 
 
-def table_one(tasks: Sequence[Task]) -> Table:
-    """Every method of the paper and of the results, on every task that has a dense run and an allowed loss."""
-    usable = tuple(task for task in tasks if task.dense is not None and task.metric.allowed is not None)
-    ours = [point.method for task in usable for curve in task.curves for point in curve.points]
-    names = sorted(dict.fromkeys([*PAPER, *ours]), key=lambda name: name.startswith("LTE"))  # LTE last, as there
-    rows = tuple((name, PAPER.get(name), tuple(choose(task, name) for task in usable)) for name in names)
-    return Table(usable, rows)
+def table_one(comparisons: Sequence[Comparison]) -> TableOne:
+    """Return every method of the paper and the results, in all comparisons with a dense run and an allowed loss."""
+    usable = tuple(
+        comparison
+        for comparison in comparisons
+        if comparison.dense is not None and comparison.metric.allowed is not None
+    )
+    ours = [point.method for comparison in usable for curve in comparison.curves for point in curve.points]
+    names = sorted(dict.fromkeys([*PAPER, *ours]), key=lambda name: name.startswith("LTE"))  # LTE last, as in the paper
+    rows = tuple(
+        (name, PAPER.get(name), tuple(cheapest_within(comparison, name) for comparison in usable)) for name in names
+    )
+    return TableOne(usable, rows)

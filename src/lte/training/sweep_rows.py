@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from lte.evaluation.record import SUMMARY, Made, given, plain
+from lte.evaluation.result_row import ResultRow
 from lte.surgery.reading import read_json
 from lte.training.row_identity import what_differs
 
 ROWS = "rows.jsonl"
-Row = dict[str, Any]
 
 _ASKED, _SAID = ("model", "target_sparsity", "seed"), ("seed", "recipe", "steps")
 """Fields for the row of a command that does not evaluate: of its options, and of its model's first evaluation."""
@@ -22,7 +22,7 @@ def name_of(row: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in row["run"].items())
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_sweep_rows(path: Path) -> list[ResultRow]:
     """Return the rows of a sweep so far.
 
     Raises:
@@ -41,8 +41,8 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def row_of(
-    varied: Mapping[str, str], identity: Mapping[str, str], command: str, rows: Sequence[Row], folder: Path
-) -> Row | None:
+    varied: Mapping[str, str], identity: Mapping[str, str], command: str, rows: Sequence[ResultRow], folder: Path
+) -> ResultRow | None:
     """Return the row that a run has already, by its varied options; None if it has none.
 
     Args:
@@ -61,13 +61,13 @@ def row_of(
     return found[-1] if found else None
 
 
-def of_trained(folder: Path, evals: list[Row]) -> Row:
+def of_trained(folder: Path, evals: list[ResultRow]) -> ResultRow:
     """Return the row of a run that trained the model in a folder, with further evaluations."""
     summary = {name: value for name, value in read_json(folder / SUMMARY).items() if name != "command"}
     return {**summary, "evals": evals} if evals else summary
 
 
-def of_made(command: str, options: Any, evals: list[Row]) -> Row:
+def of_made(command: str, options: Any, evals: list[ResultRow]) -> ResultRow:
     """Return the row of a command that does not evaluate its model: its options and the first evaluation.
 
     Args:
@@ -87,7 +87,7 @@ def of_made(command: str, options: Any, evals: list[Row]) -> Row:
     return plain({**row, "evals": evals} if evals else row)
 
 
-def diverged(row: Row) -> str | None:
+def diverged(row: ResultRow) -> str | None:
     """Return why a run failed if its loss is NaN; None for other runs."""
     loss = row["evaluation"].get("loss")
     return None if loss is None or math.isfinite(loss) else f"the run diverged: its loss is {loss}"
