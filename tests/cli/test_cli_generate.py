@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from lte.cli import generate
 from lte.cli.main import main
 
 TWO = ["--prompt", "1 and 2", "--prompt", "12 and 13 make"]
@@ -50,6 +51,24 @@ def test_a_batch_gives_each_prompts_own_text(model, files, sparse, capfd, tmp_pa
         assert together["sparsity"] == pytest.approx(mean, abs=1e-6)
     else:
         assert together["sparsity"] is None
+
+
+@pytest.mark.parametrize(
+    ("given", "compile"),
+    [([], None), (["--compile"], True), (["--no-compile"], False), (["--compile", "False"], False)],
+)
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_compile_is_a_switch(sparse, capfd, monkeypatch, given, compile, place):
+    seen, right = [], generate.complete
+
+    def complete(*args, compile, **options):
+        seen.append(compile)
+        return right(*args, compile=False, **options)
+
+    monkeypatch.setattr(generate, "complete", complete)
+    prompt = ["--prompt", "1 and 2"]
+    run(capfd, sparse, *(given + prompt if place == "first" else prompt + given))
+    assert seen == [compile]
 
 
 def test_a_seed_repeats(sparse, capfd):

@@ -90,7 +90,7 @@ class Generated:
 
 @torch.no_grad()
 def main(argv: Sequence[str]) -> None:
-    options: Generate = parse(Generate, "generate", argv)
+    options: Generate = parse(Generate, "generate", _spelt_out(argv))
     prompts = _prompts(options)
     device, dtype = options.where.resolve()
     config = load_config(options.model, options.where.trust_remote_code)
@@ -125,6 +125,17 @@ def main(argv: Sequence[str]) -> None:
         result |= {"first_token_seconds": round(run.first, 4), "later_tokens_per_second": run.later_per_second}
         result["compiled"] = any(what.startswith("compiling") for what in run.prepared)
         print_json(result)
+
+
+def _spelt_out(argv: Sequence[str]) -> list[str]:
+    """Return arguments in which ``--compile`` and ``--no-compile`` have a value, as an option with a default needs."""
+    found = list[str]()
+    for one, after in zip(argv, [*argv[1:], ""], strict=True):
+        if one in ("--compile", "--no-compile") and after not in ("True", "False", "None"):
+            found += ["--compile", str(one == "--compile")]
+        else:
+            found.append(one)
+    return found
 
 
 def _prompts(options: Generate) -> list[str]:
