@@ -205,6 +205,17 @@ def test_what_the_loop_does_not_do_is_left_to_hugging_face(asked, reason, caplog
     assert len(caplog.records) == 1
 
 
+@pytest.mark.parametrize("name", ["is_fsdp_managed_module", "is_deepspeed_zero3_enabled"])
+def test_divided_weights_are_left_to_hugging_face(name, monkeypatch, caplog):
+    generate_file._say_once.cache_clear()
+    caplog.set_level(logging.INFO, "lte")
+    model = lively("llama")
+    expected = model.generate(**left_padded(), **GREEDY)
+    monkeypatch.setattr(generate_file, name, lambda *_: True)
+    assert torch.equal(lte.generate(model, left_padded(), **GREEDY), expected)
+    assert "its weights are divided among processes" in caplog.text
+
+
 def test_time_that_is_over_ends_the_texts():
     made = lte.generate(
         lively("llama"), left_padded(), **{**GREEDY, "max_new_tokens": 40}, eos_token_id=None, max_time=0

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import CompileConfig, EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, PreTrainedModel
+from transformers.distributed.fsdp import is_fsdp_managed_module
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from lte.inference.decoder import Decoder, How, Preparing, Prompts, Streamer, timer
 from lte.inference.kept import kept_with
@@ -197,7 +199,8 @@ def _refused(model: PreTrainedModel) -> str | None:
         return "it counts positions itself"
     if len(set(getattr(model, "hf_device_map", {"": 0}).values())) > 1:
         return "it is spread over several devices"
-    return "its weights are divided among processes" if processes_of(model) > 1 else None
+    divided = processes_of(model) > 1 or is_fsdp_managed_module(model) or is_deepspeed_zero3_enabled()
+    return "its weights are divided among processes, which all have to take each step" if divided else None
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
