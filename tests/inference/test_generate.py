@@ -327,6 +327,17 @@ def test_what_is_kept_goes_neither_into_copies_nor_into_files(compiled_by, tmp_p
     assert {path.suffix for path in (tmp_path / "saved").iterdir()} <= {".json", ".safetensors", ".py"}
 
 
+def test_prompts_are_not_read_for_a_step_that_cannot_be_captured(compiled_by, monkeypatch):
+    compiled_by()
+    model = tiny_model("llama")
+    options = {**GREEDY, "eos_token_id": None}
+    expected = lte.generate(model, left_padded(), compile=True, **options)
+    model._decoders.refused = "its step copies from the host"
+    monkeypatch.setattr(decoder_file.Prompts, "read", None)
+    monkeypatch.setattr(generate_file, "_hugging_face_steps", lambda *_: {"disable_compile": True})
+    assert torch.equal(lte.generate(model, left_padded(), compile=True, **options), expected)
+
+
 def test_few_decoders_are_kept(compiled_by):
     compiled_by()
     model = tiny_model("llama")

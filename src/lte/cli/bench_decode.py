@@ -26,6 +26,7 @@ from lte.cli.bench_report import (
 from lte.cli.console import err
 from lte.cli.main import parse
 from lte.cli.options import DeviceOptions, open_model
+from lte.cli.switches import switches
 from lte.evaluation.result_row import ResultRow
 from lte.methods.lte import LTEConfig
 from lte.modules.sparse_ffn import Selecting
@@ -75,7 +76,7 @@ class Decode:
 
 
 def main(argv: Sequence[str]) -> int:
-    options: Decode = parse(Decode, "bench decode", argv)
+    options: Decode = parse(Decode, "bench decode", switches(argv, Decode))
     check_positive("batch", options.batch)
     check_positive("prompt_tokens and repeats", [options.prompt_tokens, options.repeats])
     if options.new_tokens < _FEWEST_TOKENS:

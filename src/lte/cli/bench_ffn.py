@@ -24,6 +24,7 @@ from lte.cli.bench_report import (
 from lte.cli.console import err, out
 from lte.cli.main import parse
 from lte.cli.options import DeviceOptions
+from lte.cli.switches import switches
 from lte.evaluation.result_row import ResultRow
 from lte.surgery.loading import load_config
 
@@ -60,7 +61,7 @@ class FFN:
 
 
 def main(argv: Sequence[str]) -> int:
-    options: FFN = parse(FFN, "bench ffn", argv)
+    options: FFN = parse(FFN, "bench ffn", switches(argv, FFN))
     check_sparsities(options.sparsity)
     check_positive("tokens", options.tokens)
     check_positive("repeats", [options.repeats])

@@ -19,6 +19,7 @@ from lte.cli.bench_report import BenchOutput, BenchReport, ShapeName, check_posi
 from lte.cli.console import err
 from lte.cli.main import parse
 from lte.cli.options import DeviceOptions, open_model
+from lte.cli.switches import switches
 from lte.data.batches import PackedBlocks
 from lte.evaluation.result_row import ResultRow
 from lte.inference.generate import error_line
@@ -67,7 +68,7 @@ class BenchTrain:
 
 
 def main(argv: Sequence[str]) -> int:
-    options: BenchTrain = parse(BenchTrain, "bench train", argv)
+    options: BenchTrain = parse(BenchTrain, "bench train", switches(argv, BenchTrain))
     check_positive("batch, sequence_length and steps", [options.batch, options.sequence_length, options.steps])
     if unknown := set(options.variant) - VARIANTS.keys():
         raise ValueError(f"variant is {', '.join(sorted(unknown))!r}, but there are: {'; '.join(VARIANTS)}")

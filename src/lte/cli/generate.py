@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from lte.cli.console import bar, err, print_json, waiting
 from lte.cli.main import parse
 from lte.cli.options import DeviceOptions, Model, open_model, optimize_where_possible_
+from lte.cli.switches import switches
 from lte.data.chat import ChatTemplate
 from lte.data.text_files import read_text
 from lte.data.tokenise import encode, most_tokens, without_start, wrapping
@@ -90,7 +91,7 @@ class Generated:
 
 @torch.no_grad()
 def main(argv: Sequence[str]) -> None:
-    options: Generate = parse(Generate, "generate", _spelt_out(argv))
+    options: Generate = parse(Generate, "generate", switches(argv, Generate))
     prompts = _prompts(options)
     device, dtype = options.where.resolve()
     config = load_config(options.model, options.where.trust_remote_code)
@@ -125,17 +126,6 @@ def main(argv: Sequence[str]) -> None:
         result |= {"first_token_seconds": round(run.first, 4), "later_tokens_per_second": run.later_per_second}
         result["compiled"] = any(what.startswith("compiling") for what in run.prepared)
         print_json(result)
-
-
-def _spelt_out(argv: Sequence[str]) -> list[str]:
-    """Return arguments in which ``--compile`` and ``--no-compile`` have a value, as an option with a default needs."""
-    found = list[str]()
-    for one, after in zip(argv, [*argv[1:], ""], strict=True):
-        if one in ("--compile", "--no-compile") and after not in ("True", "False", "None"):
-            found += ["--compile", str(one == "--compile")]
-        else:
-            found.append(one)
-    return found
 
 
 def _prompts(options: Generate) -> list[str]:

@@ -1,16 +1,14 @@
 """``lte train``: trains a sparse model from a checkpoint and data. Options override those of a YAML recipe."""
 
-import itertools
 import json
 import logging
-import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import torch
 import tyro
@@ -21,6 +19,7 @@ from lte.cli.eval_tables import show
 from lte.cli.main import parse
 from lte.cli.method_options import chosen, method_in, with_method
 from lte.cli.options import DeviceOptions, as_written, check_folder
+from lte.cli.switches import hints_of, switches
 from lte.evaluation.inputs import Inputs
 from lte.surgery.method import Method
 from lte.surgery.training_options import DENSE, check_target
@@ -102,7 +101,7 @@ def parse_train(argv: Sequence[str]) -> Train:
     arguments = list(argv)
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         arguments = [*recipe_arguments(Path(arguments[0]), arguments[1:]), *arguments[1:]]
-    arguments = _switches(arguments)
+    arguments = switches(arguments, Train)
     given = [value for flag, value in pairwise(arguments) if flag == "--device"]
     given += [one.removeprefix("--device=") for one in arguments if one.startswith("--device=")]
     if given == ["cpu"] or (given in ([], ["auto"]) and not torch.cuda.is_available()):
@@ -133,7 +132,7 @@ def recipe_arguments(path: Path, given: Sequence[str] = ()) -> list[str]:
     its_method = Method.named(written.get("method", Train.method))
     replaced = method_in(given, its_method.name) is not its_method
     left_out = {"method", *its_method.options()} - {*ELSEWHERE} if replaced else set()
-    arguments, hints = [], _hints(Train)
+    arguments, hints = [], hints_of(Train)
     if _typed(given, "learning-rate") and not _typed(given, "dense-learning-rate"):
         rate = recipe.get("dense_learning_rate", recipe.get("dense-learning-rate"))
         if (_typed(given, "schedule") or _typed(given, "recipe") or recipe.get("schedule")) == DENSE:
@@ -169,27 +168,6 @@ def _as_argument(value: Any, text: Any, hint: Any) -> str:
     types = set(get_args(hint)) or {hint}
     numbers = types <= {bool, int, float, NoneType}
     return str(value) if numbers or not isinstance(text, str) or (isinstance(value, bool) and bool in types) else text
-
-
-def _switches(arguments: list[str]) -> list[str]:
-    """Return arguments in which ``--bf16 False`` and ``--no-bf16`` are the same: versions of transformers differ."""
-    hints, found = _hints(Train), list[str]()
-    for one in itertools.chain.from_iterable(re.split(r"=(?=(?:True|False)$)", one) for one in arguments):
-        before = found[-1] if found else ""
-        if one in ("True", "False") and hints.get(before[2:].replace("-", "_")) is bool and before.startswith("--"):
-            found[-1] = before if one == "True" else f"--no-{before[2:]}"
-        elif one.startswith("--no-") and hints.get(one[5:].replace("-", "_")) not in (None, bool):
-            found += [f"--{one[5:]}", "False"]
-        else:
-            found.append(one)
-    return found
-
-
-def _hints(cls: type) -> dict[str, Any]:
-    """Return the types of a dataclass's fields, and of the fields of dataclasses in it, by name."""
-    hints = get_type_hints(cls)
-    inner = [_hints(hint) for hint in hints.values() if is_dataclass(hint) and isinstance(hint, type)]
-    return {name: hint for one in [hints, *inner] for name, hint in one.items()}
 
 
 def train(options: Train, argv: Sequence[str]) -> "Trained":

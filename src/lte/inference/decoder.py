@@ -1,6 +1,5 @@
 """The decoding loop. A step is one call, on CUDA one compiled graph, and no part of it waits for the host."""
 
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -16,8 +15,6 @@ from lte.inference.attention import attending, mask_form
 from lte.inference.graphs import Action, capture
 from lte.inference.sampling import NotCovered, Sampler, Tokens
 from lte.inference.slot_cache import Masks, SlotCache, check_filled, mask_kinds, step_masks
-
-logger = logging.getLogger(__name__)
 
 Preparing = Callable[[str], AbstractContextManager[object]]
 

@@ -151,8 +151,11 @@ class _Loop:
         length, sampling = input_ids.shape[1], mode == GenerationMode.SAMPLE
         most = stopping_criteria.max_length - length
         sampler = Sampler(logits_processor, sampling, stops, length)
-        prompts = Prompts.read(model, input_ids, inputs.get("attention_mask"))
-        with kept_with(model).lock if self._how.graph or self._how.compile else nullcontext():
+        keeps = self._how.graph or self._how.compile
+        with kept_with(model).lock if keeps else nullcontext():
+            if keeps:
+                kept_with(model).renew(model)  # before the prompts, which another loop would have to read again
+            prompts = Prompts.read(model, input_ids, inputs.get("attention_mask"))
             decoder = self._prepared(model, prompts, most, sampler)
             if self._streamer is not None:
                 self._streamer.put(input_ids.cpu())

@@ -28,12 +28,11 @@ class Unshared:
         return type(self), ()
 
 
-def capture(run: Action, pool: Any = None) -> Action:
+def capture(run: Action) -> Action:
     """Capture ``run`` as a CUDA graph and return the call that replays it.
 
     Args:
         run: the call to capture. It is called three times before, and it must not wait for the GPU.
-        pool: memory to share with other graphs that never run at the same time.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -43,7 +42,7 @@ def capture(run: Action, pool: Any = None) -> Action:
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.graph(graph):
         run()
     return graph.replay
 

@@ -29,6 +29,18 @@ class KeptDecoders(Unshared):
         self._state: object = None
         self._decoders: dict[tuple[object, ...], Decoder] = {}
 
+    def renew(self, model: PreTrainedModel) -> None:
+        """Drop all decoders if the model has changed. Call it before :meth:`decoder`.
+
+        Raises:
+            NotCovered: its step cannot be captured, as an earlier call found out.
+        """
+        if self._state != (state := _state(model)):
+            self._state, self.refused = state, None
+            self._decoders.clear()
+        if self.refused is not None:
+            raise NotCovered(self.refused)
+
     def decoder(self, model: PreTrainedModel, prompts: Prompts, most: int, how: How) -> Decoder:
         """Return a decoder with room for these prompts and ``most`` new tokens.
 
@@ -38,12 +50,7 @@ class KeptDecoders(Unshared):
         batch, slots = prompts.ids.shape[0], prompts.ids.shape[1] + most
         if not (how.compile or how.graph):
             return Decoder(model, prompts, batch, slots, how)
-        if self._state != (state := _state(model)):
-            self._state, self.refused = state, None
-            self._decoders.clear()
         size = _rounded(batch, 1), _rounded(slots, _SMALLEST)
-        if self.refused is not None:
-            raise NotCovered(self.refused)
         found = self._decoders.pop((size, how), None) or Decoder(model, prompts, *size, how)
         self._decoders[size, how] = found  # the newest last
         while len(self._decoders) > _MOST:
