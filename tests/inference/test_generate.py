@@ -1,11 +1,12 @@
 import copy
 import logging
+import pickle
 from contextlib import contextmanager
 
 import pytest
 import torch
 from tiny_models import VOCABULARY, tiny_inputs, tiny_model
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -55,6 +56,63 @@ def test_an_optimised_model_gives_the_same_tokens(family):
     assert torch.equal(lte.generate(model, inputs, **GREEDY), expected)
 
 
+@pytest.fixture
+def loops(monkeypatch):
+    """The calls of the decoding loop."""
+    calls, right = [], generate_file._Loop.__call__
+
+    def call(loop, *args, **options):
+        calls.append(loop._how)
+        return right(loop, *args, **options)
+
+    monkeypatch.setattr(generate_file._Loop, "__call__", call)
+    return calls
+
+
+@pytest.mark.parametrize("asked", [{"do_sample": False}, {"do_sample": True, "top_k": 4}, {"generation_config": 1}])
+def test_the_generate_of_a_packed_model_is_the_loop(asked, loops):
+    model = sparse()
+    options = {**GREEDY, **asked, "eos_token_id": None}
+    if "generation_config" in asked:
+        options["generation_config"] = GenerationConfig(repetition_penalty=1.3)
+    for inputs in (left_padded(), {"inputs": prompts()[1][None]}):
+        torch.manual_seed(0)
+        expected = model.generate(**inputs, **options)
+        assert not loops
+        packed = lte.optimize_(copy.deepcopy(model), "reference")
+        for one in (packed, pickle.loads(pickle.dumps(packed))):
+            torch.manual_seed(0)
+            assert torch.equal(one.generate(**inputs, **options), expected)
+            assert len(loops) == 1
+            assert loops.pop().compile is False
+
+
+def test_the_generate_of_a_packed_model_has_all_of_hugging_face(llama, loops):
+    model = sparse()
+    right_padded = {
+        "input_ids": left_padded()["input_ids"].flip(-1),
+        "attention_mask": left_padded()["attention_mask"].flip(-1),
+    }
+    for inputs, asked in ((left_padded(), {"num_beams": 2}), (right_padded, {})):
+        expected = model.generate(**inputs, **GREEDY, **asked)
+        assert torch.equal(llama.generate(**inputs, **GREEDY, **asked), expected)
+    assert llama.generate(**left_padded(), **GREEDY, custom_generate=lambda *_args, **_options: "mine") == "mine"
+
+
+def test_without_memory_for_the_loop_hugging_face_decodes(llama, monkeypatch, caplog):
+    generate_file._say_once.cache_clear()
+    caplog.set_level(logging.INFO, "lte")
+    expected = llama.generate(**left_padded(), **GREEDY)
+
+    def full(*_args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(decoder_file.Decoder, "prepare", full)
+    assert torch.equal(llama.generate(**left_padded(), **GREEDY), expected)
+    assert "its fixed memory for 3 texts of 15 tokens is not free" in caplog.text
+    assert not llama._decoders._decoders
+
+
 OTHERS = {"bert", "roberta", "xlm-roberta", "camembert", "electra", "bart", "mbart", "pegasus", "marian"}
 CAUSAL = [one for one in known_families() if one in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and one not in OTHERS]
 LEFT_TO_HUGGING_FACE = {"bloom", "gpt_neo", "mpt"}
@@ -79,7 +137,7 @@ def test_tokens_are_those_of_hugging_face(family, options, caplog):
     options = {**GREEDY, "max_new_tokens": 16, **options}
     for inputs in (left_padded(), {"input_ids": prompts()[1][None]}):
         assert torch.equal(lte.generate(model, inputs, **options), model.generate(**inputs, **options))
-    assert ("is decoded by model.generate" in caplog.text) == (family in LEFT_TO_HUGGING_FACE)
+    assert ("is decoded by Hugging Face's own generate" in caplog.text) == (family in LEFT_TO_HUGGING_FACE)
 
 
 def test_an_eager_step_is_given_the_filled_slots_alone(monkeypatch):
@@ -161,7 +219,7 @@ def test_samples_are_those_of_hugging_face(sampling, caplog):
     torch.manual_seed(4)
     expected = model.generate(**left_padded(), **options)
     assert torch.equal(lte.generate(model, left_padded(), seed=4, **options), expected)
-    assert "is decoded by model.generate" not in caplog.text
+    assert "is decoded by Hugging Face's own generate" not in caplog.text
 
 
 @pytest.mark.parametrize("fewest", [{"min_new_tokens": 6}, {"min_length": 12}], ids=str)
@@ -201,7 +259,7 @@ def test_what_the_loop_does_not_do_is_left_to_hugging_face(asked, reason, caplog
     if asked.get("return_dict_in_generate"):
         found, expected = found.sequences, expected.sequences
     assert torch.equal(found, expected)
-    assert f"LlamaForCausalLM is decoded by model.generate: {reason}" in " ".join(caplog.text.split())
+    assert f"LlamaForCausalLM is decoded by Hugging Face's own generate: {reason}" in " ".join(caplog.text.split())
     assert len(caplog.records) == 1
 
 
@@ -367,7 +425,7 @@ def test_other_errors_stay_what_they_are(llama, monkeypatch, compile):
     def fail(**_options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(llama, "generate", fail)
+    monkeypatch.setattr(generate_file, "hugging_face_generate", lambda _model: fail)
     with pytest.raises(torch.OutOfMemoryError):
         lte.generate(llama, prompts()[0][None], compile=compile, **GREEDY)
 

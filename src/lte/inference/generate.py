@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
@@ -21,6 +21,7 @@ from lte.inference.sampling import NotCovered, Sampler
 from lte.inference.slot_cache import mask_kinds
 from lte.modules.sparse_ffn import Selecting
 from lte.modules.tensor_parallel import processes_of
+from lte.surgery.architectures import hugging_face_generate
 
 logger = logging.getLogger(__name__)
 
@@ -73,22 +74,58 @@ def generate(
     mask = given.get("attention_mask")
     if mask is not None and mask.ndim == 2 and not model.config.is_encoder_decoder and not mask[:, -1].all():
         raise ValueError('prompts are padded on the right: tokenize them with padding_side="left"')
-    recording = any(isinstance(module, Selecting) and bool(module.kept_in) for module in model.modules())
+    recording = _is_recorded(model)
     if compile and recording:
         raise ValueError("a compiled step cannot record scores: leave compile=True out while scores are recorded")
-    calls: Any = model.generate
+    calls = hugging_face_generate(model)
     with _seeded(seed, model.device):
         try:
             loop = _Loop(model, compile, tune, recording, preparing or _logged, options.get("streamer"))
-            _check_options(options)
-            ours = {name: value for name, value in options.items() if name != "streamer"}
-            return calls(**given, **ours, custom_generate=loop)
+            return _looped(calls, loop, **given, **options)
         except NotCovered as error:
-            level = logging.WARNING if model.device.type == "cuda" else logging.INFO  # where it is slower
-            _say_once(f"{type(model).__name__} is decoded by model.generate: {error}", level)
+            _say_not_covered(model, error)
     steps = _hugging_face_steps(model, compile, recording, options)
     with _seeded(seed, model.device), _explained("compile_config" in steps):
         return calls(**given, **{**steps, **options})
+
+
+def generate_packed(model: PreTrainedModel, *args: Any, **options: Any) -> Any:
+    """``model.generate`` of a model that :func:`lte.optimize_` packed: the decoding loop, without compiling.
+
+    On CUDA a step is a CUDA graph, and to capture it takes about a second. Arguments, results and random numbers are
+    those of Hugging Face's ``generate``, which also decodes what the loop does not cover.
+    """
+    calls = hugging_face_generate(model)
+    if options.get("custom_generate") is not None:
+        return calls(*args, **options)
+    try:
+        loop = _Loop(model, False, False, _is_recorded(model), lambda _: nullcontext(), options.get("streamer"))
+        return _looped(calls, loop, *args, **options)
+    except NotCovered as error:
+        _say_not_covered(model, error)
+    return calls(*args, **options)
+
+
+def _looped(calls: Callable[..., Any], loop: "_Loop", *args: Any, **options: Any) -> Any:
+    """Call Hugging Face's ``generate`` with our loop in place of its own.
+
+    Raises:
+        NotCovered: the loop does not have these options.
+    """
+    asked = [name for name in _OF_ITS_OWN if options.get(name) is not None]
+    if asked:
+        raise NotCovered(f"{', '.join(asked)} is given")
+    options.pop("streamer", None)
+    return calls(*args, **options, custom_generate=loop)
+
+
+def _is_recorded(model: PreTrainedModel) -> bool:
+    return any(isinstance(module, Selecting) and bool(module.kept_in) for module in model.modules())
+
+
+def _say_not_covered(model: PreTrainedModel, reason: NotCovered) -> None:
+    level = logging.WARNING if model.device.type == "cuda" else logging.INFO  # where it is slower
+    _say_once(f"{type(model).__name__} is decoded by Hugging Face's own generate: {reason}", level)
 
 
 def _hugging_face_steps(
@@ -141,6 +178,9 @@ class _Loop:
             raise NotCovered("the options ask for more than tokens")
         if not generation_config.use_cache:
             raise NotCovered("the options say to keep no keys and values")
+        mask = inputs.get("attention_mask")
+        if mask is not None and not mask[:, -1].all():
+            raise NotCovered("prompts are padded on the right")
         if unknown := sorted(name for name, value in inputs.items() if value is not None and name not in _READ):
             raise NotCovered(f"it is given {', '.join(unknown)}")
         criteria = [one for one in stopping_criteria if type(one) not in (EosTokenCriteria, MaxLengthCriteria)]
@@ -155,7 +195,7 @@ class _Loop:
         with kept_with(model).lock if keeps else nullcontext():
             if keeps:
                 kept_with(model).renew(model)  # before the prompts, which another loop would have to read again
-            prompts = Prompts.read(model, input_ids, inputs.get("attention_mask"))
+            prompts = Prompts.read(model, input_ids, mask)
             decoder = self._prepared(model, prompts, most, sampler)
             if self._streamer is not None:
                 self._streamer.put(input_ids.cpu())
@@ -170,16 +210,20 @@ class _Loop:
         """Return a decoder that is ready. If compiling fails and was not asked for, its step is not compiled.
 
         Raises:
-            NotCovered: the step cannot be captured.
+            NotCovered: the step cannot be captured, or there is no memory for its cache.
         """
         kept, how = kept_with(model), self._how
-        decoder = kept.decoder(model, prompts, most, how)
         try:
+            decoder = kept.decoder(model, prompts, most, how)
             with _explained(how.compile):
                 decoder.prepare(model, sampler, self._preparing)
         except NotCovered as error:
             kept.refused = str(error)
             raise
+        except torch.OutOfMemoryError as error:
+            kept.forget()
+            size = f"{prompts.ids.shape[0]} texts of {prompts.ids.shape[1] + most} tokens"
+            raise NotCovered(f"its fixed memory for {size} is not free") from error
         except ValueError as error:
             if not self._may_fail:
                 raise
@@ -204,13 +248,6 @@ def _refused(model: PreTrainedModel) -> str | None:
         return "it is spread over several devices"
     divided = processes_of(model) > 1 or is_fsdp_managed_module(model) or is_deepspeed_zero3_enabled()
     return "its weights are divided among processes, which all have to take each step" if divided else None
-
-
-def _check_options(options: Mapping[str, Any]) -> None:
-    """Raise NotCovered unless the loop has these options."""
-    asked = [name for name in _OF_ITS_OWN if options.get(name) is not None]
-    if asked:
-        raise NotCovered(f"{', '.join(asked)} is given")
 
 
 @contextmanager

@@ -41,6 +41,12 @@ class KeptDecoders(Unshared):
         if self.refused is not None:
             raise NotCovered(self.refused)
 
+    def forget(self) -> None:
+        """Drop all decoders and give their memory on the GPU back."""
+        self._decoders.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     def decoder(self, model: PreTrainedModel, prompts: Prompts, most: int, how: How) -> Decoder:
         """Return a decoder with room for these prompts and ``most`` new tokens.
 

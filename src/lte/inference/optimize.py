@@ -3,6 +3,7 @@
 from torch import nn
 from transformers import PreTrainedModel
 
+from lte.inference.generate import generate_packed
 from lte.inference.graphs import Replays
 from lte.inference.packed import (
     BypassedLinear,
@@ -17,6 +18,7 @@ from lte.modules.recording import check_hard, check_lte_routers, sparse_layers
 from lte.modules.sparse_ffn import Selecting, SparseFFN
 from lte.modules.tensor_parallel import check_not_shared
 from lte.ops.sparse_ffn import BACKENDS, BackendName
+from lte.surgery.architectures import FASTER_GENERATE
 from lte.surgery.sites import FFNSite, find_sites
 
 
@@ -54,6 +56,7 @@ def optimize_(model: PreTrainedModel, backend: BackendName = "auto") -> PreTrain
                 projection.pack_()
         layer.lte_router.fold_temperature()
         _become_packed_(layer, packed)
+    setattr(model, FASTER_GENERATE, generate_packed)
     return model.eval()
 
 

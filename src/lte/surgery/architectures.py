@@ -31,6 +31,8 @@ from lte.surgery.tensor_parallel import shard_experts_
 
 CODE_FILE = "modeling_lte"
 REFUSAL = "this model is sparse and stock classes would run it densely: pip install lte, import lte, use AutoModel..."
+FASTER_GENERATE = "_faster_generate"
+"""The attribute of a model that has a function to call instead of Hugging Face's ``generate``."""
 _ON_DISK = ("base_model_type", "auto_map", "transformers_weights")
 _CLASSES: dict[type, type] = {}
 
@@ -167,9 +169,19 @@ class LTEModelMixin:
         if wait_for_all is not None:  # Hugging Face waits for the files to be written, not for them to be moved
             wait_for_all(getattr(self.config, "distributed_config", None))  # pyright: ignore
 
+    def generate(self, *args: Any, **options: Any) -> Any:
+        """As Hugging Face's. A model may have a faster way, which :func:`lte.optimize_` gives it."""
+        faster = vars(self).get(FASTER_GENERATE)
+        return hugging_face_generate(self)(*args, **options) if faster is None else faster(self, *args, **options)
+
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
         """Do nothing: the config writes ``auto_map``."""
+
+
+def hugging_face_generate(model: Any) -> Callable[..., Any]:
+    """Return Hugging Face's own ``generate`` of a model, sparse or dense."""
+    return super(LTEModelMixin, model).generate if isinstance(model, LTEModelMixin) else model.generate  # pyright: ignore
 
 
 def _upload_of(folder: Any, options: dict[str, Any]) -> Callable[..., Any]:
