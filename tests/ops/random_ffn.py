@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lte.ops.quantise import Quantised, quantise
 from lte.ops.weights import (
     TENSORS,
     Activation,
@@ -57,6 +58,17 @@ def make_weights(
     return replace(weights, compensation=LowRank(compress, bias_R, Matrix(draw(d_model, rank, scale=rank**-0.5))))
 
 
+def quantised(weights: FFNWeights, to: Quantised, router: bool = True) -> FFNWeights:
+    """The same FFN with quantised experts, and an int8 router if ``router``."""
+
+    def stored(part: Affine) -> Affine:
+        return replace(part, matrix=quantise(part.matrix.rows, to))
+
+    routed = replace(weights.router, matrix=quantise(weights.router.matrix.rows, "int8")) if router else weights.router
+    gate = None if weights.gate is None else stored(weights.gate)
+    return replace(weights, up=stored(weights.up), down=stored(weights.down), gate=gate, router=routed)
+
+
 def tensors_of(weights: FFNWeights) -> dict[str, Tensor]:
     """The tensors that are there, by name."""
     return dict(weights.named_tensors())
@@ -73,7 +85,7 @@ def changed(weights: FFNWeights, tensors: Mapping[str, Tensor | None], threshold
 def make_x(tokens: int, weights: FFNWeights, seed: int = 1) -> Tensor:
     """Inputs for it, in its dtype and on its device."""
     x = torch.randn(tokens, weights.d_model, generator=torch.Generator().manual_seed(seed))
-    return x.to(weights.up.matrix.rows)
+    return x.to(weights.up.matrix.rows.device, weights.up.matrix.dtype)
 
 
 def make_active(tokens: int, weights: FFNWeights, share: str, seed: int = 2) -> Tensor:

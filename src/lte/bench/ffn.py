@@ -138,11 +138,11 @@ def make_layers(grid: FFNGrid, dtype: torch.dtype) -> Layers:
         )
         made.sparse.append(weights)
         for dense, layers in made.dense.items():
-            gate = None if weights.gate is None else weights.gate.matrix.rows.to(dense)
-            up, down = weights.up.matrix.rows.to(dense), weights.down.matrix.rows.T.to(dense)
+            gate = None if weights.gate is None else weights.gate.matrix.floats(dense)
+            up, down = weights.up.matrix.floats(dense), weights.down.matrix.floats(dense).T
             layers.append((gate, up, down.contiguous()))
         x_TD = torch.empty(_SAMPLE_TOKENS, grid.size.d_model, dtype=dtype, device=grid.device)
-        made.samples.append(linear_fp32(x_TD.normal_(generator=generator), weights.router.matrix.rows))
+        made.samples.append(linear_fp32(x_TD.normal_(generator=generator), weights.router.matrix.floats(torch.float32)))
     return made
 
 
@@ -153,7 +153,7 @@ def set_biases_(grid: FFNGrid, layers: Layers, x_LTD: Tensor, sparsity: float) -
     for index, (weights, x_TD) in enumerate(zip(layers.sparse, x_LTD, strict=True)):
         bias = synthetic.biases(layers.samples[index], targets[index], weights.router.threshold, grid.seed + index)
         set_to.append(bias)
-        with_bias.append(linear_fp32(x_TD, weights.router.matrix.rows, bias))
+        with_bias.append(linear_fp32(x_TD, weights.router.matrix.floats(torch.float32), bias))
     shift = synthetic.shift_to(with_bias, sparsity, layers.sparse[0].router.threshold)
     for weights, bias in zip(layers.sparse, set_to, strict=True):
         assert weights.router.bias is not None

@@ -172,8 +172,9 @@ class BypassedLinear(nn.Linear):
 
 def _halves(both: Affine) -> tuple[Affine, Affine]:
     """Split a projection into gate, its first half, and up, its second half."""
-    rows, bias = both.matrix.rows.chunk(2), (None, None) if both.bias is None else both.bias.chunk(2)
-    return Affine(Matrix(rows[0]), bias[0]), Affine(Matrix(rows[1]), bias[1])
+    gate, up = both.matrix.halves()
+    bias = (None, None) if both.bias is None else both.bias.chunk(2)
+    return Affine(gate, bias[0]), Affine(up, bias[1])
 
 
 def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
