@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lte.ops.quantise import Quantised, quantise
+from lte.ops.quantise import quantise_ffn
 from lte.ops.weights import (
     TENSORS,
     Activation,
@@ -58,15 +58,7 @@ def make_weights(
     return replace(weights, compensation=LowRank(compress, bias_R, Matrix(draw(d_model, rank, scale=rank**-0.5))))
 
 
-def quantised(weights: FFNWeights, to: Quantised, router: bool = True) -> FFNWeights:
-    """The same FFN with quantised experts, and an int8 router if ``router``."""
-
-    def stored(part: Affine) -> Affine:
-        return replace(part, matrix=quantise(part.matrix.rows, to))
-
-    routed = replace(weights.router, matrix=quantise(weights.router.matrix.rows, "int8")) if router else weights.router
-    gate = None if weights.gate is None else stored(weights.gate)
-    return replace(weights, up=stored(weights.up), down=stored(weights.down), gate=gate, router=routed)
+quantised = quantise_ffn
 
 
 def tensors_of(weights: FFNWeights) -> dict[str, Tensor]:

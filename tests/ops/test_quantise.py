@@ -1,5 +1,7 @@
 """How quantised matrices are stored, made and used."""
 
+import dataclasses
+
 import pytest
 import torch
 from random_ffn import changed, make_active, make_weights, make_x, quantised, relative_rms
@@ -60,6 +62,26 @@ def test_int4_is_better_than_a_scale_of_the_largest_number():
     assert relative_rms(quantise(given, "int4").floats(torch.float32), given) < 0.9 * relative_rms(plain, given)
 
 
+def test_int8_of_a_down_projection_has_a_scale_for_each_column():
+    given = rows()
+    matrix, turned = quantise(given, "int8", transposed=True), quantise(given.T, "int8")
+    assert matrix.scales.shape == (1, 10)
+    assert torch.equal(matrix.floats(torch.float32), turned.floats(torch.float32).T)
+    weights = quantised(make_weights(64, 128), "int8")
+    with pytest.raises(ValueError, match=r"down in int8 has scales \(128,\), but .* \(1, 64\)"):
+        dataclasses.replace(weights, down=weights.up)
+    with pytest.raises(ValueError, match=r"up in int8 has scales \(1, 64\), but .* \(128,\)"):
+        dataclasses.replace(weights, up=weights.down)
+
+
+def test_a_large_weight_of_a_neuron_does_not_round_its_others_away():
+    given = rows()
+    given[5, 3] = 100
+    others = torch.arange(10) != 3
+    found = quantise(given, "int8", transposed=True).floats(torch.float32)
+    assert relative_rms(found[5, others], given[5, others]) < 0.01
+
+
 @pytest.mark.parametrize("to", ["int8", "int4"])
 def test_zeros_stay_zeros_and_the_same_input_gives_the_same_bits(to):
     given = rows()
@@ -83,7 +105,7 @@ def test_halves_are_views_of_the_numbers(to):
     ("stored", "scales", "message"),
     [
         (torch.zeros(64, 10, dtype=torch.int8), None, "without scales"),
-        (torch.zeros(64, 10, dtype=torch.int8), torch.zeros(10), r"beside them scales are \(64,\)"),
+        (torch.zeros(64, 10, dtype=torch.int8), torch.zeros(10), r"beside them scales are \(64,\) or \(1, 10\)"),
         (torch.zeros(64, 5, dtype=torch.uint8), torch.zeros(64), r"beside them scales are \(2, 10\)"),
         (torch.zeros(48, 5, dtype=torch.uint8), torch.zeros(1, 10), "multiple of 32"),
         (torch.zeros(64, 10), torch.zeros(64), r"int8 \[R, D\] or uint8"),

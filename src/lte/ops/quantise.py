@@ -1,11 +1,12 @@
 """Makes an int8 or int4 :class:`Matrix` of floats: symmetric, each number rounded to the nearest."""
 
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lte.ops.weights import INT4_GROUP, Matrix
+from lte.ops.weights import INT4_GROUP, Affine, FFNWeights, Matrix
 
 Quantised = Literal["int8", "int4"]
 QUANTISED = get_args(Quantised)
@@ -15,21 +16,38 @@ _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
 
 @torch.no_grad()
-def quantise(rows_RD: Tensor, to: Quantised) -> Matrix:
-    """Return a matrix that stands for these floats. Its scales have their dtype.
+def quantise(rows_RD: Tensor, to: Quantised, transposed: bool = False) -> Matrix:
+    """Return a matrix that stands for these floats. Its scales have their dtype. On the meta device it has no numbers.
+
+    Args:
+        to: the form.
+        transposed: whether columns are the outputs of the projection, as in a down projection. Else rows are. Int8 has
+            a scale for each output. With a scale for each neuron of a down projection, one large weight would round
+            the others of its neuron away, and models have such weights (docs/quantisation.md).
 
     Raises:
         ValueError: int4 and an odd number of columns, or rows that are no multiple of 32. NaN or infinity.
     """
-    if not bool(rows_RD.isfinite().all()):
+    if not rows_RD.is_meta and not bool(rows_RD.isfinite().all()):
         raise ValueError("weights with NaN or infinity cannot be quantised: the model is damaged, load it again")
-    return _int8(rows_RD) if to == "int8" else _int4(rows_RD)
+    return _int8(rows_RD, transposed) if to == "int8" else _int4(rows_RD)
 
 
-def _int8(rows_RD: Tensor) -> Matrix:
-    scales_R = (rows_RD.float().abs().amax(1) / 127).to(rows_RD.dtype)
-    numbers_RD = _nearest(rows_RD.float(), scales_R.float()[:, None], -127, 127)
-    return Matrix(numbers_RD.to(torch.int8), scales_R)
+def quantise_ffn(weights: FFNWeights, to: Quantised, router: bool = True) -> FFNWeights:
+    """Return the FFN with quantised experts, and with a router in int8 if ``router``. Biases and compensation stay."""
+
+    def stored(part: Affine, transposed: bool = False) -> Affine:
+        return replace(part, matrix=quantise(part.matrix.rows, to, transposed))
+
+    routed = replace(weights.router, matrix=quantise(weights.router.matrix.rows, "int8")) if router else weights.router
+    gate = None if weights.gate is None else stored(weights.gate)
+    return replace(weights, up=stored(weights.up), down=stored(weights.down, transposed=True), gate=gate, router=routed)
+
+
+def _int8(rows_RD: Tensor, transposed: bool) -> Matrix:
+    scales = (rows_RD.float().abs().amax(0 if transposed else 1, keepdim=True) / 127).to(rows_RD.dtype)
+    numbers_RD = nearest(rows_RD.float(), scales.float(), -127, 127)
+    return Matrix(numbers_RD.to(torch.int8), scales if transposed else scales[:, 0])
 
 
 def _int4(rows_RD: Tensor) -> Matrix:
@@ -41,7 +59,7 @@ def _int4(rows_RD: Tensor) -> Matrix:
         )
     groups_GND = rows_RD.float().unflatten(0, (-1, INT4_GROUP))
     scales_GD = int4_scales(groups_GND, dtype)
-    return pack_int4(_nearest(groups_GND, scales_GD.float()[:, None], -8, 7).flatten(0, 1), scales_GD)
+    return pack_int4(nearest(groups_GND, scales_GD.float()[:, None], -8, 7).flatten(0, 1), scales_GD)
 
 
 def int4_scales(groups_GND: Tensor, dtype: torch.dtype) -> Tensor:
@@ -53,7 +71,7 @@ def int4_scales(groups_GND: Tensor, dtype: torch.dtype) -> Tensor:
     best_G1D, least_G1D = peak_G1D, torch.full_like(peak_G1D, torch.inf)
     for clip in _CLIPS:
         scales_G1D = (peak_G1D * (clip / -8)).to(dtype).float()
-        error_GND = _nearest(groups_GND, scales_G1D, -8, 7) * scales_G1D - groups_GND
+        error_GND = nearest(groups_GND, scales_G1D, -8, 7) * scales_G1D - groups_GND
         error_G1D = error_GND.square().sum(1, keepdim=True)
         best_G1D = torch.where(error_G1D < least_G1D, scales_G1D, best_G1D)
         least_G1D = torch.minimum(error_G1D, least_G1D)
@@ -66,6 +84,6 @@ def pack_int4(numbers_RD: Tensor, scales_GD: Tensor) -> Matrix:
     return Matrix(low | high << 4, scales_GD)
 
 
-def _nearest(values: Tensor, scales: Tensor, low: int, high: int) -> Tensor:
+def nearest(values: Tensor, scales: Tensor, low: int, high: int) -> Tensor:
     """Return the whole number of each value. All values of scale 0 are 0, or nearly."""
     return (values / torch.where(scales == 0, 1, scales)).round().clamp(low, high)

@@ -21,7 +21,8 @@ class Matrix:
     """A matrix ``[R, D]`` as kernels read it, row by row. Only this class says how its numbers are stored.
 
     - floats: rows ``[R, D]``, without scales.
-    - int8: rows int8 ``[R, D]`` and scales ``[R]``. Row r is ``rows[r] * scales[r]``.
+    - int8: rows int8 ``[R, D]``, and a scale for each output of the projection. Up, gate and router have scales
+      ``[R]``: row r is ``rows[r] * scales[r]``. Down has scales ``[1, D]``: column d is ``rows[:, d] * scales[0, d]``.
     - int4: rows uint8 ``[R, D / 2]`` and scales ``[R / 32, D]``. Byte (r, j) holds column j in its low four bits and
       column j + D / 2 in its high four bits, each as q + 8 with q in [-8, 7]. The number at (r, d) is
       ``q * scales[r // 32, d]``.
@@ -49,11 +50,11 @@ class Matrix:
         R, D = self.shape
         if rows.dtype == torch.uint8 and R % INT4_GROUP:
             raise ValueError(f"an int4 matrix has {R} rows, but they must be a multiple of {INT4_GROUP}: take int8")
-        expected = (R,) if rows.dtype == torch.int8 else (R // INT4_GROUP, D)
-        if scales.shape != expected:
+        expected = ((R,), (1, D)) if rows.dtype == torch.int8 else ((R // INT4_GROUP, D),)
+        if scales.shape not in expected:
             raise ValueError(
                 f"a matrix has rows {rows.dtype} {tuple(rows.shape)} and scales {tuple(scales.shape)}, "
-                f"but beside them scales are {expected}"
+                f"but beside them scales are {' or '.join(map(str, expected))}"
             )
 
     @property
@@ -83,7 +84,7 @@ class Matrix:
         if scales is None:
             return rows.to(dtype)
         if rows.dtype == torch.int8:
-            return (rows.to(dtype) * scales[:, None]).to(dtype)
+            return (rows.to(dtype) * (scales[:, None] if scales.ndim == 1 else scales)).to(dtype)
         numbers_GND = (torch.cat([rows & 15, rows >> 4], dim=1).to(dtype) - 8).unflatten(0, (-1, INT4_GROUP))
         return (numbers_GND * scales[:, None]).to(dtype).flatten(0, 1)
 
@@ -164,11 +165,14 @@ class FFNWeights:
         F, D, E = *up, router[0]
         _fits("up.bias", self.up.bias, (F,), up)
         _fits("down", self.down.matrix, up, up)
+        _scaled_by_output("up", self.up.matrix, (F,))
+        _scaled_by_output("down", self.down.matrix, (1, D))
         _fits("down.bias", self.down.bias, (D,), up)
         _fits("router", self.router.matrix, (E, D), up)
         _fits("router.bias", self.router.bias, (E,), up)
         if gate is not None:
             _fits("gate", gate.matrix, up, up)
+            _scaled_by_output("gate", gate.matrix, (F,))
             _fits("gate.bias", gate.bias, (F,), up)
         if low_rank is not None:
             R = max((*low_rank.compress.shape, 1)[0], 1)
@@ -216,6 +220,15 @@ class FFNWeights:
 def _fits(name: str, tensor: Tensor | Matrix | None, shape: tuple[int, ...], up: tuple[int, ...]) -> None:
     if tensor is not None and tensor.shape != shape:
         raise ValueError(f"{name} is {tuple(tensor.shape)}, but beside up {tuple(up)} it is {tuple(shape)}")
+
+
+def _scaled_by_output(name: str, matrix: Matrix, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless the scales of a matrix in int8 belong to the outputs of the projection."""
+    scales = matrix.scales
+    if scales is not None and matrix.rows.dtype == torch.int8 and scales.shape != shape:
+        raise ValueError(
+            f"{name} in int8 has scales {tuple(scales.shape)}, but a scale for each of its outputs: {shape}"
+        )
 
 
 TENSORS = (
