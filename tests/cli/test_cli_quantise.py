@@ -42,6 +42,18 @@ def test_a_folder_that_loads(sparse, int4, files, tmp_path, capsys):
     assert made[1]["options"] == {"weights": "int4"}
 
 
+def test_text_makes_another_choice(sparse, int4, files, tmp_path):
+    text = ["--text", str(files / "text.txt"), "--sequence-length", "32"]
+    assert main(["quantise", str(sparse), "-o", str(tmp_path), *text, *CPU]) == 0
+    by_text, without = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (tmp_path, int4))
+    name = "model.layers.0.mlp.up_proj.rows"
+    assert by_text[name].shape == without[name].shape
+    assert not torch.equal(by_text[name], without[name])
+    made = json.loads((tmp_path / SUMMARY).read_text())["made"][-1]
+    assert made["data"] == [str(files / "text.txt")]
+    assert made["options"] == {"weights": "int4", "sequence_length": 32}
+
+
 def test_the_same_perplexity_from_a_folder_and_from_an_option(sparse, int4, files, capsys):
     data = ["--text", str(files / "text.txt"), "--sequence-length", "32", "--max-rows", "4", "--json", *CPU]
     found = []
@@ -71,7 +83,7 @@ def test_bench(sparse, capsys):
     ffn += ["--sparsity", "0", "--expert-size", "8", "--repeats", "3", "--seconds", "0.1", "--backend", "auto"]
     assert main([*ffn, "--json", *CPU]) == 0
     (row,) = last_json(capsys)["rows"]
-    neurons, router, ends = 3 * 64 * (32 + 4), 8 * (32 + 4) + 8 * 4, 2 * 32 * 4
+    neurons, router, ends = 3 * 64 * 32 + (64 + 64 + 32) * 4, 8 * (32 + 4) + 8 * 4, 2 * 32 * 4
     assert (row["weights"], row["bytes"]) == ("int8", neurons + router + ends)
 
 
@@ -79,6 +91,7 @@ def test_bench(sparse, capsys):
     ("command", "message"),
     [
         (["quantise", "{dense}", "-o", "{out}"], "sparse"),
+        (["quantise", "{sparse}", "-o", "{out}", "--weights", "int8", "--text", "{text}"], "needs no data"),
         (["quantise", "{int4}", "-o", "{out}"], "the experts are int4 already"),
         (["quantise", "{sparse}", "-o", "{sparse}"], "own folder"),
         (["eval", "{dense}", "--text", "{text}", "--weights", "int8"], "sparse"),

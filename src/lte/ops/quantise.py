@@ -11,7 +11,7 @@ from lte.ops.weights import INT4_GROUP, Affine, FFNWeights, Matrix
 Quantised = Literal["int8", "int4"]
 QUANTISED = get_args(Quantised)
 
-_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+_CLIPS = tuple(1 - i / 40 for i in range(17))
 """The parts of a group's largest number that are tried as the end of its range."""
 
 
@@ -62,17 +62,20 @@ def _int4(rows_RD: Tensor) -> Matrix:
     return pack_int4(nearest(groups_GND, scales_GD.float()[:, None], -8, 7).flatten(0, 1), scales_GD)
 
 
-def int4_scales(groups_GND: Tensor, dtype: torch.dtype) -> Tensor:
+def int4_scales(groups_GND: Tensor, dtype: torch.dtype, importance_GN1: Tensor | None = None) -> Tensor:
     """Return ``[G, D]``, for each group and column the scale of the least squared error, among a few.
 
-    A scale may be negative: the number of the largest magnitude becomes -8, because 8 does not exist.
+    A scale may be negative: the number of the largest magnitude becomes -8, because 8 does not exist. The squared error
+    of a row counts ``importance_GN1`` times.
     """
     peak_G1D = groups_GND.gather(1, groups_GND.abs().argmax(1, keepdim=True))
     best_G1D, least_G1D = peak_G1D, torch.full_like(peak_G1D, torch.inf)
     for clip in _CLIPS:
         scales_G1D = (peak_G1D * (clip / -8)).to(dtype).float()
-        error_GND = nearest(groups_GND, scales_G1D, -8, 7) * scales_G1D - groups_GND
-        error_G1D = error_GND.square().sum(1, keepdim=True)
+        error_GND = (nearest(groups_GND, scales_G1D, -8, 7) * scales_G1D - groups_GND).square()
+        if importance_GN1 is not None:
+            error_GND = error_GND * importance_GN1
+        error_G1D = error_GND.sum(1, keepdim=True)
         best_G1D = torch.where(error_G1D < least_G1D, scales_G1D, best_G1D)
         least_G1D = torch.minimum(error_G1D, least_G1D)
     return best_G1D[:, 0].to(dtype)
