@@ -170,6 +170,22 @@ def test_bytes_count_rows_and_scales(weights, bytes_each):
     assert 0.25 * attention < lte.cost_per_token(model).weight_bytes - ffn * bytes_each < 0.5 * attention
 
 
+def test_data_keeps_the_outputs_of_the_sparse_model(caplog):
+    torch.manual_seed(0)
+    batches = [{"input_ids": torch.randint(48, (4, 32))} for _ in range(8)]
+    floats, nearest = sparse(), lte.quantise_(sparse(), "int4")
+    assert "at a high loss" in caplog.text
+    by_data = lte.quantise_(sparse(), "int4", data=batches)
+    ids = torch.randint(48, (4, 32))
+    with torch.no_grad():
+        expected = floats(ids).logits
+        errors = [relative_rms(model(ids).logits, expected) for model in (by_data, nearest)]
+    assert errors[0] < 0.9 * errors[1]
+    with pytest.raises(ValueError, match="the data is empty"):
+        lte.quantise_(floats, "int4", data=[])
+    assert not is_quantised(floats)
+
+
 def refused(model, message, weights="int8", call=lte.quantise_):
     before = {name: one.clone() for name, one in model.state_dict().items()}
     with pytest.raises(ValueError, match=message):

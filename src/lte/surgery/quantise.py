@@ -1,5 +1,6 @@
 """``quantise_`` stores the experts of a trained sparse model as int8 or int4."""
 
+import logging
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor
@@ -15,6 +16,8 @@ from lte.surgery.activations import watch_ffns
 from lte.surgery.conversion import Batch, Progress, section_of
 from lte.surgery.linears import rows_of
 from lte.surgery.sites import FFNSite, find_sites
+
+logger = logging.getLogger(__name__)
 
 CALIBRATION_TOKENS = 16384
 """The number of tokens of data that :func:`quantise_` reads."""
@@ -47,6 +50,8 @@ def quantise_(
     sites = checked_sites(model, weights)
     if data is not None and weights != "int4":
         raise ValueError("int8 rounds each weight to the nearest and needs no data: leave data out")
+    if data is None and weights == "int4":
+        logger.warning("int4 without data is rounded to the nearest number, at a high loss: give text to lte quantise")
     grams = [{}] * len(sites) if data is None else _grams(model, sites, data)
     for site, gram in progress(list(zip(sites, grams, strict=True))):
         quantise_site_(site, weights, gram)
