@@ -10,6 +10,7 @@ COMMANDS = {
     "train": "train a model to use few neurons, in all stages",
     "sweep": "train, sparsify, prune or calibrate over a grid of options; one row for each run",
     "calibrate": "give a trained model another sparsity, without training",
+    "quantise": "store the experts of a trained sparse model as int8 or int4",
     "eval": "measure perplexity, accuracy, ROUGE, MMLU or tasks of lm_eval, with sparsity and cost",
     "generate": "continue a prompt",
     "bench": "time dense against sparse: ffn, decode or train",

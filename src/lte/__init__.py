@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lte.surgery.convert import densify, set_mode_, sparsify_
     from lte.surgery.cost import cost_per_token, weight_sparsity
     from lte.surgery.families import Family, register_family
+    from lte.surgery.quantise import quantise_
     from lte.surgery.relufy import relufy_
     from lte.training.arguments import LTETrainingArguments
     from lte.training.run import Trained, train
@@ -66,6 +67,7 @@ __all__ = [
     "generate",
     "optimize_",
     "prune_",
+    "quantise_",
     "record_scores",
     "register_family",
     "relufy_",
@@ -105,6 +107,7 @@ _HOMES = {
     "lte.surgery.convert": "densify set_mode_ sparsify_",
     "lte.surgery.cost": "cost_per_token weight_sparsity",
     "lte.surgery.families": "Family register_family",
+    "lte.surgery.quantise": "quantise_",
     "lte.surgery.relufy": "relufy_",
     "lte.training.arguments": "LTETrainingArguments",
     "lte.training.run": "Trained train",

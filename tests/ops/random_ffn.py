@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lte.ops.quantise import quantise_ffn
 from lte.ops.weights import (
     TENSORS,
     Activation,
@@ -57,6 +58,9 @@ def make_weights(
     return replace(weights, compensation=LowRank(compress, bias_R, Matrix(draw(d_model, rank, scale=rank**-0.5))))
 
 
+quantised = quantise_ffn
+
+
 def tensors_of(weights: FFNWeights) -> dict[str, Tensor]:
     """The tensors that are there, by name."""
     return dict(weights.named_tensors())
@@ -73,7 +77,7 @@ def changed(weights: FFNWeights, tensors: Mapping[str, Tensor | None], threshold
 def make_x(tokens: int, weights: FFNWeights, seed: int = 1) -> Tensor:
     """Inputs for it, in its dtype and on its device."""
     x = torch.randn(tokens, weights.d_model, generator=torch.Generator().manual_seed(seed))
-    return x.to(weights.up.matrix.rows)
+    return x.to(weights.up.matrix.rows.device, weights.up.matrix.dtype)
 
 
 def make_active(tokens: int, weights: FFNWeights, share: str, seed: int = 2) -> Tensor:

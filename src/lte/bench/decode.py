@@ -21,9 +21,11 @@ from lte.inference.generate import error_line
 from lte.inference.optimize import optimize_
 from lte.inference.packed import PackedLayer
 from lte.modules.recording import sparse_layers
+from lte.ops.quantise import Quantised
 from lte.ops.sparse_ffn import BackendName, choose
 from lte.surgery.convert import set_mode_
 from lte.surgery.cost import model_shape
+from lte.surgery.quantise import weights_of
 
 _CLOSE = 0.01
 _FITS = 3
@@ -40,6 +42,8 @@ class DecodeGrid:
     sparsities: Sequence[float]
     batches: Sequence[int]
     backend: BackendName = "auto"
+    weights: Quantised | None = None
+    """How sparse is quantised. Dense is not quantised."""
     prompt_tokens: int = 128
     new_tokens: int = 256
     repeats: int = 3
@@ -84,7 +88,7 @@ def bench_decode(
         for model in (*dense.values(), sparse):
             model.set_attn_implementation(grid.attention)
     set_mode_(sparse, "hard")
-    optimize_(sparse, grid.backend)
+    optimize_(sparse, grid.backend, grid.weights)
     if grid.sparsities:
         random_routers_(sparse, grid.seed)
     for batch in grid.batches:
@@ -97,6 +101,8 @@ def _bench_batch(
 ) -> Iterator[dict[str, Any]]:
     dtype = str(sparse.dtype).removeprefix("torch.")
     row: dict[str, Any] = {"shape": grid.name, "dtype": dtype, "batch": batch, "attention": grid.attention}
+    if (form := weights_of(sparse)) is not None:
+        row["weights"] = form
     row |= {"prompt_tokens": grid.prompt_tokens, "new_tokens": grid.new_tokens}
     asked_for: list[float | None] = [*grid.sparsities] or [None]
     generator = torch.Generator().manual_seed(grid.seed)

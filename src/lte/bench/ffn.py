@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,10 +12,10 @@ from lte.bench import synthetic
 from lte.bench.parity import parity
 from lte.bench.shapes import FFNSize
 from lte.bench.timing import available_memory, cache_bytes, in_turn
-from lte.core.linear import linear_fp32
 from lte.inference.generate import error_line
 from lte.inference.graphs import Action, capture
 from lte.ops import reference
+from lte.ops.quantise import Quantised, quantise_ffn
 from lte.ops.sparse_ffn import BackendName, choose, sparse_ffn
 from lte.ops.weights import FFNWeights
 
@@ -39,6 +39,8 @@ class FFNGrid:
     dtypes: Sequence[torch.dtype]
     device: torch.device
     backend: BackendName
+    weights: Quantised | None = None
+    """How sparse is quantised, with routers in int8. Dense is not quantised."""
     expert_size: int = 32
     compensation_rank: int = 0
     repeats: int = 20
@@ -74,6 +76,8 @@ def _bench_tokens(grid: FFNGrid, dtype: torch.dtype, tokens: int, layers: Layers
     shape = (len(layers.sparse), tokens, grid.size.d_model)
     x_LTD = torch.empty(shape, dtype=dtype, device=grid.device).normal_(generator=generator)
     common = {"shape": grid.name, "dtype": _name(dtype), "tokens": tokens, "rank": grid.compensation_rank}
+    if grid.weights is not None:
+        common["weights"] = grid.weights
     try:
         used = choose(x_LTD[0], layers.sparse[0], grid.backend)
         runs = _dense_runs(grid, layers, x_LTD)
@@ -136,13 +140,13 @@ def make_layers(grid: FFNGrid, dtype: torch.dtype) -> Layers:
         weights = synthetic.random_ffn(
             grid.size, grid.expert_size, dtype, grid.device, generator, grid.compensation_rank
         )
-        made.sparse.append(weights)
+        made.sparse.append(weights if grid.weights is None else quantise_ffn(weights, grid.weights))
         for dense, layers in made.dense.items():
-            gate = None if weights.gate is None else weights.gate.matrix.rows.to(dense)
-            up, down = weights.up.matrix.rows.to(dense), weights.down.matrix.rows.T.to(dense)
+            gate = None if weights.gate is None else weights.gate.matrix.floats(dense)
+            up, down = weights.up.matrix.floats(dense), weights.down.matrix.floats(dense).T
             layers.append((gate, up, down.contiguous()))
         x_TD = torch.empty(_SAMPLE_TOKENS, grid.size.d_model, dtype=dtype, device=grid.device)
-        made.samples.append(linear_fp32(x_TD.normal_(generator=generator), weights.router.matrix.rows))
+        made.samples.append(reference.logits(x_TD.normal_(generator=generator), made.sparse[-1].router))
     return made
 
 
@@ -153,7 +157,7 @@ def set_biases_(grid: FFNGrid, layers: Layers, x_LTD: Tensor, sparsity: float) -
     for index, (weights, x_TD) in enumerate(zip(layers.sparse, x_LTD, strict=True)):
         bias = synthetic.biases(layers.samples[index], targets[index], weights.router.threshold, grid.seed + index)
         set_to.append(bias)
-        with_bias.append(linear_fp32(x_TD, weights.router.matrix.rows, bias))
+        with_bias.append(reference.logits(x_TD, replace(weights.router, bias=bias)))
     shift = synthetic.shift_to(with_bias, sparsity, layers.sparse[0].router.threshold)
     for weights, bias in zip(layers.sparse, set_to, strict=True):
         assert weights.router.bias is not None
@@ -187,8 +191,9 @@ def _costs(grid: FFNGrid, dtype: torch.dtype, layers: Layers, x_LTD: Tensor) -> 
     active_LTE = torch.stack([reference.route(x, w.router) for x, w in zip(x_LTD, layers.sparse, strict=True)])
     union = float(active_LTE.any(1).float().mean())
     size, tokens = grid.size, x_LTD.shape[1]
-    neurons = size.d_ff * size.weights_per_neuron * dtype.itemsize
-    router = active_LTE.shape[-1] * (size.d_model + 1) * dtype.itemsize
+    one = layers.sparse[0]
+    neurons = sum(part.matrix.nbytes for part in (one.up, one.down, one.gate) if part is not None)
+    router = one.router.matrix.nbytes + active_LTE.shape[-1] * dtype.itemsize
     compensation = grid.compensation_rank * (2 * size.d_model + 1) * dtype.itemsize
     ends = 2 * tokens * size.d_model * dtype.itemsize
     by_copy = 1 - active_LTE.float().mean((1, 2))
@@ -197,7 +202,7 @@ def _costs(grid: FFNGrid, dtype: torch.dtype, layers: Layers, x_LTD: Tensor) -> 
         "sparsity_range": [float(by_copy.min()), float(by_copy.max())],
         "union_sparsity": 1 - union,
         "bytes": round(neurons * union) + router + compensation + ends,
-        "dense_bytes": neurons + ends,
+        "dense_bytes": size.d_ff * size.weights_per_neuron * dtype.itemsize + ends,
     }
 
 

@@ -30,6 +30,7 @@ from lte.cli.switches import switches
 from lte.evaluation.result_row import ResultRow
 from lte.methods.lte import LTEConfig
 from lte.modules.sparse_ffn import Selecting
+from lte.ops.quantise import Quantised
 from lte.surgery.convert import set_mode_, sparsify_
 from lte.surgery.cost import meta_model
 
@@ -53,6 +54,8 @@ class Decode:
     """Dtype of the weights. On a CPU dense is timed in fp32 and bf16, and the faster one counts."""
     backend: BackendOption = "auto"
     """auto: as a model chooses; device: the backend for this device, at any number of tokens."""
+    weights: Quantised | None = None
+    """int8 or int4: quantise sparse, not dense. Parity is then with sparse as it is quantised."""
     expert_size: int = 32
     """Neurons of an expert, with random routers."""
     repeats: int = 3
@@ -103,6 +106,7 @@ def main(argv: Sequence[str]) -> int:
         sparsities=sparsities,
         batches=options.batch,
         backend=backend,
+        weights=options.weights,
         prompt_tokens=options.prompt_tokens,
         new_tokens=options.new_tokens,
         repeats=options.repeats,

@@ -26,6 +26,7 @@ from lte.cli.main import parse
 from lte.cli.options import DeviceOptions
 from lte.cli.switches import switches
 from lte.evaluation.result_row import ResultRow
+from lte.ops.quantise import Quantised
 from lte.surgery.loading import load_config
 
 
@@ -41,6 +42,8 @@ class FFN:
     ] = ()
     backend: BackendOption = "device"
     """device: the backend for this device, at any number of tokens; auto: as a model chooses."""
+    weights: Quantised | None = None
+    """int8 or int4: quantise sparse, not dense."""
     expert_size: int = 32
     """Neurons of an expert."""
     compensation_rank: int = 0
@@ -84,6 +87,7 @@ def main(argv: Sequence[str]) -> int:
         dtypes=[getattr(torch, name) for name in dtypes],
         device=device,
         backend=backend,
+        weights=options.weights,
         expert_size=options.expert_size,
         compensation_rank=options.compensation_rank,
         repeats=options.repeats,

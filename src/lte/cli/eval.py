@@ -24,6 +24,7 @@ from lte.evaluation.mmlu_questions import Split, read_mmlu
 from lte.evaluation.origin import evaluation_record
 from lte.evaluation.record import Measured, given
 from lte.files import write_whole
+from lte.ops.quantise import Quantised
 from lte.ops.sparse_ffn import BackendName
 from lte.surgery.convert import set_mode_
 from lte.surgery.loading import Head, check_causal, load_config, load_tokenizer
@@ -79,6 +80,8 @@ class Eval:
     """With --generate: a .jsonl file to write. A line has a prompt with its prediction and references."""
     backend: BackendName = "auto"
     """The backend for the FFNs of a model in mode hard, see lte generate."""
+    weights: Quantised | None = None
+    """int8 or int4: quantise a sparse model before it is measured. None: as it was saved."""
     json: bool = False
     """Print one JSON object on the last line."""
     data: Inputs = field(default_factory=Inputs)
@@ -194,8 +197,8 @@ def _open(options: Eval, head: Head, device: torch.device, dtype: torch.dtype | 
     model = open_model(options.model, head, device, dtype, options.where.trust_remote_code)
     if options.mode != "saved":
         set_mode_(model, options.mode)
-    if options.backend != "auto" or mode_of(model.config) == "hard":
-        optimize_where_possible_(model, options.backend)
+    if options.backend != "auto" or options.weights is not None or mode_of(model.config) == "hard":
+        optimize_where_possible_(model, options.backend, options.weights)
     return model
 
 

@@ -22,10 +22,12 @@ from lte.data.tokenise import encode, most_tokens, without_start, wrapping
 from lte.evaluation.inputs import generating_head
 from lte.inference.clock import Clock
 from lte.inference.completions import GREEDY, Completion, complete, completions_sparsity, padded, stop_ids
+from lte.ops.quantise import Quantised
 from lte.ops.sparse_ffn import BackendName
 from lte.surgery.conversion import conversion_of
 from lte.surgery.loading import load_config, load_tokenizer
 from lte.surgery.method import Method, mode_of
+from lte.surgery.quantise import weights_of
 
 
 @dataclass
@@ -52,6 +54,8 @@ class Generate:
     """Of sampling."""
     backend: BackendName = "auto"
     """What skips the idle experts of a sparse model; one that is named runs or is an error."""
+    weights: Quantised | None = None
+    """int8 or int4: quantise a sparse model before it runs. None: as it was saved."""
     compile: bool | None = None
     """Compile the decoding step: up to a minute or two the first time on a machine, seconds later on, then each token
     is faster. The default is yes on a GPU, no on a CPU."""
@@ -111,8 +115,8 @@ def main(argv: Sequence[str]) -> None:
         )
     model = open_model(options.model, generating_head(config), device, dtype, options.where.trust_remote_code).eval()
     mode, has_routers = mode_of(config), isinstance(conversion_of(config), Method)
-    if mode == "hard" or options.backend != "auto":
-        optimize_where_possible_(model, options.backend)
+    if mode == "hard" or options.backend != "auto" or options.weights is not None:
+        optimize_where_possible_(model, options.backend, options.weights)
     run = _decode(model, tokenizer, batches, options)
     speed = sum(run.tokens) / run.seconds
     err.print(_summary(run))
@@ -122,7 +126,8 @@ def main(argv: Sequence[str]) -> None:
     if options.json:
         result = {"texts": run.texts, "tokens": run.tokens, "seconds": round(run.seconds, 4), "mode": mode}
         result |= {"tokens_per_second": round(speed, 2), "sparsity": sparsity}
-        result |= {"device": str(model.device), "backend": options.backend, "preparing": round(run.preparing, 4)}
+        result |= {"device": str(model.device), "backend": options.backend, "weights": weights_of(model)}
+        result["preparing"] = round(run.preparing, 4)
         result |= {"first_token_seconds": round(run.first, 4), "later_tokens_per_second": run.later_per_second}
         result["compiled"] = any(what.startswith("compiling") for what in run.prepared)
         print_json(result)

@@ -53,7 +53,8 @@ def _quiet() -> Iterator[None]:
             transformers_logging.disable_progress_bar()
             transformers_logging.set_verbosity_error()
             hub_logging.set_verbosity_error()
-            logging.getLogger("lm_eval").setLevel(logging.ERROR)
+            for name in ("lm_eval", "torchao", "torch.utils._pytree"):  # torchao is imported by transformers
+                logging.getLogger(name).setLevel(logging.ERROR)
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         yield
     finally:

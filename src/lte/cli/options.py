@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from lte.cli.console import err
 from lte.evaluation.inputs import Inputs
 from lte.inference.optimize import optimize_
+from lte.ops.quantise import Quantised
 from lte.ops.sparse_ffn import BackendName
 from lte.surgery.loading import Head, load_model
 
@@ -77,12 +78,15 @@ def check_folder(output: str | Path, model: str | None = None, instead: str = "g
         raise ValueError(f"{output} is the model's own folder: {instead}")
 
 
-def optimize_where_possible_(model: PreTrainedModel, backend: BackendName) -> None:
-    """Make the model skip idle experts. With ``auto``, a model that cannot do this runs unchanged with a warning."""
+def optimize_where_possible_(model: PreTrainedModel, backend: BackendName, weights: Quantised | None = None) -> None:
+    """Make the model skip idle experts.
+
+    With ``auto``, a model that cannot do this runs unchanged with a warning. With ``weights`` that is an error.
+    """
     try:
-        optimize_(model, backend)
+        optimize_(model, backend, weights)
     except ValueError as error:
-        if backend != "auto":
+        if backend != "auto" or weights is not None:
             raise
         err.print(f"idle experts are computed too: {error}", markup=False, soft_wrap=True)
 

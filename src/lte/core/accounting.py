@@ -27,6 +27,8 @@ class Shape:
         embedding_weights: weights of the embeddings, not counting a head tied to them.
         selection_weights: the part of each layer's ``ffn_weights`` that is computed for every neuron, because the
             choice of neurons needs its result; empty if there is none.
+        ffn_bytes, attention_bytes: bytes of a stored weight with its share of scales, where these weights are
+            quantised; None if they are not.
     """
 
     ffn_weights: tuple[int, ...]
@@ -35,6 +37,8 @@ class Shape:
     head_weights: int = 0
     embedding_weights: int = 0
     selection_weights: tuple[int, ...] = ()
+    ffn_bytes: float | None = None
+    attention_bytes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def cost(
         sparsity: fraction of inactive neurons, one number or one for each layer; 0 is dense.
         router: whether routers are charged. None charges them if the sparsity of any layer is above 0: a dense
             model runs no routers.
-        bytes_per_weight: 2 for bf16 and fp16, 4 for fp32.
+        bytes_per_weight: 2 for bf16 and fp16, 4 for fp32. Quantised weights count as the shape says.
 
     Raises:
         ValueError: a sparsity outside [0, 1], or a wrong number of sparsities.
@@ -83,13 +87,15 @@ def cost(
     ffn = sum(a + (w - a) * (1 - s) for w, a, s in zip(shape.ffn_weights, always, by_layer, strict=True))
     routers = sum(shape.router_weights) if router else 0
     counted = ffn + shape.attention_weights + routers
+    in_ffn = bytes_per_weight if shape.ffn_bytes is None else shape.ffn_bytes
+    in_attention = bytes_per_weight if shape.attention_bytes is None else shape.attention_bytes
     return Cost(
         gflops=2 * counted / G,
         ffn_gflops=2 * ffn / G,
         attention_gflops=2 * shape.attention_weights / G,
         router_gflops=2 * routers / G,
         head_gflops=2 * shape.head_weights / G,
-        weight_bytes=round(counted * bytes_per_weight),
+        weight_bytes=round(ffn * in_ffn + shape.attention_weights * in_attention + routers * bytes_per_weight),
         head_bytes=round(shape.head_weights * bytes_per_weight),
         embedding_bytes=round(shape.embedding_weights * bytes_per_weight),
     )

@@ -92,14 +92,32 @@ def keep_conversion(config: PretrainedConfig, folder: Path, made: Made, conversi
     """
     method = _options(conversion)
     before = training_of(made.model, _kind(config))
-    earlier, seed = before.get("made", ()), before.get("seed")
-    if earlier:
-        made = replace(made, model="")
+    seed = before.get("seed")
     if seed is None:
         seed = method.get("seed")
     elif method.get("seed"):
         made = replace(made, options={**made.options, "seed": method["seed"]})
-    steps = (*earlier, made)
+    _keep_step(folder, before, made, method, seed)
+
+
+def keep_quantisation(config: PretrainedConfig, folder: Path, made: Made) -> None:
+    """Write to the folder of a quantised model how it was made: what the model's folder says, and the quantisation.
+
+    Args:
+        config: of the model.
+        folder: the folder of the quantised model.
+        made: the quantisation, with the name of the model that it was given.
+    """
+    conversion = conversion_of(config)
+    assert conversion is not None
+    before, method = training_of(made.model, conversion.name), _options(conversion)
+    _keep_step(folder, before, made, method, before.get("seed", method.get("seed")))
+
+
+def _keep_step(folder: Path, before: Mapping[str, Any], made: Made, method: Mapping[str, Any], seed: Any) -> None:
+    """Write the summary of a model: the work of earlier commands, as :func:`training_of` gives it, and the last."""
+    earlier = before.get("made", ())
+    steps = (*earlier, replace(made, model="") if earlier else made)
     _write(
         folder,
         {

@@ -1,8 +1,10 @@
 """Decoders of a model, kept from one call of ``generate`` to the next as long as the model does not change."""
 
 import threading
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lte.inference.decoder import Decoder, How, Prompts
@@ -73,9 +75,17 @@ def _rounded(size: int, smallest: int) -> int:
     return max(smallest, 1 << (size - 1).bit_length())
 
 
+def _addresses(tensor: Tensor) -> list[int]:
+    """Return where a tensor is. One that torchao quantised has parts."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor.data_ptr()]
+    parts: Any = tensor.__tensor_flatten__()[0]  # pyright: ignore[reportAttributeAccessIssue]
+    return [getattr(tensor, name).data_ptr() for name in parts]
+
+
 def _state(model: PreTrainedModel) -> object:
     """Return all that a captured step depends on: the addresses of weights, and how each module computes."""
-    tensors = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
+    tensors = tuple(address for one in (*model.parameters(), *model.buffers()) for address in _addresses(one))
     modules = tuple(
         (type(one), one.training, len(one._forward_hooks), len(one._forward_pre_hooks), vars(one).get("forward"))
         for one in model.modules()

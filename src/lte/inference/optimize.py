@@ -1,12 +1,17 @@
 """``optimize_`` prepares a trained sparse model for decoding. Packing changes the memory layout alone."""
 
-from torch import nn
+from typing import cast
+
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lte.inference.generate import generate_packed
 from lte.inference.graphs import Replays
+from lte.inference.other_weights import quantise_others_, torchao
 from lte.inference.packed import (
-    BypassedLinear,
+    BYPASSED,
+    Bypassed,
     Packed,
     PackedActivation,
     PackedFFN,
@@ -14,15 +19,21 @@ from lte.inference.packed import (
     Projection,
     activation_name,
 )
+from lte.modules.quantised_linear import QuantisedLinear
 from lte.modules.recording import check_hard, check_lte_routers, sparse_layers
 from lte.modules.sparse_ffn import Selecting, SparseFFN
 from lte.modules.tensor_parallel import check_not_shared
+from lte.ops.quantise import Quantised
 from lte.ops.sparse_ffn import BACKENDS, BackendName
 from lte.surgery.architectures import FASTER_GENERATE
+from lte.surgery.linears import check_plain
+from lte.surgery.quantise import quantise_, weights_of
 from lte.surgery.sites import FFNSite, find_sites
 
 
-def optimize_(model: PreTrainedModel, backend: BackendName = "auto") -> PreTrainedModel:
+def optimize_(
+    model: PreTrainedModel, backend: BackendName = "auto", weights: Quantised | None = None
+) -> PreTrainedModel:
     """Make ``model`` skip its idle experts in inference, in place. ``model.generate()`` works as before.
 
     The model is put in eval mode, and its FFN weights get one contiguous row for each neuron. Modules, parameter names
@@ -30,17 +41,24 @@ def optimize_(model: PreTrainedModel, backend: BackendName = "auto") -> PreTrain
     with gradients, in training, under autocast, in another mode, and if projections are wrapped later (LoRA). A second
     call changes the backend.
 
+    Quantised experts (``weights``, or a model of :func:`lte.quantise_`) cannot be trained. The linear layers of the
+    blocks outside of the FFNs are then quantised by torchao, and the model cannot be saved any more. Routers,
+    compensations, embeddings and the head stay floats.
+
     Args:
         model: sparse and in mode hard, as it is after training.
         backend: ``auto`` takes the fastest for each call. A named backend runs or raises, see :func:`lte.sparse_ffn`.
+        weights: ``int8`` or ``int4`` quantises the model. None leaves the experts as they are.
 
     Returns:
         The same model.
 
     Raises:
         ValueError: the backend is unknown. The model is dense, in mode dense or soft, or of another method than LTE.
-            Projections are quantised, adapted or of mixed precision. ``sparse_ffn`` does not know the activation.
-            Weights are divided by tensor parallelism. In all cases the model is not changed.
+            Projections are quantised by another library, adapted or of mixed precision. ``sparse_ffn`` does not know
+            the activation. Weights are divided by tensor parallelism. The experts have another quantised form already,
+            or :func:`lte.quantise_` refuses them. In all cases the model is not changed.
+        ImportError: the model is quantised, and torchao is missing.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, but it is one of {', '.join(BACKENDS)}")
@@ -48,8 +66,12 @@ def optimize_(model: PreTrainedModel, backend: BackendName = "auto") -> PreTrain
     layers = sparse_layers(model).values()
     check_lte_routers(layers, "its kernels cannot run it, use the model as it is, it computes the same")
     check_hard(layers, "which uses every expert")
-    sites = find_sites(model, model.config.model_type)
+    sites, stored = find_sites(model, model.config.model_type), weights_of(model)
     found = [(site.installed, _packed(site, backend)) for site in sites]  # checks all before the first change
+    if weights or stored:
+        torchao()
+    if weights is not None and weights != stored:
+        quantise_(model, weights)  # in place: the projections that were found are the same modules
     for layer, packed in found:
         for projection in (packed.gate, packed.up, packed.down):
             if projection is not None:
@@ -57,6 +79,8 @@ def optimize_(model: PreTrainedModel, backend: BackendName = "auto") -> PreTrain
         layer.lte_router.fold_temperature()
         _become_packed_(layer, packed)
     setattr(model, FASTER_GENERATE, generate_packed)
+    if form := weights_of(model):
+        quantise_others_(model, form)
     return model.eval()
 
 
@@ -67,8 +91,7 @@ def _packed(site: FFNSite, backend: BackendName) -> Packed:
         ValueError: it cannot be computed by ``sparse_ffn``.
     """
     family = site.family
-    site.check_projections()
-    dtypes = {path: site.module(path).weight.dtype for path in (family.gate, family.up, family.down) if path}
+    dtypes = {path: _dtype(f"{site.name}.{path}", site.module(path)) for path in site.paths}
     if len(set(dtypes.values())) > 1:
         text = ", ".join(f"{path} {str(dtype).removeprefix('torch.')}" for path, dtype in dtypes.items())
         raise ValueError(
@@ -86,7 +109,7 @@ def _packed(site: FFNSite, backend: BackendName) -> Packed:
     absorbed = family.site is None
     if absorbed:
         for path in (family.up, family.down):
-            if type(site.module(path)) not in (nn.Linear, BypassedLinear):
+            if type(site.module(path)) not in (*BYPASSED, *BYPASSED.values()):
                 raise ValueError(
                     f"{site.name}.{path} is a {type(site.module(path)).__name__}: where the FFN is no module of its "
                     "own, only nn.Linear can be bypassed; use the model as it is"
@@ -101,6 +124,14 @@ def _packed(site: FFNSite, backend: BackendName) -> Packed:
     )
 
 
+def _dtype(name: str, linear: nn.Module) -> torch.dtype:
+    """Return the dtype of a projection's weight. Raise ValueError unless it is quantised by lte, or plain."""
+    if isinstance(linear, QuantisedLinear):
+        return linear.matrix.dtype
+    check_plain(name, linear)
+    return cast(Tensor, linear.weight).dtype
+
+
 def _projection(site: FFNSite, path: str, down: bool, pre_hooks: int = 0, hooks: int = 0) -> Projection:
     parent, _, name = path.rpartition(".")
     linear = site.module(path)
@@ -113,9 +144,10 @@ def _become_packed_(layer: Selecting, packed: Packed) -> None:
     else:
         layer.__class__ = PackedActivation
         assert isinstance(layer, PackedActivation)
-        for projection in (packed.up, packed.down):
-            projection.linear.__class__ = BypassedLinear
-            projection.linear.layer = (layer,)  # pyright: ignore
+        for linear in (packed.up.linear, packed.down.linear):
+            if not isinstance(linear, Bypassed):
+                linear.__class__ = BYPASSED[type(linear)]
+            linear.layer = (layer,)  # pyright: ignore
     assert isinstance(layer, PackedLayer)
     layer.packed = packed
     layer.replays = Replays()

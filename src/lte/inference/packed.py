@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensor
 from lte.core.selection import threshold
 from lte.inference.graphs import Replays
 from lte.modules.compensation import Compensation
+from lte.modules.quantised_linear import QuantisedLinear
 from lte.modules.router import Router
 from lte.modules.sparse_ffn import Selecting, SparseActivation, SparseFFN
 from lte.ops.reference import activate
@@ -41,25 +42,33 @@ class Projection:
         linear = self.linear
         return (
             self.parent._modules.get(self.name) is linear
-            and type(linear._parameters.get("weight")) in _PLAIN  # pruning and weight norm move it
+            and (self.quantised or type(linear._parameters.get("weight")) in _PLAIN)  # pruning and weight norm move it
             and "bias" in linear._parameters
             and "forward" not in vars(linear)  # offloading replaces it
             and len(linear._forward_hooks) == self.hooks
             and len(linear._forward_pre_hooks) == self.pre_hooks
         )
 
+    @property
+    def quantised(self) -> bool:
+        return isinstance(self.linear, QuantisedLinear)
+
     def rows(self) -> Tensor:
-        """Return the weight as ``[F, D]``, one row for each neuron. It is a view."""
+        """Return a weight of floats as ``[F, D]``, one row for each neuron. It is a view."""
         weight = self.linear._parameters["weight"]
         assert weight is not None
         return weight.t() if self.transposed else weight
 
     def weights(self) -> Affine:
-        return Affine(Matrix(self.rows()), self.linear._parameters["bias"])
+        linear = self.linear
+        matrix = linear.matrix if isinstance(linear, QuantisedLinear) else Matrix(self.rows())
+        return Affine(matrix, linear._parameters["bias"])
 
     @torch.no_grad()
     def pack_(self) -> None:
-        """Make :meth:`rows` contiguous. Shape, values and the Parameter do not change."""
+        """Make :meth:`rows` contiguous. Shape, values and the Parameter do not change. Quantised rows are so."""
+        if self.quantised:
+            return
         rows_FD = self.rows().contiguous()  # no copy if it is contiguous already
         self.linear.weight.data = rows_FD.t() if self.transposed else rows_FD
 
@@ -137,6 +146,7 @@ class PackedLayer(Selecting):
         """Return all that an output depends on besides the input, including the addresses of weights."""
         layers = (self.router, *self.packed.linears)
         tensors = [one for layer in layers for one in layer._parameters.values() if one is not None]
+        tensors += [one for linear in self.packed.linears for one in linear._buffers.values() if one is not None]
         if self.compensation is not None:
             tensors += self.compensation.parameters()
         places = [one.data_ptr() for one in tensors]
@@ -161,7 +171,7 @@ class PackedActivation(PackedLayer, SparseActivation):
         return self.run(x_TD) if self.skips(x_TD) else self.select(x_TD, hidden_TF)
 
 
-class BypassedLinear(nn.Linear):
+class Bypassed(nn.Module):
     """A projection of a :class:`PackedActivation`. It returns its input if that layer computes the whole FFN."""
 
     layer: tuple[PackedActivation]  # in a tuple, so that it does not become a child
@@ -170,10 +180,22 @@ class BypassedLinear(nn.Linear):
         return input if self.layer[0].skips(input) else super().forward(input)
 
 
+class BypassedLinear(Bypassed, nn.Linear):
+    """An ``nn.Linear`` that is bypassed."""
+
+
+class BypassedQuantisedLinear(Bypassed, QuantisedLinear):
+    """A ``QuantisedLinear`` that is bypassed."""
+
+
+BYPASSED = {nn.Linear: BypassedLinear, QuantisedLinear: BypassedQuantisedLinear}
+
+
 def _halves(both: Affine) -> tuple[Affine, Affine]:
     """Split a projection into gate, its first half, and up, its second half."""
-    rows, bias = both.matrix.rows.chunk(2), (None, None) if both.bias is None else both.bias.chunk(2)
-    return Affine(Matrix(rows[0]), bias[0]), Affine(Matrix(rows[1]), bias[1])
+    gate, up = both.matrix.halves()
+    bias = (None, None) if both.bias is None else both.bias.chunk(2)
+    return Affine(gate, bias[0]), Affine(up, bias[1])
 
 
 def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -212,7 +212,7 @@ class SparseFFN(Selecting):
 
     def _down(self, hidden_TF: Tensor) -> Tensor:
         down = getattr(self, self.roles.down)
-        weight = down.weight
+        weight = getattr(down, "weight", None)  # quantised weights have another name
         # T5 keeps this one projection in fp32 inside a half precision model
         if (
             isinstance(weight, Tensor)  # after dynamic quantisation it is a method

@@ -26,6 +26,8 @@ def refuses(x_TD: Tensor, weights: FFNWeights) -> str | None:
     """Return why it cannot compute this, in one line; None if it can."""
     if x_TD.device.type != "cpu":
         return f"x is on {x_TD.device}"
+    if weights.quantised:
+        return "the CPU kernels take no quantised weights"
     for name, tensor in (("x", x_TD), *weights.named_tensors()):
         if tensor.dtype not in CODES:
             return f"{name} is {tensor.dtype}, but the CPU kernels take float32, bfloat16 and float16"

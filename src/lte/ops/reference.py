@@ -1,14 +1,16 @@
 """The definition of ``sparse_ffn`` in plain PyTorch: every expert is computed, then inactive experts are masked.
 
-It is differentiable and runs on any device, in any dtype. Every other backend is tested against it.
+It is differentiable and runs on any device, in any dtype. Every other backend is tested against it. A quantised matrix
+becomes floats when it is used, one matrix at a time, and these floats are not kept.
 """
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lte.core.linear import linear_fp32
 from lte.core.selection import scale_experts, threshold
-from lte.ops.weights import Activation, Affine, FFNWeights, LowRank, Matrix, RouterWeights
+from lte.ops.weights import Activation, Affine, FFNWeights, LowRank, RouterWeights
 
 
 def refuses(x_TD: Tensor, weights: FFNWeights) -> str | None:
@@ -21,7 +23,7 @@ def sparse_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None = Non
     if active_TE is None:
         active_TE = route(x_TD, weights.router)
     hidden_TF = scale_experts(neurons(x_TD, weights), active_TE)
-    y_TD = _linear(hidden_TF, _rows(weights.down.matrix, x_TD).T, weights.down.bias)
+    y_TD = _linear(hidden_TF, weights.down.matrix.floats(x_TD.dtype).T, weights.down.bias)
     if weights.compensation is None:
         return y_TD
     return y_TD + compensation(x_TD, weights.compensation, active_TE)
@@ -34,8 +36,8 @@ def compensation(x_TD: Tensor, weights: LowRank, weights_TE: Tensor) -> Tensor:
     experts of a token is 1 - the mean weight of its experts.
     """
     idle_T1 = 1 - weights_TE.float().mean(-1, keepdim=True)
-    kept_TR = _linear(x_TD, _rows(weights.compress, x_TD), weights.bias)
-    return _linear(kept_TR * idle_T1.to(kept_TR.dtype), _rows(weights.expand, x_TD), None)
+    kept_TR = _linear(x_TD, weights.compress.floats(x_TD.dtype), weights.bias)
+    return _linear(kept_TR * idle_T1.to(kept_TR.dtype), weights.expand.floats(x_TD.dtype), None)
 
 
 def neurons(x_TD: Tensor, weights: FFNWeights) -> Tensor:
@@ -53,7 +55,7 @@ def route(x_TD: Tensor, router: RouterWeights) -> Tensor:
 
 def logits(x_TD: Tensor, router: RouterWeights) -> Tensor:
     """Return the values that the router compares with its threshold, ``[..., E]`` in fp32."""
-    return linear_fp32(x_TD, router.matrix.rows, router.bias)
+    return linear_fp32(x_TD, router.matrix.floats(torch.float32), router.bias)
 
 
 def activate(hidden: Tensor, act: Activation) -> Tensor:
@@ -68,12 +70,7 @@ def activate(hidden: Tensor, act: Activation) -> Tensor:
 
 
 def _affine(x: Tensor, weights: Affine) -> Tensor:
-    return _linear(x, _rows(weights.matrix, x), weights.bias)
-
-
-def _rows(matrix: Matrix, x: Tensor) -> Tensor:
-    """Return the values of a matrix in the dtype of ``x``."""
-    return matrix.rows.to(x.dtype)
+    return _linear(x, weights.matrix.floats(x.dtype), weights.bias)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -30,6 +30,8 @@ def refuses(x_TD: Tensor, weights: FFNWeights) -> str | None:
         return f"Triton needs a CUDA device, but x is on {x_TD.device}"
     if x_TD.dtype not in DTYPES:
         return f"x is {x_TD.dtype}, and the kernels take float16, bfloat16 and float32"
+    if weights.quantised:
+        return "the Triton kernels take no quantised weights"
     for name, tensor in weights.named_tensors():
         if name in _OF_X and tensor.dtype != x_TD.dtype:
             return f"x is {x_TD.dtype}, but {name} is {tensor.dtype}: convert one of them"

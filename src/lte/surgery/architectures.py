@@ -27,6 +27,7 @@ from lte.surgery.auto import MODEL_TYPE, LTEAutoConfig
 from lte.surgery.complete import check_complete
 from lte.surgery.conversion import Conversion, conversion_of, is_sparse, section_of
 from lte.surgery.heads import models_of
+from lte.surgery.quantise import check_savable
 from lte.surgery.tensor_parallel import shard_experts_
 
 CODE_FILE = "modeling_lte"
@@ -153,7 +154,9 @@ class LTEModelMixin:
 
         Raises:
             NotWritten: the disk is full, permissions are missing, or the like.
+            ValueError: torchao quantised weights of the model.
         """
+        check_savable(self)
         writes = getattr(self, "should_save_on_this_rank", bool)(is_main_process)
         save = partial(super().save_pretrained, is_main_process=is_main_process)  # pyright: ignore
         if kwargs.get("distributed_checkpoint") or not writes:  # each process writes its own part, or nothing

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from transformers import PreTrainedModel
 
+from lte.modules.quantised_linear import is_quantised
 from lte.modules.recording import sparse_layers
 from lte.modules.sparse_ffn import Mode
 from lte.modules.tensor_parallel import check_not_shared
@@ -104,9 +105,11 @@ def densify(model: PreTrainedModel) -> PreTrainedModel:
         A new model on the same device; the two share no weights.
 
     Raises:
-        ValueError: the model has no sparse FFNs, or it is divided by tensor parallelism.
+        ValueError: the model has no sparse FFNs, its experts are quantised, or it is divided by tensor parallelism.
     """
     check_not_shared(model, "densify copies")
+    if is_quantised(model):
+        raise ValueError("the experts are quantised: densify the model that they were made from")
     ours = tuple(f"{name}.{child}." for name in sparse_layers(model) for child in ("router", "compensation"))
     weights = {name: value for name, value in model.state_dict().items() if not name.startswith(ours)}
     plain = dense_class(type(model)).from_pretrained(

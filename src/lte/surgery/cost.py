@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -17,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lte.core.accounting import Cost, Shape, cost
 from lte.core.grouping import check_divisible
+from lte.modules.quantised_linear import QuantisedLinear
 from lte.modules.sparse_ffn import Selecting
 from lte.surgery.heads import own_class
 from lte.surgery.sites import block_of, find_sites, linear_sites
@@ -69,6 +71,7 @@ def model_shape(model: PreTrainedModel, expert_size: int = 32) -> Shape:
     blocks = {block_of(site.name) for site in sites}
     head = model.get_output_embeddings()
     attention, head_weights, embedding = 0, 0, 0
+    attention_bytes, by_torchao = 0, False
     counted = set()  # a tied weight counts once; if it is tied to the head, it is the head's
     if isinstance(head, nn.Linear):
         head_weights, counted = head.weight.numel(), {id(head.weight)}
@@ -84,10 +87,26 @@ def model_shape(model: PreTrainedModel, expert_size: int = 32) -> Shape:
             embedding += module.weight.numel()
         elif any(name.startswith(f"{block}.") for block in blocks):
             attention += module.weight.numel()
+            attention_bytes += _stored_bytes(module.weight)
+            by_torchao |= hasattr(module.weight, "__tensor_flatten__")
         else:
             head_weights += module.weight.numel()
     ffn_weights = tuple(site.num_weights for site in sites)
-    return Shape(ffn_weights, router_weights, attention, head_weights, embedding, selection)
+    linears = [linear for site in sites for linear in site.projections().values()]
+    quantised = [linear.matrix for linear in linears if isinstance(linear, QuantisedLinear)]
+    return Shape(
+        *(ffn_weights, router_weights, attention, head_weights, embedding, selection),
+        ffn_bytes=sum(matrix.nbytes for matrix in quantised) / sum(ffn_weights) if quantised else None,
+        attention_bytes=attention_bytes / attention if by_torchao else None,
+    )
+
+
+def _stored_bytes(weight: Tensor) -> int:
+    """Return the bytes of a weight. One that torchao quantised has parts."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        return weight.nbytes
+    parts: Any = weight.__tensor_flatten__()[0]  # pyright: ignore[reportAttributeAccessIssue]
+    return sum(getattr(weight, name).nbytes for name in parts)
 
 
 def cost_per_token(

@@ -155,8 +155,11 @@ def check_size(name: str, auto: Any, config: PretrainedConfig, held: int, **kwar
     """
     with torch.device("meta"):
         model = auto.from_config(config, **kwargs)
-    needed = sum(parameter.numel() for parameter in model.parameters())
-    kept = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    saved = model.state_dict().keys()  # quantised experts are buffers
+    buffers = dict(model.named_buffers())
+    needed = sum(one.numel() for one in model.parameters())
+    needed += sum(buffer.numel() for name, buffer in buffers.items() if name in saved)
+    kept = sum(buffer.nbytes for name, buffer in buffers.items() if name not in saved)
     if needed > 2 * held + NEW_HEAD or kept > MOST_BUFFERS:
         raise ValueError(
             f"{name}: config.json describes a model of {needed:,} weights, but the files hold {held:,}: "

@@ -3,6 +3,8 @@
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lte.modules.quantised_linear import QuantisedLinear
+
 Linear = nn.Linear | Conv1D
 
 
@@ -11,6 +13,8 @@ def check_plain(name: str, linear: nn.Module) -> None:
 
     It may not be wrapped, quantised or on the meta device. ``name`` is its name in messages.
     """
+    if isinstance(linear, QuantisedLinear):
+        raise ValueError(f"{name} is quantised: load the model that it was made from")
     if not isinstance(linear, Linear):
         raise ValueError(
             f"{name} is a {type(linear).__module__}.{type(linear).__name__}, not a linear layer: give the "
@@ -28,8 +32,10 @@ def sizes_of(linear: nn.Module) -> tuple[int, int]:
     """Return the numbers of inputs and outputs of a linear layer.
 
     Raises:
-        ValueError: its weights are quantised.
+        ValueError: its weights are quantised by another library.
     """
+    if isinstance(linear, QuantisedLinear):
+        return linear.in_features, linear.out_features
     weight = linear.weight
     if not isinstance(weight, Tensor):  # after dynamic quantisation it is a method
         raise ValueError(f"{type(linear).__name__} holds quantised weights: load the model unquantised")

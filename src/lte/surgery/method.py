@@ -20,14 +20,16 @@ from lte.surgery.conversion import Batch, Conversion, Progress, section_of
 from lte.surgery.convert import set_mode_
 from lte.surgery.cost import Spent, cost_per_token
 from lte.surgery.experts import RECORDED_TOKENS, group, replace_ffn_
+from lte.surgery.quantise import check_form, quantise_site_, weights_of
 from lte.surgery.sites import FFNSite, find_sites
 from lte.surgery.training_options import TrainingOptions
 
 if TYPE_CHECKING:
     from lte.surgery.training import Training
 
-STATE = ("mode", "grouped")
-"""Keys of a config's section ``lte`` besides the method: the mode, and ``grouped: False`` until neurons are grouped."""
+STATE = ("mode", "grouped", "weights")
+"""Keys of a config's section ``lte`` besides the method: the mode, ``grouped: False`` until neurons are grouped, and
+``weights`` for the form of quantised experts, see :func:`lte.quantise_`."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,9 @@ class Method(Conversion):
             sparse = replace_ffn_(site, self)
             if not any(tensor.is_meta for tensor in sparse.router.state_dict().values()):
                 sparse.reset()
+            if (weights := weights_of(model)) is not None:
+                check_form(weights)
+                quantise_site_(site, weights)
         set_mode_(model, mode_of(model.config))
 
     def cost(self, model: PreTrainedModel, sparsity: float | Sequence[float] = 0.0) -> Cost:

@@ -113,9 +113,11 @@ class FFNSite(Site):
         return self.d_model * self.d_ff * (2 if reads == "neurons" and self.gated else 1)
 
     def projections(self) -> dict[str, nn.Module]:
-        return {f"{self.name}.{path}": self.module(path) for path in self._projection_paths()}
+        return {f"{self.name}.{path}": self.module(path) for path in self.paths}
 
-    def _projection_paths(self) -> list[str]:
+    @property
+    def paths(self) -> list[str]:
+        """The paths of the projections: gate if there is one, up, down."""
         return [path for path in (self.family.gate, self.family.up, self.family.down) if path]
 
     def check(self) -> None:
@@ -125,14 +127,14 @@ class FFNSite(Site):
         """
         family = self.family
         self.check_projections()
-        widths = {path: sizes_of(self.module(path))[1] for path in self._projection_paths()[:-1]}
+        widths = {path: sizes_of(self.module(path))[1] for path in self.paths[:-1]}
         expected = {path: self.d_ff * (2 if family.fused_gate_up else 1) for path in widths}
         if widths != expected:
             raise ValueError(f"{self.name} has a down projection of {self.d_ff} neurons, but widths {widths}")
         if family.site is None:
             place, named = self.module(family.act), set()
         else:
-            roles = (family.act, family.hidden_dropout, family.output_dropout, *self._projection_paths())
+            roles = (family.act, family.hidden_dropout, family.output_dropout, *self.paths)
             place, named = self.module(family.site), {path.rpartition(".")[2] for path in roles if path}
         unnamed = {name for name, _ in place.named_parameters() if name.partition(".")[0] not in named}
         unnamed |= {name for name, child in place.named_children() if name not in named and not _is_nothing(child)}

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from lte.modules.quantised_linear import is_quantised
 from lte.modules.sparse_ffn import Selecting
 from lte.modules.tensor_parallel import ExpertShard, processes_of
 
@@ -10,11 +11,13 @@ def shard_experts_(model: Any) -> None:
     """Tell each sparse FFN of a model just loaded which experts this process has. A whole model does not change.
 
     Raises:
-        ValueError: the processes cannot have the same number of experts.
+        ValueError: the processes cannot have the same number of experts, or experts are quantised.
     """
     size = processes_of(model)
     if size == 1:
         return
+    if is_quantised(model):
+        raise ValueError("quantised experts cannot be divided among processes: load the model without tp_size")
     mesh = model._device_mesh
     mesh = mesh if mesh.ndim == 1 else mesh["tp"]
     for name, layer in model.named_modules():
