@@ -88,7 +88,7 @@ class LTEConfig(Grouped):
         return cost_per_token(model, sparsity, self.expert_size, attention_sparsity=self.attention_sparsity)
 
     def describe(self, config: Any) -> str:
-        share = f", {self.attention_sparsity:.0%} of attention's inputs" if self.attention_sparsity else ""
+        share = f", {self.attention_sparsity:.0%} of attention's inputs left out" if self.attention_sparsity else ""
         return f"{super().describe(config)}{share}"
 
     def to_dict(self) -> dict[str, Any]:
