@@ -61,6 +61,30 @@ def test_teal(files, tmp_path, capsys):
     assert 0.4 < json.loads(capsys.readouterr().out.splitlines()[-1])["sparsity"] < 0.8
 
 
+def test_attention_sparsity(files, tmp_path, capsys):
+    """Trained, inspected, calibrated and measured."""
+    trained, calibrated, data = str(tmp_path / "out"), str(tmp_path / "new"), ["--text", str(files / "text.txt")]
+    short = ["--sequence-length", "32", "--device", "cpu"]
+    given = ["--expert-size", "8", "--target-sparsity", "0.5", "--attention-sparsity", "0.3", "--max-steps", "5"]
+    given += ["--per-device-train-batch-size", "4", "--save-strategy", "no", "--report-to", "none"]
+    assert main(["train", "--model", str(files / "llama"), *data, *short, *given, "-o", trained]) == 0
+    summary = json.loads((tmp_path / "out" / "lte_training.json").read_text())
+    assert summary["method"]["attention_sparsity"] == summary["made"][0]["options"]["attention_sparsity"] == 0.3
+    assert summary["evaluation"]["attention_sparsity"] == pytest.approx(0.3, abs=0.05)
+    assert main(["inspect", trained, "--json"]) == 0
+    printed = capsys.readouterr().out
+    assert "mode hard, 30% of attention's inputs left out" in printed
+    found = json.loads(printed.splitlines()[-1])
+    dense, sparse = found["cost_dense"], found["cost"]["0.5"]
+    assert sparse["attention_gflops"] == pytest.approx(0.7 * dense["attention_gflops"])
+    assert main(["calibrate", trained, *data, *short, "--target-sparsity", "0.6", "-o", calibrated]) == 0
+    assert "attention 30" in capsys.readouterr().out
+    assert main(["eval", calibrated, *data, *short, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["sparsity"], found["attention_sparsity"]) == pytest.approx((0.6, 0.3), abs=0.03)
+    assert found["method"]["attention_sparsity"] == 0.3
+
+
 def test_generate(files, tmp_path, capsys):
     assert sparsified(files, tmp_path, "cats") == 0
     capsys.readouterr()

@@ -13,7 +13,8 @@ import lte
 from lte.core.accounting import G
 from lte.evaluation.measuring import measure, spent
 from lte.methods.teal_allocation import _allocate
-from lte.modules.input_threshold import add_cut_, track_inputs
+from lte.modules.input_threshold import add_cut_
+from lte.modules.recording import track_inputs
 from lte.surgery.sites import linear_sites
 
 FAMILIES = ["llama", "phi3", "gpt2", "opt", "bert"]

@@ -20,8 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, PreTrainedModel
 
 import lte
-from lte.modules.input_threshold import track_inputs
-from lte.modules.recording import record_scores, sparse_layers
+from lte.modules.recording import record_scores, sparse_layers, track_inputs
 from lte.surgery.families import known_families
 
 try:

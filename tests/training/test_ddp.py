@@ -29,6 +29,9 @@ def test_both_end_with_the_same_weights(two):
     one, other = (run["weights"] for run in two)
     assert all(torch.equal(value, other[name]) for name, value in one.items())
     assert all(value.isfinite().all() for value in one.values())
+    cuts = [value for name, value in one.items() if name.endswith(".cut")]
+    assert len(cuts) == 8
+    assert all(cut > 0 for cut in cuts)
 
 
 def test_both_measure_and_steer_alike(two):

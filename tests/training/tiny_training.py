@@ -40,8 +40,9 @@ def dense_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**{**shape, **overrides})).eval()
 
 
-def sparse_llama(seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    return lte.sparsify_(dense_llama(seed, **overrides), lte.LTEConfig(expert_size=8, grouping="random"))
+def sparse_llama(seed: int = 0, attention_sparsity: float = 0.0, **overrides: Any) -> PreTrainedModel:
+    method = lte.LTEConfig(expert_size=8, grouping="random", attention_sparsity=attention_sparsity)
+    return lte.sparsify_(dense_llama(seed, **overrides), method)
 
 
 DEPENDENT = ("zero", "constant", "few", "one large", "dead")
@@ -121,8 +122,9 @@ def main(folder: str, kill_after: str | None = None) -> None:
     torch.set_num_threads(1)
     kill = [Kill(int(kill_after))] if kill_after else []
     saving = {"save_strategy": "steps", "save_steps": 2} if kill_after else {}
-    backend = {"ddp_backend": "gloo"} if "RANK" in os.environ else {}
-    trainer = trainer_for(folder, callbacks=kill, **saving, **backend)
+    several = "RANK" in os.environ
+    backend, model = {"ddp_backend": "gloo"} if several else {}, sparse_llama(attention_sparsity=0.25 * several)
+    trainer = trainer_for(folder, model, callbacks=kill, **saving, **backend)
     trainer.train()
     rank = os.environ.get("RANK", "0")
     torch.save(trainer.model.state_dict(), Path(folder, f"weights-{rank}.pt"))

@@ -10,6 +10,7 @@ import tyro
 from torch.utils.data import DataLoader
 
 from lte.cli.console import err, out, print_json, table, track
+from lte.cli.eval_tables import cost_cells
 from lte.cli.main import parse
 from lte.cli.options import DeviceOptions, Model, as_written, check_folder, open_model
 from lte.data.batches import two_samples
@@ -124,11 +125,8 @@ def _show(before: Evaluation, after: Evaluation, title: str) -> None:
     digits = 3 if metric == "perplexity" else 4
     table(
         title,
-        ["", metric, "sparsity", "GFLOPs per token"],
-        [
-            [name, f"{getattr(one, metric):.{digits}f}", f"{one.sparsity:.1%}", f"{one.gflops_per_token:.4g}"]
-            for name, one in measured.items()
-        ],
+        ["", metric, "sparsity", "GFLOPs per token", "dense"],
+        [[name, f"{getattr(one, metric):.{digits}f}", *cost_cells(one)] for name, one in measured.items()],
     )
     for name, one in measured.items():
         out.print(f"layers {name}: {' '.join(f'{share:.2f}' for share in one.layer_sparsity)}", soft_wrap=True)

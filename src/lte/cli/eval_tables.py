@@ -18,11 +18,12 @@ def show(result: Evaluation) -> None:
     table(
         f"{result.num_tokens:,} labels, mode {result.mode}",
         [*quality, "sparsity", "GFLOPs per token", "dense"],
-        [[*quality.values(), *_cost(result)]],
+        [[*quality.values(), *cost_cells(result)]],
     )
 
 
-def _cost(result: Spent) -> list[str]:
+def cost_cells(result: Spent) -> list[str]:
+    """Return the cells for sparsity, GFLOPs of a token, and GFLOPs of a token of the dense model."""
     further = f", attention {result.attention_sparsity:.1%}" if result.attention_sparsity else ""
     further += f", weights {result.weight_sparsity:.1%}" if result.weight_sparsity >= 0.0005 else ""
     cost = [result.gflops_per_token, result.gflops_per_token_dense]
@@ -36,7 +37,7 @@ def show_generated(result: GenerationEvaluation, perplexity: float | None) -> No
         f"{result.num_prompts:,} prompts, {result.num_references:,} references, mode {result.mode}; "
         f"{result.ended:.0%} of the texts ended",
         ["ROUGE-L", "ROUGE-1", "ROUGE-2", "BLEU", "perplexity", "sparsity", "GFLOPs per token", "dense"],
-        [[*(f"{value:.2f}" for value in quality), *_cost(result)]],
+        [[*(f"{value:.2f}" for value in quality), *cost_cells(result)]],
     )
 
 
@@ -55,7 +56,7 @@ def show_answered(result: MMLUEvaluation) -> None:
     table(
         f"{result.num_questions:,} questions of {len(subjects)} subjects, mode {result.mode}{notes}",
         ["accuracy", "mean of subjects", *result.by_category, "sparsity", "GFLOPs per token", "dense"],
-        [[*(f"{value:.4f}" for value in quality), *_cost(result)]],
+        [[*(f"{value:.4f}" for value in quality), *cost_cells(result)]],
     )
 
 
@@ -72,4 +73,4 @@ def show_tasks(result: HarnessEvaluation) -> None:
                 [task, name, f"{values[key]:.4f}", spread, result.num_samples.get(task, ""), result.shots.get(task, "")]
             )
     table("tasks of lm_eval", ["task", "metric", "value", "standard error", "questions", "shots"], rows)
-    table(f"mode {result.mode}", ["sparsity", "GFLOPs per token", "dense"], [_cost(result)])
+    table(f"mode {result.mode}", ["sparsity", "GFLOPs per token", "dense"], [cost_cells(result)])

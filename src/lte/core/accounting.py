@@ -61,9 +61,13 @@ class Cost:
 
 
 def cost(
-    shape: Shape, sparsity: float | Sequence[float] = 0.0, router: bool | None = None, bytes_per_weight: float = 2
+    shape: Shape,
+    sparsity: float | Sequence[float] = 0.0,
+    router: bool | None = None,
+    bytes_per_weight: float = 2,
+    attention_sparsity: float = 0.0,
 ) -> Cost:
-    """Return the cost of a token at a given FFN sparsity.
+    """Return the cost of a token at a given sparsity.
 
     Args:
         shape: the model's weight counts.
@@ -71,6 +75,7 @@ def cost(
         router: whether routers are charged. None charges them if the sparsity of any layer is above 0: a dense
             model runs no routers.
         bytes_per_weight: 2 for bf16 and fp16, 4 for fp32. Quantised weights count as the shape says.
+        attention_sparsity: fraction of the attention projections' weights that zeros among inputs leave unread.
 
     Raises:
         ValueError: a sparsity outside [0, 1], or a wrong number of sparsities.
@@ -81,21 +86,24 @@ def cost(
         raise ValueError(f"{len(by_layer)} sparsities for {layers} layers: give one number, or one for each layer")
     if not all(0 <= s <= 1 for s in by_layer):
         raise ValueError(f"sparsity is {sparsity}, but it is a fraction between 0 (dense) and 1")
+    if not 0 <= attention_sparsity <= 1:
+        raise ValueError(f"attention_sparsity is {attention_sparsity}, but it is a fraction between 0 (dense) and 1")
     if router is None:
         router = any(s > 0 for s in by_layer)
     always = shape.selection_weights or (0,) * layers
     ffn = sum(a + (w - a) * (1 - s) for w, a, s in zip(shape.ffn_weights, always, by_layer, strict=True))
     routers = sum(shape.router_weights) if router else 0
-    counted = ffn + shape.attention_weights + routers
+    attention = shape.attention_weights * (1 - attention_sparsity)
+    counted = ffn + attention + routers
     in_ffn = bytes_per_weight if shape.ffn_bytes is None else shape.ffn_bytes
     in_attention = bytes_per_weight if shape.attention_bytes is None else shape.attention_bytes
     return Cost(
         gflops=2 * counted / G,
         ffn_gflops=2 * ffn / G,
-        attention_gflops=2 * shape.attention_weights / G,
+        attention_gflops=2 * attention / G,
         router_gflops=2 * routers / G,
         head_gflops=2 * shape.head_weights / G,
-        weight_bytes=round(ffn * in_ffn + shape.attention_weights * in_attention + routers * bytes_per_weight),
+        weight_bytes=round(ffn * in_ffn + attention * in_attention + routers * bytes_per_weight),
         head_bytes=round(shape.head_weights * bytes_per_weight),
         embedding_bytes=round(shape.embedding_weights * bytes_per_weight),
     )

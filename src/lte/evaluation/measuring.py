@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from lte.modules.input_threshold import CUT
+from lte.modules.input_threshold import CUT, cut_layers
 from lte.modules.sparse_ffn import Selecting
 from lte.surgery.complete import check_numbers
 from lte.surgery.conversion import Conversion, conversion_of
@@ -58,5 +57,4 @@ def _choosing(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             parts = {"router": module.router, "compensation": module.compensation}
             for part, one in parts.items():
                 yield from ((f"{name}.{part}.{key}", value) for key, value in (one or nn.Module()).state_dict().items())
-        elif isinstance(cut := getattr(module, CUT, None), Tensor) and isinstance(module, nn.Linear | Conv1D):
-            yield f"{name}.{CUT}", cut
+    yield from ((f"{name}.{CUT}", linear.get_buffer(CUT)) for name, linear in cut_layers(model).items())

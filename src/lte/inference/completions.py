@@ -10,7 +10,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lte.inference.generate import generate
-from lte.modules.recording import SparsityMeter, track_sparsity
+from lte.modules.recording import track_sparsity
+from lte.modules.sparsity_meter import SparsityMeter
 
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 """Options of ``generate`` for greedy decoding, whatever a model's own settings are."""

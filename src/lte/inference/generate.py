@@ -19,7 +19,6 @@ from lte.inference.decoder import Decoder, How, Preparing, Prompts, Streamer, ti
 from lte.inference.kept import kept_with
 from lte.inference.sampling import NotCovered, Sampler
 from lte.inference.slot_cache import mask_kinds
-from lte.modules.sparse_ffn import Selecting
 from lte.modules.tensor_parallel import processes_of
 from lte.surgery.architectures import hugging_face_generate
 
@@ -120,7 +119,7 @@ def _looped(calls: Callable[..., Any], loop: "_Loop", *args: Any, **options: Any
 
 
 def _is_recorded(model: PreTrainedModel) -> bool:
-    return any(isinstance(module, Selecting) and bool(module.kept_in) for module in model.modules())
+    return any(bool(vars(module).get("kept_in")) for module in model.modules())
 
 
 def _say_not_covered(model: PreTrainedModel, reason: NotCovered) -> None:

@@ -1,16 +1,34 @@
 """Sets thresholds on data in one pass, so that a given share of a layer's values is below them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lte.core.sampling import stride_for
 from lte.modules.input_threshold import CUT
-from lte.surgery.activations import Wanted, watch_inputs
+from lte.surgery.activations import Wanted, check_inputs_are_tokens, watch_inputs
+from lte.surgery.sites import check_linears
 
 _SAMPLE = 1 << 18  # values of a layer for its cut: the quantile is exact to 0.1 %
+
+
+def check_inputs(model: PreTrainedModel, who: str) -> None:
+    """Raise ValueError unless inputs of the linear layers of all blocks can have thresholds.
+
+    Args:
+        who: the conversion or the option, which begins the message.
+    """
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{who} is for models with one stack of blocks, not for an encoder-decoder")
+    check_inputs_are_tokens(model.config)
+    check_linears(model, model.config.model_type)
+
+
+def sizes_of_inputs(linears: Mapping[str, nn.Module], tokens: int) -> list[Wanted]:
+    """Return the linear layers and their values for :func:`set_cuts_`: a :func:`sample` of the sizes of inputs."""
+    return [(name, linear, lambda x_TI: sample(x_TI.abs(), tokens)) for name, linear in linears.items()]
 
 
 def sample(values_TI: Tensor, tokens: int) -> Tensor:

@@ -11,15 +11,17 @@ from transformers import PreTrainedModel
 
 from lte.core.accounting import Cost, G
 from lte.methods.choosing import count_tokens
-from lte.methods.cuts import sample, set_cuts_
+from lte.methods.cuts import check_inputs, set_cuts_, sizes_of_inputs
 from lte.methods.teal_allocation import MOST_GREEDY, greedy_sparsities
-from lte.modules.input_threshold import InputMeter, add_cut_, track_inputs
-from lte.surgery.activations import Wanted, check_inputs_are_tokens, record_inputs
+from lte.modules.input_threshold import add_cut_
+from lte.modules.recording import track_inputs
+from lte.modules.sparsity_meter import SparsityMeter
+from lte.surgery.activations import record_inputs
 from lte.surgery.architectures import become_lte_
 from lte.surgery.conversion import Batch, Conversion, Progress
 from lte.surgery.convert import sparsify_
 from lte.surgery.cost import Spent, cost_per_token
-from lte.surgery.sites import check_linears, find_sites, linear_sites
+from lte.surgery.sites import find_sites, linear_sites
 
 Allocation = Literal["uniform", "greedy"]
 
@@ -73,10 +75,7 @@ class TEALConfig(Conversion):
             raise ValueError(f"allocation is {self.allocation!r}, but it is one of {', '.join(get_args(Allocation))}")
 
     def check(self, model: PreTrainedModel) -> None:
-        if model.config.is_encoder_decoder:
-            raise ValueError("TEAL here is for models with one stack of blocks, not for an encoder-decoder")
-        check_inputs_are_tokens(model.config)
-        check_linears(model, model.config.model_type)
+        check_inputs(model, "TEAL here")
 
     @property
     def data_tokens(self) -> int:
@@ -88,9 +87,7 @@ class TEALConfig(Conversion):
         self.install_(model)
         become_lte_(model, self)
         layers = _linears(model)
-        wanted: list[Wanted] = [
-            (name, linear, lambda x_TI: sample(x_TI.abs(), tokens)) for name, linear in layers.items()
-        ]
+        wanted = sizes_of_inputs(layers, tokens)
         sparsity = dict.fromkeys(layers, self.target_sparsity)
         if self.allocation == "greedy":
             model.eval()
@@ -108,11 +105,11 @@ class TEALConfig(Conversion):
         return teal_cost(model, sparsity)
 
     @contextmanager
-    def meter(self, model: PreTrainedModel, entry: nn.Module) -> Iterator[InputMeter]:
+    def meter(self, model: PreTrainedModel, entry: nn.Module) -> Iterator[SparsityMeter]:
         with track_inputs(entry, _linears(model)) as meter:
             yield meter
 
-    def spent(self, model: PreTrainedModel, meter: InputMeter) -> Spent:
+    def spent(self, model: PreTrainedModel, meter: SparsityMeter) -> Spent:
         by_linear, dense = meter.by_linear, cost_per_token(model)
         cost = teal_cost(model, by_linear)
         layers = []

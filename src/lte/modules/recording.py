@@ -1,18 +1,18 @@
 """Records router scores during forward passes and measures their sparsity. Padding does not count."""
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lte.core.accounting import count_active
-from lte.core.selection import threshold
-from lte.modules.input_threshold import CUT
+from lte.modules.input_threshold import cut_layers
 from lte.modules.kept import kept
 from lte.modules.sparse_ffn import Selecting
+from lte.modules.sparsity_meter import SparsityMeter
+from lte.modules.tensor_parallel import check_not_shared
 from lte.modules.token_masks import TokenMasks
 
 
@@ -23,7 +23,7 @@ def sparse_layers(model: nn.Module) -> dict[str, Selecting]:
         ValueError: the model has none, because it is dense or TEAL's.
     """
     found = {name: module for name, module in model.named_modules() if isinstance(module, Selecting)}
-    if not found and any(name.rpartition(".")[2] == CUT for name, _ in model.named_buffers()):
+    if not found and cut_layers(model):
         raise ValueError(
             f"{type(model).__name__} has no sparse FFN but TEAL's thresholds: use it as it is, or convert the dense "
             "model again"
@@ -55,11 +55,16 @@ def check_hard(layers: Iterable[Selecting], because: str) -> None:
 
 
 class Recording:
-    """The result of one forward pass: scores by layer (with gradient), and which tokens are not padding."""
+    """The result of one forward pass: scores by layer (with gradient), and which tokens are not padding.
 
-    def __init__(self, model: nn.Module, layers: dict[str, Selecting]) -> None:
+    Attributes:
+        zeros: of each layer with a threshold on its inputs that is recorded, the number of zeros of each token.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, Selecting], linears: Iterable[str]) -> None:
         self._layers = layers
         self._kept: dict[str, list[Tensor]] = {name: [] for name in layers}
+        self.zeros: dict[str, list[Tensor]] = {name: [] for name in linears}
         self.masks = TokenMasks(model)
         self.thread = threading.get_ident()
         self._running: nn.Module | None = None
@@ -115,8 +120,8 @@ class Recording:
         if self._running is None and not self._elsewhere():
             self._running = module
             self._with_gradient = torch.is_grad_enabled()
-            for scores in self._kept.values():
-                scores.clear()
+            for values in (*self._kept.values(), *self.zeros.values()):
+                values.clear()
             self.masks.see(module, args, kwargs)
 
     def _end(self, module: nn.Module, _args: tuple, output: Any) -> None:
@@ -138,8 +143,16 @@ def record_scores(model: nn.Module) -> Iterator[Recording]:
     Other threads may run and record the model at the same time. A recording has only the passes of the thread that
     opened it. A compiled model knows no threads: while one thread records it, no other thread may run it.
     """
-    layers = sparse_layers(model)
-    recording = Recording(model, layers)
+    with _recording(model, sparse_layers(model)) as recording:
+        yield recording
+
+
+@contextmanager
+def _recording(
+    model: nn.Module, layers: Mapping[str, Selecting], linears: Mapping[str, nn.Module] | None = None
+) -> Iterator[Recording]:
+    linears = linears or {}
+    recording = Recording(model, layers, linears)
     with ExitStack() as hooks:
         for module in _entries(model, recording.masks.encoder_decoder):
             begin = module.register_forward_pre_hook(recording._begin, with_kwargs=True, prepend=True)
@@ -147,6 +160,7 @@ def record_scores(model: nn.Module) -> Iterator[Recording]:
             hooks.callback(begin.remove)
             hooks.callback(end.remove)
         hooks.enter_context(kept((layer, recording._kept[name]) for name, layer in layers.items()))
+        hooks.enter_context(kept((linear, recording.zeros[name]) for name, linear in linears.items()))
         yield recording
 
 
@@ -156,64 +170,49 @@ def _entries(model: nn.Module, encoder_decoder: bool) -> list[nn.Module]:
     return [model, get_encoder()] if encoder_decoder and get_encoder is not None else [model]
 
 
-class SparsityMeter:
-    """Counts active neurons over forward passes.
-
-    Attributes:
-        weight: how often each token of the next passes counts: more than once if a pass stands for several.
-    """
-
-    def __init__(self) -> None:
-        self.weight = 1
-        self._active: dict[str, Tensor] = {}
-        self._total: dict[str, Tensor] = {}
-
-    def add(self, layers: dict[str, Selecting], stacked: list[tuple[list[str], Tensor, Tensor | None]]) -> None:
-        """Count a forward pass. ``stacked`` is the result of :meth:`Recording.stacked`."""
-        for names, scores, mask in stacked:
-            self.add_counts(names, *count_active(threshold(scores, layers[names[0]].tau), mask))
-
-    def add_counts(self, names: list[str], active_L: Tensor, total: Tensor) -> None:
-        """Add the result of :func:`~lte.core.accounting.count_active` for some layers."""
-        active_L, total = self.weight * active_L, self.weight * total
-        for name, active in zip(names, active_L.unbind(), strict=True):
-            self._active[name] = self._active[name] + active if name in self._active else active
-            self._total[name] = self._total[name] + total if name in self._total else total
-
-    def counts(self) -> Tensor:
-        """Return active and all neurons of each layer, ``[2, L]``, on the device, without waiting for it."""
-        return torch.stack([torch.stack(list(one.values())) for one in (self._active, self._total)])
-
-    def measured(self) -> tuple[Tensor, Tensor]:
-        """Return sparsity overall (a scalar) and of each layer ``[L]``, on the device."""
-        active_L, total_L = self.counts()
-        return 1 - active_L.sum() / total_L.sum(), 1 - active_L / total_L
-
-    @property
-    def by_layer(self) -> list[float]:
-        """Sparsity of each layer, in order. Empty before the first forward pass."""
-        return self.measured()[1].tolist() if self._active else []
-
-    @property
-    def overall(self) -> float:
-        """Fraction of inactive neurons, mean over tokens and layers; NaN before the first forward pass."""
-        return self.measured()[0].item() if self._active else float("nan")
-
-
 @contextmanager
 def track_sparsity(model: nn.Module) -> Iterator[SparsityMeter]:
     """Measure sparsity over all forward passes inside the context: ``.overall`` and ``.by_layer``.
 
     An expert counts as active if its score is above tau, in mode soft too. In mode dense all experts are active.
-    Padding, which the attention mask says, does not count.
+    Padding, which the attention mask says, does not count. ``.attention_sparsity`` is the fraction of the attention
+    projections' weights that zeros leave unread, if the model has thresholds there (``attention_sparsity`` of
+    :class:`~lte.LTEConfig`). Otherwise it is 0.
     """
     layers = sparse_layers(model)
-    meter = SparsityMeter()
-    with record_scores(model) as recording:
+    with _counting(model, layers, cut_layers(model)) as meter:
+        yield meter
+
+
+@contextmanager
+def track_inputs(model: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator[SparsityMeter]:
+    """Count the inputs of ``linears`` that are 0, over all forward passes of ``model`` inside the context.
+
+    Padding, which the attention mask says, does not count. Layers that do not apply their threshold do not count.
+
+    Raises:
+        ValueError: the model is divided by tensor parallelism, so a process sees only some of a layer's inputs.
+    """
+    with _counting(model, {}, linears) as meter:
+        yield meter
+
+
+@contextmanager
+def _counting(
+    model: nn.Module, layers: dict[str, Selecting], linears: Mapping[str, nn.Module]
+) -> Iterator[SparsityMeter]:
+    """Count active neurons of ``layers`` and zeros of ``linears``, over all forward passes of ``model``."""
+    if linears:
+        check_not_shared(model, "counting inputs wants")
+    meter = SparsityMeter(linears)
+    with _recording(model, layers, linears) as recording:
 
         @torch.no_grad()
         def count() -> None:
             meter.add(layers, recording.stacked())
+            for name, passes in recording.zeros.items():
+                for zeros_T in passes:
+                    meter.add_zeros(name, zeros_T, recording.masks.of(name, zeros_T.shape))
 
         recording._after.append(count)
         yield meter

@@ -35,7 +35,7 @@ class Selecting(nn.Module):
         self.compensation = compensation
         self.tau = tau
         self.mode: Mode = "dense"
-        self.num_neurons = _inputs_of(down)
+        self.num_neurons = inputs_of(down)
         self.shard: ExpertShard | None = None
         self.kept_in: Kept = []
 
@@ -146,8 +146,8 @@ class Selecting(nn.Module):
         return f"mode={self.mode!r}, tau={self.tau}"
 
 
-def _inputs_of(linear: nn.Module) -> int:
-    """Return the number of inputs of a down projection. GPT-2's ``Conv1D`` has no attribute for it."""
+def inputs_of(linear: nn.Module) -> int:
+    """Return the number of inputs of a linear layer. GPT-2's ``Conv1D`` has no attribute for it."""
     inputs = getattr(linear, "in_features", None)
     return inputs if inputs is not None else len(cast(Tensor, linear.weight))
 

@@ -8,7 +8,7 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor
 
-from lte.modules.recording import SparsityMeter
+from lte.modules.sparsity_meter import SparsityMeter
 
 _MOST = 10_000
 

@@ -218,6 +218,8 @@ def _method(record: Record) -> str:
         title += f", {str(options['selection']).replace('_', '-')}"
     if options.get("pattern"):
         title += f", {options['pattern']}"
+    if options.get("attention_sparsity"):
+        title += " and attention"
     if options.get("activation") and name != "relufication":
         title += f", {options['activation']}"
     return f"{title}, paper's schedule" if recipe == "paper" else title

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lte.core.accounting import Cost
-from lte.modules.recording import SparsityMeter
+from lte.modules.sparsity_meter import SparsityMeter
 from lte.surgery.cost import Spent, cost_per_token, weight_sparsity
 
 Kind = TypeVar("Kind", bound="Conversion")

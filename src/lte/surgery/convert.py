@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lte.modules.quantised_linear import is_quantised
+from lte.modules.input_threshold import CUT, cut_layers, switch_cuts_
 from lte.modules.recording import sparse_layers
 from lte.modules.sparse_ffn import Mode
 from lte.modules.tensor_parallel import check_not_shared
@@ -111,7 +112,10 @@ def densify(model: PreTrainedModel) -> PreTrainedModel:
     if is_quantised(model):
         raise ValueError("the experts are quantised: densify the model that they were made from")
     ours = tuple(f"{name}.{child}." for name in sparse_layers(model) for child in ("router", "compensation"))
-    weights = {name: value for name, value in model.state_dict().items() if not name.startswith(ours)}
+    cuts = {f"{name}.{CUT}" for name in cut_layers(model)}
+    weights = {
+        name: value for name, value in model.state_dict().items() if not name.startswith(ours) and name not in cuts
+    }
     plain = dense_class(type(model)).from_pretrained(
         None, config=dense_config(model.config), state_dict=weights, dtype=model.dtype
     )
@@ -123,10 +127,13 @@ def densify(model: PreTrainedModel) -> PreTrainedModel:
 def set_mode_(model: nn.Module, mode: Mode) -> None:
     """Switch every sparse FFN to ``"dense"``, ``"soft"`` or ``"hard"``. The mode is saved with the model.
 
+    Thresholds on the inputs of attention's projections act in mode hard alone.
+
     Raises:
         ValueError: the mode is unknown, or the model has no sparse FFNs.
     """
     for layer in sparse_layers(model).values():
         layer.set_mode(mode)
+    switch_cuts_(model, mode == "hard")
     if section := section_of(getattr(model, "config", None)):
         section["mode"] = mode

@@ -32,7 +32,8 @@ class Spent:
         sparsity: fraction of inactive neurons, mean over tokens and layers; 0 for a dense model. For TEAL it is the
             fraction of FFN weights that zeros leave unread.
         layer_sparsity: the same for each layer.
-        attention_sparsity: fraction of the attention projections' weights that TEAL leaves unread; 0 for other models.
+        attention_sparsity: fraction of the attention projections' weights that zeros among inputs leave unread, by
+            TEAL or by the ``attention_sparsity`` of LTE; 0 for other models.
         weight_sparsity: fraction of weights that are 0 in the blocks' linear layers, for a model without routers or
             thresholds (see :func:`lte.prune_`). Their FLOPs are not counted.
         gflops_per_token, gflops_per_token_dense: FFN, attention projections and routers, G = 2^30. LTE's mode soft
@@ -115,6 +116,7 @@ def cost_per_token(
     expert_size: int = 32,
     router: bool | None = None,
     bytes_per_weight: float | None = None,
+    attention_sparsity: float = 0.0,
 ) -> Cost:
     """Return FLOPs and weight bytes of one token, for a config or a model.
 
@@ -124,6 +126,7 @@ def cost_per_token(
         expert_size: neurons of an expert, which decides the router's size.
         router: whether routers are charged. None charges them if ``sparsity`` is above 0.
         bytes_per_weight: None takes the model's dtype, or the config's, or 2 if it names none.
+        attention_sparsity: fraction of the attention projections' weights that zeros among inputs leave unread.
 
     Returns:
         ``gflops``, ``ffn_gflops``, ``attention_gflops``, ``router_gflops`` (G = 2^30) and
@@ -145,7 +148,7 @@ def cost_per_token(
         dtype = getattr(model.config, "dtype", None)
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         bytes_per_weight = dtype.itemsize if isinstance(dtype, torch.dtype) else 2
-    return cost(model_shape(model, expert_size), sparsity, router, bytes_per_weight)
+    return cost(model_shape(model, expert_size), sparsity, router, bytes_per_weight, attention_sparsity)
 
 
 def weight_sparsity(model: PreTrainedModel) -> float:

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 from lte.core.accounting import Cost
 from lte.core.grouping import check_divisible
 from lte.modules.compensation import Compensation
-from lte.modules.recording import SparsityMeter, sparse_layers, track_sparsity
+from lte.modules.recording import sparse_layers, track_sparsity
 from lte.modules.router import BaseRouter
 from lte.modules.sparse_ffn import Mode
+from lte.modules.sparsity_meter import SparsityMeter
 from lte.surgery.architectures import become_lte_
 from lte.surgery.conversion import Batch, Conversion, Progress, section_of
 from lte.surgery.convert import set_mode_
@@ -160,10 +161,12 @@ class Method(Conversion):
     def spent(self, model: PreTrainedModel, meter: SparsityMeter) -> Spent:
         mode = mode_of(model.config)
         computes_all = mode == "soft" and self.soft_computes_all
-        cost = cost_per_token(model, 0.0, router=True) if computes_all else cost_per_token(model, meter.by_layer)
+        sparsity, attention = 0.0 if computes_all else meter.by_layer, meter.attention_sparsity
+        cost = cost_per_token(model, sparsity, router=computes_all or None, attention_sparsity=attention)
         return Spent(
             sparsity=meter.overall,
             layer_sparsity=meter.by_layer,
+            attention_sparsity=attention,
             gflops_per_token=cost.gflops,
             gflops_per_token_dense=cost_per_token(model).gflops,
             mode=mode,

@@ -15,7 +15,7 @@ from torch import Tensor
 from lte.data.content import content_of
 from lte.data.digest import digest
 from lte.modules.recording import sparse_layers
-from lte.surgery.method import STATE
+from lte.surgery.method import Method
 from lte.surgery.training_options import Schedule
 from lte.training.arguments import LTETrainingArguments
 
@@ -60,7 +60,8 @@ def model_identity(model: Any) -> dict[str, Any]:
     sum of their bits, which is exact on any device and does not depend on the order of neurons.
     """
     config = {name: value for name, value in model.config.to_dict().items() if name not in _NOT_THE_MODEL}
-    method = {name: value for name, value in model.config.lte.items() if name not in STATE}
+    made = Method.from_dict(model.config.lte)
+    method = {"method": made.name, **{name: getattr(made, name) for name in made.options()}}
     body = getattr(model, "base_model", model)
     added = {id(p) for layer in sparse_layers(model).values() for part in _added(layer) for p in part.parameters()}
     weights = [(name, one) for name, one in body.named_parameters() if id(one) not in added]

@@ -272,9 +272,12 @@ class LTETrainer(ResumingTrainer, WatchedTrainer, SavingTrainer):
             self.args.dataloader_drop_last = drop_last
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As ``Trainer``'s, in the model's current mode. It adds ``eval_sparsity`` of this process's rows."""
+        """As ``Trainer``'s, in the model's current mode. It adds sparsities of this process's rows."""
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         with track_sparsity(self.plain) as meter:
             output = super().evaluation_loop(*args, **kwargs)
-        cast(dict[str, float], output.metrics)[f"{prefix}_sparsity"] = meter.overall
+        metrics = cast(dict[str, float], output.metrics)
+        metrics[f"{prefix}_sparsity"] = meter.overall
+        if meter.attention_sparsity:
+            metrics[f"{prefix}_attention_sparsity"] = meter.attention_sparsity
         return output

@@ -1,4 +1,4 @@
-"""Calibration: one shift of all thresholds, measured on data, gives fixed routers the target sparsity."""
+"""Calibration: one shift of all routers' thresholds, measured on data, gives fixed routers the target sparsity."""
 
 import logging
 import math
@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lte.core.sampling import stride_for
+from lte.methods.choosing import count_tokens
+from lte.methods.cuts import set_cuts_, sizes_of_inputs
 from lte.modules.evaluating import evaluating
+from lte.modules.input_threshold import CUT, cut_layers
 from lte.modules.recording import check_hard, check_lte_routers, record_scores, sparse_layers
 from lte.surgery.conversion import section_of
 
@@ -26,13 +29,14 @@ def calibrate_(model: nn.Module, batches: Iterable[dict[str, Any]], target_spars
     """Shift every router's bias by the same amount, so that sparsity on ``batches`` is ``target_sparsity``.
 
     This changes the sparsity of a trained model without training. The shift is the quantile of all layers' logits
-    together, so layers keep their different sparsities. Nothing else of the model changes, and an optimised model
-    (``lte.optimize_``) stays optimised.
+    together, so layers keep their different sparsities. A model with ``attention_sparsity`` also gets new thresholds on
+    the inputs of attention's projections. Nothing else of the model changes, and an optimised model (``lte.optimize_``)
+    stays optimised.
 
     Args:
         model: sparse, in mode hard.
-        batches: inputs of the model, read ``passes`` times. Take them from data that the model was not trained on: a
-            model uses fewer experts on new text. Padding does not count.
+        batches: inputs of the model, read ``passes`` times, and twice that with ``attention_sparsity``. Take them from
+            data that the model was not trained on: a model uses fewer experts on new text. Padding does not count.
         target_sparsity: in (0, 1).
         passes: number of forward passes over the batches. A shift of one layer changes the next layer's input, so one
             pass is not enough.
@@ -50,10 +54,13 @@ def calibrate_(model: nn.Module, batches: Iterable[dict[str, Any]], target_spars
     check_calibration(model, target_sparsity)
     layers = sparse_layers(model)
     before = {name: layer.lte_router.bias.clone() for name, layer in layers.items()}
+    cuts = [linear.get_buffer(CUT) for linear in cut_layers(model).values()]
+    cuts_before = [cut.clone() for cut in cuts]
     total, sparsity = 0.0, math.nan
     try:
         with evaluating(model):
             for _ in range(passes):
+                set_attention_cuts_(model, batches)
                 cut, sparsity = _cut(_margins(model, batches), target_sparsity)
                 total += cut
                 for name, layer in layers.items():  # from the original biases: shifts are added before they are rounded
@@ -61,6 +68,8 @@ def calibrate_(model: nn.Module, batches: Iterable[dict[str, Any]], target_spars
     except BaseException:
         for name, layer in layers.items():
             layer.lte_router.bias.copy_(before[name])
+        for cut, old in zip(cuts, cuts_before, strict=True):
+            cut.copy_(old)
         raise
     if abs(sparsity - target_sparsity) > _MISSED:
         logger.warning(
@@ -72,6 +81,21 @@ def calibrate_(model: nn.Module, batches: Iterable[dict[str, Any]], target_spars
     if section := section_of(getattr(model, "config", None)):
         section["target_sparsity"] = target_sparsity
     return total
+
+
+def set_attention_cuts_(model: Any, batches: list[dict[str, Any]]) -> None:
+    """Set the thresholds on the inputs of attention's projections by the quantiles of their sizes on ``batches``.
+
+    Layers are set one after the other, behind layers that are sparse already. Do nothing if the model has no such
+    thresholds.
+
+    Raises:
+        ValueError: there is no batch, or only padding.
+    """
+    if linears := cut_layers(model):
+        tokens, share = count_tokens(batches), section_of(model.config)["attention_sparsity"]
+        with evaluating(model):
+            set_cuts_(model, sizes_of_inputs(linears, tokens), [share] * len(linears), batches, tokens)
 
 
 def check_calibration(model: nn.Module, target_sparsity: float) -> None:

@@ -1,15 +1,21 @@
 """LTE: experts by balanced k-means, a linear sigmoid router, a threshold (Zheng et al., NeurIPS 2024)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from transformers import PreTrainedModel
 
+from lte.core.accounting import Cost
 from lte.core.grouping import check_divisible
+from lte.methods.cuts import check_inputs
 from lte.methods.experts import Grouped
 from lte.modules.compensation import Compensation
+from lte.modules.input_threshold import add_cut_
 from lte.modules.router import Router
-from lte.surgery.sites import FFNSite
+from lte.surgery.cost import cost_per_token
+from lte.surgery.sites import FFNSite, linear_sites
 from lte.surgery.training_options import TrainingOptions, check_target
 
 if TYPE_CHECKING:
@@ -28,6 +34,8 @@ class LTEConfig(Grouped):
         compensation_rank: rank R of a linear map that stands in for idle experts. It costs ``2 D R`` weights for each
             token (:class:`~lte.modules.compensation.Compensation`); 0 (paper) is none.
         target_sparsity: fraction of idle neurons after training, in (0, 1); None with ``schedule="paper"``.
+        attention_sparsity: fraction of the inputs of attention's projections that count as 0 in mode hard, in [0, 1).
+            The smallest inputs do, by a threshold for each projection (TEAL's). 0 (paper) is none.
 
     Raises:
         ValueError: an option is outside its range.
@@ -36,11 +44,12 @@ class LTEConfig(Grouped):
     name: ClassVar[str] = "lte"
     soft_computes_all: ClassVar[bool] = True
 
-    added_later: ClassVar[tuple[str, ...]] = ("compensation_rank", "target_sparsity")
+    added_later: ClassVar[tuple[str, ...]] = ("compensation_rank", "target_sparsity", "attention_sparsity")
     of_training: ClassVar[tuple[str, ...]] = ("target_sparsity",)
 
     compensation_rank: int = 0
     target_sparsity: float | None = None
+    attention_sparsity: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,8 +57,44 @@ class LTEConfig(Grouped):
             check_target(self.target_sparsity)
         if self.compensation_rank < 0:
             raise ValueError(f"compensation_rank is {self.compensation_rank}, but a rank is 0 (none) or more")
+        if not 0 <= self.attention_sparsity < 1:
+            raise ValueError(
+                f"attention_sparsity is {self.attention_sparsity}, but it is the fraction of attention's inputs taken "
+                "for 0: from 0 (none) to below 1, e.g. 0.25"
+            )
         if not 0 < self.tau < 1:
             raise ValueError(f"tau is {self.tau}, but scores lie between 0 and 1, so tau does too (usual: 0.5)")
+
+    def check(self, model: PreTrainedModel) -> None:
+        super().check(model)
+        if self.attention_sparsity:
+            check_inputs(model, "attention_sparsity")
+
+    def put_in_(self, model: PreTrainedModel, **state: Any) -> None:
+        self._add_cuts_(model)
+        super().put_in_(model, **state)
+
+    def install_(self, model: PreTrainedModel) -> None:
+        self._add_cuts_(model)
+        super().install_(model)
+
+    def _add_cuts_(self, model: PreTrainedModel) -> None:
+        """Give attention's projections in all blocks a threshold of 0, if some of their inputs are to be left out."""
+        for site in linear_sites(model, model.config.model_type) if self.attention_sparsity else ():
+            if not site.in_ffn:
+                add_cut_(site.linear, cutting=False)
+
+    def cost(self, model: PreTrainedModel, sparsity: float | Sequence[float] = 0.0) -> Cost:
+        return cost_per_token(model, sparsity, self.expert_size, attention_sparsity=self.attention_sparsity)
+
+    def describe(self, config: Any) -> str:
+        share = f", {self.attention_sparsity:.0%} of attention's inputs left out" if self.attention_sparsity else ""
+        return f"{super().describe(config)}{share}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options. An ``attention_sparsity`` of 0 is left out, so that earlier versions can read them."""
+        options = super().to_dict()
+        return options if self.attention_sparsity else {n: v for n, v in options.items() if n != "attention_sparsity"}
 
     def training(self, options: TrainingOptions) -> "LTETraining":
         from lte.methods.lte.training import LTETraining  # not needed to convert or load a model

@@ -6,22 +6,25 @@ from typing import Any, cast
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import broadcast, reduce
 from torch import Tensor
 
 from lte.methods.learned import LearnedTraining
-from lte.methods.lte.calibration import calibrate_
+from lte.methods.lte.calibration import calibrate_, set_attention_cuts_
 from lte.methods.lte.compensation_start import fit_compensations_
 from lte.methods.lte.controller import SparsityController
 from lte.methods.lte.scores import lte_losses, measure_scores
 from lte.modules.evaluating import evaluating
+from lte.modules.input_threshold import CUT, cut_layers
 from lte.modules.recording import Recording, track_sparsity
+from lte.surgery.activations import first_tokens
 from lte.surgery.stages import Stage, StagePlan
 from lte.surgery.training import Rows
 from lte.surgery.training_options import check_target
 
 _USUAL_SPARSITY = 0.5  # the sparsity for the start if there is no target
 _COMPARISONS = 10  # comparisons in the soft stage of the sparsity of training rows with that of others
+_CUT_TOKENS = 16_384  # for the thresholds on attention's inputs at the start of the hard stage
 _APART = 20  # the least number of steps between two of them: a short stage has fewer
 
 
@@ -60,6 +63,10 @@ class LTETraining(LearnedTraining):
             for layer in self.layers.values():
                 layer.lte_router.fold_temperature()
         super().enter(stage, rows)
+        if stage == "hard" and self.cuts:
+            with rows.autocast():
+                set_attention_cuts_(self.model, first_tokens(rows.training(), _CUT_TOKENS))
+            self.share_cuts()
 
     def start_compensation(self, batches: Iterable[dict[str, Tensor]]) -> None:
         if any(layer.compensation is not None for layer in self.layers.values()):
@@ -101,7 +108,7 @@ class LTETraining(LearnedTraining):
         self.controller.gap = cast(Tensor, reduce(meter.measured()[0], reduction="mean")) - sparsity
 
     def calibrate(self, rows: Rows) -> None:
-        """Shift all thresholds by the mean of the shifts that the ranks find."""
+        """Shift the thresholds on scores by the mean of the ranks' shifts. Those on inputs are the first rank's."""
         assert rows.held_out is not None
         assert self.target is not None
         routers = [layer.lte_router for layer in self.layers.values()]
@@ -111,6 +118,17 @@ class LTETraining(LearnedTraining):
         mean = cast(Tensor, reduce(torch.tensor(shift, device=PartialState().device), reduction="mean"))
         for router, bias in zip(routers, before, strict=True):
             router.bias.data.copy_(bias - mean / router.temperature)
+        self.share_cuts()
+
+    @property
+    def cuts(self) -> list[Tensor]:
+        """The thresholds on the inputs of attention's projections."""
+        return [linear.get_buffer(CUT) for linear in cut_layers(self.model).values()]
+
+    def share_cuts(self) -> None:
+        """Copy the thresholds on inputs of the first rank to all ranks."""
+        for cut in self.cuts:
+            broadcast(cut)
 
     def state(self) -> dict[str, float]:
         return {
