@@ -1,0 +1,285 @@
+"""One token, int8 or int4 weights: three launches, as in :mod:`lte.ops.triton_token`.
+
+1. ``_route`` writes one byte for each expert, and ``compress x`` of the compensation. Its router may be int8.
+2. ``_experts`` computes the active experts' neurons. Its work is divided into units of some rows of one expert. Rows of
+   a unit share the scales of int4, so x is multiplied by them once for a unit.
+3. ``_sum`` adds the programs' outputs.
+"""
+# pyright: basic, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lte.ops.triton_activations import activate
+from lte.ops.triton_device import device_info
+from lte.ops.triton_token import _add2, _dot, _sum
+from lte.ops.triton_words import MASKS, lane, load_lanes, load_words, offset, store_lanes
+from lte.ops.weights import INT4_GROUP, FFNWeights
+
+
+@triton.jit
+def _route(
+    x,
+    router,
+    scales,
+    bias,
+    active,
+    compress,
+    compress_bias,
+    z,
+    E,  # programs that choose; 0 if the choice is given
+    D,
+    threshold,
+    HAS_BIAS: tl.constexpr,
+    COMPENSATED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row = tl.program_id(0)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    if COMPENSATED and row >= E:
+        tl.store(z + row - E, _dot(x, compress, compress_bias, row - E, D, True, BLOCK_D, PDL))
+    else:
+        scale = 1.0
+        if scales is not None:
+            scale = tl.load(scales + row).to(tl.float32)
+        logit = scale * _dot(x, router, bias, row, D, False, BLOCK_D, PDL)
+        if HAS_BIAS:
+            logit += tl.load(bias + row).to(tl.float32)
+        tl.store(active + row, (logit > threshold).to(tl.uint8))
+
+
+@triton.jit
+def _products(words_RW, factors, low_mask, high_mask, BITS: tl.constexpr):
+    """Return parts ``[R, W]`` of the products of rows and ``factors``. The sum over W is the product."""
+    start_W = factors[0] * -offset(0, BITS)
+    for k in tl.static_range(1, 32 // BITS):
+        start_W -= factors[k] * offset(k, BITS)
+    part_RW = start_W[None, :] + lane(words_RW, 0, low_mask, high_mask, BITS) * factors[0][None, :]
+    for k in tl.static_range(1, 32 // BITS):
+        part_RW += lane(words_RW, k, low_mask, high_mask, BITS) * factors[k][None, :]
+    return part_RW
+
+
+@triton.jit
+def _scaled(lanes, scales, words_W, inside_W, D, BITS: tl.constexpr):
+    """Return ``lanes`` times the scales of int4, which belong to columns."""
+    if BITS == 8:
+        return lanes
+    else:
+        by = load_lanes(scales, words_W, inside_W, D, BITS)
+        scaled = ()
+        for k in tl.static_range(8):
+            scaled = scaled + (lanes[k] * by[k],)
+        return scaled
+
+
+@triton.jit
+def _experts(
+    x,
+    gate,
+    up,
+    down,
+    gate_scales,
+    up_scales,
+    down_scales,
+    gate_bias,
+    up_bias,
+    active,
+    partial,
+    E,
+    low_mask,
+    high_mask,
+    D: tl.constexpr,  # a constant, so that the second half of a row is known to be aligned
+    ACT: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_GATE_BIAS: tl.constexpr,
+    HAS_UP_BIAS: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    width = D * BITS // 32
+    words_W = tl.arange(0, BLOCK_W)
+    inside_W = words_W < width
+    inside_RW = inside_W[None, :] & (tl.arange(0, ROWS) < ROWS)[:, None]
+    x_lanes = load_lanes(x, words_W, inside_W, D, BITS)
+    experts_E = tl.arange(0, BLOCK_E)
+    on_E = tl.load(active + experts_E, mask=experts_E < E, other=0).to(tl.int32)
+    upto_E = tl.cumsum(on_E, 0)
+
+    UNITS: tl.constexpr = N // ROWS  # of an expert
+    total = tl.sum(on_E, 0) * UNITS
+    sums = ()
+    for _ in tl.static_range(32 // BITS):
+        sums = sums + (tl.zeros([BLOCK_W], dtype=tl.float32),)
+    first, last = (program * total) // programs, ((program + 1) * total) // programs
+    for unit in tl.range(first, last, num_stages=STAGES):
+        expert = tl.sum((upto_E <= unit // UNITS).to(tl.int32), 0)
+        row = expert * N + unit % UNITS * ROWS
+        rows_R = row + tl.arange(0, ROWS)
+        scales = (row // GROUP).to(tl.int64) * D
+        u_RW = load_words(up, rows_R, words_W, inside_RW, width, BITS)
+        if GATED:
+            g_RW = load_words(gate, rows_R, words_W, inside_RW, width, BITS)
+        d_RW = load_words(down, rows_R, words_W, inside_RW, width, BITS)
+        up_RW = _products(
+            u_RW, _scaled(x_lanes, up_scales + scales, words_W, inside_W, D, BITS), low_mask, high_mask, BITS
+        )
+        if GATED:
+            by_gate = _scaled(x_lanes, gate_scales + scales, words_W, inside_W, D, BITS)
+            gate_RW = _products(g_RW, by_gate, low_mask, high_mask, BITS)
+            gate_R, up_R = tl.reduce((gate_RW, up_RW), 1, _add2)
+            if BITS == 8:
+                gate_R *= tl.load(gate_scales + rows_R).to(tl.float32)
+            if HAS_GATE_BIAS:
+                gate_R += tl.load(gate_bias + rows_R).to(tl.float32)
+        else:
+            up_R = tl.sum(up_RW, axis=1)
+        if BITS == 8:
+            up_R *= tl.load(up_scales + rows_R).to(tl.float32)
+        if HAS_UP_BIAS:
+            up_R += tl.load(up_bias + rows_R).to(tl.float32)
+        h_R = activate(gate_R, ACT) * up_R if GATED else activate(up_R, ACT)
+        h_R = h_R.to(x.dtype.element_ty).to(tl.float32)  # rounded as in the reference
+        if BITS == 8:
+            h_R *= tl.load(down_scales + rows_R).to(tl.float32)
+        h = tl.sum(h_R, 0)
+        outs = ()
+        for k in tl.static_range(32 // BITS):
+            part_W = tl.sum(lane(d_RW, k, low_mask, high_mask, BITS) * h_R[:, None], axis=0)
+            outs = outs + (part_W - offset(k, BITS) * h,)
+        outs = _scaled(outs, down_scales + scales, words_W, inside_W, D, BITS)
+        added = ()
+        for k in tl.static_range(32 // BITS):
+            added = added + (sums[k] + outs[k],)
+        sums = added
+    store_lanes(partial + program * D, sums, words_W, inside_W, D, BITS)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the work is divided.
+
+    Attributes:
+        programs: of ``_experts``.
+        rows: of a unit.
+        stages: units that are loaded at the same time; 1 loads to registers.
+        warps: of ``_experts``.
+        columns: of the output, for each program of ``_sum``.
+    """
+
+    programs: int
+    rows: int = 8
+    stages: int = 1
+    warps: int = 4
+    columns: int = 16
+
+    @staticmethod
+    @cache
+    def of(device: torch.device, d_model: int, bits: int) -> "Tuning":
+        """Return the tuning for a shape and a device."""
+        warps = max(1, min(16, triton.next_power_of_2(d_model * bits // 32) // 128))
+        return Tuning(device_info(device).multiprocessors * (2 if bits == 4 else 1), warps=warps)
+
+
+def token_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tuning: Tuning | None = None) -> Tensor:
+    """``[1, D]`` -> ``[1, D]``."""
+    D, E, N, R, bits = weights.d_model, weights.num_experts, weights.expert_size, weights.rank, weights.up.matrix.bits
+    up, down, gate, router, low_rank = weights.up, weights.down, weights.gate, weights.router, weights.compensation
+    device, block_d, width = x_TD.device, triton.next_power_of_2(D), D * bits // 32
+    tuning = tuning or Tuning.of(device, D, bits)
+    overlap = device_info(device).overlap
+    routed = E if active_TE is None else 0
+    if active_TE is None:
+        active_TE = torch.empty(1, E, dtype=torch.uint8, device=device)
+    active_TE = active_TE.view(torch.uint8)
+    z_R = torch.empty(R, dtype=torch.float32, device=device) if R else None
+    if routed + R:
+        _route[(routed + R,)](
+            x_TD,
+            router.matrix.rows,
+            router.matrix.scales,
+            router.bias,
+            active_TE,
+            low_rank and low_rank.compress.rows,
+            low_rank and low_rank.bias,
+            z_R,
+            routed,
+            D,
+            router.threshold,
+            HAS_BIAS=router.bias is not None,
+            COMPENSATED=R > 0,
+            BLOCK_D=block_d,
+            num_warps=min(8, max(1, block_d // 512)),
+            **overlap,
+        )
+    partial = torch.empty(tuning.programs, D, dtype=torch.float32, device=device)
+    low_mask, high_mask = MASKS[bits]
+    _experts[(tuning.programs,)](
+        x_TD,
+        gate and gate.matrix.rows.view(torch.int32),
+        up.matrix.rows.view(torch.int32),
+        down.matrix.rows.view(torch.int32),
+        gate and gate.matrix.scales,
+        up.matrix.scales,
+        down.matrix.scales,
+        gate and gate.bias,
+        up.bias,
+        active_TE,
+        partial,
+        E,
+        low_mask,
+        high_mask,
+        D=D,
+        ACT=weights.act,
+        GATED=gate is not None,
+        HAS_GATE_BIAS=gate is not None and gate.bias is not None,
+        HAS_UP_BIAS=up.bias is not None,
+        BITS=bits,
+        GROUP=INT4_GROUP,
+        N=N,
+        BLOCK_E=triton.next_power_of_2(E),
+        BLOCK_W=triton.next_power_of_2(width),
+        ROWS=min(tuning.rows, N),
+        STAGES=tuning.stages,
+        num_warps=tuning.warps,
+        **overlap,
+    )
+    y_TD = torch.empty_like(x_TD)
+    _sum[(triton.cdiv(D, tuning.columns),)](
+        partial,
+        down.bias,
+        y_TD,
+        active_TE,
+        z_R,
+        low_rank and low_rank.expand.rows,
+        D,
+        E,
+        R,
+        tuning.programs,
+        HAS_BIAS=down.bias is not None,
+        COMPENSATED=R > 0,
+        BLOCK_P=triton.next_power_of_2(tuning.programs),
+        BLOCK_D=tuning.columns,
+        BLOCK_E=triton.next_power_of_2(E),
+        BLOCK_R=triton.next_power_of_2(max(R, 1)),
+        num_warps=4,
+        **overlap,
+    )
+    return y_TD
