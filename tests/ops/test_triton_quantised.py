@@ -43,27 +43,156 @@ def expected(x, weights, active):
 
 @pytest.mark.parametrize("to", ["int8", "int4"])
 @pytest.mark.parametrize(
-    ("sizes", "tokens", "dtype", "options"),
+    ("sizes", "tokens", "share", "dtype", "options"),
     [
-        ((64, 256, 32), 1, torch.float32, {"bias": True, "rank": 5}),
-        ((96, 160, 32), 1, torch.bfloat16, {"gated": False}),
-        ((576, 128, 64), 1, torch.float16, {"bias": True}),
-        ((32, 96, 8), 1, HALF, {"router": False, "rank": 3}),
-        ((64, 64, 16), 1, HALF, {"router": False}),
-        ((96, 160, 32), 3, torch.float32, {"bias": True, "rank": 5}),
-        ((64, 128, 64), 64, HALF, {"gated": False}),
-        ((576, 96, 16), 2, HALF, {"router": False}),
-        ((32, 96, 8), 17, HALF, {"bias": True}),
-        ((64, 128, 32), 70, HALF, {"bias": True, "rank": 3}),
+        ((64, 128, 32), 1, "router", torch.float32, {"bias": True, "rank": 5}),
+        ((96, 96, 32), 1, "one", torch.bfloat16, {"gated": False}),
+        ((64, 128, 64), 1, "all", torch.float16, {"bias": True}),
+        ((32, 64, 8), 1, "half", HALF, {"rank": 3, "router": False}),
+        ((32, 64, 16), 1, "router", HALF, {"router": False}),
+        ((32, 64, 16), 1, "none", HALF, {"bias": True}),
+        ((64, 96, 32), 3, "router", torch.float32, {"bias": True, "rank": 5}),
+        ((64, 128, 64), 64, "one", HALF, {"gated": False}),
+        ((96, 64, 16), 2, "router", HALF, {"router": False}),
+        ((32, 64, 8), 17, "half", HALF, {"bias": True}),
+        ((32, 64, 32), 5, "all", HALF, {}),
+        ((32, 64, 32), 5, "none", HALF, {"bias": True}),
+        ((64, 128, 32), 70, "router", HALF, {"bias": True, "rank": 3}),
     ],
     ids=str,
 )
-def test_parity(to, sizes, tokens, dtype, options):
+def test_parity(to, sizes, tokens, share, dtype, options):
     weights = make(to, *sizes, dtype=dtype, **options)
     x = make_x(tokens, weights)
-    for share in ("none", "one", "half", "all", "router"):
-        active = None if share == "router" else make_active(tokens, weights, share)
-        found = sparse_ffn(x, weights, active, backend="triton")
-        assert found.shape == x.shape
-        assert found.dtype == dtype
-        assert relative_rms(found, expected(x, weights, active)) < TOLERANCE[dtype], share
+    active = None if share == "router" else make_active(tokens, weights, share)
+    found = sparse_ffn(x, weights, active, backend="triton")
+    assert found.shape == x.shape
+    assert found.dtype == dtype
+    assert relative_rms(found, expected(x, weights, active)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("to", ["int8", "int4"])
+@pytest.mark.parametrize(("tokens", "gated"), [(1, False), (3, True)])
+@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "relu", "relu2"])
+def test_activations(to, tokens, gated, act):
+    weights = make(to, 32, 32, gated=gated, act=act)
+    x = make_x(tokens, weights)
+    active = make_active(tokens, weights, "all")
+    assert relative_rms(sparse_ffn(x, weights, active, backend="triton"), expected(x, weights, active)) < 2e-5
+
+
+@pytest.mark.parametrize("to", ["int8", "int4"])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_inactive_experts_are_not_read(to, tokens):
+    weights = make(to, 32, 128, bias=True)
+    x, active = make_x(tokens, weights), make_active(tokens, weights, "one")
+    idle = (~active.any(0)).repeat_interleave(weights.expert_size)
+    assert idle.any()
+    changes = {}
+    for name, tensor in weights.named_tensors():
+        if name.startswith(("up", "gate", "down.matrix")):
+            rows = idle if len(tensor) == len(idle) else idle[:: len(idle) // len(tensor)]  # scales of int4: a group
+            value = float("nan") if tensor.is_floating_point() else 1
+            changes[name] = tensor.masked_fill(rows.view(-1, *[1] * (tensor.ndim - 1)), value)
+    assert len(changes) == 8
+    clean = sparse_ffn(x, weights, active, backend="triton")
+    assert clean.isfinite().all()
+    assert torch.equal(sparse_ffn(x, changed(weights, changes), active, backend="triton"), clean)
+
+
+@pytest.mark.parametrize("to", ["int8", "int4"])
+@pytest.mark.parametrize("programs, rows, stages", [(1, 32, 1), (3, 4, 2), (7, 16, 1)])
+def test_any_tuning_of_one_token_gives_the_same(to, programs, rows, stages):
+    weights = make(to, 32, 96)
+    x = make_x(1, weights)
+    tuning = triton_quantised.Tuning(programs, rows, stages, warps=4, columns=32)
+    found = triton_quantised.token_ffn(x, weights, None, tuning)
+    assert relative_rms(found, expected(x, weights, None)) < 2e-5
+
+
+@pytest.mark.parametrize("to", ["int8", "int4"])
+def test_any_tuning_of_several_tokens_gives_the_same(to):
+    weights = make(to, 96, 96, bias=True)
+    x = make_x(3, weights)
+    tuning = triton_quantised_union.Tuning(16, 2, 4, 32, 2, 4, splits=3)
+    found = triton_quantised_union.union_ffn(x, weights, None, tuning)
+    assert relative_rms(found, expected(x, weights, None)) < 2e-5
+
+
+def test_each_number_of_four_bits():
+    """All 256 bytes, each in all places of a word: the rows of up are multiplied by one column at a time."""
+    bytes_RJ = torch.arange(256).view(32, 8).repeat(1, 2)
+    numbers_RD = torch.cat([(bytes_RJ & 15), bytes_RJ >> 4], dim=1).float() - 8
+    up = pack_int4(numbers_RD, torch.ones(1, 32))
+    down = pack_int4(torch.eye(32), torch.ones(1, 32))
+    weights = make("int4", 32, 32, gated=False, act="relu")
+    for tokens in (1, 32):
+        for sign in (1, -1):
+            x = sign * torch.eye(32)[:tokens].to(DEVICE)
+            weights = dataclasses.replace(
+                weights,
+                up=dataclasses.replace(weights.up, matrix=Matrix(up.rows.to(DEVICE), up.scales.to(DEVICE))),
+                down=dataclasses.replace(weights.down, matrix=Matrix(down.rows.to(DEVICE), down.scales.to(DEVICE))),
+            )
+            found = sparse_ffn(x, weights, torch.ones(tokens, 1, dtype=torch.bool, device=DEVICE), backend="triton")
+            assert torch.equal(found.cpu(), (sign * numbers_RD.T[:tokens]).relu())
+
+
+def test_opcheck_and_torch_compile():
+    weights = make("int4", 32, 32)
+    x = make_x(1, weights)
+    arguments = (x, list(weights.tensors), weights.router.threshold, weights.act, None, "triton")
+    torch.library.opcheck(torch.ops.lte.sparse_ffn.default, arguments)
+    compiled = torch.compile(lambda x: sparse_ffn(x, weights, backend="triton") + 1, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), sparse_ffn(x, weights, backend="triton") + 1)
+
+
+def test_refusals():
+    int4, int8, floats_ = make("int4", 32, 1024), make("int8", 32, 1024), make_weights(32, 1024, device=DEVICE)
+    of_int4 = dataclasses.replace(int4.router, matrix=make("int4", 32, 32).up.matrix)
+    for weights, message in (
+        (dataclasses.replace(int4, down=int8.down), "all be int8, or all int4"),
+        (dataclasses.replace(floats_, router=int8.router), "all be int8, or all int4"),
+        (dataclasses.replace(int4, router=of_int4), "the router is int4"),
+        (make("int8", 48, 64), "multiple of 32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sparse_ffn(torch.zeros(1, weights.d_model, device=DEVICE), weights, backend="triton")
+    with pytest.raises(ValueError, match="convert one of them"):
+        sparse_ffn(torch.zeros(1, 32, device=DEVICE).half(), int4, backend="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("to", ["int8", "int4"])
+@pytest.mark.parametrize("tokens", [1, 2, 8, 16, 33, 64, 100])
+@pytest.mark.parametrize("sizes", [(576, 1536, 32), (896, 4864, 16), (4096, 11008, 32), (3584, 18944, 64)], ids=str)
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_sizes_of_real_models(to, tokens, sizes, dtype):
+    weights = make(to, *sizes, dtype=dtype)
+    x = make_x(tokens, weights)
+    found = sparse_ffn(x, weights, backend="triton")
+    assert relative_rms(found, expected(x, weights, None)) < 2 * TOLERANCE[dtype]
+    assert torch.equal(found, sparse_ffn(x, weights, backend="triton"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize("to", ["int8", "int4"])
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+def test_in_a_cuda_graph_without_synchronising(to, tokens):
+    weights = make(to, 576, 1536, dtype=torch.bfloat16)
+    x = make_x(tokens, weights)
+    sparse_ffn(x, weights, backend="triton")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.graph(graph):
+            y = sparse_ffn(x, weights, backend="triton")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    x.copy_(make_x(tokens, weights, 5))
+    graph.replay()
+    assert torch.equal(y, sparse_ffn(x, weights, backend="triton"))

@@ -96,7 +96,9 @@ def masked_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tuni
     tuning = tuning or Tuning()
     T, E, N = x_TD.shape[0], weights.num_experts, weights.expert_size
     up_TF = _linear(x_TD, weights.up.matrix.floats(x_TD.dtype), weights.up.bias)
-    gate_TF = up_TF if weights.gate is None else _linear(x_TD, weights.gate.matrix.floats(x_TD.dtype), weights.gate.bias)
+    gate_TF = (
+        up_TF if weights.gate is None else _linear(x_TD, weights.gate.matrix.floats(x_TD.dtype), weights.gate.bias)
+    )
     block = max(1, tuning.neurons // N)
     choice = _choose(x_TD, weights, active_TE, tuning)
     _activate_and_mask[(triton.cdiv(T, tuning.tokens), triton.cdiv(E, block))](

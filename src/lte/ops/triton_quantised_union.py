@@ -24,7 +24,18 @@ from lte.ops.weights import INT4_GROUP, FFNWeights
 
 
 @triton.jit
-def _load_two(rows, scales, rows_R, group, cols_J, inside_R, D: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLE: tl.constexpr):
+def _load_two(
+    rows,
+    scales,
+    rows_R,
+    group,
+    cols_J,
+    inside_R,
+    D: tl.constexpr,
+    BITS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ASSEMBLE: tl.constexpr,
+):
     """Return numbers of these rows, ``[R, J]`` at columns J and at J + D / 2. Those of int8 still lack their scales."""
     inside_RJ = inside_R[:, None] & (cols_J < D // 2)[None, :]
     if BITS == 8:
@@ -117,7 +128,9 @@ def _up(
             up_TR = tl.dot(low_TJ, low_RJ.T, up_TR, input_precision="ieee")
             up_TR = tl.dot(high_TJ, high_RJ.T, up_TR, input_precision="ieee")
             if GATED:
-                low_RJ, high_RJ = _load_two(gate, gate_scales, rows_R, first // GROUP, cols_J, all_R, D, BITS, DTYPE, ASSEMBLE)
+                low_RJ, high_RJ = _load_two(
+                    gate, gate_scales, rows_R, first // GROUP, cols_J, all_R, D, BITS, DTYPE, ASSEMBLE
+                )
                 gate_TR = tl.dot(low_TJ, low_RJ.T, gate_TR, input_precision="ieee")
                 gate_TR = tl.dot(high_TJ, high_RJ.T, gate_TR, input_precision="ieee")
         if BITS == 8:
@@ -212,9 +225,14 @@ class Tuning:
 
     @staticmethod
     @cache
-    def of(device: torch.device, tokens: int, d_model: int, itemsize: int) -> "Tuning":
-        """Return the tuning for a shape and a device."""
-        return Tuning()
+    def of(device: torch.device, tokens: int, bits: int, itemsize: int) -> "Tuning":
+        """Return the tuning for a number of tokens and a device. It leaves room for two programs on a multiprocessor."""
+        padded, few = max(16, triton.next_power_of_2(tokens)), tokens <= 16
+        width = 256 if few and bits == 4 else 128
+        room = int(0.45 * device_info(device).shared_memory)
+        tile = width * (2 * padded * itemsize + INT4_GROUP * bits // 2)  # two halves of x, and of gate and up
+        stages = max(1, min(4, room // tile))
+        return Tuning(width, stages, 4, 256 if few else 128, 4, 4 if few else 8)
 
 
 def union_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tuning: Tuning | None = None) -> Tensor:
@@ -222,7 +240,7 @@ def union_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tunin
     (T, D), E, N, bits = x_TD.shape, weights.num_experts, weights.expert_size, weights.up.matrix.bits
     up, down, gate = weights.up, weights.down, weights.gate
     device, dtype = x_TD.device, x_TD.dtype
-    tuning = tuning or Tuning.of(device, T, D, dtype.itemsize)
+    tuning = tuning or Tuning.of(device, T, bits, dtype.itemsize)
     overlap = device_info(device).overlap
     if active_TE is None:
         choice = triton_router.in_parts(x_TD, weights.router, None, by_expert=True)
@@ -230,7 +248,11 @@ def union_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tunin
         choice = triton_router.given(active_TE, x_TD)
     wanted = torch.empty(E, dtype=torch.int32, device=device)
     hidden = torch.empty(T, E * N, dtype=dtype, device=device)
-    block_t, block_e, half = max(16, triton.next_power_of_2(T)), triton.next_power_of_2(E), triton.next_power_of_2(D) // 2
+    block_t, block_e, half = (
+        max(16, triton.next_power_of_2(T)),
+        triton.next_power_of_2(E),
+        triton.next_power_of_2(D) // 2,
+    )
     rows, assemble = min(N, INT4_GROUP), x_TD.is_cuda and dtype != torch.float32
     arguments = choice.arguments()
     _up[(E * N // rows,)](
