@@ -101,7 +101,7 @@ def test_inactive_experts_are_not_read(to, tokens):
 
 
 @pytest.mark.parametrize("to", ["int8", "int4"])
-@pytest.mark.parametrize("programs, rows, stages", [(1, 32, 1), (3, 4, 2), (7, 16, 1)])
+@pytest.mark.parametrize(("programs", "rows", "stages"), [(1, 32, 1), (3, 4, 2), (7, 16, 1)])
 def test_any_tuning_of_one_token_gives_the_same(to, programs, rows, stages):
     weights = make(to, 32, 96)
     x = make_x(1, weights)

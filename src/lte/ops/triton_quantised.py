@@ -5,7 +5,8 @@
    a unit share the scales of int4, so x is multiplied by them once for a unit.
 3. ``_sum`` adds the programs' outputs.
 """
-# pyright: basic, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false
+# pyright: basic, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# ruff: noqa: RUF005 (Triton adds tuples, and does not unpack them)
 
 from dataclasses import dataclass
 from functools import cache

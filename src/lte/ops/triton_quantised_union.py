@@ -226,7 +226,7 @@ class Tuning:
     @staticmethod
     @cache
     def of(device: torch.device, tokens: int, bits: int, itemsize: int) -> "Tuning":
-        """Return the tuning for a number of tokens and a device. It leaves room for two programs on a multiprocessor."""
+        """Return the tuning for a number of tokens. It leaves room for two programs on a multiprocessor."""
         padded, few = max(16, triton.next_power_of_2(tokens)), tokens <= 16
         width = 256 if few and bits == 4 else 128
         room = int(0.45 * device_info(device).shared_memory)

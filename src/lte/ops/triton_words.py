@@ -4,7 +4,8 @@ A word has ``32 // BITS`` lanes. The number of a lane is shifted into the mantis
 mantissa holds q is ``256 + q``. This takes two instructions a number, and a conversion from integers takes more. The
 power and the zero point are subtracted once for many numbers (:func:`offset`).
 """
-# pyright: basic, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false
+# pyright: basic, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# ruff: noqa: RUF005 (Triton adds tuples, and does not unpack them)
 
 import triton
 import triton.language as tl
@@ -82,7 +83,7 @@ def _store_four(at, a_W, b_W, c_W, d_W, words_W, inside_W):
 
 
 def _assembly(pair: str, exponent: str, one: str, zero: str) -> tl.constexpr:
-    """Four bytes become halves of pairs, whose other bytes are an exponent: numbers beyond 128 (bf16) or 1024 (fp16)."""
+    """Four bytes become halves of pairs, whose other bytes are an exponent: 128 (bf16) or 1024 (fp16) is added."""
     code = f".reg .b32 low, high, one, zero; mov.b32 one, {one}; mov.b32 zero, {zero};"
     code += "and.b32 low, $4, 0x0F0F0F0F; shr.u32 high, $4, 4; and.b32 high, high, 0x0F0F0F0F;"
     for pairs, half in ((0, "low"), (2, "high")):
