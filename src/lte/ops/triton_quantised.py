@@ -1,176 +1,25 @@
-"""One token, int8 or int4 weights: three launches, as in :mod:`lte.ops.triton_token`.
+"""1 to 64 tokens, int8 or int4 weights: four launches, almost as in :mod:`lte.ops.triton_union`.
 
-1. ``_route`` writes one byte for each expert, and ``compress x`` of the compensation. Its router may be int8.
-2. ``_experts`` computes the active experts' neurons. Its work is divided into units of some rows of one expert. Rows of
-   a unit share the scales of int4, so x is multiplied by them once for a unit.
-3. ``_sum`` adds the programs' outputs.
+1. The router. One token has a kernel of its own, which also computes ``compress x`` of a compensation.
+2. ``up``: a program has some neurons of one expert. It ends if no token wants the expert.
+3. ``down``: for each slice of the output's columns, ``splits`` programs share the wanted experts.
+4. The sum of what these programs wrote.
+
+To make a float of a number of 4 bits takes as long as to read it. So weights are the first operand of matrix units,
+which take 16 of their rows for 8 tokens, and no two warps unpack the same weights.
 """
-# pyright: basic, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
-# ruff: noqa: RUF005 (Triton adds tuples, and does not unpack them)
 
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from lte.ops.triton_activations import activate
+from lte.ops import triton_quantised_kernels as kernels
+from lte.ops import triton_router, triton_token, triton_union
 from lte.ops.triton_device import device_info
-from lte.ops.triton_token import _add2, _dot, _sum
-from lte.ops.triton_words import MASKS, lane, load_lanes, load_words, offset, store_lanes
 from lte.ops.weights import INT4_GROUP, FFNWeights
-
-
-@triton.jit
-def _route(
-    x,
-    router,
-    scales,
-    bias,
-    active,
-    compress,
-    compress_bias,
-    z,
-    E,  # programs that choose; 0 if the choice is given
-    D,
-    threshold,
-    HAS_BIAS: tl.constexpr,
-    COMPENSATED: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    row = tl.program_id(0)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    if COMPENSATED and row >= E:
-        tl.store(z + row - E, _dot(x, compress, compress_bias, row - E, D, True, BLOCK_D, PDL))
-    else:
-        scale = 1.0
-        if scales is not None:
-            scale = tl.load(scales + row).to(tl.float32)
-        logit = scale * _dot(x, router, bias, row, D, False, BLOCK_D, PDL)
-        if HAS_BIAS:
-            logit += tl.load(bias + row).to(tl.float32)
-        tl.store(active + row, (logit > threshold).to(tl.uint8))
-
-
-@triton.jit
-def _products(words_RW, factors, low_mask, high_mask, BITS: tl.constexpr):
-    """Return parts ``[R, W]`` of the products of rows and ``factors``. The sum over W is the product."""
-    start_W = factors[0] * -offset(0, BITS)
-    for k in tl.static_range(1, 32 // BITS):
-        start_W -= factors[k] * offset(k, BITS)
-    part_RW = start_W[None, :] + lane(words_RW, 0, low_mask, high_mask, BITS) * factors[0][None, :]
-    for k in tl.static_range(1, 32 // BITS):
-        part_RW += lane(words_RW, k, low_mask, high_mask, BITS) * factors[k][None, :]
-    return part_RW
-
-
-@triton.jit
-def _scaled(lanes, scales, words_W, inside_W, D, BITS: tl.constexpr):
-    """Return ``lanes`` times the scales of int4, which belong to columns."""
-    if BITS == 8:
-        return lanes
-    else:
-        by = load_lanes(scales, words_W, inside_W, D, BITS)
-        scaled = ()
-        for k in tl.static_range(8):
-            scaled = scaled + (lanes[k] * by[k],)
-        return scaled
-
-
-@triton.jit
-def _experts(
-    x,
-    gate,
-    up,
-    down,
-    gate_scales,
-    up_scales,
-    down_scales,
-    gate_bias,
-    up_bias,
-    active,
-    partial,
-    E,
-    low_mask,
-    high_mask,
-    D: tl.constexpr,  # a constant, so that the second half of a row is known to be aligned
-    ACT: tl.constexpr,
-    GATED: tl.constexpr,
-    HAS_GATE_BIAS: tl.constexpr,
-    HAS_UP_BIAS: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    N: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    ROWS: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    width = D * BITS // 32
-    words_W = tl.arange(0, BLOCK_W)
-    inside_W = words_W < width
-    inside_RW = inside_W[None, :] & (tl.arange(0, ROWS) < ROWS)[:, None]
-    x_lanes = load_lanes(x, words_W, inside_W, D, BITS)
-    experts_E = tl.arange(0, BLOCK_E)
-    on_E = tl.load(active + experts_E, mask=experts_E < E, other=0).to(tl.int32)
-    upto_E = tl.cumsum(on_E, 0)
-
-    UNITS: tl.constexpr = N // ROWS  # of an expert
-    total = tl.sum(on_E, 0) * UNITS
-    sums = ()
-    for _ in tl.static_range(32 // BITS):
-        sums = sums + (tl.zeros([BLOCK_W], dtype=tl.float32),)
-    first, last = (program * total) // programs, ((program + 1) * total) // programs
-    for unit in tl.range(first, last, num_stages=STAGES):
-        expert = tl.sum((upto_E <= unit // UNITS).to(tl.int32), 0)
-        row = expert * N + unit % UNITS * ROWS
-        rows_R = row + tl.arange(0, ROWS)
-        scales = (row // GROUP).to(tl.int64) * D
-        u_RW = load_words(up, rows_R, words_W, inside_RW, width, BITS)
-        if GATED:
-            g_RW = load_words(gate, rows_R, words_W, inside_RW, width, BITS)
-        d_RW = load_words(down, rows_R, words_W, inside_RW, width, BITS)
-        up_RW = _products(
-            u_RW, _scaled(x_lanes, up_scales + scales, words_W, inside_W, D, BITS), low_mask, high_mask, BITS
-        )
-        if GATED:
-            by_gate = _scaled(x_lanes, gate_scales + scales, words_W, inside_W, D, BITS)
-            gate_RW = _products(g_RW, by_gate, low_mask, high_mask, BITS)
-            gate_R, up_R = tl.reduce((gate_RW, up_RW), 1, _add2)
-            if BITS == 8:
-                gate_R *= tl.load(gate_scales + rows_R).to(tl.float32)
-            if HAS_GATE_BIAS:
-                gate_R += tl.load(gate_bias + rows_R).to(tl.float32)
-        else:
-            up_R = tl.sum(up_RW, axis=1)
-        if BITS == 8:
-            up_R *= tl.load(up_scales + rows_R).to(tl.float32)
-        if HAS_UP_BIAS:
-            up_R += tl.load(up_bias + rows_R).to(tl.float32)
-        h_R = activate(gate_R, ACT) * up_R if GATED else activate(up_R, ACT)
-        h_R = h_R.to(x.dtype.element_ty).to(tl.float32)  # rounded as in the reference
-        if BITS == 8:
-            h_R *= tl.load(down_scales + rows_R).to(tl.float32)
-        h = tl.sum(h_R, 0)
-        outs = ()
-        for k in tl.static_range(32 // BITS):
-            part_W = tl.sum(lane(d_RW, k, low_mask, high_mask, BITS) * h_R[:, None], axis=0)
-            outs = outs + (part_W - offset(k, BITS) * h,)
-        outs = _scaled(outs, down_scales + scales, words_W, inside_W, D, BITS)
-        added = ()
-        for k in tl.static_range(32 // BITS):
-            added = added + (sums[k] + outs[k],)
-        sums = added
-    store_lanes(partial + program * D, sums, words_W, inside_W, D, BITS)
 
 
 @dataclass(frozen=True)
@@ -178,46 +27,164 @@ class Tuning:
     """How the work is divided.
 
     Attributes:
-        programs: of ``_experts``.
-        rows: of a unit.
-        stages: units that are loaded at the same time; 1 loads to registers.
-        warps: of ``_experts``.
-        columns: of the output, for each program of ``_sum``.
+        rows: neurons of a program of ``up``.
+        parts: of the columns, which the warps of ``up`` share.
+        width: bytes of a row, of each part, that are taken at a time.
+        stages: such tiles that are loaded at the same time.
+        slice_width: half the columns of a program of ``down``.
+        splits: programs that share the experts of a slice.
+        warps: of ``up`` and ``down``.
     """
 
-    programs: int
-    rows: int = 8
-    stages: int = 1
+    rows: int = 32
+    parts: int = 4
+    width: int = 64
+    stages: int = 3
+    slice_width: int = 128
+    splits: int = 32
     warps: int = 4
-    columns: int = 16
 
     @staticmethod
     @cache
-    def of(device: torch.device, d_model: int, bits: int) -> "Tuning":
-        """Return the tuning for a shape and a device."""
-        warps = max(1, min(16, triton.next_power_of_2(d_model * bits // 32) // 128))
-        return Tuning(device_info(device).multiprocessors * (2 if bits == 4 else 1), warps=warps)
+    def of(device: torch.device, tokens: int, bits: int, itemsize: int) -> "Tuning":
+        """Return the tuning for a number of tokens. It leaves room for two programs on a multiprocessor."""
+        padded, info = max(8, triton.next_power_of_2(tokens)), device_info(device)
+        parts, width = max(1, 4 * 16 // max(16, padded)), 64 if itemsize == 2 else 16
+        tile = parts * width * 2 * (padded * itemsize + 32 * bits // 8)
+        return Tuning(
+            parts=parts,
+            width=width,
+            stages=max(1, min(3, int(0.45 * info.shared_memory) // tile)),
+            slice_width=128 if padded <= 16 else 64,
+            splits=max(4, min(32, info.multiprocessors, 512 // padded)),
+        )
 
 
-def token_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tuning: Tuning | None = None) -> Tensor:
-    """``[1, D]`` -> ``[1, D]``."""
-    D, E, N, R, bits = weights.d_model, weights.num_experts, weights.expert_size, weights.rank, weights.up.matrix.bits
-    up, down, gate, router, low_rank = weights.up, weights.down, weights.gate, weights.router, weights.compensation
-    device, block_d, width = x_TD.device, triton.next_power_of_2(D), D * bits // 32
-    tuning = tuning or Tuning.of(device, D, bits)
+def quantised_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tuning: Tuning | None = None) -> Tensor:
+    """``[T, D]`` -> ``[T, D]``, T up to 64. The compensation is left out, except for one token."""
+    (T, D), E, N, bits = x_TD.shape, weights.num_experts, weights.expert_size, weights.up.matrix.bits
+    up, down, gate = weights.up, weights.down, weights.gate
+    device, dtype = x_TD.device, x_TD.dtype
+    tuning = tuning or Tuning.of(device, T, bits, dtype.itemsize)
     overlap = device_info(device).overlap
-    routed = E if active_TE is None else 0
+    z_R = None
+    if T == 1:
+        active_TE, z_R = _route(x_TD, weights, active_TE)
     if active_TE is None:
-        active_TE = torch.empty(1, E, dtype=torch.uint8, device=device)
-    active_TE = active_TE.view(torch.uint8)
+        choice = triton_router.in_parts(x_TD, weights.router, None, by_expert=True)
+    else:
+        choice = triton_router.given(active_TE, x_TD)
+    wanted = torch.empty(E, dtype=torch.int32, device=device)
+    hidden = torch.empty(T, E * N, dtype=dtype, device=device)
+    block_t, half = max(8, triton.next_power_of_2(T)), triton.next_power_of_2(D) // 2
+    rows = min(N, tuning.rows, INT4_GROUP)
+    common = {
+        "T": T,
+        "E": E,
+        "D": D,
+        "BITS": bits,
+        "GROUP": INT4_GROUP,
+        "N": N,
+        "BLOCK_T": block_t,
+        "ASSEMBLE": x_TD.is_cuda and dtype != torch.float32,
+        "num_warps": tuning.warps,
+        **overlap,
+    }
+    kernels.up[(E * N // rows,)](
+        x_TD,
+        gate and gate.matrix.rows,
+        up.matrix.rows,
+        gate and gate.matrix.scales,
+        up.matrix.scales,
+        down.matrix.scales,
+        gate and gate.bias,
+        up.bias,
+        wanted,
+        hidden,
+        **choice.arguments(),
+        **common,
+        ACT=weights.act,
+        GATED=gate is not None,
+        HAS_GATE_BIAS=gate is not None and gate.bias is not None,
+        HAS_UP_BIAS=up.bias is not None,
+        ROWS=rows,
+        PARTS=tuning.parts,
+        SCALE_X=block_t <= 16,
+        BLOCK_J=max(16, min(tuning.width, half // tuning.parts)),
+        num_stages=tuning.stages,
+    )
+    width = min(tuning.slice_width, half)
+    slices = triton.cdiv(D // 2, width)
+    order = torch.empty(slices * tuning.splits, E, dtype=torch.int32, device=device)
+    partial = torch.empty(tuning.splits, T, D, dtype=torch.float32, device=device)
+    kernels.down[(slices, tuning.splits)](
+        hidden,
+        down.matrix.rows,
+        down.matrix.scales,
+        wanted,
+        order,
+        partial,
+        **common,
+        ROWS=max(16, min(N, INT4_GROUP)),  # as few as a product can have
+        BLOCK_E=triton.next_power_of_2(E),
+        BLOCK_J=width,
+    )
+    y_TD = torch.empty_like(x_TD)
+    if T == 1:
+        low_rank, columns = weights.compensation, 16
+        triton_token._sum[(triton.cdiv(D, columns),)](
+            partial,
+            down.bias,
+            y_TD,
+            active_TE,
+            z_R,
+            low_rank and low_rank.expand.rows,
+            D,
+            E,
+            weights.rank,
+            tuning.splits,
+            HAS_BIAS=down.bias is not None,
+            COMPENSATED=weights.rank > 0,
+            BLOCK_P=triton.next_power_of_2(tuning.splits),
+            BLOCK_D=columns,
+            BLOCK_E=triton.next_power_of_2(E),
+            BLOCK_R=triton.next_power_of_2(max(weights.rank, 1)),
+            num_warps=1,
+            **overlap,
+        )
+    else:
+        block = 256
+        triton_union._sum[(triton.cdiv(T * D, block),)](
+            partial,
+            down.bias,
+            y_TD,
+            D,
+            T * D,
+            SPLITS=tuning.splits,
+            HAS_BIAS=down.bias is not None,
+            BLOCK=block,
+            num_warps=2,
+            **overlap,
+        )
+    return y_TD
+
+
+def _route(x_1D: Tensor, weights: FFNWeights, active_1E: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return a token's choice, and ``compress x`` if there is a compensation. A choice that is given stays."""
+    router, low_rank, R = weights.router, weights.compensation, weights.rank
+    (E, D), device = router.matrix.shape, x_1D.device
+    routed, block_d = E if active_1E is None else 0, triton.next_power_of_2(D)
+    if active_1E is None:
+        active_1E = torch.empty(1, E, dtype=torch.uint8, device=device)
+    active_1E = active_1E.view(torch.uint8)
     z_R = torch.empty(R, dtype=torch.float32, device=device) if R else None
     if routed + R:
-        _route[(routed + R,)](
-            x_TD,
+        kernels.route[(routed + R,)](
+            x_1D,
             router.matrix.rows,
             router.matrix.scales,
             router.bias,
-            active_TE,
+            active_1E,
             low_rank and low_rank.compress.rows,
             low_rank and low_rank.bias,
             z_R,
@@ -228,59 +195,6 @@ def token_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tunin
             COMPENSATED=R > 0,
             BLOCK_D=block_d,
             num_warps=min(8, max(1, block_d // 512)),
-            **overlap,
+            **device_info(device).overlap,
         )
-    partial = torch.empty(tuning.programs, D, dtype=torch.float32, device=device)
-    low_mask, high_mask = MASKS[bits]
-    _experts[(tuning.programs,)](
-        x_TD,
-        gate and gate.matrix.rows.view(torch.int32),
-        up.matrix.rows.view(torch.int32),
-        down.matrix.rows.view(torch.int32),
-        gate and gate.matrix.scales,
-        up.matrix.scales,
-        down.matrix.scales,
-        gate and gate.bias,
-        up.bias,
-        active_TE,
-        partial,
-        E,
-        low_mask,
-        high_mask,
-        D=D,
-        ACT=weights.act,
-        GATED=gate is not None,
-        HAS_GATE_BIAS=gate is not None and gate.bias is not None,
-        HAS_UP_BIAS=up.bias is not None,
-        BITS=bits,
-        GROUP=INT4_GROUP,
-        N=N,
-        BLOCK_E=triton.next_power_of_2(E),
-        BLOCK_W=triton.next_power_of_2(width),
-        ROWS=min(tuning.rows, N),
-        STAGES=tuning.stages,
-        num_warps=tuning.warps,
-        **overlap,
-    )
-    y_TD = torch.empty_like(x_TD)
-    _sum[(triton.cdiv(D, tuning.columns),)](
-        partial,
-        down.bias,
-        y_TD,
-        active_TE,
-        z_R,
-        low_rank and low_rank.expand.rows,
-        D,
-        E,
-        R,
-        tuning.programs,
-        HAS_BIAS=down.bias is not None,
-        COMPENSATED=R > 0,
-        BLOCK_P=triton.next_power_of_2(tuning.programs),
-        BLOCK_D=tuning.columns,
-        BLOCK_E=triton.next_power_of_2(E),
-        BLOCK_R=triton.next_power_of_2(max(R, 1)),
-        num_warps=4,
-        **overlap,
-    )
-    return y_TD
+    return active_1E, z_R
