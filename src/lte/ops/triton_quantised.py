@@ -49,10 +49,10 @@ class Tuning:
     def of(device: torch.device, tokens: int, bits: int, itemsize: int) -> "Tuning":
         """Return the tuning for a number of tokens. It leaves room for two programs on a multiprocessor."""
         padded, info = max(8, triton.next_power_of_2(tokens)), device_info(device)
-        parts, width = max(1, 4 * 16 // max(16, padded)), 64 if itemsize == 2 else 16
-        tile = parts * width * 2 * (padded * itemsize + 32 * bits // 8)
+        rows, width = 32 if padded <= 32 else 16, 64 if itemsize == 2 else 16
+        tile = Tuning.parts * width * 2 * (padded * itemsize + rows * bits // 8)
         return Tuning(
-            parts=parts,
+            rows=rows,
             width=width,
             stages=max(1, min(3, int(0.45 * info.shared_memory) // tile)),
             slice_width=128 if padded <= 16 else 64,
