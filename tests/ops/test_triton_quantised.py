@@ -91,11 +91,11 @@ def test_inactive_experts_are_not_read(to, tokens):
     assert idle.any()
     changes = {}
     for name, tensor in weights.named_tensors():
-        if name.startswith(("up", "gate", "down.matrix")):
+        if name.startswith(("up", "gate", "down.matrix")) and len(tensor) > 1:  # down in int8 has scales for all
             rows = idle if len(tensor) == len(idle) else idle[:: len(idle) // len(tensor)]  # scales of int4: a group
             value = float("nan") if tensor.is_floating_point() else 1
             changes[name] = tensor.masked_fill(rows.view(-1, *[1] * (tensor.ndim - 1)), value)
-    assert len(changes) == 8
+    assert len(changes) == (7 if to == "int8" else 8)
     clean = sparse_ffn(x, weights, active, backend="triton")
     assert clean.isfinite().all()
     assert torch.equal(sparse_ffn(x, changed(weights, changes), active, backend="triton"), clean)

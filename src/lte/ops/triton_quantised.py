@@ -96,7 +96,6 @@ def quantised_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, t
         up.matrix.rows,
         gate and gate.matrix.scales,
         up.matrix.scales,
-        down.matrix.scales,
         gate and gate.bias,
         up.bias,
         wanted,

@@ -2,7 +2,7 @@
 
 A tile of int4 is loaded as bytes. Each byte holds one number of the first half of a row and one of the second half, so
 a tile has the columns J and J + D / 2. The scales of int4 belong to a column of a group of rows. They multiply x, or
-weights where these are fewer numbers. The scales of int8 belong to rows, so they multiply neurons.
+weights where these are fewer numbers. The scales of int8 belong to outputs, so they multiply sums.
 """
 # pyright: basic, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
 
@@ -136,7 +136,6 @@ def up(
     up,
     gate_scales,
     up_scales,
-    down_scales,
     gate_bias,
     up_bias,
     wanted,
@@ -225,8 +224,6 @@ def up(
             h_RT *= activate(gate_RT, ACT)
         else:
             h_RT = activate(h_RT, ACT)
-        if BITS == 8:
-            h_RT *= tl.load(down_scales + rows_R).to(tl.float32)[:, None]
         h_RT = tl.where((on_T != 0)[None, :], h_RT, 0.0)
         at_RT = hidden + tokens_T[None, :] * (E * N) + rows_R[:, None]
         tl.store(at_RT, h_RT.to(hidden.dtype.element_ty), mask=(tokens_T < T)[None, :])
@@ -292,5 +289,7 @@ def down(
             y_CT += by_C.to(tl.float32)[:, None] * tl.dot(w_RC.T, h_TR.T, input_precision="ieee")
         else:
             y_CT = tl.dot(w_RC.T, h_TR.T, y_CT, input_precision="ieee")
+    if BITS == 8:
+        y_CT *= tl.load(scales + cols_C, mask=inside_C, other=0.0).to(tl.float32)[:, None]
     at_CT = partial + split * T * D + tokens_T[None, :] * D + cols_C[:, None]
     tl.store(at_CT, y_CT, mask=(tokens_T < T)[None, :] & inside_C[:, None])
