@@ -95,8 +95,10 @@ def masked_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tuni
     """``[T, D]`` -> ``[T, D]``."""
     tuning = tuning or Tuning()
     T, E, N = x_TD.shape[0], weights.num_experts, weights.expert_size
-    up_TF = _linear(x_TD, weights.up.matrix.rows, weights.up.bias)
-    gate_TF = up_TF if weights.gate is None else _linear(x_TD, weights.gate.matrix.rows, weights.gate.bias)
+    up_TF = _linear(x_TD, weights.up.matrix.floats(x_TD.dtype), weights.up.bias)
+    gate_TF = (
+        up_TF if weights.gate is None else _linear(x_TD, weights.gate.matrix.floats(x_TD.dtype), weights.gate.bias)
+    )
     block = max(1, tuning.neurons // N)
     choice = _choose(x_TD, weights, active_TE, tuning)
     _activate_and_mask[(triton.cdiv(T, tuning.tokens), triton.cdiv(E, block))](
@@ -114,7 +116,7 @@ def masked_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tuni
         num_warps=tuning.warps,
         **device_info(x_TD.device).overlap,
     )
-    y_TD = _linear(up_TF, weights.down.matrix.rows.T, weights.down.bias)
+    y_TD = _linear(up_TF, weights.down.matrix.floats(x_TD.dtype).T, weights.down.bias)
     if weights.compensation is not None:
         y_TD += reference.compensation(x_TD, weights.compensation, choice.active())
     return y_TD

@@ -28,6 +28,7 @@ _MIXED_MM = hasattr(torch.ops.aten.mm, "dtype")
 def _logits(
     x,
     router,
+    scales,
     compress,
     logits,
     T,
@@ -71,9 +72,13 @@ def _logits(
             mask=(experts_E < E)[:, None] & (cols_D < D)[None, :],
             other=0.0,
         )
-        if x.dtype.element_ty != router.dtype.element_ty:  # a router in fp32 must not be rounded
+        if router.dtype.element_ty == tl.int8:
+            w_ED = w_ED.to(x.dtype.element_ty)  # exact
+        elif x.dtype.element_ty != router.dtype.element_ty:  # a router in fp32 must not be rounded
             x_TD, w_ED = x_TD.to(tl.float32), w_ED.to(tl.float32)
         sum_TE = tl.dot(x_TD, w_ED.T, sum_TE, input_precision="ieee")
+    if scales is not None:
+        sum_TE *= tl.load(scales + experts_E, mask=experts_E < E, other=0.0).to(tl.float32)[None, :]
     at_TE = split * stride_s + tokens_T[:, None] * stride_t + experts_E[None, :] * stride_e
     tl.store(logits + at_TE, sum_TE, mask=(tokens_T < T)[:, None] & (experts_E < E)[None, :])
 
@@ -228,6 +233,7 @@ def in_parts(
     _logits[(blocks, tuning.splits, triton.cdiv(T, tuning.tokens))](
         x_TD,
         router_ED,
+        router.matrix.scales,
         compress_RD,
         sums_STE,
         T,
@@ -251,7 +257,7 @@ def in_parts(
 
 def at_once(x_TD: Tensor, router: RouterWeights) -> Choice:
     """Return the router's result by cuBLAS. In half precision tensor cores compute it, which also sum in fp32."""
-    router_ED = router.matrix.rows
+    router_ED = router.matrix.rows if router.matrix.scales is None else router.matrix.floats(torch.float32)
     if x_TD.is_cuda and x_TD.dtype == router_ED.dtype and x_TD.dtype.itemsize == 2 and _MIXED_MM:
         logits_TE = torch.mm(x_TD, router_ED.T, out_dtype=torch.float32)
     else:
