@@ -18,18 +18,18 @@ SHAPES = [(96, (48,)), (100, (77, 33)), (160, (70, 16, 40))]
 CUTS = (0.5, 0.0, 1.2)
 
 
-def make(tokens, d_in, outs, dtype=torch.float32, bias=True):
+def make(d_in, outs, dtype=torch.float32, bias=True):
     """An input, and layers with NaN in each row that must not be read."""
     generator = torch.Generator().manual_seed(d_in)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
 
-    x, layers = normal(tokens, d_in), []
+    x, layers = normal(1, d_in), []
     x[:, ::5] = 0
     for d_out, size in zip(outs, CUTS, strict=False):
         cut = torch.tensor(size, device=DEVICE, dtype=dtype)
-        rows = normal(d_in, d_out).masked_fill((x.abs() <= cut).all(0)[:, None], torch.nan)
+        rows = normal(d_in, d_out).masked_fill((x.abs() <= cut).T, torch.nan)
         layers.append(LinearWeights(rows, normal(d_out) if bias else None, cut))
     return x, layers
 
@@ -39,28 +39,21 @@ def expected(x, layer):
     return reference(x.double(), LinearWeights(layer.rows_IO.double().nan_to_num(), bias, layer.cut.double()))
 
 
-def dtypes(tokens):
-    """The interpreter's ``tl.dot`` is wrong in bf16."""
-    return [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU or tokens == 1 else [])]
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 8])
-def test_parity_and_the_same_bits_again(tokens, shape):
-    for dtype in dtypes(tokens):
-        x, layers = make(tokens, *shape, dtype)
-        found = sparse_linears(x, layers, "triton")
-        again = sparse_linears(x, layers, "triton")
-        for one, other, layer in zip(found, again, layers, strict=True):
-            assert one.dtype == dtype
-            assert relative_rms(one, expected(x, layer)) < TOLERANCE[dtype]
-            assert torch.equal(one, other)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_parity_and_the_same_bits_again(dtype, shape):
+    x, layers = make(*shape, dtype)
+    found = sparse_linears(x, layers, "triton")
+    again = sparse_linears(x, layers, "triton")
+    for one, other, layer in zip(found, again, layers, strict=True):
+        assert one.dtype == dtype
+        assert relative_rms(one, expected(x, layer)) < TOLERANCE[dtype]
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 8])
-@pytest.mark.parametrize("tokens", [1, 4])
-def test_parts_that_do_not_divide_the_inputs(tokens, parts):
-    x, layers = make(tokens, 300, (70, 16), bias=False)
+def test_parts_that_do_not_divide_the_inputs(parts):
+    x, layers = make(300, (70, 16), bias=False)
     tuning = Tuning(64, 16, 4, parts, 2, 4)
     y = products(x, [one.rows_IO for one in layers], [one.cut for one in layers], tuning)
     want = torch.cat([expected(x, one) for one in layers], -1)
@@ -68,22 +61,21 @@ def test_parts_that_do_not_divide_the_inputs(tokens, parts):
 
 
 def test_without_a_cut_only_zeros_are_skipped():
-    x, (layer,) = make(1, 96, (48,))
+    x, (layer,) = make(96, (48,))
     x[x.abs() <= layer.cut] = 0
     found = sparse_linear(x, layer.rows_IO, layer.bias_O, backend="triton")
     assert relative_rms(found, expected(x, layer)) < TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("tokens", [1, 2])
-def test_an_input_that_is_not_a_number_is_not_hidden(tokens):
-    x, layers = make(tokens, 96, (48,))
+def test_an_input_that_is_not_a_number_is_not_hidden():
+    x, layers = make(96, (48,))
     x[0, 7] = torch.nan
     assert sparse_linears(x, layers, "triton")[0][0].isnan().all()
 
 
-@pytest.mark.parametrize("shape", [(96,), (1, 1, 96), (2, 3, 96), (0, 96)], ids=str)
+@pytest.mark.parametrize("shape", [(96,), (1, 96), (1, 1, 96)], ids=str)
 def test_shapes_of_x(shape):
-    _, layers = make(1, 96, (48, 16))
+    _, layers = make(96, (48, 16))
     layers = [LinearWeights(one.rows_IO.nan_to_num(), one.bias_O, one.cut) for one in layers]
     x = torch.randn(shape, device=DEVICE)
     for found, want in zip(sparse_linears(x, layers, "triton"), sparse_linears(x, layers, "reference"), strict=True):
@@ -92,15 +84,15 @@ def test_shapes_of_x(shape):
 
 
 def test_auto_takes_the_kernel_on_a_gpu_and_the_reference_elsewhere():
-    x, layers = make(2, 96, (48,))
+    x, layers = make(96, (48,))
     assert op.choose(x, layers, "auto") == ("triton" if ON_GPU else "reference")
-    assert op.choose(x.repeat(5, 1), layers, "auto") == "reference"  # 10 tokens
+    assert op.choose(x.repeat(2, 1), layers, "auto") == "reference"  # two tokens
     found = sparse_linear(x, layers[0].rows_IO.nan_to_num(), layers[0].bias_O, layers[0].cut)
     assert relative_rms(found, expected(x, layers[0])) < TOLERANCE[torch.float32]
 
 
 def test_gradients_are_the_reference_s():
-    x, layers = make(2, 96, (48,))
+    x, layers = make(96, (48,))
     rows = layers[0].rows_IO.nan_to_num().requires_grad_()
     with torch.enable_grad():
         sparse_linear(x, rows, None, layers[0].cut).sum().backward()
@@ -115,7 +107,8 @@ def test_gradients_are_the_reference_s():
     [
         ({"backend": "cuda"}, "one of auto, reference, triton, cpu"),
         ({"backend": "cpu"}, "no kernel for a CPU"),
-        ({"x": torch.zeros(9, 96)}, "up to 8"),
+        ({"x": torch.zeros(2, 96)}, "one token"),
+        ({"x": torch.zeros(0, 96)}, "one token"),
         ({"x": torch.zeros(1, 90)}, r"takes \[..., 96\]"),
         ({"x": torch.zeros(1, 96, dtype=torch.float16)}, "convert one of them"),
         ({"rows_IO": torch.zeros(48, 96).t()}, "not contiguous"),
@@ -137,13 +130,13 @@ def test_a_gradient_is_refused_by_name():
 
 
 def test_the_op_is_what_a_compiler_expects():
-    x, layers = make(2, 96, (48, 16))
+    x, layers = make(96, (48, 16))
     rows, cuts = [one.rows_IO.nan_to_num() for one in layers], [layers[0].cut, None]
     torch.library.opcheck(op._products, (x, rows, cuts))
 
 
 def test_compiles_without_graph_breaks():
-    x, layers = make(1, 96, (48, 16))
+    x, layers = make(96, (48, 16))
     compiled = torch.compile(lambda x: sparse_linears(x, layers, "triton"), fullgraph=True, backend="eager")
     for found, want in zip(compiled(x), sparse_linears(x, layers, "triton"), strict=True):
         assert torch.equal(found, want)
@@ -151,10 +144,10 @@ def test_compiles_without_graph_breaks():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
-@pytest.mark.parametrize("tokens", [1, 2, 8])
-def test_large_layers_and_a_graph(tokens):
-    for dtype in dtypes(tokens):
-        x, layers = make(tokens, 4096, (4096, 1024, 1024), dtype)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_large_layers_and_a_graph(dtype):
+    for shape in ((4096, (4096, 1024, 1024)), (11008, (4096,)), (576, (576, 192, 192))):
+        x, layers = make(*shape, dtype)
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             sparse_linears(x, layers)

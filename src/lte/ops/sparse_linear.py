@@ -10,8 +10,6 @@ from torch.nn import functional as F
 
 from lte.ops.sparse_ffn import BACKENDS, BackendName, missing
 
-MAX_TOKENS = 8
-"""Of a kernel. Few inputs are small for all of many tokens."""
 MOST = 3
 """Layers of a launch."""
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -53,14 +51,15 @@ def sparse_linear(
 ) -> Tensor:
     """Return ``x @ rows_IO + bias_O``, where inputs that are not larger than the cut count as 0.
 
-    The kernels do not read the rows of inputs that count as 0 for all tokens.
+    For one token, the kernel does not read the rows of inputs that count as 0.
 
     Args:
         x: ``[..., I]``.
         rows_IO: the transpose of a linear layer's weight.
         bias_O: None adds nothing.
         cut: a scalar tensor; None leaves out only inputs that are 0.
-        backend: as for :func:`lte.sparse_ffn`. ``triton`` takes up to 8 tokens. There is no kernel for a CPU.
+        backend: as for :func:`lte.sparse_ffn`. ``triton`` takes one token: several tokens need most rows,
+            and PyTorch is faster then. There is no kernel for a CPU.
 
     Returns:
         ``[..., O]``, in the dtype of ``x``.
@@ -78,10 +77,7 @@ def sparse_linears(x: Tensor, layers: Sequence[LinearWeights], backend: BackendN
         _check(x, layer)
     if choose(x, layers, backend) == "reference":
         return [reference(x, layer) for layer in layers]
-    x_TI = x.reshape(-1, x.shape[-1])
-    if x_TI.shape[0] == 0:
-        return [x.new_empty(*x.shape[:-1], layer.d_out) for layer in layers]
-    y_TO = _products(x_TI, [layer.rows_IO for layer in layers], [layer.cut for layer in layers])
+    y_TO = _products(x.reshape(1, -1), [layer.rows_IO for layer in layers], [layer.cut for layer in layers])
     made = y_TO.split([layer.d_out for layer in layers], -1)
     pairs = zip(made, layers, strict=True)
     made = [one if layer.bias_O is None else one + layer.bias_O for one, layer in pairs]
@@ -118,9 +114,8 @@ def refuses(x: Tensor, layers: Sequence[LinearWeights]) -> str | None:
     tensors = [x, *(one for layer in layers for one in (layer.rows_IO, layer.bias_O) if one is not None)]
     if torch.is_grad_enabled() and any(one.requires_grad for one in tensors):
         return "it computes no gradient: call it under torch.no_grad(), or take 'reference'"
-    tokens = x.numel() // max(1, x.shape[-1])
-    if tokens > MAX_TOKENS:
-        return f"there are {tokens} tokens, and the kernels take up to {MAX_TOKENS}"
+    if x.numel() != x.shape[-1]:
+        return f"x is {tuple(x.shape)}, and the kernel takes one token"
     if x.dtype not in _DTYPES:
         return f"x is {x.dtype}, and the kernels take float16, bfloat16 and float32"
     if len(layers) > MOST:
