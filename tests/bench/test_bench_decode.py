@@ -8,13 +8,18 @@ from transformers import LlamaConfig
 
 from lte.bench import decode as bench_decode
 from lte.bench import decoding, parity
-from lte.bench.decode import DecodeGrid, dense_models, random_model
+from lte.bench.decode import DecodeGrid, be_dense_, dense_models, random_model
 from lte.bench.decoding import Decoded, TimedDecoder
 from lte.bench.routing import random_routers_, route_
+from lte.inference import packed_linear
 from lte.inference.optimize import optimize_
+from lte.inference.packed_linear import PackedLinear
 from lte.methods.lte import LTEConfig
+from lte.methods.teal import TEALConfig, teal_
 from lte.modules.recording import record_scores, sparse_layers
+from lte.ops.sparse_linear import reference
 from lte.surgery.convert import set_mode_, sparsify_
+from lte.surgery.cost import cost_per_token
 
 torch.set_num_threads(1)
 SIZES = {"hidden_size": 32, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -80,8 +85,12 @@ def test_a_step_that_does_not_compile_is_timed_as_it_is(dense, monkeypatch, capl
     assert "does not compile here" in caplog.text
 
 
-def run(dense, **changes):
-    sparse = sparsify_(copy.deepcopy(dense), LTEConfig(expert_size=8, grouping="random"))
+def run(dense, sparse=None, **changes):
+    if sparse is None:
+        config = LTEConfig(
+            expert_size=8, grouping="random", attention_sparsity=changes.get("attention_sparsity") or 0.0
+        )
+        sparse = sparsify_(copy.deepcopy(dense), config)
     values = {"backend": "reference", "prompt_tokens": PROMPT, "new_tokens": NEW, "repeats": 1, "compile": False}
     grid = DecodeGrid("tiny", **{"sparsities": (0.0, 0.5), "batches": (1, 3), **values, **changes})
     return list(bench_decode.bench_decode(dense_models(dense), sparse, grid))
@@ -99,6 +108,51 @@ def test_rows(dense):
     assert rows[0]["bytes"] > rows[1]["bytes"]
     assert rows[1]["union_sparsity"] == pytest.approx(rows[1]["sparsity"])
     assert rows[3]["union_sparsity"] < rows[3]["sparsity"]
+
+
+def test_rows_with_attention_sparsity(dense):
+    rows = run(dense, attention_sparsity=0.25, sparsities=(0.0, 0.5))
+    without = run(dense, sparsities=(0.0,), batches=(1,))[0]
+    for row in rows:
+        assert row["attention_sparsity_asked"] == 0.25
+        assert row["attention_sparsity"] == pytest.approx(0.25, abs=0.02)
+        assert row["sparsity"] == pytest.approx(row["sparsity_asked"], abs=0.04)
+    one, _, three, _ = rows
+    assert one["union_attention_sparsity"] == one["attention_sparsity"]
+    assert three["union_attention_sparsity"] < 0.15
+    attention = 4 * (2 * 32 * 32 + 2 * 32 * 16) * 4  # bytes: four blocks with q, o, k and v
+    assert without["bytes"] - one["bytes"] == pytest.approx(one["attention_sparsity"] * attention, abs=1)
+    assert without["attention_sparsity"] == 0
+
+
+def test_rows_of_teal(dense):
+    data = [{"input_ids": torch.randint(100, (4, 40), generator=torch.Generator().manual_seed(2))}]
+    model = teal_(copy.deepcopy(dense), TEALConfig(0.5, tokens=160), data)
+    be_dense_(plain := copy.deepcopy(model))
+    assert torch.equal(plain(prompt()).logits, dense(prompt()).logits)
+    (row,) = run(plain, model, sparsities=(), batches=(1,))
+    assert row["sparsity"] == pytest.approx(0.5, abs=0.1)
+    assert row["attention_sparsity"] == pytest.approx(0.5, abs=0.1)
+    read = cost_per_token(dense)
+    assert row["bytes"] < 0.7 * (read.weight_bytes + read.head_bytes)
+    assert row["backend"] == "reference"
+
+
+def test_a_wrong_kernel_of_linear_layers_gets_no_time(dense, monkeypatch):
+    def wrong(x, layers, _backend):
+        return [-reference(x, layer) for layer in layers]
+
+    def skips(linear, x):
+        return linear.cutting and linear.backend != "reference" and x.shape[1] == 1
+
+    monkeypatch.setattr(PackedLinear, "skips", skips)
+    monkeypatch.setattr(packed_linear, "sparse_linears", wrong)
+    (row,) = run(dense, backend="auto", attention_sparsity=0.25, sparsities=(0.5,), batches=(1,))
+    assert "parity red" in row["error"]
+    assert "lte_ms" not in row
+    monkeypatch.setattr(packed_linear, "sparse_linears", lambda x, layers, _: [reference(x, one) for one in layers])
+    (row,) = run(dense, backend="auto", attention_sparsity=0.25, sparsities=(0.5,), batches=(1,))
+    assert row["lte_ms"] > 0
 
 
 def test_a_wrong_backend_gets_no_time(dense, monkeypatch):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from lte.bench.cutting import cut_, measured_unread
 from lte.bench.decoding import Decoded, TimedDecoder
 from lte.bench.parity import parity
 from lte.bench.routing import adjust_, measured_routing, random_routers_, route_, router_inputs
@@ -20,7 +21,9 @@ from lte.core.accounting import cost
 from lte.inference.generate import error_line
 from lte.inference.optimize import optimize_
 from lte.inference.packed import PackedLayer
-from lte.modules.recording import sparse_layers
+from lte.inference.packed_linear import PackedLinear
+from lte.modules.input_threshold import switch_cuts_
+from lte.modules.sparse_ffn import Selecting
 from lte.ops.quantise import Quantised
 from lte.ops.sparse_ffn import BackendName, choose
 from lte.surgery.convert import set_mode_
@@ -36,11 +39,13 @@ _SHORT = {torch.float32: 0.01, torch.bfloat16: 0.25, torch.float16: 0.25}
 
 @dataclass(frozen=True)
 class DecodeGrid:
-    """The cases to time. Without ``sparsities`` the routers are not changed: they are trained ones."""
+    """The cases to time. Without ``sparsities`` routers are not changed, because they are trained."""
 
     name: str
     sparsities: Sequence[float]
     batches: Sequence[int]
+    attention_sparsity: float | None = None
+    """The share of inputs that thresholds leave out. None does not change the thresholds."""
     backend: BackendName = "auto"
     weights: Quantised | None = None
     """How sparse is quantised. Dense is not quantised."""
@@ -65,6 +70,13 @@ def random_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.dev
         return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=dtype)).eval()
 
 
+def be_dense_(model: PreTrainedModel) -> None:
+    """Make a sparse model compute all neurons with all inputs."""
+    if _layers(model):
+        set_mode_(model, "dense")
+    switch_cuts_(model, False)
+
+
 def dense_models(model: PreTrainedModel) -> dict[str, PreTrainedModel]:
     """Return the dense contenders by name: the model, and on a CPU its copy in the other of fp32 and bf16."""
     found = {str(model.dtype).removeprefix("torch."): model.eval()}
@@ -87,7 +99,8 @@ def bench_decode(
     if grid.attention is not None:
         for model in (*dense.values(), sparse):
             model.set_attn_implementation(grid.attention)
-    set_mode_(sparse, "hard")
+    if _layers(sparse):
+        set_mode_(sparse, "hard")
     optimize_(sparse, grid.backend, grid.weights)
     if grid.sparsities:
         random_routers_(sparse, grid.seed)
@@ -104,6 +117,7 @@ def _bench_batch(
     if (form := weights_of(sparse)) is not None:
         row["weights"] = form
     row |= {"prompt_tokens": grid.prompt_tokens, "new_tokens": grid.new_tokens}
+    row |= {"attention_sparsity_asked": grid.attention_sparsity}
     asked_for: list[float | None] = [*grid.sparsities] or [None]
     generator = torch.Generator().manual_seed(grid.seed)
     vocabulary = sparse.config.get_text_config().vocab_size
@@ -111,6 +125,8 @@ def _bench_batch(
     sizes = (batch, grid.prompt_tokens, grid.new_tokens, grid.compile, grid.tune)
     began = time.perf_counter()
     try:
+        if grid.attention_sparsity is not None:
+            cut_(sparse, prompt, grid.attention_sparsity)
         decoders = {name: TimedDecoder(model, *sizes) for name, model in dense.items()}
         decoders["lte"] = TimedDecoder(sparse, *sizes)
         wrong = _wrong_step(decoders["lte"], prompt, grid.seed)
@@ -139,7 +155,7 @@ def _measure_one(
 ) -> dict[str, Any]:
     lte = decoders["lte"]
     if asked is not None:
-        _fit_(lte, prompt, asked, grid.seed)
+        _fit_(lte, prompt, asked, grid)
     wrong, used = _parity(lte.model, prompt, grid.backend)
     row["backend"] = used
     if wrong is not None:
@@ -150,19 +166,26 @@ def _measure_one(
     for _ in range(grid.repeats):
         for name, decoder in decoders.items():
             runs[name].append(decoder(prompt))
-    by_layer, union = measured_routing(lte.model, runs["lte"][-1].tokens[:, :-1], grid.prompt_tokens)
+    tokens = runs["lte"][-1].tokens[:, :-1]
+    unread = measured_unread(lte.model, tokens, grid.prompt_tokens)
+    by_layer, union = [unread.ffn], [unread.union_ffn]
+    if _layers(lte.model):
+        by_layer, union = measured_routing(lte.model, tokens, grid.prompt_tokens)
     step_ms = {name: 1e3 * statistics.median(s for one in ones for s in one.steps) for name, ones in runs.items()}
     prefill_ms = {name: 1e3 * statistics.median(one.prefill for one in ones) for name, ones in runs.items()}
     total = {name: statistics.median(one.total for one in ones) for name, ones in runs.items()}
     dense = [name for name in decoders if name != "lte"]
     best, best_total = min(dense, key=step_ms.__getitem__), min(dense, key=total.__getitem__)
-    read = {name: _bytes(decoders[name], union if name == "lte" else None) for name in (best, "lte")}
-    tokens = grid.new_tokens * prompt.shape[0]
+    routed = union if _layers(lte.model) else None
+    read = {best: _bytes(decoders[best]), "lte": _bytes(lte, routed, unread.weights)}
+    made = grid.new_tokens * prompt.shape[0]
     gb_per_s = read["lte"] / step_ms["lte"] / 1e6
     row |= {
         "sparsity": sum(by_layer) / len(by_layer),
         "sparsity_range": [min(by_layer), max(by_layer)],
         "union_sparsity": sum(union) / len(union),
+        "attention_sparsity": unread.attention,
+        "union_attention_sparsity": unread.union_attention,
         "dense_ms": step_ms[best],
         "lte_ms": step_ms["lte"],
         "speedup": step_ms[best] / step_ms["lte"],
@@ -172,8 +195,8 @@ def _measure_one(
         "dense_total_s": total[best_total],
         "lte_total_s": total["lte"],
         "speedup_total": total[best_total] / total["lte"],
-        "dense_tokens_per_s": tokens / total[best_total],
-        "lte_tokens_per_s": tokens / total["lte"],
+        "dense_tokens_per_s": made / total[best_total],
+        "lte_tokens_per_s": made / total["lte"],
         "bytes": read["lte"],
         "gb_per_s": gb_per_s,
         "share_of_bandwidth": gb_per_s / grid.bandwidth,
@@ -190,30 +213,47 @@ def _measure_one(
     return row
 
 
-def _fit_(lte: TimedDecoder, prompt: Tensor, sparsity: float, seed: int) -> None:
-    """Set the routers so that decoding has this sparsity: first on the prompt, then on the decoded tokens."""
-    route_(lte.model, prompt, sparsity, seed)
-    if sparsity in (0, 1):
-        return
-    targets = layer_targets(len(sparse_layers(lte.model)), sparsity, seed)
+def _layers(model: PreTrainedModel) -> list[Selecting]:
+    """Return the sparse FFNs. TEAL's models have none."""
+    return [module for module in model.modules() if isinstance(module, Selecting)]
+
+
+def _fit_(lte: TimedDecoder, prompt: Tensor, sparsity: float, grid: DecodeGrid) -> None:
+    """Set routers and thresholds to what is asked for in decoding: first on the prompt, then on the decoded tokens."""
+    model, asked = lte.model, grid.attention_sparsity or 0.0
+    route_(model, prompt, sparsity, grid.seed)
+    cut_(model, prompt, asked)
+    targets = layer_targets(len(_layers(model)), sparsity, grid.seed)
     for _ in range(_FITS):
         tokens = lte(prompt).tokens[:, :-1]  # the last one was never read
-        found, _union = measured_routing(lte.model, tokens, lte.prompt_tokens)
-        if abs(sum(found) / len(found) - sparsity) <= _CLOSE:
+        found, _union = measured_routing(model, tokens, lte.prompt_tokens)
+        unread = measured_unread(model, tokens, lte.prompt_tokens)
+        if max(abs(sum(found) / len(found) - sparsity), abs(unread.attention - asked)) <= _CLOSE:
             return
-        adjust_(lte.model, tokens, targets, lte.prompt_tokens)
+        cut_(model, tokens, asked, lte.prompt_tokens)
+        if sparsity not in (0, 1):
+            adjust_(model, tokens, targets, lte.prompt_tokens)
 
 
 def _parity(model: PreTrainedModel, prompt: Tensor, backend: BackendName) -> tuple[str | None, BackendName]:
     """Return an error of the backend on a step's inputs to the first and last FFN, or None, and the backend used."""
+    layers = _layers(model)
+    if not layers:  # thresholds alone: the whole step is compared, by _wrong_step
+        return None, _linear_backend(model, prompt[:, :1])
     with router_inputs(model) as seen:
         model(input_ids=prompt[:, :1], use_cache=False)
-    layers = list(sparse_layers(model).values())
     inputs = [x_BSD.flatten(0, -2) for x_BSD in seen.values()]
     weights = [
         cast(PackedLayer, layer).packed.weights(layer.lte_router, layer.compensation, layer.tau) for layer in layers
     ]
     return parity(inputs, weights, backend), choose(inputs[0], weights[0], backend)
+
+
+def _linear_backend(model: PreTrainedModel, tokens_B1: Tensor) -> BackendName:
+    """Return the backend of linear layers with thresholds, for a step of these tokens."""
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    steps = (one.weights().rows_IO.new_zeros(*tokens_B1.shape, one.weights().rows_IO.shape[0]) for one in packed)
+    return "triton" if any(one.skips(x) for one, x in zip(packed, steps, strict=True)) else "reference"
 
 
 def _wrong_step(lte: TimedDecoder, prompt: Tensor, seed: int) -> str | None:
@@ -241,7 +281,7 @@ def _wrong_step(lte: TimedDecoder, prompt: Tensor, seed: int) -> str | None:
 @contextmanager
 def _fixed_choice(model: PreTrainedModel, seed: int) -> Iterator[None]:
     """Open half of the experts for every token and close the others, by router biases, inside the context."""
-    routers = [layer.lte_router for layer in sparse_layers(model).values()]
+    routers = [layer.lte_router for layer in _layers(model)]
     kept = [router.bias.clone() for router in routers]
     generator = torch.Generator().manual_seed(seed)
     try:
@@ -257,19 +297,30 @@ def _fixed_choice(model: PreTrainedModel, seed: int) -> Iterator[None]:
 @contextmanager
 def _by_reference(model: PreTrainedModel) -> Iterator[None]:
     """Run the layers by the reference inside the context. Afterwards their ``packed`` are the same objects again."""
-    layers = [cast(PackedLayer, layer) for layer in sparse_layers(model).values()]
+    layers = [cast(PackedLayer, layer) for layer in _layers(model)]
+    linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
     kept = [layer.packed for layer in layers]
+    backends: list[BackendName] = [linear.backend for linear in linears]
     try:
         for layer in layers:
             layer.packed = replace(layer.packed, backend="reference")
+        for linear in linears:
+            linear.backend = "reference"
         yield
     finally:
         for layer, packed in zip(layers, kept, strict=True):
             layer.packed = packed
+        for linear, backend in zip(linears, backends, strict=True):
+            linear.backend = backend
 
 
-def _bytes(decoder: TimedDecoder, union_sparsity: list[float] | None) -> int:
-    """Return the bytes of weights, keys and values that one step reads. None as sparsity means dense."""
+def _bytes(decoder: TimedDecoder, union_sparsity: list[float] | None = None, unread: float = 0.0) -> int:
+    """Return the bytes of weights, keys and values that one step reads.
+
+    Args:
+        union_sparsity: of each FFN. None stands for dense FFNs without routers.
+        unread: number of weights that thresholds leave unread.
+    """
     model, size = decoder.model, decoder.model.dtype.itemsize
     counted = cost(
         model_shape(model), 0.0 if union_sparsity is None else union_sparsity, union_sparsity is not None, size
@@ -279,7 +330,7 @@ def _bytes(decoder: TimedDecoder, union_sparsity: list[float] | None) -> int:
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     context = decoder.prompt_tokens + decoder.new_tokens // 2
     cached = 2 * text.num_hidden_layers * heads * width * size * decoder.batch * context
-    return counted.weight_bytes + counted.head_bytes + cached
+    return counted.weight_bytes - round(unread * size) + counted.head_bytes + cached
 
 
 def _generate(decoder: TimedDecoder, prompt: Tensor) -> float:

@@ -10,7 +10,7 @@ import torch
 import tyro
 from transformers import PreTrainedModel
 
-from lte.bench.decode import DecodeGrid, bench_decode, dense_models, random_model
+from lte.bench.decode import DecodeGrid, be_dense_, bench_decode, dense_models, random_model
 from lte.bench.shapes import shape_config
 from lte.bench.timing import memory_bandwidth
 from lte.cli.bench_report import (
@@ -29,9 +29,9 @@ from lte.cli.options import DeviceOptions, open_model
 from lte.cli.switches import switches
 from lte.evaluation.result_row import ResultRow
 from lte.methods.lte import LTEConfig
-from lte.modules.sparse_ffn import Selecting
 from lte.ops.quantise import Quantised
-from lte.surgery.convert import set_mode_, sparsify_
+from lte.surgery.conversion import is_sparse
+from lte.surgery.convert import sparsify_
 from lte.surgery.cost import meta_model
 
 _FEWEST_TOKENS = 8  # a step runs four times before its CUDA graph exists
@@ -41,10 +41,13 @@ _FEWEST_TOKENS = 8  # a step runs four times before its CUDA graph exists
 class Decode:
     shape: ShapeName = "llama2-7b"
     model: str | None = None
-    """In place of --shape: a local folder, a hub id, or a .gguf file; dense (gets random routers) or trained sparse."""
+    """In place of --shape: a local folder, a hub id, or a .gguf file; dense (gets random routers), trained sparse, or
+    with TEAL's thresholds."""
     sparsity: Annotated[
         tuple[float, ...], tyro.conf.arg(help="Sparsities of the routers; not with a trained model.")
     ] = ()
+    attention_sparsity: float = 0.0
+    """Share of the inputs of attention's projections that thresholds leave out; not with a trained model."""
     batch: Annotated[tuple[int, ...], tyro.conf.arg(help="Texts at once.")] = (1,)
     prompt_tokens: int = 128
     """Length of the prompt."""
@@ -91,19 +94,29 @@ def main(argv: Sequence[str]) -> int:
     backend = resolve_backend(options.backend, device)
     gb_per_s = memory_bandwidth(device)
     model, trained = _model(options, device)
-    if trained and options.sparsity:
-        raise ValueError(f"{options.model} has trained routers, which set its sparsity: leave --sparsity out")
+    if trained and (options.sparsity or options.attention_sparsity):
+        raise ValueError(
+            f"{options.model} has trained routers or thresholds, which set its sparsity: leave --sparsity and "
+            "--attention-sparsity out"
+        )
     sparsities = () if trained else options.sparsity or (0.0, 0.5, 0.8, 0.9)
     sparse = copy.deepcopy(model)
     if trained:
-        set_mode_(model, "dense")
+        be_dense_(model)
     else:  # the grouping of random or new routers does not change the time
-        sparsify_(sparse, LTEConfig(expert_size=options.expert_size, grouping="random", seed=options.seed))
+        config = LTEConfig(
+            expert_size=options.expert_size,
+            grouping="random",
+            seed=options.seed,
+            attention_sparsity=options.attention_sparsity,
+        )
+        sparsify_(sparse, config)
     err.print(f"memory {gb_per_s:,.0f} GB/s, backend {backend}; building and compiling take a while", markup=False)
     compiles = device.type == "cuda" if options.compile is None else options.compile
     grid = DecodeGrid(
         name=options.model or options.shape,
         sparsities=sparsities,
+        attention_sparsity=options.attention_sparsity or None,
         batches=options.batch,
         backend=backend,
         weights=options.weights,
@@ -126,14 +139,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _model(options: Decode, device: torch.device) -> tuple[PreTrainedModel, bool]:
-    """The model, and whether its routers are trained."""
+    """The model, and whether its routers or thresholds are trained."""
     dtype = getattr(torch, options.dtype)
     if options.model is None:
         if device.type == "cpu":
             _check_memory(options.shape, dtype)
         return random_model(shape_config(options.shape), dtype, device, options.seed), False
     model = open_model(options.model, "causal", device, dtype, options.trust_remote_code)
-    return model, any(isinstance(module, Selecting) for module in model.modules())
+    return model, is_sparse(model.config)
 
 
 def _check_memory(shape: str, dtype: torch.dtype) -> None:
@@ -153,6 +166,7 @@ def _check_memory(shape: str, dtype: torch.dtype) -> None:
 _COLUMNS: dict[str, Callable[[ResultRow], str]] = {
     "batch": lambda r: str(r["batch"]),
     "sparsity": lambda r: f"{r['sparsity']:.1%}",
+    "attention": lambda r: f"{r['attention_sparsity']:.1%}",
     "union": lambda r: f"{r['union_sparsity']:.1%}",
     "dense ms/token": lambda r: f"{r['dense_ms']:.3f}",
     "lte ms/token": lambda r: f"{r['lte_ms']:.3f}",

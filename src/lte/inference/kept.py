@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from lte.inference.decoder import Decoder, How, Prompts
 from lte.inference.graphs import Unshared
 from lte.inference.sampling import NotCovered
+from lte.modules.input_threshold import cut_layers
 from lte.modules.sparse_ffn import Selecting
 
 _MOST = 4
@@ -90,7 +91,16 @@ def _state(model: PreTrainedModel) -> object:
         (type(one), one.training, len(one._forward_hooks), len(one._forward_pre_hooks), vars(one).get("forward"))
         for one in model.modules()
     )
+    cuts = tuple((one.cutting, getattr(one, "backend", None)) for one in cut_layers(model).values())
     routed = tuple(
         (one.mode, one.tau, getattr(one, "packed", None)) for one in model.modules() if isinstance(one, Selecting)
     )
-    return tensors, modules, routed, model.config._attn_implementation, model.dtype, torch.is_inference_mode_enabled()
+    return (
+        tensors,
+        modules,
+        cuts,
+        routed,
+        model.config._attn_implementation,
+        model.dtype,
+        torch.is_inference_mode_enabled(),
+    )

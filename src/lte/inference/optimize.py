@@ -19,6 +19,8 @@ from lte.inference.packed import (
     Projection,
     activation_name,
 )
+from lte.inference.packed_linear import pack_linears_
+from lte.modules.input_threshold import cut_layers
 from lte.modules.quantised_linear import QuantisedLinear
 from lte.modules.recording import check_hard, check_lte_routers, sparse_layers
 from lte.modules.sparse_ffn import Selecting, SparseFFN
@@ -63,11 +65,9 @@ def optimize_(
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, but it is one of {', '.join(BACKENDS)}")
     check_not_shared(model, "optimize_ packs")
-    layers = sparse_layers(model).values()
-    check_lte_routers(layers, "its kernels cannot run it, use the model as it is, it computes the same")
-    check_hard(layers, "which uses every expert")
-    sites, stored = find_sites(model, model.config.model_type), weights_of(model)
-    found = [(site.installed, _packed(site, backend)) for site in sites]  # checks all before the first change
+    linears, stored = cut_layers(model), weights_of(model)
+    routed = not linears or weights or any(isinstance(module, Selecting) for module in model.modules())
+    found = _packed_sites(model, backend) if routed else []
     if weights or stored:
         torchao()
     if weights is not None and weights != stored:
@@ -81,7 +81,16 @@ def optimize_(
     setattr(model, FASTER_GENERATE, generate_packed)
     if form := weights_of(model):
         quantise_others_(model, form)
+    pack_linears_(linears, backend)
     return model.eval()
+
+
+def _packed_sites(model: PreTrainedModel, backend: BackendName) -> list[tuple[Selecting, Packed]]:
+    """Return the sparse FFNs with what they need to skip experts. All are checked before the first is changed."""
+    layers = sparse_layers(model).values()
+    check_lte_routers(layers, "its kernels cannot run it, use the model as it is, it computes the same")
+    check_hard(layers, "which uses every expert")
+    return [(site.installed, _packed(site, backend)) for site in find_sites(model, model.config.model_type)]
 
 
 def _packed(site: FFNSite, backend: BackendName) -> Packed:

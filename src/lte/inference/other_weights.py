@@ -27,8 +27,10 @@ def quantise_others_(model: PreTrainedModel, to: Quantised) -> None:
     floats = {
         site.name: site.linear
         for site in linear_sites(model, model.config.model_type)
-        if not site.in_ffn and type(site.linear) is nn.Linear and type(site.linear.weight) is nn.Parameter
+        if not site.in_ffn and isinstance(site.linear, nn.Linear) and type(site.linear.weight) is nn.Parameter
     }
+    for linear in floats.values():
+        linear.weight.data = linear.weight.data.contiguous()  # it may be packed by input
     in_int4 = {name for name, linear in floats.items() if to == "int4" and _has_int4(linear)}
     if to == "int4" and floats.keys() - in_int4:
         logger.info("int4 of torchao needs CUDA, bf16 and inputs in groups of %d: attention is int8", _INT4_GROUP)

@@ -18,7 +18,7 @@ from lte.ops.reference import activate
 from lte.ops.sparse_ffn import BackendName, sparse_ffn
 from lte.ops.weights import Activation, Affine, FFNWeights, Matrix, RouterWeights
 
-_PLAIN = (nn.Parameter, FakeTensor)  # no subclass of a quantiser; torch.export uses fake tensors
+PLAIN = (nn.Parameter, FakeTensor)  # no subclass of a quantiser; torch.export uses fake tensors
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Projection:
         linear = self.linear
         return (
             self.parent._modules.get(self.name) is linear
-            and (self.quantised or type(linear._parameters.get("weight")) in _PLAIN)  # pruning and weight norm move it
+            and (self.quantised or type(linear._parameters.get("weight")) in PLAIN)  # pruning and weight norm move it
             and "bias" in linear._parameters
             and "forward" not in vars(linear)  # offloading replaces it
             and len(linear._forward_hooks) == self.hooks

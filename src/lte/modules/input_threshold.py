@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lte.modules.kept import of_this_thread
+from lte.modules.kept import Kept, of_this_thread
 
 CUT = "cut"
 _CUTTING = "cutting"
@@ -38,10 +38,20 @@ def switch_cuts_(model: nn.Module, cutting: bool) -> None:
         vars(linear)[_CUTTING] = cutting
 
 
+class LeavesOut(nn.Module):
+    """Base of a linear layer that compares its inputs with the threshold itself in some passes."""
+
+    kept_in: Kept
+
+    def skips(self, x_TI: Tensor) -> bool:
+        """Return whether it does so with this input. Then its hook changes nothing."""
+        raise NotImplementedError
+
+
 def _drop_small(linear: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    if not linear.cutting:
-        return None
     x_TI, *rest = args
+    if not linear.cutting or (isinstance(linear, LeavesOut) and linear.skips(x_TI)):
+        return None
     x_TI = x_TI.masked_fill(x_TI.abs() <= linear.get_buffer(CUT), 0)
     for zeros in of_this_thread(linear.kept_in):
         zeros.append(x_TI.detach().eq(0).sum(-1))
