@@ -8,6 +8,7 @@
 To make a float of a number of 4 bits takes as long as to read it. So weights are the first operand of matrix units,
 which take 16 of their rows for 8 tokens, and no two warps unpack the same weights.
 """
+# pyright: basic, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false
 
 from dataclasses import dataclass
 from functools import cache

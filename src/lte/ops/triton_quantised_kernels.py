@@ -4,7 +4,7 @@ A tile of int4 is loaded as bytes. Each byte holds one number of the first half 
 a tile has the columns J and J + D / 2. The scales of int4 belong to a column of a group of rows. They multiply x, or
 weights where these are fewer numbers. The scales of int8 belong to outputs, so they multiply sums.
 """
-# pyright: basic, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: basic, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false
 
 import triton
 import triton.language as tl
