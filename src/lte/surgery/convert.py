@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 from transformers import PreTrainedModel
 
-from lte.modules.quantised_linear import is_quantised
 from lte.modules.input_threshold import CUT, cut_layers, switch_cuts_
+from lte.modules.quantised_linear import is_quantised
 from lte.modules.recording import sparse_layers
 from lte.modules.sparse_ffn import Mode
 from lte.modules.tensor_parallel import check_not_shared
