@@ -88,7 +88,7 @@ class Group:
 
 
 def pack_linears_(linears: Mapping[str, nn.Module], backend: BackendName) -> None:
-    """Make plain linear layers with a threshold leave out small inputs. Other kinds and quantised ones do not change.
+    """Make plain linear layers with a threshold leave out small inputs. Other kinds stay as they are.
 
     Args:
         linears: the layers with a threshold, by their names in the model.
