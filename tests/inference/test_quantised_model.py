@@ -18,6 +18,7 @@ from lte.inference.packed import PackedLayer
 from lte.modules.quantised_linear import QuantisedLinear, is_quantised
 from lte.modules.recording import sparse_layers
 from lte.surgery import tensor_parallel
+from lte.surgery.architectures import hugging_face_generate
 from lte.surgery.sites import find_sites
 
 SOME = ["llama", "phi3", "gpt2", "opt", "bloom", "falcon"]
@@ -109,7 +110,7 @@ def test_generate_decodes_as_hugging_face(tmp_path):
     model = lte.optimize_(sparse(), weights="int4")
     prompt = torch.tensor([[5, 6, 7, 8]])
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    expected = hugging_face_generate(model)(prompt, attention_mask=torch.ones_like(prompt), **options)
     assert torch.equal(lte.generate(model, prompt, **options), expected)
 
 
