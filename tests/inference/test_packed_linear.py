@@ -188,3 +188,14 @@ def test_decodes_the_tokens_of_generate_and_notices_changes(compile, launches):
         expected = model.generate(prompt, **options)
         assert torch.equal(lte.generate(packed, prompt, compile=compile, **options), expected)
     assert launches
+
+
+def test_a_packed_layer_can_be_quantised_later(launches):
+    pytest.importorskip("torchao")
+    config = lte.LTEConfig(expert_size=16, grouping="random", attention_sparsity=0.25)
+    model = lte.sparsify_(tiny_model("llama", hidden_size=32, intermediate_size=128), config)
+    lte.set_mode_(model, "hard")
+    quantised = lte.optimize_(copy.deepcopy(model), weights="int8")
+    twice = lte.optimize_(lte.optimize_(model, "triton"), weights="int8")
+    assert torch.equal(logits(twice, single()), logits(quantised, single()))
+    assert not launches

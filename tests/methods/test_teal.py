@@ -262,7 +262,6 @@ def relative_deberta():
         (lambda: lte.teal_(tiny_model("t5"), lte.TEALConfig(), data=[]), "not for an encoder-decoder"),
         (lambda: lte.teal_(converted("llama"), lte.TEALConfig(), data=[]), "sparse already: load the dense checkpoint"),
         (lambda: lte.sparsify_(converted("llama"), lte.LTEConfig()), "sparse already: load the dense checkpoint"),
-        (lambda: lte.optimize_(converted("llama")), "no sparse FFN but TEAL's thresholds: use it as it is, or convert"),
         (lambda: lte.calibrate_(converted("llama"), [{}], 0.4), "no sparse FFN but TEAL's thresholds"),
         (lambda: lte.teal_cost(tiny_model("llama"), 1.5), "sparsity is 1.5, but it is a fraction"),
         (lambda: lte.teal_cost(tiny_model("llama"), {}), "no sparsity given for 14 linear layers"),

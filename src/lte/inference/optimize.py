@@ -36,19 +36,20 @@ from lte.surgery.sites import FFNSite, find_sites
 def optimize_(
     model: PreTrainedModel, backend: BackendName = "auto", weights: Quantised | None = None
 ) -> PreTrainedModel:
-    """Make ``model`` skip its idle experts in inference, in place. ``model.generate()`` works as before.
+    """Make ``model`` skip its idle experts and small inputs, in place. ``model.generate()`` works as before.
 
-    The model is put in eval mode, and its FFN weights get one contiguous row for each neuron. Modules, parameter names
-    and values do not change, so the model saves, loads, moves and casts as before. Layers still compute all experts
-    with gradients, in training, under autocast, in another mode, and if projections are wrapped later (LoRA). A second
-    call changes the backend.
+    The model is put in eval mode, and its FFN weights get one contiguous row for each neuron. Linear layers with a
+    threshold on their inputs (``attention_sparsity``, TEAL) get one row for each input. On a GPU, a step of one token
+    does not read the rows of small inputs. Parameter names and values do not change, so the model saves, loads, moves
+    and casts as before. Layers still compute all experts with gradients, in training, under autocast, in another mode,
+    and if projections are wrapped later (LoRA). A second call changes the backend.
 
     Quantised experts (``weights``, or a model of :func:`lte.quantise_`) cannot be trained. The linear layers of the
     blocks outside of the FFNs are then quantised by torchao, and the model cannot be saved any more. Routers,
     compensations, embeddings and the head stay floats.
 
     Args:
-        model: sparse and in mode hard, as it is after training.
+        model: sparse and in mode hard, as it is after training, or with TEAL's thresholds.
         backend: ``auto`` takes the fastest for each call. A named backend runs or raises, see :func:`lte.sparse_ffn`.
         weights: ``int8`` or ``int4`` quantises the model. None leaves the experts as they are.
 
@@ -56,7 +57,7 @@ def optimize_(
         The same model.
 
     Raises:
-        ValueError: the backend is unknown. The model is dense, in mode dense or soft, or of another method than LTE.
+        ValueError: the backend is unknown. The model is dense, in mode dense or soft, or of another method.
             Projections are quantised by another library, adapted or of mixed precision. ``sparse_ffn`` does not know
             the activation. Weights are divided by tensor parallelism. The experts have another quantised form already,
             or :func:`lte.quantise_` refuses them. In all cases the model is not changed.

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lte.inference.packed_linear import PackedLinear
+from lte.inference.packed_linear import SkippingLinear
 from lte.ops.quantise import Quantised
 from lte.surgery.sites import linear_sites
 
@@ -29,8 +29,7 @@ def quantise_others_(model: PreTrainedModel, to: Quantised) -> None:
         site.name: site.linear
         for site in linear_sites(model, model.config.model_type)
         if not site.in_ffn
-        and isinstance(site.linear, nn.Linear)
-        and (type(site.linear) is nn.Linear or isinstance(site.linear, PackedLinear))  # Falcon's kind needs a transpose
+        and type(site.linear) in (nn.Linear, SkippingLinear)
         and type(site.linear.weight) is nn.Parameter
     }
     for linear in floats.values():

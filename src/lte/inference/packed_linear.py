@@ -58,15 +58,15 @@ class PackedLinear(LeavesOut):
         self.get_parameter("weight").data = rows_IO if isinstance(self, Conv1D) else rows_IO.t()
 
 
-class _Linear(PackedLinear, nn.Linear):
+class SkippingLinear(PackedLinear, nn.Linear):
     pass
 
 
-class _Conv1D(PackedLinear, Conv1D):  # pyright: ignore[reportIncompatibleMethodOverride]
+class SkippingConv1D(PackedLinear, Conv1D):  # pyright: ignore[reportIncompatibleMethodOverride]
     pass
 
 
-_KINDS: dict[type[nn.Module], type[PackedLinear]] = {nn.Linear: _Linear, Conv1D: _Conv1D}
+_KINDS: dict[type[nn.Module], type[PackedLinear]] = {nn.Linear: SkippingLinear, Conv1D: SkippingConv1D}
 
 
 class Group:

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import transformers
 from huggingface_hub import HfApi
@@ -156,7 +156,7 @@ class LTEModelMixin:
             NotWritten: the disk is full, permissions are missing, or the like.
             ValueError: torchao quantised weights of the model.
         """
-        check_savable(self)
+        check_savable(cast(PreTrainedModel, self))
         writes = getattr(self, "should_save_on_this_rank", bool)(is_main_process)
         save = partial(super().save_pretrained, is_main_process=is_main_process)  # pyright: ignore
         if kwargs.get("distributed_checkpoint") or not writes:  # each process writes its own part, or nothing
