@@ -5,7 +5,7 @@ from typing import get_args
 
 import pytest
 import torch
-from random_ffn import changed, make_active, make_weights, make_x, relative_rms, tensors_of
+from random_ffn import changed, make_active, make_weights, make_x, quantised, relative_rms, tensors_of
 
 import lte.ops.sparse_ffn as ops
 from lte.ops import reference
@@ -21,7 +21,8 @@ SIZES = [(48, 96, 16), (80, 256, 128), (576, 288, 32)]
 
 
 def in_fp32(weights: FFNWeights) -> FFNWeights:
-    return changed(weights, {name: tensor.float() for name, tensor in weights.named_tensors()})
+    floats = {name: tensor.float() for name, tensor in weights.named_tensors() if tensor.is_floating_point()}
+    return changed(weights, floats)
 
 
 def error(y_TD, x_TD, weights, active_TE=None) -> float:
@@ -42,6 +43,48 @@ def test_equals_the_reference(d_model, d_ff, expert_size, gated, bias, dtype):
         for share in ("none", "one", "half", "all"):
             active_TE = make_active(tokens, weights, share)
             assert error(cpu.sparse_ffn(x_TD, weights, active_TE), x_TD, weights, active_TE) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("to", ["int8", "int4"])
+@pytest.mark.parametrize("options", [{}, {"bias": True, "rank": 3}, {"gated": False, "act": "relu", "expert_size": 16}])
+def test_quantised_experts_equal_the_reference(to, options):
+    weights = quantised(make_weights(64, 128, **options), to)
+    for tokens in (1, 2, 7, 24, 70):
+        x_TD = make_x(tokens, weights)
+        for share in ("router", "none", "one", "half", "all"):
+            active_TE = None if share == "router" else make_active(tokens, weights, share)
+            assert error(cpu.sparse_ffn(x_TD, weights, active_TE), x_TD, weights, active_TE) < 2e-6
+
+
+@pytest.mark.parametrize("to", ["int8", "int4"])
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_scales_of_inactive_experts_are_not_read(to, tokens):
+    weights = quantised(make_weights(), to)
+    active_TE = torch.tensor([True, False, False, True]).repeat(tokens, 1)
+    names = [f"{part}.matrix.scales" for part in ("up", "gate", "down")]
+    poisoned = changed(weights, {name: tensors_of(weights)[name].clone() for name in names})
+    for name in names:
+        scales = tensors_of(poisoned)[name]
+        if scales.shape[0] == 128:  # int8, a scale for each neuron
+            scales[32:96] = float("nan")
+        elif to == "int4":
+            scales[1:3] = float("nan")
+    x_TD = make_x(tokens, weights)
+    y_TD = cpu.sparse_ffn(x_TD, poisoned, active_TE)
+    assert y_TD.isfinite().all()
+    assert y_TD.equal(cpu.sparse_ffn(x_TD, weights, active_TE))
+    assert y_TD.equal(cpu.sparse_ffn(x_TD, weights, active_TE))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_quantised_experts_with_scales_of_16_bits(to, dtype):
+    for router in (False, True):
+        weights = quantised(make_weights(576, 288, dtype=dtype), to, router)
+        for tokens in (1, 6):
+            x_TD = make_x(tokens, weights)
+            assert error(cpu.sparse_ffn(x_TD, weights), x_TD, weights) < TOLERANCE[dtype]
 
 
 @pytest.mark.slow
@@ -151,7 +194,7 @@ def test_without_openmp(monkeypatch):
     x_TD = make_x(6, weights)
     choices = [None, make_active(6, weights, "half")]
     with_openmp = [cpu.sparse_ffn(x_TD, weights, active_TE) for active_TE in choices]
-    monkeypatch.setattr(cpu, "_openmp", lambda: None)
+    monkeypatch.setattr(cpu, "openmp", lambda: None)
     for active_TE, expected in zip(choices, with_openmp, strict=True):
         assert cpu.sparse_ffn(x_TD, weights, active_TE).equal(expected)
     call_at_once(weights)

@@ -1,9 +1,10 @@
 """A whole model, dense against sparse: prefill, time per token, and the limit that bytes set."""
 
 import copy
+import os
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lte.bench.cutting import cut_, measured_unread
 from lte.bench.decoding import Decoded, TimedDecoder
+from lte.bench.llama_cpp import LlamaCpp
 from lte.bench.parity import parity
 from lte.bench.routing import adjust_, measured_routing, random_routers_, route_, router_inputs
 from lte.bench.synthetic import OPEN, layer_targets
@@ -59,6 +61,8 @@ class DecodeGrid:
     """One of transformers' attentions, for dense and sparse. None is the default of the model."""
     generate: bool = False
     """Whether ``model.generate`` without options is timed too."""
+    peers: Sequence[str] = ()
+    """Forms of :mod:`lte.bench.llama_cpp` to time beside dense and sparse, at batch 1."""
     bandwidth: float = float("nan")
     seed: int = 0
 
@@ -130,6 +134,10 @@ def _bench_batch(
         decoders = {name: TimedDecoder(model, *sizes) for name, model in dense.items()}
         decoders["lte"] = TimedDecoder(sparse, *sizes)
         wrong = _wrong_step(decoders["lte"], prompt, grid.seed)
+        peers = {
+            form: LlamaCpp(next(iter(dense.values())), form, grid.prompt_tokens, grid.new_tokens)
+            for form in (grid.peers if batch == 1 else ())
+        }
     except Exception as error:  # this batch does not fit or does not run; other batches may
         yield from ({**row, "sparsity_asked": asked, "error": error_line(error)} for asked in asked_for)
         return
@@ -138,20 +146,30 @@ def _bench_batch(
         yield from ({**row, "sparsity_asked": asked, "error": wrong} for asked in asked_for)
         return
     for asked in asked_for:
-        yield _bench_one(decoders, grid, prompt, asked, {**row, "sparsity_asked": asked})
+        yield _bench_one(decoders, peers, grid, prompt, asked, {**row, "sparsity_asked": asked})
 
 
 def _bench_one(
-    decoders: dict[str, TimedDecoder], grid: DecodeGrid, prompt: Tensor, asked: float | None, row: dict[str, Any]
+    decoders: dict[str, TimedDecoder],
+    peers: dict[str, LlamaCpp],
+    grid: DecodeGrid,
+    prompt: Tensor,
+    asked: float | None,
+    row: dict[str, Any],
 ) -> dict[str, Any]:
     try:
-        return _measure_one(decoders, grid, prompt, asked, row)
+        return _measure_one(decoders, peers, grid, prompt, asked, row)
     except Exception as error:  # this row is lost, not the table
         return {**row, "error": error_line(error)}
 
 
 def _measure_one(
-    decoders: dict[str, TimedDecoder], grid: DecodeGrid, prompt: Tensor, asked: float | None, row: dict[str, Any]
+    decoders: dict[str, TimedDecoder],
+    peers: dict[str, LlamaCpp],
+    grid: DecodeGrid,
+    prompt: Tensor,
+    asked: float | None,
+    row: dict[str, Any],
 ) -> dict[str, Any]:
     lte = decoders["lte"]
     if asked is not None:
@@ -160,11 +178,13 @@ def _measure_one(
     row["backend"] = used
     if wrong is not None:
         return {**row, "error": wrong}
-    for decoder in decoders.values():  # to warm up
+    every: dict[str, Callable[[Tensor], Decoded]] = {**decoders, **peers}
+    for decoder in every.values():  # to warm up
         decoder(prompt)
-    runs: dict[str, list[Decoded]] = {name: [] for name in decoders}
+    runs: dict[str, list[Decoded]] = {name: [] for name in every}
+    load = os.getloadavg()[0]
     for _ in range(grid.repeats):
-        for name, decoder in decoders.items():
+        for name, decoder in every.items():
             runs[name].append(decoder(prompt))
     tokens = runs["lte"][-1].tokens[:, :-1]
     unread = measured_unread(lte.model, tokens, grid.prompt_tokens)
@@ -203,8 +223,12 @@ def _measure_one(
         "dense_by": f"{decoders[best].how} {best}",
         "dense_total_by": f"{decoders[best_total].how} {best_total}",
         "lte_by": lte.how,
-        "dense_ms_all": {name: value for name, value in step_ms.items() if name != "lte"},
+        "dense_ms_all": {name: step_ms[name] for name in dense},
     }
+    if lte.device.type == "cpu":
+        row |= {"threads": torch.get_num_threads(), "load": load}
+    if peers:
+        row["llama_cpp"] = {name: {"step_ms": step_ms[name], "prefill_ms": prefill_ms[name]} for name in peers}
     if grid.generate:
         row |= {
             f"{name}_generate_s": _generate(decoders[which], prompt)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lte.bench.timing import synchronize
 from lte.inference.clock import Clock
+from lte.inference.cpu_step import covers
 from lte.inference.generate import generate
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,8 @@ class TimedDecoder:
         """The way in which a step runs, in words."""
         cuda = self.device.type == "cuda"
         compiled = f"compiled{' and tuned' if self._tune and cuda else ''}"
-        return ", ".join(filter(None, [compiled if self._compile else "", "CUDA graph" if cuda else ""])) or "eager"
+        plain = "one call" if self.device.type == "cpu" and covers(self.model) else "eager"
+        return ", ".join(filter(None, [compiled if self._compile else "", "CUDA graph" if cuda else ""])) or plain
 
     def __call__(self, prompt_BS: Tensor) -> Decoded:
         options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}

@@ -10,6 +10,7 @@ import torch
 import tyro
 from transformers import PreTrainedModel
 
+from lte.bench import llama_cpp
 from lte.bench.decode import DecodeGrid, be_dense_, bench_decode, dense_models, random_model
 from lte.bench.shapes import shape_config
 from lte.bench.timing import memory_bandwidth
@@ -72,6 +73,9 @@ class Decode:
     for one query."""
     generate: bool = False
     """Also time model.generate() without options."""
+    peers: bool | None = None
+    """Also time llama.cpp (BF16, Q8_0 and Q4_0) with the dense weights, at batch 1. The default is yes on a CPU, if the
+    packages of lte[peers] are there."""
     seed: int = 0
     """Seed of weights, routers and prompts."""
     device: str = "auto"
@@ -127,6 +131,7 @@ def main(argv: Sequence[str]) -> int:
         tune=compiles and device.type == "cuda" if options.tune is None else options.tune,
         generate=options.generate,
         attention=options.attention,
+        peers=_peers(options.peers, device),
         bandwidth=gb_per_s,
         seed=options.seed,
     )
@@ -136,6 +141,14 @@ def main(argv: Sequence[str]) -> int:
     if options.to.plot is not None:
         report.plot(options.to.plot, "batch", f"decoding {grid.name}")
     return code
+
+
+def _peers(asked: bool | None, device: torch.device) -> tuple[str, ...]:
+    if asked and device.type != "cpu":
+        raise ValueError(f"llama.cpp is timed on a CPU here, not on {device.type}: leave --peers out")
+    if asked and not llama_cpp.is_there():
+        raise ValueError("llama.cpp is not installed: pip install 'lte[peers]'")
+    return llama_cpp.FORMS if device.type == "cpu" and asked is not False and llama_cpp.is_there() else ()
 
 
 def _model(options: Decode, device: torch.device) -> tuple[PreTrainedModel, bool]:
@@ -175,6 +188,9 @@ _COLUMNS: dict[str, Callable[[ResultRow], str]] = {
     "prefill ms": lambda r: f"{r['dense_prefill_ms']:.1f} > {r['lte_prefill_ms']:.1f}",
     "total s": lambda r: f"{r['dense_total_s']:.2f} > {r['lte_total_s']:.2f}",
     "tok/s": lambda r: f"{r['dense_tokens_per_s']:.1f} > {r['lte_tokens_per_s']:.1f}",
+    "llama.cpp tok/s": lambda r: " ".join(
+        f"{form} {1e3 / one['step_ms']:.1f}" for form, one in r.get("llama_cpp", {}).items()
+    ),
     "of memory": lambda r: f"{r['share_of_bandwidth']:.0%}",
     "backend": lambda r: r["backend"],
 }

@@ -1,5 +1,6 @@
 """The decoding loop. A step is one call, on CUDA one compiled graph, and no part of it waits for the host."""
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -12,9 +13,12 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from lte.inference.attention import attending, mask_form
+from lte.inference.cpu_step import one_call
 from lte.inference.graphs import Action, capture
 from lte.inference.sampling import NotCovered, Sampler, Tokens
 from lte.inference.slot_cache import Masks, SlotCache, check_filled, mask_kinds, step_masks
+
+logger = logging.getLogger(__name__)
 
 Preparing = Callable[[str], AbstractContextManager[object]]
 
@@ -73,11 +77,13 @@ class How:
         compile: whether it is compiled by ``torch.compile``.
         tune: whether compiling includes a search for the fastest kernels.
         graph: whether it is a CUDA graph.
+        one_call: whether it is one call of our own kernels for CPUs, if they cover the model.
     """
 
     compile: bool = False
     tune: bool = False
     graph: bool = False
+    one_call: bool = False
 
 
 class Decoder:
@@ -99,6 +105,7 @@ class Decoder:
         if how.compile:
             tuned = _TUNED if how.tune else None
             self._step = torch.compile(self._eager_step, fullgraph=True, dynamic=False, options=tuned)
+        self._own = self._one_call(model) if how.one_call else None
         self._seen, self._together = slots, False
         self._ways: dict[tuple[object, ...], tuple[Tokens, Action]] = {}
 
@@ -113,6 +120,10 @@ class Decoder:
         tokens = Tokens(self.batch, self.slots, model.config.get_text_config().vocab_size, sampler, model.device)
 
         def run() -> None:
+            if self._own is not None:
+                tokens.append(sampler.choose(self._own(tokens.last_B), tokens))
+                self._slot_B.add_(1)
+                return
             # once, not in each layer
             masks = step_masks(self._kinds, self._slot_B, self._seen, self._form, self._together)
             with attending(model, self._form):
@@ -163,7 +174,7 @@ class Decoder:
         watch = _Watch(tokens, rows, streamer)
         made, longest, together = 1, int(length_B.max()), bool((length_B == length_B[0]).all())
         while not watch.ended(made == most or out_of_time()):
-            if not (self.how.compile or self.how.graph):
+            if not (self.how.compile or self.how.graph or self._own):
                 self._show(longest + made, together)
             run()
             made += 1
@@ -173,6 +184,13 @@ class Decoder:
         """Show the next step, which is eager, only the slots that it needs."""
         self._seen, self._together = seen, together
         self._cache.show(seen, together)
+
+    def _one_call(self, model: PreTrainedModel) -> Callable[[Tensor], Tensor] | None:
+        try:
+            return one_call(model, self._cache, self._slot_B)
+        except NotCovered as error:
+            logger.info("a step of %s is eager: %s", type(model).__name__, error)
+            return None
 
     def _captured(self, run: Action) -> Action:
         try:

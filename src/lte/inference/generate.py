@@ -158,7 +158,9 @@ class _Loop:
         mask_kinds(model.config)
         cuda = model.device.type == "cuda"
         self._may_fail = compile is None
-        self._how = How(cuda and not recording if compile is None else compile, tune and cuda, cuda and not recording)
+        compiles = cuda and not recording if compile is None else compile
+        own = model.device.type == "cpu" and not (compiles or recording)
+        self._how = How(compiles, tune and cuda, cuda and not recording, own)
         self._preparing, self._streamer = preparing, streamer
 
     def __call__(

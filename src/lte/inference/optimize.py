@@ -46,7 +46,7 @@ def optimize_(
 
     Quantised experts (``weights``, or a model of :func:`lte.quantise_`) cannot be trained. The linear layers of the
     blocks outside of the FFNs are then quantised by torchao, and the model cannot be saved any more. Routers,
-    compensations, embeddings and the head stay floats.
+    compensations and embeddings stay floats, and so does the head, unless the model is on a CPU.
 
     Args:
         model: sparse and in mode hard, as it is after training, or with TEAL's thresholds.

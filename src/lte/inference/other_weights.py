@@ -22,7 +22,8 @@ _INT4_GROUP = 64
 def quantise_others_(model: PreTrainedModel, to: Quantised) -> None:
     """Quantise the linear layers of the blocks that are no part of an FFN, in place, unless they are quantised already.
 
-    With ``int4`` they are int4 where torchao has a kernel for it: on CUDA, in bf16. Elsewhere they are int8.
+    With ``int4`` they are int4 where torchao has a kernel for it: on CUDA, in bf16. Elsewhere they are int8. On a CPU
+    the head is int8 too. A step reads it as a whole, and llama.cpp does not keep it in 16 bits either.
     """
     api = torchao()
     floats = {
@@ -34,6 +35,9 @@ def quantise_others_(model: PreTrainedModel, to: Quantised) -> None:
     }
     for linear in floats.values():
         linear.weight.data = linear.weight.data.contiguous()  # it may be packed by input
+    head = model.get_output_embeddings()
+    if model.device.type == "cpu" and type(head) is nn.Linear and type(head.weight) is nn.Parameter:
+        floats |= {name: head for name, module in model.named_modules() if module is head}
     in_int4 = {name for name, linear in floats.items() if to == "int4" and _has_int4(linear)}
     if to == "int4" and floats.keys() - in_int4:
         logger.info("int4 of torchao needs CUDA, bf16 and inputs in groups of %d: attention is int8", _INT4_GROUP)

@@ -1,4 +1,4 @@
-"""``sparse_ffn`` on CPU: the rows of active experts are read once, in fp32, bf16 or fp16. Arithmetic is in fp32.
+"""``sparse_ffn`` on CPU: the rows of active experts are read once, as they are stored. Arithmetic is in fp32.
 
 The threads are those of torch's own OpenMP, if it is found. Idle OpenMP threads spin, so a second pool of threads would
 compete for the cores. A call is one parallel region and takes about 3 us with its barriers on two cores.
@@ -7,6 +7,7 @@ compete for the cores. A call is one parallel region and takes about 3 us with i
 import ctypes
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from threading import Lock
 
@@ -14,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lte.ops.cpu_kernels import ACTS, CODES, JOB, JOB_INTEGERS, ROWS, TAGS, region, run_by_numba
+from lte.ops.cpu_kernels.ffn import ACTS, JOB, JOB_INTEGERS, ROWS, by_numba, region
+from lte.ops.cpu_kernels.numbers import CODES, FLOATS, TAGS
 from lte.ops.weights import FFNWeights
 
 _BLOCK = 64  # tokens of a job: limits the threads' parts of the output, so that they stay in cache
-_pack_job = struct.Struct(f"{len(JOB_INTEGERS)}qd").pack
+pack_job = struct.Struct(f"{len(JOB_INTEGERS)}qdd").pack
 _numba_threads = Lock()
 
 
@@ -26,16 +28,16 @@ def refuses(x_TD: Tensor, weights: FFNWeights) -> str | None:
     """Return why it cannot compute this, in one line; None if it can."""
     if x_TD.device.type != "cpu":
         return f"x is on {x_TD.device}"
-    if weights.quantised:
-        return "the CPU kernels take no quantised weights"
     for name, tensor in (("x", x_TD), *weights.named_tensors()):
-        if tensor.dtype not in CODES:
+        if tensor.dtype not in (CODES if name.endswith("matrix.rows") else FLOATS):
             return f"{name} is {tensor.dtype}, but the CPU kernels take float32, bfloat16 and float16"
         if name != "x" and not tensor.is_contiguous():
             return f"{name} is not contiguous: call lte.optimize_ for an FFN, and contiguous() for other tensors"
     dtype, gate = weights.up.matrix.rows.dtype, weights.gate
     if weights.down.matrix.rows.dtype != dtype or (gate is not None and gate.matrix.rows.dtype != dtype):
         return "up, gate and down differ in dtype: cast them to one"
+    if weights.router.matrix.bits == 4:
+        return "the router is int4, but the CPU kernels take one of floats or int8"
     if weights.expert_size % ROWS:
         return f"experts have {weights.expert_size} neurons, but the CPU kernels take multiples of {ROWS}"
     return None
@@ -67,20 +69,41 @@ def sparse_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None = Non
     return out_TD
 
 
-def _compute(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, out_TD: Tensor) -> None:
-    (T, D), E = x_TD.shape, weights.num_experts
-    threads = torch.get_num_threads()
-    parts_size = threads * T * D
-    z_size = T * weights.rank
-    size = parts_size + z_size + T * E // 4 + 1  # parts and z in fp32, then the router's choice, in bytes
-    scratch = torch.empty(size, dtype=torch.float32, device="cpu")
-    parts = scratch.data_ptr()
-    job = _pack_job(
+@dataclass
+class Room:
+    """Memory of a call: in fp32 the threads' parts of the output and the compensation's inside; the router's choice."""
+
+    parts: int
+    z: int
+    active: int
+    kept: Tensor
+
+    def __init__(self, x_TD: Tensor, weights: FFNWeights, threads: int) -> None:
+        (T, D), E = x_TD.shape, weights.num_experts
+        parts_size, z_size = threads * T * D, T * weights.rank
+        self.kept = torch.empty(parts_size + z_size + T * E // 4 + 1, dtype=torch.float32, device="cpu")
+        self.parts = self.kept.data_ptr()
+        self.z = self.parts + 4 * parts_size
+        self.active = self.z + 4 * z_size
+
+
+def job_values(
+    x_TD: Tensor,
+    out_TD: Tensor,
+    weights: FFNWeights,
+    room: Room,
+    active_TE: Tensor | None = None,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> tuple[int | float, ...]:
+    """Return the fields of a job: ``out = FFN(x)``, or with the weight of an RMSNorm ``out = x + FFN(norm(x))``."""
+    T, D = x_TD.shape
+    return (
         x_TD.data_ptr(),
         out_TD.data_ptr(),
-        parts + 4 * (parts_size + z_size) if active_TE is None else active_TE.data_ptr(),
-        parts,
-        parts + 4 * parts_size,
+        room.active if active_TE is None else active_TE.data_ptr(),
+        room.parts,
+        room.z,
         *[0 if tensor is None else tensor.data_ptr() for tensor in weights.tensors],
         *[0 if tensor is None else CODES[tensor.dtype] for tensor in weights.tensors],
         CODES[x_TD.dtype],
@@ -88,28 +111,37 @@ def _compute(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, out_TD
         T,
         D,
         weights.d_ff,
-        E,
+        weights.num_experts,
         weights.rank,
         ACTS[weights.act],
+        0 if norm is None else norm.data_ptr(),
+        0 if norm is None else CODES[norm.dtype],
+        eps,
         weights.router.threshold,
     )
+
+
+def _compute(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, out_TD: Tensor) -> None:
+    threads = torch.get_num_threads()
+    room = Room(x_TD, weights, threads)
+    job = pack_job(*job_values(x_TD, out_TD, weights, room, active_TE))
     dtype, router_dtype = weights.up.matrix.rows.dtype, weights.router.matrix.rows.dtype
-    openmp = _openmp()
-    if openmp is not None:
-        openmp(region(dtype, router_dtype), job, threads, 0)
+    start = openmp()
+    if start is not None:
+        start(region(dtype, router_dtype), job, threads, 0)
         return
     with _numba_threads:
-        run_by_numba(np.frombuffer(job, JOB), threads, TAGS[dtype], TAGS[router_dtype])
+        by_numba()(np.frombuffer(job, JOB), threads, TAGS[dtype], TAGS[router_dtype])
 
 
 @cache
-def _openmp() -> Callable[..., None] | None:
+def openmp() -> Callable[..., None] | None:
     """Return the function that starts a parallel region of torch's OpenMP, if it has GNU's interface; else None."""
     try:
         process = ctypes.CDLL(None)
         start, _ = process.GOMP_parallel, process.GOMP_barrier
     except (AttributeError, OSError, TypeError):  # no OpenMP, LLVM's on macOS, Windows
         return None
-    start.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint]
+    start.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     start.restype = None
     return start

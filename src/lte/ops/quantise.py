@@ -47,7 +47,7 @@ def quantise_ffn(weights: FFNWeights, to: Quantised, router: bool = True) -> FFN
 def _int8(rows_RD: Tensor, transposed: bool) -> Matrix:
     scales = (rows_RD.float().abs().amax(0 if transposed else 1, keepdim=True) / 127).to(rows_RD.dtype)
     numbers_RD = nearest(rows_RD.float(), scales.float(), -127, 127)
-    return Matrix(numbers_RD.to(torch.int8), scales if transposed else scales[:, 0])
+    return Matrix(numbers_RD.to(torch.int8).contiguous(), scales if transposed else scales[:, 0].contiguous())
 
 
 def _int4(rows_RD: Tensor) -> Matrix:
@@ -84,7 +84,7 @@ def int4_scales(groups_GND: Tensor, dtype: torch.dtype, importance_GN1: Tensor |
 def pack_int4(numbers_RD: Tensor, scales_GD: Tensor) -> Matrix:
     """Return the matrix of whole numbers from -8 to 7, as :class:`Matrix` stores them."""
     low, high = (numbers_RD + 8).to(torch.uint8).chunk(2, dim=1)
-    return Matrix(low | high << 4, scales_GD)
+    return Matrix((low | high << 4).contiguous(), scales_GD.contiguous())
 
 
 def nearest(values: Tensor, scales: Tensor, low: int, high: int) -> Tensor:

@@ -1,0 +1,1 @@
+"""The code that :mod:`lte.ops.cpu` runs, compiled by Numba."""
