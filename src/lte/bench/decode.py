@@ -5,18 +5,18 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lte.bench.cutting import cut_, measured_unread
 from lte.bench.decoding import Decoded, TimedDecoder
 from lte.bench.llama_cpp import LlamaCpp
-from lte.bench.parity import parity
+from lte.bench.parity import TOLERANCE, parity, relative_rms
 from lte.bench.routing import adjust_, measured_routing, random_routers_, route_, router_inputs
 from lte.bench.synthetic import OPEN, layer_targets
 from lte.core.accounting import cost
@@ -24,10 +24,11 @@ from lte.inference.generate import error_line
 from lte.inference.optimize import optimize_
 from lte.inference.packed import PackedLayer
 from lte.inference.packed_linear import PackedLinear
-from lte.modules.input_threshold import switch_cuts_
+from lte.modules.input_threshold import CUT, cut_layers, switch_cuts_
 from lte.modules.sparse_ffn import Selecting
 from lte.ops.quantise import Quantised
 from lte.ops.sparse_ffn import BackendName, choose
+from lte.ops.sparse_linear import reference, sparse_linears
 from lte.surgery.convert import set_mode_
 from lte.surgery.cost import model_shape
 from lte.surgery.quantise import weights_of
@@ -262,8 +263,8 @@ def _fit_(lte: TimedDecoder, prompt: Tensor, sparsity: float, grid: DecodeGrid) 
 def _parity(model: PreTrainedModel, prompt: Tensor, backend: BackendName) -> tuple[str | None, BackendName]:
     """Return an error of the backend on a step's inputs to the first and last FFN, or None, and the backend used."""
     layers = _layers(model)
-    if not layers:  # thresholds alone: the whole step is compared, by _wrong_step
-        return None, _linear_backend(model, prompt[:, :1])
+    if (wrong := _wrong_linear(model, prompt[:, :1])) is not None or not layers:
+        return wrong, _linear_backend(model, prompt[:, :1])
     with router_inputs(model) as seen:
         model(input_ids=prompt[:, :1], use_cache=False)
     inputs = [x_BSD.flatten(0, -2) for x_BSD in seen.values()]
@@ -271,6 +272,25 @@ def _parity(model: PreTrainedModel, prompt: Tensor, backend: BackendName) -> tup
         cast(PackedLayer, layer).packed.weights(layer.lte_router, layer.compensation, layer.tau) for layer in layers
     ]
     return parity(inputs, weights, backend), choose(inputs[0], weights[0], backend)
+
+
+def _wrong_linear(model: PreTrainedModel, tokens_B1: Tensor) -> str | None:
+    """Return an error of linear layers that leave out small inputs of a step, against all weights times zeros."""
+    errors: list[float] = []
+
+    def look(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert isinstance(linear, PackedLinear)
+        if linear.skips(x := args[0]):
+            weights = linear.weights()
+            errors.append(relative_rms(sparse_linears(x, [weights], linear.backend)[0], reference(x, weights)))
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, PackedLinear):
+                hooks.callback(module.register_forward_hook(lambda linear, args, _y: look(linear, args)).remove)
+        model(input_ids=tokens_B1, use_cache=False)
+    worst = max(errors, default=0.0)
+    return None if worst <= TOLERANCE[model.dtype] else f"parity red: relative RMS error {worst:.3g} of a linear layer"
 
 
 def _linear_backend(model: PreTrainedModel, tokens_B1: Tensor) -> BackendName:
@@ -285,8 +305,8 @@ def _wrong_step(lte: TimedDecoder, prompt: Tensor, seed: int) -> str | None:
 
     An eager pass by the reference has to find each token best, or almost as good as the best. The pass reads the tokens
     that were decoded before. So if rounding decides one tie differently, later tokens are still compared. Half of the
-    experts are open for all tokens meanwhile. With scores close to tau, rounding would choose other experts. In a
-    random model that changes all outputs after a few layers.
+    experts are open for all tokens meanwhile, and no input is small. With scores close to tau, or inputs close to their
+    threshold, rounding would choose others. In a random model that changes all outputs after a few layers.
     """
     with _fixed_choice(lte.model, seed):
         tokens = lte(prompt).tokens
@@ -304,11 +324,18 @@ def _wrong_step(lte: TimedDecoder, prompt: Tensor, seed: int) -> str | None:
 
 @contextmanager
 def _fixed_choice(model: PreTrainedModel, seed: int) -> Iterator[None]:
-    """Open half of the experts for every token and close the others, by router biases, inside the context."""
+    """Open half of the experts for every token and close the others, by router biases, inside the context.
+
+    Thresholds on inputs are 0 meanwhile.
+    """
     routers = [layer.lte_router for layer in _layers(model)]
     kept = [router.bias.clone() for router in routers]
+    cuts = [linear.get_buffer(CUT) for linear in cut_layers(model).values()]
+    cuts_before = [cut.clone() for cut in cuts]
     generator = torch.Generator().manual_seed(seed)
     try:
+        for cut in cuts:
+            cut.zero_()
         for router in routers:
             open_E = torch.rand(router.num_experts, generator=generator) < 0.5
             router.bias.copy_(torch.where(open_E, OPEN, -OPEN))
@@ -316,6 +343,8 @@ def _fixed_choice(model: PreTrainedModel, seed: int) -> Iterator[None]:
     finally:
         for router, bias in zip(routers, kept, strict=True):
             router.bias.copy_(bias)
+        for cut, before in zip(cuts, cuts_before, strict=True):
+            cut.copy_(before)
 
 
 @contextmanager
