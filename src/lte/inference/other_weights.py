@@ -49,8 +49,8 @@ def quantise_others_(model: PreTrainedModel, to: Quantised) -> None:
         api.quantize_(model, int4, filter_fn=lambda _, name: name in in_int4)
 
 
-def _has_int4(linear: nn.Linear) -> bool:
-    weight = linear.weight
+def _has_int4(linear: nn.Module) -> bool:
+    weight = linear.get_parameter("weight")
     return weight.is_cuda and weight.dtype == torch.bfloat16 and weight.shape[1] % _INT4_GROUP == 0
 
 
