@@ -4,8 +4,8 @@
 2 to 64: the union of the tokens' experts, with matrix units (:mod:`lte.ops.triton_union`).
 More tokens: all experts by cuBLAS, and one kernel that activates and masks (:mod:`lte.ops.triton_masked`).
 
-Weights of int8 and int4 have kernels of their own for 1 to 64 tokens (:mod:`lte.ops.triton_quantised`). For more tokens
-they become floats, one matrix at a time.
+Weights of int8 and int4 have kernels of their own for 1 token (:mod:`lte.ops.triton_quantised_token`) and for 2 to 64
+(:mod:`lte.ops.triton_quantised`). For more tokens they become floats, one matrix at a time.
 
 They do not wait for the host, so they can be captured in CUDA graphs. They use no floating-point atomics, so they give
 the same bits in every run. Up to rank 256 they compute the compensation of idle experts. With a higher rank, and for
@@ -20,6 +20,7 @@ from torch import Tensor
 from lte.ops import reference
 from lte.ops.triton_masked import masked_ffn
 from lte.ops.triton_quantised import quantised_ffn
+from lte.ops.triton_quantised_token import quantised_token_ffn
 from lte.ops.triton_token import MAX_RANK, MAX_WIDTH, token_ffn
 from lte.ops.triton_union import MAX_TOKENS, union_ffn
 from lte.ops.weights import FFNWeights
@@ -80,7 +81,7 @@ def sparse_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None = Non
         active_TE = reference.route(x_TD, weights.router) if active_TE is None else active_TE
         y_TD = sparse_ffn(x_TD, weights.without_compensation(), active_TE)
         return y_TD + reference.compensation(x_TD, weights.compensation, active_TE)
-    few = (quantised_ffn, quantised_ffn) if weights.quantised else (token_ffn, union_ffn)
+    few = (quantised_token_ffn, quantised_ffn) if weights.quantised else (token_ffn, union_ffn)
     run = few[tokens > 1] if tokens <= MAX_TOKENS else masked_ffn
     with torch.cuda.device_of(x_TD):  # Triton launches on the current device, which may be another one
         return run(x_TD, weights, active_TE)

@@ -1,6 +1,6 @@
-"""1 to 64 tokens, int8 or int4 weights: four launches, almost as in :mod:`lte.ops.triton_union`.
+"""2 to 64 tokens, int8 or int4 weights: four launches, almost as in :mod:`lte.ops.triton_union`.
 
-1. The router. One token has a kernel of its own, which also computes ``compress x`` of a compensation.
+1. The router.
 2. ``up``: a program has some neurons of one expert. It ends if no token wants the expert.
 3. ``down``: for each slice of the output's columns, ``splits`` programs share the wanted experts.
 4. The sum of what these programs wrote.
@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from lte.ops import triton_quantised_kernels as kernels
-from lte.ops import triton_router, triton_token, triton_union
+from lte.ops import triton_router, triton_union
 from lte.ops.triton_device import device_info
 from lte.ops.weights import INT4_GROUP, FFNWeights
 
@@ -62,15 +62,12 @@ class Tuning:
 
 
 def quantised_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tuning: Tuning | None = None) -> Tensor:
-    """``[T, D]`` -> ``[T, D]``, T up to 64. The compensation is left out, except for one token."""
+    """``[T, D]`` -> ``[T, D]``, T from 2 to 64. The compensation is left out."""
     (T, D), E, N, bits = x_TD.shape, weights.num_experts, weights.expert_size, weights.up.matrix.bits
     up, down, gate = weights.up, weights.down, weights.gate
     device, dtype = x_TD.device, x_TD.dtype
     tuning = tuning or Tuning.of(device, T, bits, dtype.itemsize)
     overlap = device_info(device).overlap
-    z_R = None
-    if T == 1:
-        active_TE, z_R = _route(x_TD, weights, active_TE)
     if active_TE is None:
         choice = triton_router.in_parts(x_TD, weights.router, None, by_expert=True)
     else:
@@ -130,71 +127,17 @@ def quantised_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, t
         BLOCK_J=width,
     )
     y_TD = torch.empty_like(x_TD)
-    if T == 1:
-        low_rank, columns = weights.compensation, 16
-        triton_token._sum[(triton.cdiv(D, columns),)](
-            partial,
-            down.bias,
-            y_TD,
-            active_TE,
-            z_R,
-            low_rank and low_rank.expand.rows,
-            D,
-            E,
-            weights.rank,
-            tuning.splits,
-            HAS_BIAS=down.bias is not None,
-            COMPENSATED=weights.rank > 0,
-            BLOCK_P=triton.next_power_of_2(tuning.splits),
-            BLOCK_D=columns,
-            BLOCK_E=triton.next_power_of_2(E),
-            BLOCK_R=triton.next_power_of_2(max(weights.rank, 1)),
-            num_warps=1,
-            **overlap,
-        )
-    else:
-        block = 256
-        triton_union._sum[(triton.cdiv(T * D, block),)](
-            partial,
-            down.bias,
-            y_TD,
-            D,
-            T * D,
-            SPLITS=tuning.splits,
-            HAS_BIAS=down.bias is not None,
-            BLOCK=block,
-            num_warps=2,
-            **overlap,
-        )
+    block = 256
+    triton_union._sum[(triton.cdiv(T * D, block),)](
+        partial,
+        down.bias,
+        y_TD,
+        D,
+        T * D,
+        SPLITS=tuning.splits,
+        HAS_BIAS=down.bias is not None,
+        BLOCK=block,
+        num_warps=2,
+        **overlap,
+    )
     return y_TD
-
-
-def _route(x_1D: Tensor, weights: FFNWeights, active_1E: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return a token's choice, and ``compress x`` if there is a compensation. A choice that is given stays."""
-    router, low_rank, R = weights.router, weights.compensation, weights.rank
-    (E, D), device = router.matrix.shape, x_1D.device
-    routed, block_d = E if active_1E is None else 0, triton.next_power_of_2(D)
-    if active_1E is None:
-        active_1E = torch.empty(1, E, dtype=torch.uint8, device=device)
-    active_1E = active_1E.view(torch.uint8)
-    z_R = torch.empty(R, dtype=torch.float32, device=device) if R else None
-    if routed + R:
-        kernels.route[(routed + R,)](
-            x_1D,
-            router.matrix.rows,
-            router.matrix.scales,
-            router.bias,
-            active_1E,
-            low_rank and low_rank.compress.rows,
-            low_rank and low_rank.bias,
-            z_R,
-            routed,
-            D,
-            router.threshold,
-            HAS_BIAS=router.bias is not None,
-            COMPENSATED=R > 0,
-            BLOCK_D=block_d,
-            num_warps=min(8, max(1, block_d // 512)),
-            **device_info(device).overlap,
-        )
-    return active_1E, z_R

@@ -11,7 +11,6 @@ import triton.language as tl
 
 from lte.ops.triton_activations import activate
 from lte.ops.triton_router import chosen, list_wanted
-from lte.ops.triton_token import _dot
 
 
 def _assembly(pair: str, exponent: str, one: str, zero: str) -> tl.constexpr:
@@ -43,39 +42,6 @@ def nibbles(bytes, dtype: tl.constexpr, ASSEMBLE: tl.constexpr):
         )
     else:
         return ((bytes & 15).to(tl.int32) - 8).to(dtype), ((bytes >> 4).to(tl.int32) - 8).to(dtype)
-
-
-@triton.jit
-def route(
-    x,
-    router,
-    scales,
-    bias,
-    active,
-    compress,
-    compress_bias,
-    z,
-    E,  # programs that choose; 0 if the choice is given
-    D,
-    threshold,
-    HAS_BIAS: tl.constexpr,
-    COMPENSATED: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    row = tl.program_id(0)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    if COMPENSATED and row >= E:
-        tl.store(z + row - E, _dot(x, compress, compress_bias, row - E, D, True, BLOCK_D, PDL))
-    else:
-        scale = 1.0
-        if scales is not None:
-            scale = tl.load(scales + row).to(tl.float32)
-        logit = scale * _dot(x, router, bias, row, D, False, BLOCK_D, PDL)
-        if HAS_BIAS:
-            logit += tl.load(bias + row).to(tl.float32)
-        tl.store(active + row, (logit > threshold).to(tl.uint8))
 
 
 @triton.jit

@@ -10,7 +10,7 @@
 On Hopper each launch begins before the previous one ends (programmatic dependent launch). Before a kernel reads what
 others wrote, it waits until the previous kernel is done. ``_route`` loads its weights before it waits.
 """
-# pyright: basic, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false
+# pyright: basic, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
 
 from dataclasses import dataclass
 from functools import cache
@@ -43,17 +43,10 @@ def _dot(x, weight, bias, row, D, HAS_BIAS: tl.constexpr, BLOCK_D: tl.constexpr,
 
 
 @triton.jit
-def _choose(
-    x, router, bias, active, expert, D, threshold, HAS_BIAS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr
-):
-    logit = _dot(x, router, bias, expert, D, HAS_BIAS, BLOCK_D, PDL)
-    tl.store(active + expert, (logit > threshold).to(tl.uint8))
-
-
-@triton.jit
 def _route(
     x,
     router,
+    scales,
     bias,
     active,
     compress,
@@ -70,13 +63,16 @@ def _route(
     row = tl.program_id(0)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    if COMPENSATED:
-        if row < E:
-            _choose(x, router, bias, active, row, D, threshold, HAS_BIAS, BLOCK_D, PDL)
-        else:
-            tl.store(z + row - E, _dot(x, compress, compress_bias, row - E, D, True, BLOCK_D, PDL))
+    if COMPENSATED and row >= E:
+        tl.store(z + row - E, _dot(x, compress, compress_bias, row - E, D, True, BLOCK_D, PDL))
     else:
-        _choose(x, router, bias, active, row, D, threshold, HAS_BIAS, BLOCK_D, PDL)
+        scale = 1.0
+        if scales is not None:  # of int8
+            scale = tl.load(scales + row).to(tl.float32)
+        logit = scale * _dot(x, router, bias, row, D, False, BLOCK_D, PDL)
+        if HAS_BIAS:
+            logit += tl.load(bias + row).to(tl.float32)
+        tl.store(active + row, (logit > threshold).to(tl.uint8))
 
 
 @triton.jit
@@ -215,24 +211,22 @@ class Tuning:
         return Tuning(info.multiprocessors, rows, stages, warps=max(4, min(16, width // 1024)))
 
 
-def token_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tuning: Tuning | None = None) -> Tensor:
-    """``[1, D]`` -> ``[1, D]``."""
-    D, E, R = weights.d_model, weights.num_experts, weights.rank
-    up, down, gate, router, low_rank = weights.up, weights.down, weights.gate, weights.router, weights.compensation
-    device, block_d = x_TD.device, triton.next_power_of_2(D)
-    tuning = tuning or Tuning.of(device, D, 3 if gate else 2, up.matrix.rows.dtype.itemsize)
-    overlap = device_info(device).overlap
-    routed = E if active_TE is None else 0
-    if active_TE is None:
-        active_TE = torch.empty(1, E, dtype=torch.uint8, device=device)
-    active_TE = active_TE.view(torch.uint8)
+def route(x_1D: Tensor, weights: FFNWeights, active_1E: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return the active experts as bytes, and ``compress x`` or None. A choice that is given stays."""
+    router, low_rank, D, R = weights.router, weights.compensation, weights.d_model, weights.rank
+    device, block_d = x_1D.device, triton.next_power_of_2(D)
+    routed = weights.num_experts if active_1E is None else 0
+    if active_1E is None:
+        active_1E = torch.empty(1, weights.num_experts, dtype=torch.uint8, device=device)
+    active_1E = active_1E.view(torch.uint8)
     z_R = torch.empty(R, dtype=torch.float32, device=device) if R else None
     if routed + R:
         _route[(routed + R,)](
-            x_TD,
+            x_1D,
             router.matrix.rows,
+            router.matrix.scales,
             router.bias,
-            active_TE,
+            active_1E,
             low_rank and low_rank.compress.rows,
             low_rank and low_rank.bias,
             z_R,
@@ -243,8 +237,46 @@ def token_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tunin
             COMPENSATED=R > 0,
             BLOCK_D=block_d,
             num_warps=min(8, max(1, block_d // 512)),
-            **overlap,
+            **device_info(device).overlap,
         )
+    return active_1E, z_R
+
+
+def add_parts(
+    partial_PD: Tensor, y_1D: Tensor, weights: FFNWeights, active_1E: Tensor, z_R: Tensor | None, columns: int
+) -> Tensor:
+    """Write the sum of the programs' outputs, the bias and the compensation to ``y_1D``, and return it."""
+    (programs, D), E, R = partial_PD.shape, weights.num_experts, weights.rank
+    bias, low_rank = weights.down.bias, weights.compensation
+    _sum[(triton.cdiv(D, columns),)](
+        partial_PD,
+        bias,
+        y_1D,
+        active_1E,
+        z_R,
+        low_rank and low_rank.expand.rows,
+        D,
+        E,
+        R,
+        programs,
+        HAS_BIAS=bias is not None,
+        COMPENSATED=R > 0,
+        BLOCK_P=triton.next_power_of_2(programs),
+        BLOCK_D=columns,
+        BLOCK_E=triton.next_power_of_2(E),
+        BLOCK_R=triton.next_power_of_2(max(R, 1)),
+        num_warps=4,
+        **device_info(y_1D.device).overlap,
+    )
+    return y_1D
+
+
+def token_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tuning: Tuning | None = None) -> Tensor:
+    """``[1, D]`` -> ``[1, D]``."""
+    D, E = weights.d_model, weights.num_experts
+    up, down, gate, device = weights.up, weights.down, weights.gate, x_TD.device
+    tuning = tuning or Tuning.of(device, D, 3 if gate else 2, up.matrix.rows.dtype.itemsize)
+    active_TE, z_R = route(x_TD, weights, active_TE)
     order = torch.empty(tuning.programs, E, dtype=torch.int32, device=device)
     partial = torch.empty(tuning.programs, D, dtype=torch.float32, device=device)
     _experts[(tuning.programs,)](
@@ -265,31 +297,10 @@ def token_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tunin
         HAS_UP_BIAS=up.bias is not None,
         N=weights.expert_size,
         BLOCK_E=triton.next_power_of_2(E),
-        BLOCK_D=block_d,
+        BLOCK_D=triton.next_power_of_2(D),
         ROWS=tuning.rows,
         STAGES=tuning.stages,
         num_warps=tuning.warps,
-        **overlap,
+        **device_info(device).overlap,
     )
-    y_TD = torch.empty_like(x_TD)
-    _sum[(triton.cdiv(D, tuning.columns),)](
-        partial,
-        down.bias,
-        y_TD,
-        active_TE,
-        z_R,
-        low_rank and low_rank.expand.rows,
-        D,
-        E,
-        R,
-        tuning.programs,
-        HAS_BIAS=down.bias is not None,
-        COMPENSATED=R > 0,
-        BLOCK_P=triton.next_power_of_2(tuning.programs),
-        BLOCK_D=tuning.columns,
-        BLOCK_E=triton.next_power_of_2(E),
-        BLOCK_R=triton.next_power_of_2(max(R, 1)),
-        num_warps=4,
-        **overlap,
-    )
-    return y_TD
+    return add_parts(partial, torch.empty_like(x_TD), weights, active_TE, z_R, tuning.columns)
