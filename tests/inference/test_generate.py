@@ -148,7 +148,7 @@ def test_an_eager_step_is_given_the_filled_slots_alone(monkeypatch):
         return right(query, key, *rest, **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
-    model = lively("llama", num_hidden_layers=1)
+    model = lively("phi3", num_hidden_layers=1)
     options = {**GREEDY, "max_new_tokens": 4, "eos_token_id": None}
     lte.generate(model, prompts()[1][None], **options)
     assert seen[1:] == [(8, True), (9, True), (10, True)]

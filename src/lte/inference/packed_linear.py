@@ -31,8 +31,7 @@ class PackedLinear(LeavesOut):
         return (
             self.cutting
             and not self.kept_in
-            and (x_TI.is_cuda or self.backend == "triton")
-            and self.backend in ("auto", "triton")
+            and self.backend == "triton"
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled(x_TI.device.type)
             and type(self._parameters.get("weight")) in PLAIN  # pruning and weight norm move it
@@ -90,10 +89,17 @@ class Group:
 def pack_linears_(linears: Mapping[str, nn.Module], backend: BackendName) -> None:
     """Make plain linear layers with a threshold leave out small inputs. Other kinds stay as they are.
 
+    Only ``triton`` does so. ``auto`` does not change a layer: at a quarter of attention's inputs, a step was slower
+    with the kernel than without (docs/performance.md).
+
     Args:
         linears: the layers with a threshold, by their names in the model.
     """
-    plain = {name: one for name, one in linears.items() if type(one._parameters.get("weight")) in PLAIN}
+    plain = {
+        name: one
+        for name, one in linears.items()
+        if type(one._parameters.get("weight")) in PLAIN and (backend == "triton" or isinstance(one, PackedLinear))
+    }
     for linear in plain.values():
         linear.__class__ = _KINDS.get(type(linear), type(linear))
     packed = {name: one for name, one in plain.items() if isinstance(one, PackedLinear)}
