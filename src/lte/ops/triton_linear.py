@@ -36,7 +36,7 @@ def _rows(matrix, x_I, i_I, cols_O, d_out):
     return tl.load(matrix + at_IO, mask=(x_I != 0.0)[:, None] & (cols_O < d_out)[None, :], other=0.0)
 
 
-@triton.jit(do_not_specialize=["tiles_a", "tiles_b"])
+@triton.jit(do_not_specialize=["tiles_a", "tiles_b", "parts"])
 def _products(
     x,
     a,
@@ -53,11 +53,11 @@ def _products(
     all_out,
     tiles_a,
     tiles_b,
+    parts,
     COUNT: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_O: tl.constexpr,
     LOTS: tl.constexpr,
-    PARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     tile = tl.program_id(0)
@@ -72,7 +72,7 @@ def _products(
             tile -= tiles_b
     cols_O = tile * BLOCK_O + tl.arange(0, BLOCK_O)
     least = tl.load(cut).to(tl.float32)
-    share = tl.cdiv(tl.cdiv(d_in, PARTS), BLOCK_I) * BLOCK_I
+    share = tl.cdiv(tl.cdiv(d_in, parts), BLOCK_I) * BLOCK_I
     first = tl.program_id(1) * share
     last = tl.minimum(first + share, d_in)
     if PDL:
@@ -130,7 +130,7 @@ class Tuning:
         """Return the best measured tuning of an H200. Few programs are large, and more are smaller."""
         multiprocessors = device_info(device).multiprocessors
         if triton.cdiv(d_out, 32) > multiprocessors:
-            return Tuning(outputs=64, warps=4, parts=max(1, min(4, d_in // 512)))
+            return Tuning(outputs=64, warps=4, parts=4 if d_in >= 2048 else 1)
         warps, parts = 32 if d_in >= 2048 else 8, 1
         while triton.cdiv(d_out, 32) * parts < 0.9 * multiprocessors and d_in > 128 * parts:
             parts *= 2
@@ -162,11 +162,11 @@ def products(
             *[0] * unused,
             sum(outs),
             *(*tiles, 0)[:2],
+            tuning.parts,
             COUNT=len(rows),
             BLOCK_I=tuning.inputs,
             BLOCK_O=tuning.outputs,
             LOTS=tuning.lots,
-            PARTS=tuning.parts,
             num_warps=tuning.warps,
             maxnreg=_REGISTERS,
             **overlap,
