@@ -197,5 +197,5 @@ def test_a_packed_layer_can_be_quantised_later(launches):
     lte.set_mode_(model, "hard")
     quantised = lte.optimize_(copy.deepcopy(model), weights="int8")
     twice = lte.optimize_(lte.optimize_(model, "triton"), weights="int8")
-    assert torch.equal(logits(twice, single()), logits(quantised, single()))
+    assert relative_rms(logits(twice, single()), logits(quantised, single())) <= 1e-5
     assert not launches

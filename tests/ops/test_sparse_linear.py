@@ -54,7 +54,7 @@ def test_parity_and_the_same_bits_again(dtype, shape):
 @pytest.mark.parametrize("parts", [1, 2, 8])
 def test_parts_that_do_not_divide_the_inputs(parts):
     x, layers = make(300, (70, 16), bias=False)
-    tuning = Tuning(64, 16, 4, parts, 2, 4)
+    tuning = Tuning(outputs=16, warps=4, parts=parts, lots=2)
     y = products(x, [one.rows_IO for one in layers], [one.cut for one in layers], tuning)
     want = torch.cat([expected(x, one) for one in layers], -1)
     assert relative_rms(y, want) < TOLERANCE[torch.float32]

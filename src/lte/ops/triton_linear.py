@@ -18,8 +18,25 @@ from torch import Tensor
 from lte.ops.sparse_linear import MOST
 from lte.ops.triton_device import device_info
 
+_REGISTERS = 64
+"""Of a thread. Without this number the compiler saves registers: it moves each load to where its value is used."""
 
-@triton.jit(do_not_specialize=["tiles_a", "tiles_b"])
+
+@triton.jit
+def _inputs(x, i_I, last, least):
+    """Inputs in fp32, and 0 for those that are not larger than ``least``."""
+    x_I = tl.load(x + i_I, mask=i_I < last, other=0.0).to(tl.float32)
+    return tl.where(tl.abs(x_I) <= least, 0.0, x_I)
+
+
+@triton.jit
+def _rows(matrix, x_I, i_I, cols_O, d_out):
+    """The rows of inputs that are not 0. Others are not read."""
+    at_IO = i_I.to(tl.int64)[:, None] * d_out + cols_O[None, :]
+    return tl.load(matrix + at_IO, mask=(x_I != 0.0)[:, None] & (cols_O < d_out)[None, :], other=0.0)
+
+
+@triton.jit(do_not_specialize=["tiles_a", "tiles_b", "parts"])
 def _products(
     x,
     a,
@@ -36,12 +53,11 @@ def _products(
     all_out,
     tiles_a,
     tiles_b,
+    parts,
     COUNT: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_O: tl.constexpr,
     LOTS: tl.constexpr,
-    PARTS: tl.constexpr,
-    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     tile = tl.program_id(0)
@@ -56,21 +72,23 @@ def _products(
             tile -= tiles_b
     cols_O = tile * BLOCK_O + tl.arange(0, BLOCK_O)
     least = tl.load(cut).to(tl.float32)
-    share = tl.cdiv(tl.cdiv(d_in, PARTS), BLOCK_I) * BLOCK_I
+    share = tl.cdiv(tl.cdiv(d_in, parts), BLOCK_I) * BLOCK_I
     first = tl.program_id(1) * share
     last = tl.minimum(first + share, d_in)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    sum_IO = tl.zeros([BLOCK_I // LOTS, BLOCK_O], tl.float32)
-    for start in tl.range(first, last, BLOCK_I, num_stages=STAGES):
+    sum_IO = tl.zeros([BLOCK_I, BLOCK_O], tl.float32)
+    for start in range(first, last, LOTS * BLOCK_I):
         i_I = start + tl.arange(0, BLOCK_I)
-        x_I = tl.load(x + i_I, mask=i_I < last, other=0.0).to(tl.float32)
-        x_I = tl.where(tl.abs(x_I) <= least, 0.0, x_I)
-        at_IO = i_I.to(tl.int64)[:, None] * d_out + cols_O[None, :]
-        w_IO = tl.load(matrix + at_IO, mask=(x_I != 0.0)[:, None] & (cols_O < d_out)[None, :], other=0.0)
-        wx_IO = w_IO.to(tl.float32) * x_I[:, None]
-        sum_IO += tl.sum(tl.reshape(wx_IO, [LOTS, BLOCK_I // LOTS, BLOCK_O]), axis=0)
+        x_LI = ()
+        for lot in tl.static_range(LOTS):
+            x_LI += (_inputs(x, i_I + lot * BLOCK_I, last, least),)
+        rows_LIO = ()  # of all lots before the first is used, so that all loads are on their way together
+        for lot in tl.static_range(LOTS):
+            rows_LIO += (_rows(matrix, x_LI[lot], i_I + lot * BLOCK_I, cols_O, d_out),)
+        for lot in tl.static_range(LOTS):
+            sum_IO += x_LI[lot][:, None] * rows_LIO[lot].to(tl.float32)
     y += tl.program_id(1) * all_out + before
     tl.store(y + cols_O, tl.sum(sum_IO, axis=0), mask=cols_O < d_out)
 
@@ -90,28 +108,33 @@ class Tuning:
     """How the work is divided.
 
     Attributes:
-        inputs, outputs: the size of a tile, which a program reads at once.
-        lots: the rows of a tile that a thread adds in registers.
+        outputs: of a program.
+        warps: of a program. A thread loads 16 bytes of each lot, so they decide the inputs of a lot.
         parts: programs that share the inputs of an output.
-        stages: number of tiles that are loaded at the same time.
-        warps: of a program.
+        lots: loads of a thread that are on their way together.
     """
 
-    inputs: int
     outputs: int
-    lots: int
-    parts: int
-    stages: int
     warps: int
+    parts: int
+    lots: int = 8
+
+    @property
+    def inputs(self) -> int:
+        """Inputs of a lot, for weights of 16 bits."""
+        return max(1, 256 * self.warps // self.outputs)
 
     @staticmethod
     @cache
     def of(device: torch.device, d_in: int, d_out: int) -> "Tuning":
-        """Return the best measured tuning of an H200, with enough parts to keep this device busy."""
-        outputs, parts = 32, 1
-        while triton.cdiv(d_out, outputs) * parts < 0.9 * device_info(device).multiprocessors and d_in > 512 * parts:
+        """Return the best measured tuning of an H200. Few programs are large, and more are smaller."""
+        multiprocessors = device_info(device).multiprocessors
+        if triton.cdiv(d_out, 32) > multiprocessors:
+            return Tuning(outputs=64, warps=4, parts=4 if d_in >= 2048 else 1)
+        warps, parts = 32 if d_in >= 2048 else 8, 1
+        while triton.cdiv(d_out, 32) * parts < 0.9 * multiprocessors and d_in > 128 * parts:
             parts *= 2
-        return Tuning(256, outputs, 4, parts, 5, 8)
+        return Tuning(outputs=32, warps=warps, parts=parts)
 
 
 def products(
@@ -139,13 +162,13 @@ def products(
             *[0] * unused,
             sum(outs),
             *(*tiles, 0)[:2],
+            tuning.parts,
             COUNT=len(rows),
             BLOCK_I=tuning.inputs,
             BLOCK_O=tuning.outputs,
             LOTS=tuning.lots,
-            PARTS=tuning.parts,
-            STAGES=tuning.stages,
             num_warps=tuning.warps,
+            maxnreg=_REGISTERS,
             **overlap,
         )
         if tuning.parts > 1:
