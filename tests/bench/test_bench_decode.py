@@ -7,11 +7,11 @@ import torch
 from transformers import LlamaConfig
 
 from lte.bench import decode as bench_decode
-from lte.bench import decoding, parity
+from lte.bench import decoding, parity, step_parity
 from lte.bench.decode import DecodeGrid, be_dense_, dense_models, random_model
 from lte.bench.decoding import Decoded, TimedDecoder
 from lte.bench.routing import random_routers_, route_
-from lte.inference import packed_linear
+from lte.inference import optimize, packed_linear
 from lte.inference.optimize import optimize_
 from lte.inference.packed_linear import PackedLinear
 from lte.methods.lte import LTEConfig
@@ -145,12 +145,19 @@ def test_a_wrong_kernel_of_linear_layers_gets_no_time(dense, monkeypatch):
     def skips(linear, x):
         return linear.cutting and linear.backend != "reference" and x.shape[1] == 1
 
+    def pack(linears, _backend):
+        right(linears, "triton")
+
+    right = optimize.pack_linears_
+    monkeypatch.setattr(optimize, "pack_linears_", pack)
     monkeypatch.setattr(PackedLinear, "skips", skips)
-    monkeypatch.setattr(packed_linear, "sparse_linears", wrong)
+    for file in (packed_linear, step_parity):
+        monkeypatch.setattr(file, "sparse_linears", wrong)
     (row,) = run(dense, backend="auto", attention_sparsity=0.25, sparsities=(0.5,), batches=(1,))
     assert "parity red" in row["error"]
     assert "lte_ms" not in row
-    monkeypatch.setattr(packed_linear, "sparse_linears", lambda x, layers, _: [reference(x, one) for one in layers])
+    for file in (packed_linear, step_parity):
+        monkeypatch.setattr(file, "sparse_linears", lambda x, layers, _: [reference(x, one) for one in layers])
     (row,) = run(dense, backend="auto", attention_sparsity=0.25, sparsities=(0.5,), batches=(1,))
     assert row["lte_ms"] > 0
 
@@ -186,7 +193,7 @@ def test_a_right_step_in_bf16_is_timed(dense, backend):
 def test_the_check_leaves_the_layers_as_they_were(sparse):
     packed = optimize_(copy.deepcopy(sparse), "auto")
     layers = [layer.packed for layer in sparse_layers(packed).values()]
-    with bench_decode._by_reference(packed):
+    with step_parity.by_reference(packed):
         assert {layer.packed.backend for layer in sparse_layers(packed).values()} == {"reference"}
     assert all(a.packed is b for a, b in zip(sparse_layers(packed).values(), layers, strict=True))
 
@@ -194,7 +201,7 @@ def test_the_check_leaves_the_layers_as_they_were(sparse):
 def test_the_check_decides_half_of_the_experts_and_gives_the_biases_back(sparse):
     biases = {name: layer.router.bias.clone() for name, layer in sparse_layers(sparse).items()}
     tokens = torch.randint(100, (2, 9))
-    with torch.no_grad(), bench_decode._fixed_choice(sparse, seed=0), record_scores(sparse) as recording:
+    with torch.no_grad(), step_parity.fixed_choice(sparse, seed=0), record_scores(sparse) as recording:
         sparse(input_ids=tokens)
         for scores in recording.scores.values():
             assert ((scores == 0) | (scores == 1)).all()

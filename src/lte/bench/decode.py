@@ -5,39 +5,31 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lte.bench.cutting import cut_, measured_unread
 from lte.bench.decoding import Decoded, TimedDecoder
 from lte.bench.llama_cpp import LlamaCpp
-from lte.bench.parity import TOLERANCE, parity, relative_rms
-from lte.bench.routing import adjust_, measured_routing, random_routers_, route_, router_inputs
-from lte.bench.synthetic import OPEN, layer_targets
+from lte.bench.routing import adjust_, measured_routing, random_routers_, route_
+from lte.bench.step_parity import sparse_ffns, step_parity, wrong_step
+from lte.bench.synthetic import layer_targets
 from lte.core.accounting import cost
 from lte.inference.generate import error_line
 from lte.inference.optimize import optimize_
-from lte.inference.packed import PackedLayer
-from lte.inference.packed_linear import PackedLinear
-from lte.modules.input_threshold import CUT, cut_layers, switch_cuts_
-from lte.modules.sparse_ffn import Selecting
+from lte.modules.input_threshold import switch_cuts_
 from lte.ops.quantise import Quantised
-from lte.ops.sparse_ffn import BackendName, choose
-from lte.ops.sparse_linear import reference, sparse_linears
+from lte.ops.sparse_ffn import BackendName
 from lte.surgery.convert import set_mode_
 from lte.surgery.cost import model_shape
 from lte.surgery.quantise import weights_of
 
 _CLOSE = 0.01
 _FITS = 3
-_CHECKED = 8
-_SHORT = {torch.float32: 0.01, torch.bfloat16: 0.25, torch.float16: 0.25}
-"""Rounding may put a token below the best one by this many standard deviations of the logits."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +69,7 @@ def random_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.dev
 
 def be_dense_(model: PreTrainedModel) -> None:
     """Make a sparse model compute all neurons with all inputs."""
-    if _layers(model):
+    if sparse_ffns(model):
         set_mode_(model, "dense")
     switch_cuts_(model, False)
 
@@ -104,7 +96,7 @@ def bench_decode(
     if grid.attention is not None:
         for model in (*dense.values(), sparse):
             model.set_attn_implementation(grid.attention)
-    if _layers(sparse):
+    if sparse_ffns(sparse):
         set_mode_(sparse, "hard")
     optimize_(sparse, grid.backend, grid.weights)
     if grid.sparsities:
@@ -134,7 +126,7 @@ def _bench_batch(
             cut_(sparse, prompt, grid.attention_sparsity)
         decoders = {name: TimedDecoder(model, *sizes) for name, model in dense.items()}
         decoders["lte"] = TimedDecoder(sparse, *sizes)
-        wrong = _wrong_step(decoders["lte"], prompt, grid.seed)
+        wrong = wrong_step(decoders["lte"], prompt, grid.seed)
         peers = {
             form: LlamaCpp(next(iter(dense.values())), form, grid.prompt_tokens, grid.new_tokens)
             for form in (grid.peers if batch == 1 else ())
@@ -175,7 +167,7 @@ def _measure_one(
     lte = decoders["lte"]
     if asked is not None:
         _fit_(lte, prompt, asked, grid)
-    wrong, used = _parity(lte.model, prompt, grid.backend)
+    wrong, used = step_parity(lte.model, prompt, grid.backend)
     row["backend"] = used
     if wrong is not None:
         return {**row, "error": wrong}
@@ -190,14 +182,14 @@ def _measure_one(
     tokens = runs["lte"][-1].tokens[:, :-1]
     unread = measured_unread(lte.model, tokens, grid.prompt_tokens)
     by_layer, union = [unread.ffn], [unread.union_ffn]
-    if _layers(lte.model):
+    if sparse_ffns(lte.model):
         by_layer, union = measured_routing(lte.model, tokens, grid.prompt_tokens)
     step_ms = {name: 1e3 * statistics.median(s for one in ones for s in one.steps) for name, ones in runs.items()}
     prefill_ms = {name: 1e3 * statistics.median(one.prefill for one in ones) for name, ones in runs.items()}
     total = {name: statistics.median(one.total for one in ones) for name, ones in runs.items()}
     dense = [name for name in decoders if name != "lte"]
     best, best_total = min(dense, key=step_ms.__getitem__), min(dense, key=total.__getitem__)
-    routed = union if _layers(lte.model) else None
+    routed = union if sparse_ffns(lte.model) else None
     read = {best: _bytes(decoders[best]), "lte": _bytes(lte, routed, unread.weights)}
     made = grid.new_tokens * prompt.shape[0]
     gb_per_s = read["lte"] / step_ms["lte"] / 1e6
@@ -238,17 +230,12 @@ def _measure_one(
     return row
 
 
-def _layers(model: PreTrainedModel) -> list[Selecting]:
-    """Return the sparse FFNs. TEAL's models have none."""
-    return [module for module in model.modules() if isinstance(module, Selecting)]
-
-
 def _fit_(lte: TimedDecoder, prompt: Tensor, sparsity: float, grid: DecodeGrid) -> None:
     """Set routers and thresholds to what is asked for in decoding: first on the prompt, then on the decoded tokens."""
     model, asked = lte.model, grid.attention_sparsity or 0.0
     route_(model, prompt, sparsity, grid.seed)
     cut_(model, prompt, asked)
-    targets = layer_targets(len(_layers(model)), sparsity, grid.seed)
+    targets = layer_targets(len(sparse_ffns(model)), sparsity, grid.seed)
     for _ in range(_FITS):
         tokens = lte(prompt).tokens[:, :-1]  # the last one was never read
         found, _union = measured_routing(model, tokens, lte.prompt_tokens)
@@ -258,113 +245,6 @@ def _fit_(lte: TimedDecoder, prompt: Tensor, sparsity: float, grid: DecodeGrid) 
         cut_(model, tokens, asked, lte.prompt_tokens)
         if sparsity not in (0, 1):
             adjust_(model, tokens, targets, lte.prompt_tokens)
-
-
-def _parity(model: PreTrainedModel, prompt: Tensor, backend: BackendName) -> tuple[str | None, BackendName]:
-    """Return an error of the backend on a step's inputs to the first and last FFN, or None, and the backend used."""
-    layers = _layers(model)
-    if (wrong := _wrong_linear(model, prompt[:, :1])) is not None or not layers:
-        return wrong, _linear_backend(model, prompt[:, :1])
-    with router_inputs(model) as seen:
-        model(input_ids=prompt[:, :1], use_cache=False)
-    inputs = [x_BSD.flatten(0, -2) for x_BSD in seen.values()]
-    weights = [
-        cast(PackedLayer, layer).packed.weights(layer.lte_router, layer.compensation, layer.tau) for layer in layers
-    ]
-    return parity(inputs, weights, backend), choose(inputs[0], weights[0], backend)
-
-
-def _wrong_linear(model: PreTrainedModel, tokens_B1: Tensor) -> str | None:
-    """Return an error of linear layers that leave out small inputs of a step, against all weights times zeros."""
-    errors: list[float] = []
-
-    def look(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
-        assert isinstance(linear, PackedLinear)
-        if linear.skips(x := args[0]):
-            weights = linear.weights()
-            errors.append(relative_rms(sparse_linears(x, [weights], linear.backend)[0], reference(x, weights)))
-
-    with ExitStack() as hooks:
-        for module in model.modules():
-            if isinstance(module, PackedLinear):
-                hooks.callback(module.register_forward_hook(lambda linear, args, _y: look(linear, args)).remove)
-        model(input_ids=tokens_B1, use_cache=False)
-    worst = max(errors, default=0.0)
-    return None if worst <= TOLERANCE[model.dtype] else f"parity red: relative RMS error {worst:.3g} of a linear layer"
-
-
-def _linear_backend(model: PreTrainedModel, tokens_B1: Tensor) -> BackendName:
-    """Return the backend of linear layers with thresholds, for a step of these tokens."""
-    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
-    steps = (one.weights().rows_IO.new_zeros(*tokens_B1.shape, one.weights().rows_IO.shape[0]) for one in packed)
-    return "triton" if any(one.skips(x) for one, x in zip(packed, steps, strict=True)) else "reference"
-
-
-def _wrong_step(lte: TimedDecoder, prompt: Tensor, seed: int) -> str | None:
-    """Return an error of the first tokens that the step decodes, or None.
-
-    An eager pass by the reference has to find each token best, or almost as good as the best. The pass reads the tokens
-    that were decoded before. So if rounding decides one tie differently, later tokens are still compared. Half of the
-    experts are open for all tokens meanwhile, and no input is small. With scores close to tau, or inputs close to their
-    threshold, rounding would choose others. In a random model that changes all outputs after a few layers.
-    """
-    with _fixed_choice(lte.model, seed):
-        tokens = lte(prompt).tokens
-        end = min(lte.prompt_tokens + _CHECKED, tokens.shape[1])
-        new_BS = tokens[:, lte.prompt_tokens : end]
-        with _by_reference(lte.model):
-            logits = lte.model(input_ids=tokens[:, : end - 1], use_cache=False, logits_to_keep=new_BS.shape[1]).logits
-    logits_BSV = logits.float()
-    short_BS = logits_BSV.amax(-1) - logits_BSV.gather(-1, new_BS[..., None])[..., 0]
-    short = float((short_BS / logits_BSV.std(-1)).max())
-    if short <= _SHORT[lte.model.dtype]:
-        return None
-    return f"parity red: a decoded token is {short:.3g} standard deviations below the reference's best"
-
-
-@contextmanager
-def _fixed_choice(model: PreTrainedModel, seed: int) -> Iterator[None]:
-    """Open half of the experts for every token and close the others, by router biases, inside the context.
-
-    Thresholds on inputs are 0 meanwhile.
-    """
-    routers = [layer.lte_router for layer in _layers(model)]
-    kept = [router.bias.clone() for router in routers]
-    cuts = [linear.get_buffer(CUT) for linear in cut_layers(model).values()]
-    cuts_before = [cut.clone() for cut in cuts]
-    generator = torch.Generator().manual_seed(seed)
-    try:
-        for cut in cuts:
-            cut.zero_()
-        for router in routers:
-            open_E = torch.rand(router.num_experts, generator=generator) < 0.5
-            router.bias.copy_(torch.where(open_E, OPEN, -OPEN))
-        yield
-    finally:
-        for router, bias in zip(routers, kept, strict=True):
-            router.bias.copy_(bias)
-        for cut, before in zip(cuts, cuts_before, strict=True):
-            cut.copy_(before)
-
-
-@contextmanager
-def _by_reference(model: PreTrainedModel) -> Iterator[None]:
-    """Run the layers by the reference inside the context. Afterwards their ``packed`` are the same objects again."""
-    layers = [cast(PackedLayer, layer) for layer in _layers(model)]
-    linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
-    kept = [layer.packed for layer in layers]
-    backends: list[BackendName] = [linear.backend for linear in linears]
-    try:
-        for layer in layers:
-            layer.packed = replace(layer.packed, backend="reference")
-        for linear in linears:
-            linear.backend = "reference"
-        yield
-    finally:
-        for layer, packed in zip(layers, kept, strict=True):
-            layer.packed = packed
-        for linear, backend in zip(linears, backends, strict=True):
-            linear.backend = backend
 
 
 def _bytes(decoder: TimedDecoder, union_sparsity: list[float] | None = None, unread: float = 0.0) -> int:
