@@ -29,7 +29,7 @@ IMPORTED = (
     "transformers.trainer_pt_utils",
     "transformers.utils.chat_template_utils",
     "lte.ops.cpu",
-    "lte.ops.cpu_kernels",
+    "lte.ops.cpu_step",
     "torch._dynamo",
     "matplotlib.pyplot",
     "pyarrow.parquet",

@@ -42,10 +42,11 @@ def generate(
 
     Causal models run the decoding loop of :mod:`lte.inference.decoder`, greedy or sampling. One step runs the model,
     chooses the token and checks for the end. On CUDA the step is compiled and captured as a CUDA graph, and kept with
-    the model. This happens once for each size of batch and text, rounded up to powers of 2. The loop does not cover
-    beams, several devices, encoder-decoders, or logits processors of the user. ``model.generate`` decodes in these
-    cases, and a line of the log says why. Within ``lte.track_sparsity`` and ``lte.record_scores``, which record every
-    pass, steps run eager.
+    the model. This happens once for each size of batch and text, rounded up to powers of 2. On a CPU the step of a
+    Llama-like model is one call of our own kernels, if Numba is installed. The loop does not cover beams, several
+    devices, encoder-decoders, or logits processors of the user. ``model.generate`` decodes in these cases, and a line
+    of the log says why. Within ``lte.track_sparsity`` and ``lte.record_scores``, which record every pass, steps run
+    eager.
 
     Args:
         model: on its device. Inputs are moved there.

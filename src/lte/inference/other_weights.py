@@ -26,7 +26,7 @@ def quantise_others_(model: PreTrainedModel, to: Quantised) -> None:
     the head is int8 too. A step reads it as a whole, and llama.cpp does not keep it in 16 bits either.
     """
     api = torchao()
-    floats = {
+    floats: dict[str, Any] = {
         site.name: site.linear
         for site in linear_sites(model, model.config.model_type)
         if not site.in_ffn
