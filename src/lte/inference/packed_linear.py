@@ -101,7 +101,8 @@ def pack_linears_(linears: Mapping[str, nn.Module], backend: BackendName) -> Non
         if type(one._parameters.get("weight")) in PLAIN and (backend == "triton" or isinstance(one, PackedLinear))
     }
     for linear in plain.values():
-        linear.__class__ = _KINDS.get(type(linear), type(linear))
+        if type(linear) in _KINDS:
+            linear.__class__ = _KINDS[type(linear)]
     packed = {name: one for name, one in plain.items() if isinstance(one, PackedLinear)}
     for linear in packed.values():
         linear.backend, linear.group = backend, Group([linear])
