@@ -90,7 +90,7 @@ def pack_linears_(linears: Mapping[str, nn.Module], backend: BackendName) -> Non
     """Make plain linear layers with a threshold leave out small inputs. Other kinds stay as they are.
 
     Only ``triton`` does so. ``auto`` does not change a layer: at a quarter of attention's inputs, a step was slower
-    with the kernel than without (docs/performance.md).
+    with the first kernel than without (docs/performance.md).
 
     Args:
         linears: the layers with a threshold, by their names in the model.
