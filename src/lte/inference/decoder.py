@@ -120,15 +120,7 @@ class Decoder:
         tokens = Tokens(self.batch, self.slots, model.config.get_text_config().vocab_size, sampler, model.device)
 
         def run() -> None:
-            if self._own is not None:
-                tokens.append(sampler.choose(self._own(tokens.last_B), tokens))
-                self._slot_B.add_(1)
-                return
-            # once, not in each layer
-            masks = step_masks(self._kinds, self._slot_B, self._seen, self._form, self._together)
-            with attending(model, self._form):
-                logits_BV = self._step(model, tokens.last_B, self._slot_B, masks)
-            tokens.append(sampler.choose(logits_BV, tokens))
+            tokens.append(sampler.choose(self._logits(model, tokens.last_B), tokens))
             self._slot_B.add_(1)
 
         if not (self.how.compile or self.how.graph):
@@ -199,6 +191,14 @@ class Decoder:
             raise
         except RuntimeError as error:  # it waits for the GPU, or copies from the host
             raise NotCovered(f"its step cannot be captured ({' '.join(str(error).split())[:120]})") from error
+
+    def _logits(self, model: PreTrainedModel, token_B: Tensor) -> Tensor:
+        if self._own is not None:
+            return self._own(token_B)
+        # once, not in each layer
+        masks = step_masks(self._kinds, self._slot_B, self._seen, self._form, self._together)
+        with attending(model, self._form):
+            return self._step(model, token_B, self._slot_B, masks)
 
     def _eager_step(self, model: Any, token_B: Tensor, slot_B: Tensor, masks: Masks | None) -> Tensor:
         return model(

@@ -18,8 +18,9 @@ import triton
 from torch import Tensor
 
 from lte.ops import triton_quantised_kernels as kernels
-from lte.ops import triton_router, triton_union
+from lte.ops import triton_router
 from lte.ops.triton_device import device_info
+from lte.ops.triton_union import add_splits
 from lte.ops.weights import INT4_GROUP, FFNWeights
 
 
@@ -126,18 +127,4 @@ def quantised_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, t
         BLOCK_E=triton.next_power_of_2(E),
         BLOCK_J=width,
     )
-    y_TD = torch.empty_like(x_TD)
-    block = 256
-    triton_union._sum[(triton.cdiv(T * D, block),)](
-        partial,
-        down.bias,
-        y_TD,
-        D,
-        T * D,
-        SPLITS=tuning.splits,
-        HAS_BIAS=down.bias is not None,
-        BLOCK=block,
-        num_warps=2,
-        **overlap,
-    )
-    return y_TD
+    return add_splits(partial, down.bias, torch.empty_like(x_TD))

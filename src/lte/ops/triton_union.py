@@ -348,6 +348,24 @@ class Tuning:
         )
 
 
+def add_splits(partial_STD: Tensor, bias_D: Tensor | None, y_TD: Tensor) -> Tensor:
+    """Write the sum of the splits' outputs and the bias to ``y_TD``, and return it."""
+    block, size, D = 256, y_TD.numel(), y_TD.shape[-1]
+    _sum[(triton.cdiv(size, block),)](
+        partial_STD,
+        bias_D,
+        y_TD,
+        D,
+        size,
+        SPLITS=partial_STD.shape[0],
+        HAS_BIAS=bias_D is not None,
+        BLOCK=block,
+        num_warps=2,
+        **device_info(y_TD.device).overlap,
+    )
+    return y_TD
+
+
 def union_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tuning: Tuning | None = None) -> Tensor:
     """``[T, D]`` -> ``[T, D]``, T up to :data:`MAX_TOKENS`."""
     (T, D), E, N, R = x_TD.shape, weights.num_experts, weights.expert_size, weights.rank
@@ -421,18 +439,4 @@ def union_ffn(x_TD: Tensor, weights: FFNWeights, active_TE: Tensor | None, tunin
         num_stages=2 * tuning.down_stages - 1,  # Triton spends every other stage on the experts' numbers
         **overlap,
     )
-    y_TD = torch.empty_like(x_TD)
-    block = 256
-    _sum[(triton.cdiv(T * D, block),)](
-        partial,
-        down.bias,
-        y_TD,
-        D,
-        T * D,
-        SPLITS=tuning.splits,
-        HAS_BIAS=down.bias is not None,
-        BLOCK=block,
-        num_warps=2,
-        **overlap,
-    )
-    return y_TD
+    return add_splits(partial, down.bias, torch.empty_like(x_TD))
