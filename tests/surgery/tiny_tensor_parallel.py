@@ -15,7 +15,7 @@ from typing import Any
 import tiny_models
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, PreTrainedModel
 
@@ -230,7 +230,7 @@ def refusals(folder: Path) -> dict[str, str]:
         "sparsify_": message_of(lambda: lte.sparsify_(dense, lte.LTEConfig(expert_size=8))),
         "teal_": message_of(lambda: lte.teal_(dense, lte.TEALConfig(), data)),
         "prune_": message_of(lambda: lte.prune_(dense, lte.MagnitudeConfig())),
-        "track_inputs": message_of(lambda: track_inputs(shared, {}).__enter__()),
+        "track_inputs": message_of(lambda: track_inputs(shared, {"down": nn.Linear(2, 2)}).__enter__()),
         "train": message_of(lambda: lte.LTETrainer(shared, args, train_dataset=rows).train()),
         "by hand": message_of(lambda: logits_of(whole, data[0])),
     }
