@@ -43,6 +43,7 @@ def without_captions(made):
 def test_what_training_writes(files, trained):
     (record,) = records_in(trained.row)
     options = {"sequence_length": 32, "expert_size": 8, "target_sparsity": 0.5, "max_steps": 4, "max_grad_norm": 0.5}
+    options["compensation_rank"] = 2  # of a model of 64 neurons
     made = Made("", str(files / "llama"), (str(files / "text.txt"),), options)
     assert without_captions(record.made) == [made]
     assert record.measured == Measured("data", (str(files / "ids.npy"),), {"sequence_length": 32})
@@ -91,7 +92,7 @@ def test_two_spellings_are_one_run(files, trained, tmp_path, capsys):
 def test_python_and_the_command_are_one_run(files, trained, tmp_path):
     made = lte.train(
         str(files / "llama"),
-        lte.LTEConfig(target_sparsity=0.5, expert_size=8, seed=1),
+        lte.LTEConfig(target_sparsity=0.5, expert_size=8, compensation_rank=2, seed=1),
         str(files / "text.txt"),
         str(tmp_path),
         data_config=lte.DataConfig(sequence_length=32),

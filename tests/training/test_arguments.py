@@ -27,10 +27,11 @@ def test_the_paper_literally(tmp_path):
 
 @pytest.mark.parametrize(("schedule", "needs"), [("default", {"target_sparsity": 0.5}), ("paper", {"eta": 1.0})])
 def test_a_schedule_fills_what_is_not_given(tmp_path, schedule, needs):
-    args = arguments(tmp_path, schedule=schedule, **needs)
+    args = arguments(tmp_path, schedule=schedule, router_learning_rate=None, **needs)
     for name, value in asdict(SCHEDULES[schedule]).items():
         assert getattr(args, name) == value
-    given = arguments(tmp_path, schedule=schedule, **needs, separability_weight=0.25, temperature=3.0, router_bias=0.5)
+    unset = {**needs, "router_learning_rate": None}
+    given = arguments(tmp_path, schedule=schedule, **unset, separability_weight=0.25, temperature=3.0, router_bias=0.5)
     assert (given.separability_weight, given.temperature, given.router_bias) == (0.25, 3.0, 0.5)
     assert given.router_learning_rate == SCHEDULES[schedule].router_learning_rate
 

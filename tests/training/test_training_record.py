@@ -20,7 +20,8 @@ from lte.training.record import given_of, made_by_training
         ({"target_sparsity": 0.5, "ramp": 0.5}, {"target_sparsity": 0.5}),
         ({"accelerator_config": {"split_batches": False}}, {}),
         ({"accelerator_config": {"split_batches": True}}, {"accelerator_config.split_batches": True}),
-        ({"lr_scheduler_type": "linear"}, {}),
+        ({"lr_scheduler_type": "polynomial"}, {}),
+        ({"lr_scheduler_type": "linear", "lr_scheduler_kwargs": {}}, {"lr_scheduler_type": "linear"}),
         ({"lr_scheduler_kwargs": {"num_cycles": 2}}, {"lr_scheduler_kwargs.num_cycles": 2}),
     ],
 )

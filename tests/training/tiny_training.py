@@ -80,6 +80,8 @@ def arguments(folder: str | Path, **overrides: Any) -> LTETrainingArguments:
         "max_steps": 12,
         "per_device_train_batch_size": 8,
         "learning_rate": 1e-3,
+        "router_learning_rate": 1e-2,
+        "lr_scheduler_type": "linear",
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",

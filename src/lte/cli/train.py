@@ -82,6 +82,7 @@ class Train:
     """Continue from the newest complete checkpoint in the output folder, if there is one."""
     json: bool = False
     """Print one JSON object on the last line."""
+    typed: tyro.conf.Suppress[tyro.conf.Fixed[tuple[str, ...]]] = ()
 
 
 def main(argv: Sequence[str]) -> None:
@@ -110,6 +111,8 @@ def parse_train(argv: Sequence[str]) -> Train:
     arguments = ["--output-dir" if one in ("-o", "--output") else one for one in arguments]
     options = parse(with_methods, "train", arguments)
     check_folder(options.training.output_dir, options.model, "give another one with -o")
+    names = [one.name for one in fields(method_in(arguments))]
+    options.typed = tuple(name for name in names if _typed(arguments, name.replace("_", "-")) is not None)
     return options
 
 
@@ -184,6 +187,7 @@ def train(options: Train, argv: Sequence[str]) -> "Trained":
         options.model,
         chosen(options, seed=args.seed, **target),
         inputs.text,
+        given=(*options.typed, *ELSEWHERE),
         task=inputs.task,
         data_config=inputs.data,
         eval_data=options.eval_text,

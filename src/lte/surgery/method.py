@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lte.core.accounting import Cost
 from lte.core.grouping import check_divisible
@@ -51,6 +51,11 @@ class Method(Conversion):
     expert_size: int = 32
     tau: float = 0.5
     seed: int = 0
+
+    @classmethod
+    def sized_for(cls, config: PretrainedConfig, **options: Any) -> "Method":
+        """Return the method with options that fit the size of a dense model. Options that are given are kept."""
+        return cls(**options)
 
     def check(self, model: PreTrainedModel) -> None:
         sites = find_sites(model, model.config.model_type)

@@ -10,7 +10,7 @@ class Schedule:
 
     hard_fraction: float
     separability_weight: float
-    router_learning_rate: float
+    router_learning_rate: float | None
     router_weight_decay: float
     router_bias: float
     router_start: str
@@ -39,7 +39,7 @@ SCHEDULES = {
     "default": Schedule(
         hard_fraction=0.1,
         separability_weight=0.0,
-        router_learning_rate=1e-2,
+        router_learning_rate=None,  # by the inputs of the FFNs
         router_weight_decay=0.0,
         router_bias=1.0,
         router_start="fitted",
@@ -93,7 +93,10 @@ class TrainingOptions:
     separability_floor: float = field(
         default=1e-4, metadata={"help": "Smallest divisor (score - tau)^2 of the separability loss."}
     )
-    router_learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate of the routers."})
+    router_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Peak learning rate of the routers (default: from the inputs of the FFNs; paper: 0.01)."},
+    )
     router_weight_decay: float | None = field(default=None, metadata={"help": "Weight decay of the routers."})
     router_bias: float | None = field(
         default=None,
@@ -120,7 +123,10 @@ class TrainingOptions:
     )
     dense_learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Peak learning rate of the dense stage, if it differs from that of the other stages."},
+        metadata={
+            "help": "Peak learning rate of the dense stage (default: the learning rate, or half of it if that is not "
+            "given either)."
+        },
     )
     calibration_rows: int = field(
         default=64, metadata={"help": "Training rows (at most 5 %) that are kept out for thresholds; default schedule."}

@@ -22,10 +22,25 @@ class LTETrainingArguments(TrainingOptions, TrainingArguments):
         ValueError: an unknown schedule, an option outside its range, or options that contradict each other.
     """
 
+    learning_rate: float | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default=None,
+        metadata={"help": "Peak learning rate (default: from the model's weights and the tokens of a step)."},
+    )
+    num_train_epochs: float | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default=None, metadata={"help": "Epochs (default: 1200 steps, but at most 10 epochs)."}
+    )
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows of a step on each device."})
+    lr_scheduler_type: str | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default=None,
+        metadata={
+            "help": "How the learning rate decays (default: polynomial with power 0.5; dense and paper: linear)."
+        },
+    )
     warmup_steps: float = field(
         default=0.06,
         metadata={"help": "Warm-up of each stage: a number of steps, or below 1 a share of the stage (paper: 0.06)."},
     )
+    logging_steps: float = field(default=10, metadata={"help": "Write the log after this number of steps."})
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata={"help": "Leave a loss of NaN or inf out of the log. Then each step waits for its loss."},
@@ -56,6 +71,13 @@ class LTETrainingArguments(TrainingOptions, TrainingArguments):
             self.dataloader_pin_memory = False
         elif self.device.type == "cuda" and unset and self.dataloader_pin_memory:
             cast(Any, self.accelerator_config).non_blocking = True  # a batch is copied while the previous step runs
+
+    def fill_in(self) -> None:
+        super().fill_in()
+        if self.lr_scheduler_type is None:
+            rooted = self.schedule == "default"
+            self.lr_scheduler_type = "polynomial" if rooted else "linear"
+            self.lr_scheduler_kwargs = self.lr_scheduler_kwargs or ({"power": 0.5} if rooted else None)
 
     @property
     def dense_learning_rate_factor(self) -> float:

@@ -1,7 +1,7 @@
 """A whole run: load a model and data, make the model sparse, train, save, evaluate. ``lte train`` calls it."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -75,6 +75,7 @@ def train(
     data: Source | tuple[Source, ...] = (),
     output_dir: str | None = None,
     *,
+    given: Collection[str] | None = None,
     task: Task = "language_modelling",
     data_config: DataConfig | None = None,
     eval_data: Source | tuple[Source, ...] = (),
@@ -95,7 +96,9 @@ def train(
 
     Args:
         model: a local folder, a hub id, or a ``.gguf`` file; dense, or sparse by the same method.
-        method: a config such as ``lte.LTEConfig(target_sparsity=0.5)``. Its type says which method. None is LTE.
+        method: a config such as ``lte.LTEConfig(target_sparsity=0.5)``. Its type says which method. None is LTE with
+            experts and compensation for the model's size (:meth:`~lte.surgery.method.Method.sized_for`).
+        given: the options of ``method`` that are kept, if the others should fit the model's size. None keeps all.
         data: files or hub data sets to train on.
         output_dir: where the model, checkpoints and ``lte_training.json`` go.
         task: the kind of data, e.g. ``"language_modelling"`` or ``"generation"``.
@@ -124,6 +127,7 @@ def train(
     run = _Run(
         model,
         method or Method.named("lte")(),
+        given if method else (),
         inputs,
         args,
         _several(eval_data),
@@ -149,6 +153,7 @@ class _Run:
 
     model: str
     method: Method
+    given: Collection[str] | None
     inputs: Inputs
     args: LTETrainingArguments
     eval_data: tuple[Any, ...]
@@ -163,10 +168,13 @@ class _Run:
     def __call__(self, resume: bool | str | None) -> Trained:
         args, watcher = self.args, self.watcher
         set_seed(args.seed)
-        made = self._made()  # of the options as they were given: the trainer changes some
         self.method.training(args)  # raises now if the two do not fit
         check_dtype(self.dtype)
         config, tokenizer = load_config(self.model, self.trust), load_tokenizer(self.model, self.trust)
+        if self.given is not None and conversion_of(config) is None:
+            kept = {name: getattr(self.method, name) for name in self.given if name in self.method.options()}
+            self.method = type(self.method).sized_for(config, **kept)
+        made = self._made()  # of the options as they were given: the trainer sets some
         if args.load_best_model_at_end and not self.calibration_data:
             raise ArgumentError(
                 "load_best_model_at_end would choose the model by the data of the final evaluation: give ",

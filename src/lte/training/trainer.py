@@ -3,6 +3,7 @@
 import functools
 import logging
 from collections.abc import Iterator
+from copy import copy
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,10 +21,12 @@ from lte.surgery.training import Rows
 from lte.training.arguments import LTETrainingArguments
 from lte.training.checks import check_callbacks, check_model
 from lte.training.compiling import Compilation
+from lte.training.defaults import settle_rates, settle_steps
 from lte.training.distillation import causal_loss, is_causal
 from lte.training.distiller import Distiller
 from lte.training.divergence import WatchedTrainer
 from lte.training.learning_rate import stage_factors
+from lte.training.loss_warning import LossWarning
 from lte.training.resuming_trainer import ResumingTrainer
 from lte.training.saving_trainer import SavingTrainer
 from lte.training.stages import _Stages
@@ -91,6 +94,8 @@ class LTETrainer(ResumingTrainer, WatchedTrainer, SavingTrainer):
         if self.training.target is not None and calibration_dataset is None and train_dataset is not None:
             kept_out = hold_out_for_calibration(train_dataset, args.calibration_rows, args.seed)
             kwargs["train_dataset"], self.calibration_dataset = kept_out
+        args = copy(args)  # values that are not given are set for this model and data
+        settle_steps(args, kwargs.get("train_dataset"))
         self._causal = is_causal(model)
         self._use_cache = getattr(model.config, "use_cache", None)
         super().__init__(model=model, args=args, **kwargs)
@@ -106,6 +111,7 @@ class LTETrainer(ResumingTrainer, WatchedTrainer, SavingTrainer):
         self._flops_per_token: int | None = None
         self.stages = _Stages(self)
         self.add_callback(self.stages)
+        self.add_callback(LossWarning(self.stages))
 
     @property
     def stage(self) -> Stage | None:
@@ -125,7 +131,7 @@ class LTETrainer(ResumingTrainer, WatchedTrainer, SavingTrainer):
             lambda: self._batches(self.train_dataset, self.args.seed), held_out, lambda: self.accelerator.autocast()
         )
 
-    def _batches(self, dataset: Any, seed: int | None = None) -> Iterator[dict[str, Any]]:
+    def _batches(self, dataset: Any, seed: int | None = None, labels: bool = False) -> Iterator[dict[str, Any]]:
         """Give batches outside of the training loop, in a random order by ``seed`` if it is given.
 
         The random state is kept. The dataset is read only with the first batch: many methods need no batch.
@@ -139,7 +145,8 @@ class LTETrainer(ResumingTrainer, WatchedTrainer, SavingTrainer):
         )
         for batch in loader:
             self.compilation.begin_pass()
-            yield self._read_by_model(cast(dict[str, Any], self._prepare_inputs(batch)))
+            inputs = cast(dict[str, Any], self._prepare_inputs(batch))
+            yield inputs if labels else self._read_by_model(inputs)
 
     def _read_by_model(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Return inputs without labels, unless the decoder reads them. These passes need no loss."""
@@ -150,6 +157,7 @@ class LTETrainer(ResumingTrainer, WatchedTrainer, SavingTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         check_callbacks(self.callback_handler.callbacks, self.args)
+        self._settle_rates()
         return super().train(*args, **kwargs)
 
     def train_from(self, checkpoint: Path | None, *args: Any, **kwargs: Any) -> Any:
@@ -167,8 +175,13 @@ class LTETrainer(ResumingTrainer, WatchedTrainer, SavingTrainer):
             self.plain.config.use_cache = self._use_cache
         return result
 
+    def _settle_rates(self) -> None:
+        rows = () if self.train_dataset is None else self._batches(self.train_dataset, self.args.seed, labels=True)
+        settle_rates(self.args, self.plain, rows)
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         if self.optimizer is None:
+            self._settle_rates()
             optimizer = super().create_optimizer(*args, **kwargs)
             routers = [p for layer in sparse_layers(self.plain).values() for p in layer.router.parameters()]
             ids = {id(parameter) for parameter in routers}

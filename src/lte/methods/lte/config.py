@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lte.core.accounting import Cost
 from lte.core.grouping import check_divisible
@@ -14,12 +14,14 @@ from lte.methods.experts import Grouped
 from lte.modules.compensation import Compensation
 from lte.modules.input_threshold import add_cut_
 from lte.modules.router import Router
-from lte.surgery.cost import cost_per_token
-from lte.surgery.sites import FFNSite, linear_sites
+from lte.surgery.cost import cost_per_token, meta_model
+from lte.surgery.sites import FFNSite, find_sites, linear_sites
 from lte.surgery.training_options import TrainingOptions, check_target
 
 if TYPE_CHECKING:
     from lte.methods.lte.training import LTETraining
+
+_EXPERTS = 96  # the fewest of an FFN, if experts of 8 neurons or more allow it
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,12 @@ class LTEConfig(Grouped):
     """How to convert a model for LTE.
 
     Attributes:
-        expert_size: neurons of an expert; must divide d_ff (paper: 32).
+        expert_size: neurons of an expert; must divide d_ff (paper: 32; ``lte train``: by the model's size).
         tau: an expert is active if its score is above tau (paper: 0.5).
         grouping: ``kmeans`` on the rows of the first FFN weight (paper), ``coactivation`` from data, or ``random``.
         seed: of grouping and router initialisation.
         compensation_rank: rank R of a linear map that stands in for idle experts. It costs ``2 D R`` weights for each
-            token (:class:`~lte.modules.compensation.Compensation`); 0 (paper) is none.
+            token (:class:`~lte.modules.compensation.Compensation`); 0 (paper) is none. ``lte train`` takes at most 64.
         target_sparsity: fraction of idle neurons after training, in (0, 1); None with ``schedule="paper"``.
         attention_sparsity: fraction of the inputs of attention's projections that count as 0 in mode hard, in [0, 1).
             The smallest inputs do, by a threshold for each projection (TEAL's). 0 (paper) is none.
@@ -64,6 +66,21 @@ class LTEConfig(Grouped):
             )
         if not 0 < self.tau < 1:
             raise ValueError(f"tau is {self.tau}, but scores lie between 0 and 1, so tau does too (usual: 0.5)")
+
+    @classmethod
+    def sized_for(cls, config: PretrainedConfig, **options: Any) -> "LTEConfig":
+        """Return a config whose experts and compensation fit the size of a dense model.
+
+        An FFN of 3072 or more neurons has experts of 32 neurons. A smaller one has experts of 16 or 8, so that it has
+        about 100 experts. The compensation has rank 64, or less if that is above 3 % of a gated FFN's weights.
+
+        Raises:
+            ValueError: an unknown family, or an option is outside its range.
+        """
+        d_ff = min(site.d_ff for site in find_sites(meta_model(config), config.model_type))
+        sizes = [size for size in (32, 16, 8) if d_ff % size == 0] or [cls.expert_size]
+        size = next((size for size in sizes if d_ff // size >= _EXPERTS), sizes[-1])
+        return cls(**{"expert_size": size, "compensation_rank": min(64, d_ff // 24), **options})
 
     def check(self, model: PreTrainedModel) -> None:
         super().check(model)
