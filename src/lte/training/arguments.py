@@ -30,7 +30,7 @@ class LTETrainingArguments(TrainingOptions, TrainingArguments):
         default=None, metadata={"help": "Epochs (default: 1200 steps, but at most 10 epochs)."}
     )
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows of a step on each device."})
-    lr_scheduler_type: str | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
+    lr_scheduler_type: Any = field(
         default=None,
         metadata={
             "help": "How the learning rate decays (default: polynomial with power 0.5; dense and paper: linear)."

@@ -202,7 +202,7 @@ class LTETrainer(ResumingTrainer, WatchedTrainer, SavingTrainer):
         if self.lr_scheduler is None:
             factor = stage_factors(
                 self.stages.plan,
-                args.lr_scheduler_type,
+                cast(str, args.lr_scheduler_type),
                 args.get_warmup_steps,
                 cast(dict[str, Any], args.lr_scheduler_kwargs or {}),
                 args.dense_learning_rate_factor,
