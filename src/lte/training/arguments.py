@@ -30,7 +30,7 @@ class LTETrainingArguments(TrainingOptions, TrainingArguments):
         default=None, metadata={"help": "Epochs (default: 1200 steps, but at most 10 epochs)."}
     )
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows of a step on each device."})
-    lr_scheduler_type: Any = field(
+    lr_scheduler_type: str | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
         default=None,
         metadata={
             "help": "How the learning rate decays (default: polynomial with power 0.5; dense and paper: linear)."
@@ -76,7 +76,8 @@ class LTETrainingArguments(TrainingOptions, TrainingArguments):
         super().fill_in()
         if self.lr_scheduler_type is None:
             rooted = self.schedule == "default"
-            self.lr_scheduler_type = "polynomial" if rooted else "linear"
+            named = "polynomial" if rooted else "linear"
+            self.lr_scheduler_type = named  # pyright: ignore[reportIncompatibleVariableOverride]
             self.lr_scheduler_kwargs = self.lr_scheduler_kwargs or ({"power": 0.5} if rooted else None)
 
     @property
