@@ -7,7 +7,6 @@ from torch.nn.functional import silu
 
 from lte.methods.router_start import TOKENS_PER_INPUT, fit_routers_
 from lte.modules.recording import sparse_layers
-from lte.surgery.stages import StagePlan
 
 
 def batches(rows: int = 400, size: int = 50):
@@ -67,23 +66,6 @@ def test_a_run_that_starts_so_meets_its_target(tmp_path):
     )
     trainer.train()
     assert trainer.evaluate(markov_blocks(100, seed=9))["eval_sparsity"] == pytest.approx(0.5, abs=0.04)
-
-
-def test_sharded_parameters_are_refused_before_the_first_step(tmp_path):
-    trainer = trainer_for(tmp_path)
-    trainer.is_fsdp_enabled = True
-    for plan, said in ((StagePlan(2, 4, 1), "dense_fraction=0"), (StagePlan(0, 4, 1), "router_start='random'")):
-        trainer.stages.plan = plan
-        with pytest.raises(ValueError, match=said):
-            trainer.stages.begin(None)
-    trainer.args.router_start = "random"
-    with pytest.raises(ValueError, match="give distillation_weight=0"):
-        trainer.stages.begin(None)
-    trainer.args.distillation_weight = 0.0
-    trainer.stages.begin(None)
-    trainer.model.config.lte["grouped"] = False
-    with pytest.raises(ValueError, match="neurons cannot be grouped when parameters are sharded"):
-        trainer.stages.begin(None)
 
 
 @torch.no_grad()

@@ -15,8 +15,8 @@ class LearnedTraining(Training):
     """Training of routers in a soft stage. They start at random, or fitted to what each expert contributes."""
 
     @property
-    def fits(self) -> bool:
-        return self.options.router_start == "fitted"
+    def needs_whole_model(self) -> bool:
+        return False
 
     def plan(self, total: int) -> StagePlan:
         return StagePlan.split(total, self.options.dense_fraction, cast(float, self.options.hard_fraction))
@@ -24,7 +24,7 @@ class LearnedTraining(Training):
     def start(self, rows: Rows) -> None:
         bias = cast(float, self.options.router_bias)
         self.draw(bias)
-        if not self.fits:
+        if self.options.router_start != "fitted":
             return
         set_mode_(self.model, "dense")
         seen: list[dict[str, Tensor]] = []

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lte.core.selection import expert_norms
 from lte.methods.ridge import check_converged, ridge_regression
+from lte.modules.sharding import whole
 from lte.surgery.activations import watch_ffns
 from lte.surgery.sites import FFNSite, find_sites
 
@@ -49,14 +50,17 @@ class _Moments:
 
     def __init__(self, site: FFNSite) -> None:
         self.router: Any = site.installed.router  # a router with weight and bias: LTE's or a mixture's
-        self.down_F = site.down_rows().float().norm(dim=1)
-        device, inputs = self.down_F.device, site.d_model + 1
+        self.site = site
+        self.down_F: Tensor | None = None  # of the first pass: only then are sharded weights whole
+        device, inputs = site.down_rows().device, site.d_model + 1
         self.gram_II = torch.zeros(inputs, inputs, device=device)
         self.cross_IE = torch.zeros(inputs, self.router.num_experts, device=device)
 
     def add(self, x_TD: Tensor, hidden_TF: Tensor) -> None:
         """Add an FFN's input and its neurons."""
         with torch.autocast(x_TD.device.type, enabled=False):
+            if self.down_F is None:
+                self.down_F = self.site.down_rows().float().norm(dim=1)
             x_TI = torch.nn.functional.pad(x_TD.float(), (0, 1), value=1.0)
             added_TE = expert_norms(hidden_TF.float() * self.down_F, self.router.num_experts)
             self.gram_II.addmm_(x_TI.T, x_TI)
@@ -71,5 +75,6 @@ class _Moments:
         square_E = (weight_IE * (gram_II @ weight_IE)).sum(0) / count
         mean = mean_E.mean()
         spread = (square_E.mean() - mean.square()).clamp_min(1e-12).sqrt()
-        self.router.weight.copy_(weight_IE[:-1].T / spread)
-        self.router.bias.copy_((weight_IE[-1] - mean) / spread + bias)
+        with whole(self.router):
+            self.router.weight.copy_(weight_IE[:-1].T / spread)
+            self.router.bias.copy_((weight_IE[-1] - mean) / spread + bias)

@@ -1,6 +1,7 @@
 """Gives FFNs experts: orders neurons so that experts are contiguous, and replaces dense FFNs by sparse ones."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from accelerate.utils import broadcast
@@ -8,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lte.core.grouping import grouping_permutation
+from lte.modules.sharding import is_sharded, whole
 from lte.modules.sparse_ffn import Roles, SparseActivation, SparseFFN
 from lte.surgery.activations import record_inputs
 from lte.surgery.conversion import Batch, Progress, section_of
@@ -51,9 +53,26 @@ def regroup_(
         progress: wraps the iteration over FFNs.
     """
     sites = find_sites(model, model.config.model_type)
-    for site, order in zip(sites, group(model, sites, method, data, progress), strict=True):
-        site.permute_neurons(broadcast(order.to(model.device)))  # pyright: ignore[reportArgumentType]
+    if is_sharded(model):
+        _regroup_parts_(model, sites, method, progress)
+    else:
+        for site, order in zip(sites, group(model, sites, method, data, progress), strict=True):
+            site.permute_neurons(broadcast(order.to(model.device)))  # pyright: ignore[reportArgumentType]
     section_of(model.config).pop("grouped", None)
+
+
+def _regroup_parts_(model: PreTrainedModel, sites: list[FFNSite], method: "Method", progress: Progress) -> None:
+    """Group one FFN after the other, so that no process has more than one whole FFN.
+
+    Raises:
+        ValueError: the method groups by activations.
+    """
+    if method.needs_activations:
+        raise ValueError("parameters are sharded, so neurons are not grouped by activations: give grouping='kmeans'")
+    for index, site in enumerate(progress(sites)):
+        with whole(*site.projections().values()):
+            (order,) = group(model, [site], replace(method, seed=method.seed + index), ())
+            site.permute_neurons(order)  # the first process's result counts
 
 
 def replace_ffn_(site: FFNSite, method: "Method") -> SparseFFN | SparseActivation:

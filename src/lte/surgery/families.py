@@ -43,7 +43,7 @@ class Family:
 
     def fits(self, layer: nn.Module) -> bool:
         """Return whether ``layer`` is of this family and has every path of the row."""
-        return type(layer).__name__ == self.layer and all(
+        return type(layer).__name__.removeprefix("FSDP") == self.layer and all(
             _has(layer, path)
             for path in (self.up, self.down, self.act, self.gate, self.hidden_dropout, self.output_dropout)
             if path

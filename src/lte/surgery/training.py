@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast
-from torch import Tensor
+from torch import Tensor, nn
 
 from lte.modules.recording import Recording, record_scores, sparse_layers
+from lte.modules.sharding import whole
 from lte.modules.sparse_ffn import Selecting
 from lte.modules.step_log import StepLog
 from lte.surgery.activations import first_tokens
@@ -73,8 +74,8 @@ class Training:
         return None if self.options.is_dense else self.method.target_sparsity
 
     @property
-    def fits(self) -> bool:
-        """Whether :meth:`enter` needs whole weights, which no rank has if they are sharded."""
+    def needs_whole_model(self) -> bool:
+        """Whether :meth:`enter` needs the whole model at once, which no rank has if parameters are sharded."""
         return True
 
     def plan(self, total: int) -> StagePlan:
@@ -119,8 +120,15 @@ class Training:
     def draw(self, bias: float = 0.0) -> None:
         """Draw routers and compensations at random, by the run's seed."""
         generator = torch.Generator().manual_seed(self.options.seed)
-        for layer in self.layers.values():
-            layer.reset(generator, bias)
+        with whole(*self.added):
+            for layer in self.layers.values():
+                layer.reset(generator, bias)
+
+    @property
+    def added(self) -> list[nn.Module]:
+        """The routers and compensations."""
+        parts = [part for layer in self.layers.values() for part in (layer.router, layer.compensation)]
+        return [part for part in parts if part is not None]
 
     def set_stage(self, stage: Stage) -> None:
         """Set the mode of a stage. The soft stage trains the routers, and soft and hard stage the compensation."""
@@ -166,10 +174,9 @@ class Training:
 
     def share(self) -> None:
         """Copy routers and compensations of the first rank to all ranks."""
-        for layer in self.layers.values():
-            broadcast(layer.router.state_dict())
-            if layer.compensation is not None:
-                broadcast(layer.compensation.state_dict())
+        with whole(*self.added):
+            for part in self.added:
+                broadcast(part.state_dict())
 
     def state(self) -> dict[str, float]:
         """Return the values that a checkpoint must keep."""

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from lte.modules.recording import sparse_layers
+from lte.modules.sharding import is_sharded
 from lte.modules.tensor_parallel import check_not_shared
-from lte.surgery.stages import StagePlan
-from lte.surgery.training import Training
 from lte.training.arguments import LTETrainingArguments
 
 
@@ -55,28 +55,14 @@ def check_callbacks(callbacks: Iterable[TrainerCallback], args: LTETrainingArgum
         )
 
 
-def check_sharded(plan: StagePlan, training: Training, args: LTETrainingArguments, grouped: bool) -> None:
-    """Raise ValueError if a run needs whole weights, which no rank has if parameters are sharded.
-
-    Args:
-        training: of the method.
-        grouped: whether the model's neurons are grouped already.
-    """
-    if plan.dense == plan.total:
+def check_sharded(trainer: Any) -> None:
+    """Raise ValueError unless a run can work on a model whose parameters are divided among processes."""
+    if trainer.is_deepspeed_enabled and is_deepspeed_zero3_enabled():
+        raise ValueError("neurons cannot be grouped when DeepSpeed divides parameters: take FSDP2 (--fsdp)")
+    if not trainer.is_fsdp_enabled or not is_sharded(trainer.plain):
         return
-    if plan.dense:
+    if trainer.training.needs_whole_model and not trainer.args.is_dense:
         raise ValueError(
-            "the dense stage cannot be followed by regrouping when parameters are sharded: "
-            "fine-tune first, then lte.sparsify_, then train with dense_fraction=0"
-        )
-    if not grouped:
-        raise ValueError(
-            "neurons cannot be grouped when parameters are sharded: convert the model with lte.sparsify_ before"
-        )
-    if training.fits:
-        raise ValueError("routers cannot be fitted when parameters are sharded: give router_start='random'")
-    if args.distils:
-        raise ValueError(
-            "distillation cannot copy the dense model when parameters are sharded: give "
-            "distillation_weight=0 and feature_distillation_weight=0"
+            f"{trainer.method.name} sets its routers on data, which needs a model that is not sharded: take a method "
+            "whose routers are trained, or train without FSDP"
         )

@@ -15,10 +15,12 @@ class Compilation:
 
     Attributes:
         options: of ``torch.compile``; None if nothing is compiled.
+        accelerator: of the run.
     """
 
     def __init__(self, args: TrainingArguments, accelerator: Any):
         self.options: dict[str, Any] | None = None
+        self.accelerator = accelerator
         if args.torch_compile:
             self.options = accelerator.state.dynamo_plugin.to_kwargs()
             torch._dynamo.config.recompile_limit = max(_PROGRAMS, torch._dynamo.config.recompile_limit)

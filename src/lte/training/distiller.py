@@ -11,6 +11,7 @@ from accelerate.utils import compile_regions
 from accelerate.utils.operations import ConvertOutputsToFp32
 from torch import Tensor, nn
 
+from lte.modules.sharding import is_sharded, whole_state
 from lte.modules.step_log import StepLog
 from lte.modules.token_masks import TokenMasks
 from lte.surgery.convert import set_mode_
@@ -18,6 +19,7 @@ from lte.surgery.reading import reading
 from lte.surgery.training_options import TrainingOptions
 from lte.training.compiling import Compilation
 from lte.training.distillation import DistilledLoss, block_error, mix_rows, predicts, show_hidden_states_
+from lte.training.sharded import copy_parts
 
 KEPT_IN = "lte_teacher"
 
@@ -93,6 +95,13 @@ class Distiller:
                 has the old copy or none.
         """
         set_mode_(model, "dense")
+        accelerator = self._compilation.accelerator
+        if is_sharded(model):
+            weights = whole_state(model, keep=folder is not None)
+            if folder is not None:
+                model.save_pretrained(folder / KEPT_IN, state_dict=weights)
+            self.teacher = self._frozen(copy_parts(model, accelerator, self._dtype))
+            return
         if folder is not None:
             model.save_pretrained(folder / KEPT_IN)
         self.teacher = self._frozen(copy.deepcopy(model))

@@ -43,8 +43,7 @@ class _Stages(TrainerCallback, ExportableState):  # its name in checkpoints
         """Called when training begins, with the state from a checkpoint or None."""
         trainer, model = self.trainer, self.trainer.plain
         check_recomputing(model)
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            check_sharded(self.plan, trainer.training, trainer.args, model.config.lte.get("grouped", True))
+        check_sharded(trainer)
         self.stage, trainer.distiller.teacher = None, None
         trainer.training.begin(model, self.plan, trainer.compilation)
         keep_dtypes(cast(nn.Module, trainer.model_wrapped))

@@ -161,6 +161,8 @@ class LTETrainer(ResumingTrainer, WatchedTrainer, SavingTrainer):
         return super().train(*args, **kwargs)
 
     def train_from(self, checkpoint: Path | None, *args: Any, **kwargs: Any) -> Any:
+        if checkpoint and self.is_fsdp_enabled:
+            raise ValueError("a run with FSDP cannot be resumed yet: train anew with overwrite, or without --fsdp")
         mode = self.plain.config.lte.get("mode", "dense")
         if mode != "dense" and not checkpoint and not self.args.is_dense:
             logger.warning(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lte.methods.ridge import check_converged, ridge_regression
 from lte.methods.router_start import tokens_to_fit
+from lte.modules.sharding import whole
 from lte.surgery.activations import watch_ffns
 from lte.surgery.sites import FFNSite, find_sites
 
@@ -41,10 +42,10 @@ class _Fit:
 
     def __init__(self, site: FFNSite, sparsity: float) -> None:
         self.layer: Any = site.installed
-        self.down_FD = site.down_rows().float()
+        self.site = site
         self.sparsity = sparsity
         self.cut: Tensor | None = None
-        device, inputs = self.down_FD.device, site.d_model + 1
+        device, inputs = site.down_rows().device, site.d_model + 1
         self.gram_II = torch.zeros(inputs, inputs, device=device)
         self.cross_ID = torch.zeros(inputs, site.d_model, device=device)
         self.count = 0
@@ -59,7 +60,7 @@ class _Fit:
             idle_TE = logits_TE < self.cut
             x_TI = torch.nn.functional.pad(x_TD.float(), (0, 1), value=1.0) * idle_TE.float().mean(-1, keepdim=True)
             size = hidden_TF.shape[-1] // idle_TE.shape[-1]
-            left_out_TD = (hidden_TF.float() * idle_TE.repeat_interleave(size, -1)) @ self.down_FD
+            left_out_TD = (hidden_TF.float() * idle_TE.repeat_interleave(size, -1)) @ self.site.down_rows().float()
             self.gram_II.addmm_(x_TI.T, x_TI)
             self.cross_ID.addmm_(x_TI.T, left_out_TD)
             self.count += len(x_TI)
@@ -68,7 +69,7 @@ class _Fit:
         check_converged("what FFNs are given and leave out", [self.gram_II, self.cross_ID])
         map_ID, lower_II = ridge_regression(self.gram_II, self.cross_ID)
         given_DR = torch.linalg.svd(lower_II.T @ map_ID, full_matrices=False)[2].T
-        given_DR = given_DR[:, : len(self.layer.compensation.compress)]
+        given_DR = given_DR[:, : self.layer.compensation.compress.shape[0]]
         map_IR = map_ID @ given_DR
         size_R = (
             ((lower_II.T @ map_IR).square().sum(0) / self.count).sqrt().clamp_min(1e-12)
@@ -77,6 +78,7 @@ class _Fit:
             self.layer.compensation,
             len(size_R),
         )  # with a rank above the width, the other directions keep their start
-        into.compress[:rank].copy_((map_IR[:-1] / size_R).T)
-        into.bias[:rank].copy_(map_IR[-1] / size_R)
-        into.expand[:, :rank].copy_(given_DR * size_R)
+        with whole(into):
+            into.compress[:rank].copy_((map_IR[:-1] / size_R).T)
+            into.bias[:rank].copy_(map_IR[-1] / size_R)
+            into.expand[:, :rank].copy_(given_DR * size_R)

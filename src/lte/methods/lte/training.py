@@ -17,6 +17,7 @@ from lte.methods.lte.scores import lte_losses, measure_scores
 from lte.modules.evaluating import evaluating
 from lte.modules.input_threshold import CUT, cut_layers
 from lte.modules.recording import Recording, track_sparsity
+from lte.modules.sharding import whole
 from lte.surgery.activations import first_tokens
 from lte.surgery.stages import Stage, StagePlan
 from lte.surgery.training import Rows
@@ -60,8 +61,9 @@ class LTETraining(LearnedTraining):
 
     def enter(self, stage: Stage, rows: Rows) -> None:
         if stage == "hard":
-            for layer in self.layers.values():
-                layer.lte_router.fold_temperature()
+            with whole(*self.added):
+                for layer in self.layers.values():
+                    layer.lte_router.fold_temperature()
         super().enter(stage, rows)
         if stage == "hard" and self.cuts:
             with rows.autocast():
