@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from lte.modules.recording import sparse_layers
 from lte.modules.sharding import is_sharded

@@ -18,12 +18,12 @@ def copy_parts(model: Any, accelerator: Accelerator, dtype: torch.dtype | None =
         dtype: of the copy's parameters; None takes those of the model.
     """
     with torch.device("meta"):
-        copied = type(model)(copy.deepcopy(model.config))
-    copied.requires_grad_(False)
+        bare = type(model)(copy.deepcopy(model.config))
+    bare.requires_grad_(False)
     own = dict(model.named_parameters(remove_duplicate=False))
-    for name, parameter in copied.named_parameters():
+    for name, parameter in bare.named_parameters():
         parameter.data = parameter.data.to(dtype or own[name].dtype)
-    copied = fsdp2_prepare_model(accelerator, copied)
+    copied: Any = fsdp2_prepare_model(accelerator, bare)
     copied.to_empty(device=str(accelerator.device))
     copied.tie_weights()
     for name, parameter in copied.named_parameters():
