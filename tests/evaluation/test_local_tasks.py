@@ -64,6 +64,7 @@ def only_these(monkeypatch, tmp_path):
 def model(kind="dense"):
     torch.manual_seed(0)
     made = LlamaForCausalLM(LlamaConfig(**SHAPE, max_position_embeddings=2048)).eval()
+    made.generation_config.eos_token_id = [0, *range(10, 40)]  # so that most texts are short
     if kind == "routers":
         lte.set_mode_(lte.sparsify_(made, lte.LTEConfig(expert_size=8)), "hard")
     return made
@@ -76,8 +77,8 @@ def loaded(task, folder, data):
     return find_tasks([task], DEFINITIONS / folder, data, allow_code_execution=True)
 
 
-@pytest.mark.parametrize("kind", ["dense", "routers"])
 @pytest.mark.parametrize(("task", "folder"), TASKS)
+@pytest.mark.parametrize("kind", ["dense", "routers"])
 def test_each_answer_is_that_of_lm_evals_own_model(task, folder, data, kind):
     """The reference generates by Hugging Face's loop, one question at a time, without our loop and its packing."""
     made = model(kind)
@@ -185,3 +186,27 @@ def test_programs_do_not_run_unasked(tmp_path, data, capsys):
     assert main(given) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == ("lte: error: a task runs programs that the model writes: allow it with --allow-code-execution")
+
+
+def test_the_report_has_the_share_of_the_original(tmp_path, data, capsys):
+    original, sparse = tmp_path / "original", tmp_path / "sparse"
+    model().save_pretrained(original)
+    byte_tokenizer().save_pretrained(original)
+    assert main(["sparsify", "--model", str(original), "-o", str(sparse), "--expert-size", "8"]) == 0
+    lines = []
+    for folder in (original, sparse):
+        given = ["eval", str(folder), "--tasks", "mmlu_anatomy", "--data-folder", str(data), "--device", "cpu"]
+        given += ["--include-path", str(DEFINITIONS / "mmlu" / "default"), "--num-fewshot", "2", "--json"]
+        assert main([*given, "--predictions", str(tmp_path / "answers.jsonl")]) == 0
+        lines.append(capsys.readouterr().out.splitlines()[-1])
+        answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+        accuracy = sum(one["acc"] for one in answers) / len(answers)
+        assert json.loads(lines[-1])["results"]["mmlu_anatomy"]["acc,none"] == pytest.approx(accuracy)
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    assert main(["report", str(tmp_path / "rows.jsonl"), "-o", str(tmp_path / "r.md"), "--format", "md"]) == 0
+    score = f"{100 * accuracy:.2f}"  # in mode dense the sparse model computes the same
+    page = (tmp_path / "r.md").read_text()
+    assert (
+        f"| original, the original | 0.0 | {page.split('the original | 0.0 | ')[1].split(' ')[0]} | {score} |" in page
+    )
+    assert f"| {score} (100.0%) |" in page

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 
@@ -25,8 +25,8 @@ class Sample:
     model: str
     """A local folder, a hub id, or a .gguf file; dense or sparse."""
     output: Output
-    """The .jsonl file to write: a chat or a text on each line. While it is written, its batches are in OUTPUT.batches,
-    and the same command continues after them."""
+    """The .jsonl file to write: a chat or a text on each line. Until it is complete, its batches are in OUTPUT.batches,
+    and the same command, also with another --num-samples, continues after them."""
     prompts: str | None = None
     """A file with one prompt a line: the model writes only the answers."""
     shard: str = "0/1"
@@ -48,12 +48,13 @@ def main(argv: Sequence[str]) -> None:
     if output.exists():
         raise ValueError(f"{output} is there already: delete it, or give another output")
     shard, shards = _shard(options.shard)
-    prompts = _lines(options.prompts)[: options.how.num_samples]
+    prompts = _lines(options.prompts)
     device, dtype = options.where.resolve()
     config = load_config(options.model, options.where.trust_remote_code)
     check_causal(config, "lte sample asks")
     tokenizer = load_tokenizer(options.model, options.where.trust_remote_code)
-    with batch_log(output.with_name(f"{output.name}.batches"), row_identity(options)) as log:
+    identity = row_identity(replace(options, how=replace(options.how, num_samples=None)))  # batches do not depend on it
+    with batch_log(output.with_name(f"{output.name}.batches"), identity) as log:
         model = open_model(options.model, "causal", device, dtype, options.where.trust_remote_code).eval()
         if mode_of(config) == "hard" or options.backend != "auto":
             optimize_where_possible_(model, options.backend)
