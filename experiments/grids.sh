@@ -29,7 +29,7 @@ xsum_rouge=(--then 'eval --task generation --generate --prompt article --complet
     --sequence-length 1024 --max-new-tokens 64 --batch-size 32')
 t0=(recipes/instruct.yaml --model smollm2 --text t0/train.jsonl --eval-text t0/heldout.jsonl --calibration-text
     t0/valid.jsonl --torch-compile --dataloader-drop-last --pad-to-multiple-of 512)
-mmlu=(--then "eval --mmlu mmlu --shots 5 --batch-size 32")
+mmlu=(--then "eval --tasks mmlu --data-folder . --num-fewshot 5 --batch-size 32")
 
 set_on() { # what a dense model is, and how the result is measured
     local base=$name

@@ -15,7 +15,8 @@ from lte.evaluation.measuring import measure
 pytest.importorskip("lm_eval", reason='lm_eval is not installed: pip install "lte[eval]"')
 from lm_eval.tasks import TaskManager
 
-from lte.evaluation.harness import _mark_padding, evaluate_tasks, find_tasks
+from lte.evaluation.harness import evaluate_tasks, find_tasks
+from lte.evaluation.harness_model import not_padding
 
 SHAPE = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 SHAPE |= {"num_attention_heads": 4, "pad_token_id": 1, "eos_token_id": 0, "bos_token_id": 0}
@@ -121,30 +122,14 @@ def test_answers_sparsity_and_cost(folder, kind, batch_size):
 
 def test_what_is_padding():
     batch = torch.tensor([[5, 6, 7], [0, 9, 0], [0, 0, 0]])
-    assert _mark_padding(None, (batch,), {})[1]["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0], [1, 0, 0]]
-    assert _mark_padding(None, (batch[:1],), {})[1] == {}
-    assert _mark_padding(None, (), {"input_ids": batch})[1] == {"input_ids": batch}
-
-
-@torch.no_grad()
-@pytest.mark.usefixtures("only_local")
-def test_the_model_sees_rows_that_end_in_token_0_whole(folder, monkeypatch):
-    made, seen = model("routers"), []
-    made.register_forward_hook(lambda _model, args, output: seen.append((args[0], output.logits)))
-    monkeypatch.setattr(
-        "lte.evaluation.harness._mark_padding",
-        lambda _model, args, _kwargs: (args, {"attention_mask": args[0].ne(args[0][0, -1]).long()}),
-    )
-    evaluate_tasks(made, byte_tokenizer(), find_tasks(["lte_count"], folder), batch_size=1)
-    ids, logits = seen[0]
-    torch.testing.assert_close(logits, made(ids).logits)
+    assert not_padding(batch).tolist() == [[1, 1, 1], [1, 1, 0], [1, 0, 0]]
 
 
 @pytest.mark.usefixtures("only_local")
 def test_generating_shots_and_limit(folder):
-    tasks = find_tasks(["lte_say", "lte_count*"], folder)
+    tasks = find_tasks(["lte_say", "lte_count*"], folder, shots=1)
     assert set(tasks.names) == {"lte_say", "lte_count", "lte_count_again"}
-    found = evaluate_tasks(model("routers"), byte_tokenizer(), tasks, shots=1, limit=2, batch_size=2)
+    found = evaluate_tasks(model("routers"), byte_tokenizer(), tasks, limit=2, batch_size=2)
     assert found.results["lte_say"].keys() >= {"exact_match,none"}
     assert found.num_samples == dict.fromkeys(tasks.names, 2)
     assert found.shots["lte_count"] == 1
@@ -155,7 +140,7 @@ def test_generating_shots_and_limit(folder):
 def test_command(folder, tmp_path, capsys):
     model("routers").save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
-    given = ["eval", str(tmp_path), "--tasks-folder", str(folder), "--device", "cpu"]
+    given = ["eval", str(tmp_path), "--include-path", str(folder), "--device", "cpu"]
     assert main([*given, "--tasks", "lte_count, lte_say", "--limit", "3", "--num-fewshot", "0", "--json"]) == 0
     printed = capsys.readouterr()
     found = json.loads(printed.out.splitlines()[-1])
@@ -175,19 +160,24 @@ def test_a_wrong_name(folder):
 
 
 @pytest.mark.slow
-def test_its_own_tasks_are_known():
-    assert find_tasks(["hellaswag", "arc_easy"]).names == ["hellaswag", "arc_easy"]
+def test_its_own_tasks_are_known(tmp_path):
+    """Their data is in a folder, because tests do not ask the hub."""
+    with pytest.raises(ValueError, match="no task 'mmlu_anatomie': did you mean mmlu_anatomy"):
+        find_tasks(["mmlu_anatomie"], data_folder=tmp_path)
+    with pytest.raises(OSError, match=r"anatomy_test\.csv is missing"):
+        find_tasks(["mmlu_anatomy"], data_folder=tmp_path)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--limit", "3"], "are for tasks of lm_eval: name some with --tasks"),
+        (["--limit", "3"], "limit: this is for tasks of lm_eval: name some with --tasks"),
         (["--tasks", "x", "--text", "a.txt"], "bring their own data"),
         (["--tasks", "x", "--limit", "0"], "limit is 0: give at least 1"),
         (["--tasks", "x", "--num-fewshot", "-1"], "num_fewshot is -1: give at least 0"),
         (["--tasks", ","], "no task is named"),
-        (["--tasks", "x", "--tasks-folder", "/nowhere"], "/nowhere: there is no such folder of tasks"),
+        (["--tasks", "x", "--include-path", "/nowhere"], "/nowhere: there is no such folder"),
+        (["--tasks", "x", "--data-folder", "/nowhere"], "/nowhere: there is no such folder"),
     ],
 )
 @pytest.mark.usefixtures("only_local")

@@ -116,19 +116,20 @@ def test_meter_before_any_forward_pass(llama):
     assert meter.overall != meter.overall
 
 
-def test_a_pass_that_stands_for_several_counts_as_often(llama):
+def test_a_meter_takes_in_another_one(llama):
     lte.set_mode_(llama, "hard")
-    first, second, _ = rows()
-    with torch.no_grad(), lte.track_sparsity(llama) as weighted:
-        weighted.weight = 3
+    first, second, third = rows()
+    with torch.no_grad(), lte.track_sparsity(llama) as one:
         llama(first[None])
-        weighted.weight = 1
+        llama(third[None])
+    with torch.no_grad(), lte.track_sparsity(llama) as other:
         llama(second[None])
-    with torch.no_grad(), lte.track_sparsity(llama) as repeated:
-        for row in (first, first, first, second):
+    with torch.no_grad(), lte.track_sparsity(llama) as together:
+        for row in (first, second, third):
             llama(row[None])
-    assert weighted.by_layer == pytest.approx(repeated.by_layer, abs=1e-7)
-    assert weighted.overall == pytest.approx(repeated.overall, abs=1e-7)
+    one.include(other)
+    assert one.by_layer == pytest.approx(together.by_layer, abs=1e-7)
+    assert one.overall == pytest.approx(together.overall, abs=1e-7)
 
 
 def test_nested_recordings_all_see_everything(llama):

@@ -62,6 +62,18 @@ def test_tasks_of_lm_eval(tmp_path):
     assert (named(found.qualities), found.task, found.count) == ({"accuracy": 50}, "arc_easy", 40)
 
 
+def test_of_tasks_with_subjects_the_group_that_was_asked_for_counts(tmp_path):
+    results = {name: {"acc,none": 0.5} for name in ("mmlu", "mmlu_stem", "mmlu_anatomy")}
+    results["gsm8k"] = {"exact_match,strict-match": 0.25, "exact_match,flexible-extract": 0.5}
+    one = {"results": results, "num_samples": dict.fromkeys(results, 40), "sparsity": 0.5, "gflops_per_token": 0.1}
+    one |= {"measured": {"kind": "lm_eval", "data": ["mmlu", "gsm8k"]}, "method": "cats"}
+    found = read_results([write(tmp_path / "rows.jsonl", [one])]).measurements
+    assert [(each.task, named(each.qualities)) for each in found] == [
+        ("mmlu", {"accuracy": 50}),
+        ("gsm8k", {"exact_match": 50, "strict_match": 25}),
+    ]
+
+
 def evaluated(model: str, method: dict, **more) -> dict:
     """A line of lte eval --json."""
     found = {"command": f"lte eval --text wiki/test.txt --json {model}", "model": model.split()[0], "method": method}

@@ -1,8 +1,9 @@
-"""``lte eval``: quality, sparsity and cost of a model, by what it predicts, generates, answers, or by lm_eval."""
+"""``lte eval``: quality, sparsity and cost of a model, by what it predicts, by what it generates, or by lm_eval."""
 
 import json
+import logging
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lte.cli.console import print_json, track
-from lte.cli.eval_tables import show, show_answered, show_generated, show_tasks
+from lte.cli.eval_tables import show, show_generated, show_tasks
 from lte.cli.main import parse
 from lte.cli.options import DeviceOptions, Model, as_written, open_model, optimize_where_possible_
 from lte.evaluation.evaluate import evaluate
@@ -19,8 +20,6 @@ from lte.evaluation.generation import evaluate_generation
 from lte.evaluation.harness import evaluate_tasks, find_tasks
 from lte.evaluation.inputs import Inputs, pad_alike_
 from lte.evaluation.measuring import Spent
-from lte.evaluation.mmlu import evaluate_mmlu
-from lte.evaluation.mmlu_questions import Split, read_mmlu
 from lte.evaluation.origin import evaluation_record
 from lte.evaluation.record import Measured, given
 from lte.files import write_whole
@@ -30,19 +29,7 @@ from lte.surgery.convert import set_mode_
 from lte.surgery.loading import Head, check_causal, load_config, load_tokenizer
 from lte.surgery.method import mode_of
 
-
-@dataclass
-class MMLUOptions:
-    """MMLU, instead of your own data."""
-
-    mmlu: str | None = None
-    """Answer MMLU's questions: a folder as it was released, with dev/ and test/."""
-    shots: int = 5
-    """With --mmlu: number of examples before a question. There are fewer if they have no room."""
-    split: Split = "test"
-    """With --mmlu: the split with the questions."""
-    subjects: tuple[str, ...] = ()
-    """With --mmlu: only these subjects, e.g. anatomy high_school_physics."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -50,13 +37,20 @@ class HarnessOptions:
     """Tasks of lm-evaluation-harness, instead of your own data."""
 
     tasks: str | None = None
-    """Run these of lm_eval's tasks, e.g. hellaswag,arc_easy, or patterns such as mmlu_*."""
-    tasks_folder: str | None = None
+    """Run these of lm_eval's tasks, e.g. mmlu,gsm8k,humaneval, or patterns such as mmlu_*."""
+    data_folder: str | None = None
+    """With --tasks: read data here, not from the hub: gsm8k/*.jsonl, humaneval/HumanEval.jsonl.gz, mmlu/{dev,test}/ as
+    released, and other data sets in folders of their hub names."""
+    include_path: str | None = None
     """With --tasks: a folder of YAML files with tasks of your own, as lm_eval --include_path."""
     num_fewshot: int | None = None
     """With --tasks: number of examples before a question. The default is each task's own number."""
     limit: int | None = None
     """With --tasks: only the first questions of each."""
+    apply_chat_template: bool = False
+    """With --tasks: put questions into the tokenizer's chat template, as lm_eval --apply_chat_template."""
+    allow_code_execution: bool = False
+    """With --tasks: run programs that the model writes (HumanEval), in processes with limits (docs/evaluation.md)."""
 
 
 @dataclass
@@ -68,7 +62,7 @@ class Eval:
     batch_size: int = 8
     """Rows of a forward pass, or prompts that are decoded together."""
     max_rows: int | None = None
-    """Take only the first rows (blocks; with --generate prompts) of the data, or with --mmlu questions of a subject."""
+    """Take only the first rows (blocks; with --generate prompts) of the data."""
     generate: bool = False
     """Task generation: also complete every prompt and compare with all its completions in the data: ROUGE, BLEU.
     Sparsity and cost are then those of prompts and generated texts."""
@@ -77,7 +71,8 @@ class Eval:
     num_beams: int = 1
     """With --generate: 1 is greedy."""
     predictions: str | None = None
-    """With --generate: a .jsonl file to write. A line has a prompt with its prediction and references."""
+    """With --generate or --tasks: a .jsonl file to write. A line has a prompt with its prediction and references, or a
+    question's answer and its score."""
     backend: BackendName = "auto"
     """The backend for the FFNs of a model in mode hard, see lte generate."""
     weights: Quantised | None = None
@@ -85,7 +80,6 @@ class Eval:
     json: bool = False
     """Print one JSON object on the last line."""
     data: Inputs = field(default_factory=Inputs)
-    questions: MMLUOptions = field(default_factory=MMLUOptions)
     harness: HarnessOptions = field(default_factory=HarnessOptions)
     where: DeviceOptions = field(default_factory=DeviceOptions)
 
@@ -96,12 +90,7 @@ def main(argv: Sequence[str]) -> None:
     device, dtype = options.where.resolve()
     config = load_config(options.model, options.where.trust_remote_code)
     tokenizer = load_tokenizer(options.model, options.where.trust_remote_code)
-    if options.questions.mmlu is not None:
-        measure = _answer_mmlu
-    elif options.harness.tasks is not None:
-        measure = _run_tasks
-    else:
-        measure = _generate if options.generate else _predict
+    measure = _run_tasks if options.harness.tasks is not None else _generate if options.generate else _predict
     result, further = measure(options, config, tokenizer, lambda head: _open(options, head, device, dtype))
     if options.json:
         command = shlex.join(["lte", "eval", *argv])
@@ -139,53 +128,48 @@ def _generate(options: Eval, config: PretrainedConfig, tokenizer: Any, opened: O
         progress=lambda batches: track(batches, "generating"),
     )
     if options.predictions:
-        _write_predictions(Path(options.predictions), references, generated.predictions)
+        pairs = zip(references.items(), generated.predictions, strict=True)
+        rows = ({"prompt": one, "prediction": made, "references": right} for (one, right), made in pairs)
+        _write_rows(Path(options.predictions), rows)
     perplexity = evaluate(model, dataset, options.batch_size, lambda batches: track(batches, "references")).perplexity
     show_generated(generated, perplexity)
     return generated, {"perplexity": perplexity}
-
-
-def _answer_mmlu(options: Eval, config: PretrainedConfig, tokenizer: Any, opened: Opened) -> Found:
-    asked = options.questions
-    assert asked.mmlu is not None
-    check_causal(config, "MMLU asks")
-    subjects = read_mmlu(asked.mmlu, asked.split, asked.subjects, options.max_rows, examples=asked.shots > 0)
-    result = evaluate_mmlu(
-        opened("causal"),
-        subjects,
-        tokenizer,
-        shots=asked.shots,
-        batch_size=options.batch_size,
-        progress=lambda batches: track(batches, "answering"),
-    )
-    show_answered(result)
-    return result, {}
 
 
 def _run_tasks(options: Eval, config: PretrainedConfig, tokenizer: Any, opened: Opened) -> Found:
     asked = options.harness
     assert asked.tasks is not None
     check_causal(config, "lm_eval's tasks ask")
-    tasks = find_tasks(_names(asked.tasks), asked.tasks_folder)
+    tasks = find_tasks(
+        _names(asked.tasks),
+        asked.include_path,
+        asked.data_folder,
+        shots=asked.num_fewshot,
+        allow_code_execution=asked.allow_code_execution,
+    )
+    if tokenizer.chat_template and not asked.apply_chat_template:
+        logger.warning("the tokenizer has a chat template: an instruct model wants --apply-chat-template")
     result = evaluate_tasks(
         opened("causal"),
         tokenizer,
         tasks,
-        shots=asked.num_fewshot,
         limit=asked.limit,
         batch_size=options.batch_size,
+        apply_chat_template=asked.apply_chat_template,
+        progress=lambda batches: track(batches, "measuring sparsity"),
     )
+    if options.predictions:
+        _write_rows(Path(options.predictions), result.predictions)
     show_tasks(result)
     return result, {}
 
 
 def _measured(options: Eval) -> Measured:
-    how = {name: value for name, value in given(options).items() if name not in ("mmlu", "tasks")}
-    if options.questions.mmlu is not None:
-        return Measured("MMLU", (options.questions.mmlu,), how)
-    if options.harness.tasks is not None:
-        return Measured("lm_eval", tuple(_names(options.harness.tasks)), how)
-    return Measured("data", options.data.text, how)
+    if options.harness.tasks is None:
+        return Measured("data", options.data.text, given(options))
+    elsewhere = ("tasks", "data_folder", "allow_code_execution")
+    how = {name: value for name, value in given(options).items() if name not in elsewhere}
+    return Measured("lm_eval", tuple(_names(options.harness.tasks)), how)
 
 
 def _names(tasks: str) -> list[str]:
@@ -217,18 +201,14 @@ def parse_eval(argv: Sequence[str]) -> Eval:
     if options.harness.num_fewshot is not None and options.harness.num_fewshot < 0:
         raise ValueError(f"num_fewshot is {options.harness.num_fewshot}: give at least 0")
     if options.predictions:
-        if not options.generate:
-            raise ValueError("there are no predictions to write without --generate")
+        if not (options.generate or options.harness.tasks):
+            raise ValueError("there are no predictions to write without --generate or --tasks")
         if not Path(options.predictions).parent.is_dir():
             raise ValueError(f"{options.predictions}: there is no such folder to write to")
-    if options.questions.mmlu is None:
-        if options.questions != MMLUOptions():
-            raise ValueError("shots, split and subjects are for MMLU: give its folder with --mmlu")
-    elif _has_data(options) or options.harness.tasks is not None:
-        raise ValueError("MMLU brings its own data and task: leave --text, --task, --tasks and --generate out")
     if options.harness.tasks is None:
         if options.harness != HarnessOptions():
-            raise ValueError("tasks_folder, num_fewshot and limit are for tasks of lm_eval: name some with --tasks")
+            given_without = ", ".join(given(options.harness))
+            raise ValueError(f"{given_without}: this is for tasks of lm_eval: name some with --tasks")
     elif _has_data(options) or options.max_rows is not None:
         raise ValueError(
             "tasks of lm_eval bring their own data: leave --text, --task and --generate out, and use --limit for "
@@ -243,9 +223,5 @@ def _has_data(options: Eval) -> bool:
     return bool(options.data.text) or options.generate or options.data.task != "language_modelling"
 
 
-def _write_predictions(path: Path, references: dict[str, list[str]], predictions: list[str]) -> None:
-    rows = (
-        {"prompt": prompt, "prediction": prediction, "references": several}
-        for (prompt, several), prediction in zip(references.items(), predictions, strict=True)
-    )
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))

@@ -5,8 +5,6 @@ from lte.evaluation.evaluate import Evaluation
 from lte.evaluation.generation import GenerationEvaluation
 from lte.evaluation.harness import HarnessEvaluation
 from lte.evaluation.measuring import Spent
-from lte.evaluation.mmlu import MMLUEvaluation
-from lte.evaluation.mmlu_questions import CATEGORIES
 
 
 def show(result: Evaluation) -> None:
@@ -41,25 +39,6 @@ def show_generated(result: GenerationEvaluation, perplexity: float | None) -> No
     )
 
 
-def show_answered(result: MMLUEvaluation) -> None:
-    """Print an evaluation on MMLU as two tables, the second without the subjects."""
-    subjects = [name for some in CATEGORIES.values() for name in some if name in result.by_subject]
-    scores = [result.by_subject[name] for name in subjects]
-    table(
-        f"MMLU, {result.shots} shots",
-        ["subject", "accuracy", "questions"],
-        [[name, f"{one.accuracy:.4f}", one.num_questions] for name, one in zip(subjects, scores, strict=True)],
-    )
-    notes = f"; {result.fewer_shots:,} with fewer shots" if result.fewer_shots else ""
-    notes += f", {result.cut:,} without their start" if result.cut else ""
-    quality = [result.accuracy, result.subject_mean, *(score.accuracy for score in result.by_category.values())]
-    table(
-        f"{result.num_questions:,} questions of {len(subjects)} subjects, mode {result.mode}{notes}",
-        ["accuracy", "mean of subjects", *result.by_category, "sparsity", "GFLOPs per token", "dense"],
-        [[*(f"{value:.4f}" for value in quality), *cost_cells(result)]],
-    )
-
-
 def show_tasks(result: HarnessEvaluation) -> None:
     """Print an evaluation on lm_eval's tasks as two tables, results and cost."""
     rows = []
@@ -73,4 +52,8 @@ def show_tasks(result: HarnessEvaluation) -> None:
                 [task, name, f"{values[key]:.4f}", spread, result.num_samples.get(task, ""), result.shots.get(task, "")]
             )
     table("tasks of lm_eval", ["task", "metric", "value", "standard error", "questions", "shots"], rows)
-    table(f"mode {result.mode}", ["sparsity", "GFLOPs per token", "dense"], [cost_cells(result)])
+    costs = [["all tokens", *cost_cells(result)]]
+    if made := result.generated:
+        cost = Spent(**{name: value for name, value in made.items() if name != "num_tokens"})
+        costs.append([f"{made['num_tokens']:,} generated tokens", *cost_cells(cost)])
+    table(f"mode {result.mode}", ["", "sparsity", "GFLOPs per token", "dense"], costs)

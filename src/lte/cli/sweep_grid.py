@@ -105,8 +105,8 @@ def plan(name: str, vary: Sequence[str], base: Sequence[str], folder: Path, eval
             raise ValueError(f"{one!r} is no eval: write it as for a shell, without the model, 'eval --text FILE'")
         checked = parse_eval(["MODEL", *shlex.split(one)[1:]])
         parsed.append(checked)
-        if not (checked.data.text or checked.questions.mmlu or checked.harness.tasks):
-            raise ValueError(f"{one!r} does not name its data: add --text FILE, --mmlu FOLDER or --tasks NAMES")
+        if not (checked.data.text or checked.harness.tasks):
+            raise ValueError(f"{one!r} does not name its data: add --text FILE or --tasks NAMES")
     folders = [run.folder for run in runs]
     if twice := next((one for one in folders if folders.count(one) > 1), None):
         raise ValueError(f"two runs would share the folder {twice.name}: give each value once, and other names")

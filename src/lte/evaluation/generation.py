@@ -16,9 +16,9 @@ from lte.surgery.conversion import is_sparse
 
 logger = logging.getLogger(__name__)
 
-_PLAIN: dict[str, Any] = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": None}
+PLAIN: dict[str, Any] = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": None}
 """Settings that a checkpoint may have, and that plain greedy decoding ignores."""
-_COMPILED_FROM = 4096
+COMPILED_FROM = 4096
 """Steps from which compiling them is worth its minute or more: it saves some 20 ms of each."""
 
 
@@ -94,7 +94,7 @@ def evaluate_generation(
     model.eval()
     room = min(sequence_length, most_tokens(tokenizer, model.config))
     inputs = _encode(list(references), tokenizer, room, max_new_tokens, model.config.is_encoder_decoder)
-    if compile is None and -(-len(inputs) // batch_size) * max_new_tokens < _COMPILED_FROM:
+    if compile is None and -(-len(inputs) // batch_size) * max_new_tokens < COMPILED_FROM:
         compile = False
     decoding = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "compile": compile}
     completions = _complete(model, inputs, tokenizer, batch_size, progress, **decoding)
@@ -167,5 +167,5 @@ def _complete(
     for first in progress(range(0, len(order), batch_size)):
         batch = order[first : first + batch_size]
         rows = padded([inputs[i] for i in batch], side, pad)
-        made |= zip(batch, complete(model, rows, stops, pad_token_id=pad, **GREEDY, **_PLAIN, **options), strict=True)
+        made |= zip(batch, complete(model, rows, stops, pad_token_id=pad, **GREEDY, **PLAIN, **options), strict=True)
     return [made[i] for i in range(len(inputs))]

@@ -42,9 +42,9 @@ class Measured:
     """The data and options of a measurement.
 
     Attributes:
-        kind: ``data`` is files or hub data sets, ``held out`` is rows that were kept out of training. ``MMLU`` and
-            ``lm_eval`` are questions.
-        data: the files or data sets as they were given, the folder of MMLU, or the names of lm_eval's tasks.
+        kind: ``data`` is files or hub data sets, ``held out`` is rows that were kept out of training. ``lm_eval`` is
+            tasks of lm_eval. ``MMLU`` is in older rows.
+        data: the files or data sets as they were given, or the names of lm_eval's tasks.
         options: all options that change the result and are not at their default.
     """
 

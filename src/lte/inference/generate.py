@@ -10,12 +10,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CompileConfig, EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, PreTrainedModel
+from transformers import (
+    CompileConfig,
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.distributed.fsdp import is_fsdp_managed_module
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from lte.inference.decoder import Decoder, How, Preparing, Prompts, Streamer, timer
+from lte.inference.ends import OF_TEXTS, Ends
 from lte.inference.kept import kept_with
 from lte.inference.sampling import NotCovered, Sampler
 from lte.inference.slot_cache import mask_kinds
@@ -116,6 +125,9 @@ def _looped(calls: Callable[..., Any], loop: "_Loop", *args: Any, **options: Any
     if asked:
         raise NotCovered(f"{', '.join(asked)} is given")
     options.pop("streamer", None)
+    if None not in (options.get("stop_strings"), options.get("tokenizer")):  # generate drops a loop's tokenizer
+        one = StopStringCriteria(options.pop("tokenizer"), options.pop("stop_strings"))
+        options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), one])
     return calls(*args, **options, custom_generate=loop)
 
 
@@ -186,8 +198,10 @@ class _Loop:
         if unknown := sorted(name for name, value in inputs.items() if value is not None and name not in _READ):
             raise NotCovered(f"it is given {', '.join(unknown)}")
         criteria = [one for one in stopping_criteria if type(one) not in (EosTokenCriteria, MaxLengthCriteria)]
-        if other := [type(one).__name__ for one in criteria if type(one) is not MaxTimeCriteria]:
-            raise NotCovered(f"{', '.join(other)} looks at the text")
+        of_texts = [one for one in criteria if type(one) in OF_TEXTS]
+        timed = [one for one in criteria if type(one) is MaxTimeCriteria]
+        if other := [type(one).__name__ for one in criteria if one not in of_texts and one not in timed]:
+            raise NotCovered(f"{', '.join(other)} may look at scores")
         stops = [int(one) for each in stopping_criteria if type(each) is EosTokenCriteria for one in each.eos_token_id]
         padding = generation_config._pad_token_tensor
         length, sampling = input_ids.shape[1], mode == GenerationMode.SAMPLE
@@ -201,9 +215,13 @@ class _Loop:
             decoder = self._prepared(model, prompts, most, sampler)
             if self._streamer is not None:
                 self._streamer.put(input_ids.cpu())
-            made = decoder.decode(
-                prompts, sampler, 0 if padding is None else int(padding), most, self._streamer, timer(criteria)
-            )
+            pad, late = 0 if padding is None else int(padding), timer(timed)
+            if of_texts:
+                ends = Ends(of_texts, input_ids, most, stops, self._streamer)
+                made = decoder.decode(prompts, sampler, pad, most, ends, lambda: ends.all_ended() or late())
+                made = ends.cut(made, pad)
+            else:
+                made = decoder.decode(prompts, sampler, pad, most, self._streamer, late)
         if self._streamer is not None:
             self._streamer.end()
         return made

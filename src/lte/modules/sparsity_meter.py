@@ -15,13 +15,9 @@ class SparsityMeter:
 
     Args:
         linears: the linear layers by name.
-
-    Attributes:
-        weight: how often each token of the next passes counts: more than once if a pass stands for several.
     """
 
     def __init__(self, linears: Mapping[str, nn.Module] | None = None) -> None:
-        self.weight = 1
         self._active: dict[str, Tensor] = {}
         self._total: dict[str, Tensor] = {}
         self._linears = linears or {}
@@ -35,7 +31,6 @@ class SparsityMeter:
 
     def add_counts(self, names: list[str], active_L: Tensor, total: Tensor) -> None:
         """Add the result of :func:`~lte.core.accounting.count_active` for some layers."""
-        active_L, total = self.weight * active_L, self.weight * total
         for name, active in zip(names, active_L.unbind(), strict=True):
             self._active[name] = self._active[name] + active if name in self._active else active
             self._total[name] = self._total[name] + total if name in self._total else total
@@ -44,8 +39,15 @@ class SparsityMeter:
         """Count a pass of a linear layer: each token's number of zeros. Tokens with ``mask_T`` = 0 do not count."""
         real_T = torch.ones_like(zeros_T) if mask_T is None else mask_T.to(zeros_T.device).ne(0).long()
         inputs = inputs_of(self._linears[name]) * real_T.sum()
-        self._zeros[name] = self._zeros.get(name, 0) + self.weight * (zeros_T * real_T).sum()
-        self._inputs[name] = self._inputs.get(name, 0) + self.weight * inputs
+        self._zeros[name] = self._zeros.get(name, 0) + (zeros_T * real_T).sum()
+        self._inputs[name] = self._inputs.get(name, 0) + inputs
+
+    def include(self, other: "SparsityMeter") -> None:
+        """Add what another meter of the same model has counted."""
+        for mine, theirs in ((self._active, other._active), (self._total, other._total)):
+            mine |= {name: mine.get(name, 0) + count for name, count in theirs.items()}
+        for mine, theirs in ((self._zeros, other._zeros), (self._inputs, other._inputs)):
+            mine |= {name: mine.get(name, 0) + count for name, count in theirs.items()}
 
     def counts(self) -> Tensor:
         """Return active and all neurons of each layer, ``[2, L]``, on the device, without waiting for it."""

@@ -41,3 +41,12 @@ METRICS = (
 
 The paper allows 0.05 ROUGE-L (5 points of 100) and 0.5 perplexity; one point of the others is our choice.
 """
+
+TASK_METRICS = {
+    "acc,none": ACCURACY,
+    "exact_match,flexible-extract": Metric("exact_match", "exact match, %", 1.0, scale=100),
+    "exact_match,strict-match": Metric("strict_match", "exact match, strict, %", 1.0, scale=100),
+    "exact_match,none": Metric("exact_match", "exact match, %", 1.0, scale=100),
+    "pass@1,create_test": Metric("pass@1", "pass@1, %", 1.0, scale=100),
+}
+"""Metrics of lm_eval's tasks by its names. A task that has several is shown by the first of them."""

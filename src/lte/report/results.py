@@ -10,7 +10,7 @@ from typing import Any, Literal
 from lte.evaluation.record import Made, Measured, Record, records_in
 from lte.evaluation.result_row import ResultRow
 from lte.report.fields import QUALITY
-from lte.report.metrics import ACCURACY, METRICS, Metric
+from lte.report.metrics import METRICS, TASK_METRICS, Metric
 from lte.report.rows import read_result_rows
 
 _DIVERGED = 1e9
@@ -145,7 +145,7 @@ def _measured(record: Record) -> Iterator[Measurement]:
     made = tuple(map(_options, record.made)) or ((f"--model {record.model}",) if record.model else (),)
     began_with = next((step.model for step in record.made if step.model), "")
     name = began_with or (record.model if method == "dense" else "")
-    for qualities, task, count, unit in _qualities(one, _task(record.measured)):
+    for qualities, task, count, unit in _qualities(one, _task(record.measured), record.measured.data):
         yield Measurement(
             qualities=qualities,
             task=task,
@@ -191,16 +191,23 @@ def _task(measured: Measured) -> str:
     return f"{names}, held out" if names and measured.kind == "held out" else names
 
 
-def _qualities(one: Mapping[str, Any], task: str) -> Iterator[tuple[dict[Metric, float], str, int, str]]:
-    """Qualities, task, and how many of what they were measured on; of lm_eval's tasks their accuracies."""
+def _qualities(
+    one: Mapping[str, Any], task: str, asked: Iterable[str]
+) -> Iterator[tuple[dict[Metric, float], str, int, str]]:
+    """Qualities, task, and how many of what they were measured on; of lm_eval's tasks those that were asked for."""
     unit = next((unit for unit in ("prompts", "questions", "tokens") if f"num_{unit}" in one), "tokens")
     found = {metric: metric.scale * one[metric.name] for metric in METRICS if one.get(metric.name) is not None}
     if found:
         yield found, task, int(one.get(f"num_{unit}") or 0), "labels" if unit == "tokens" else unit
-    for name, values in (one.get("results") or {}).items():
-        if QUALITY[1](values.get("acc,none")):
-            accuracy = {ACCURACY: ACCURACY.scale * values["acc,none"]}
-            yield accuracy, name, int((one.get("num_samples") or {}).get(name) or 0), "questions"
+    results = one.get("results") or {}
+    for name in [name for name in asked if name in results] or results:  # without the subjects of MMLU
+        scores = {
+            metric: metric.scale * results[name][key]
+            for key, metric in TASK_METRICS.items()
+            if QUALITY[1](results[name].get(key))
+        }
+        if scores:
+            yield scores, name, int((one.get("num_samples") or {}).get(name) or 0), "questions"
 
 
 def _method(record: Record) -> str:

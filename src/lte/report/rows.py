@@ -36,6 +36,7 @@ _EVALUATION: dict[str, FieldKind] = {
     "made": many(OBJECT),
     "measured": OBJECT,
     "results": named(OBJECT),
+    "generated": OBJECT,
     "num_samples": named(AMOUNT),
 }
 _RUN: dict[str, FieldKind] = {

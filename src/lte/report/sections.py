@@ -7,6 +7,7 @@ from lte.report.charts import layers_chart, tradeoff
 from lte.report.curves import Comparison
 from lte.report.layout import Section, TextTable
 from lte.report.looks import looks_of
+from lte.report.originals import scores
 from lte.report.results import Results
 from lte.report.routing import Routing, union_by_batch
 from lte.report.routing_view import MOST_EXPERTS, score_chart, union_chart
@@ -20,6 +21,7 @@ def sections(
 ) -> list[Section]:
     """Return all sections that are not empty, in the order of the page."""
     found = [_tradeoff(comparison, comparisons, number) for number, comparison in enumerate(comparisons, 1)]
+    found += scores(results.measurements)
     if comparisons:
         found.append(_table_one(comparisons))
         found += _layers(comparisons)

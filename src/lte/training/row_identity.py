@@ -12,7 +12,7 @@ from lte.training.arguments import LTETrainingArguments
 from lte.training.identity import options_of
 
 OPTIONS = "options"
-_FILES = ("model", "text", "eval_text", "calibration_text", "mmlu", "tasks_folder")
+_FILES = ("model", "text", "eval_text", "calibration_text", "data_folder", "include_path", "prompts")
 """Options that name files or folders. A hub id counts by its name alone."""
 _ANYWHERE = ("output", "device", "json")
 """Options that do not change a row."""
