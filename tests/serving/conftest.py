@@ -1,7 +1,11 @@
+import os
+from pathlib import Path
+
 import pytest
 
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
-    """What vLLM keeps from one engine to the next."""
-    return tmp_path_factory.mktemp("cache")
+    """Where vLLM keeps what it knows of models, from one engine to the next."""
+    given = os.environ.get("VLLM_CACHE_ROOT")
+    return Path(given) if given else tmp_path_factory.mktemp("cache")

@@ -2,8 +2,15 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +36,11 @@ _SIZES = {
     "max_position_embeddings": 512,
     "initializer_range": 0.15,
 }
-_GPT2 = {"vocab_size": VOCABULARY, "n_embd": 128, "n_inner": 256, "n_layer": 3, "n_head": 4, "n_positions": 512}
 SIZES: dict[str, dict[str, Any]] = {
     "llama": _SIZES,
     "phi3": _SIZES,
     "opt": {**_SIZES, "ffn_dim": 256, "word_embed_proj_dim": 128, "init_std": 0.15},
-    "gpt2": {**_GPT2, "n_ctx": 512, "initializer_range": 0.15},
+    "gpt2": {"vocab_size": VOCABULARY},
 }
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -97,3 +103,48 @@ def start(arguments: list[str], cache: Path) -> subprocess.CompletedProcess[str]
     environment = {**os.environ, **ENVIRONMENT, "VLLM_CACHE_ROOT": str(cache)}
     command = [sys.executable, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment)
+
+
+def ask(url: str, body: Any = None) -> tuple[int, str]:
+    """The status of a request, and its answer as text."""
+    data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+@contextmanager
+def serving(folder: Path, more: dict[str, str], *options: str) -> Iterator[str]:
+    """Run ``lte serve`` on a free port, and give its address. Ctrl-C ends it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "lte.cli.main", "serve", str(folder), "--port", str(port), *options]
+    environment = {**os.environ, **ENVIRONMENT, **more}
+    log = (folder / "log.txt").open("w")
+    server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _wait(url, server, folder / "log.txt")
+        yield url
+        assert server.poll() is None
+        server.send_signal(signal.SIGINT)
+        assert server.wait(60) in (0, 130, -signal.SIGINT)
+    finally:
+        server.kill()
+        log.close()
+
+
+def _wait(url: str, server: subprocess.Popen[bytes], log: Path, seconds: float = 500) -> None:
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            if ask(f"{url}/health")[0] == 200:
+                return
+        except OSError:
+            assert server.poll() is None, log.read_text()[-4000:]
+            assert time.monotonic() < until, log.read_text()[-4000:]
+        time.sleep(1)

@@ -3,19 +3,14 @@
 import asyncio
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from contextlib import contextmanager
 from importlib.util import find_spec
 
 import pytest
 from load import run
-from served import ENVIRONMENT, continued, prompts, sparse
+from served import ask, continued, prompts, serving, sparse
 
 from byte_tokenizer import byte_tokenizer
 
@@ -29,52 +24,14 @@ CHAT = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 CLIENTS, REQUESTS = (int(os.environ.get(f"LOAD_{name}", usual)) for name, usual in (("CLIENTS", 16), ("REQUESTS", 120)))
 
 
-def ask(url, body=None):
-    """The status of a request, and its answer as text."""
-    data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
-
-
-@contextmanager
-def serving(folder, cache):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "lte.cli.main", "serve", str(folder), "--port", str(port), "--engine", "vllm"]
-    command += ["--enforce-eager", "--max-model-len", "400"]  # options of vLLM
-    environment = {**os.environ, **ENVIRONMENT, "VLLM_CACHE_ROOT": str(cache)}
-    log = (folder / "log.txt").open("w")
-    server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(200):
-            try:
-                if ask(f"{url}/health")[0] == 200:
-                    break
-            except OSError:
-                assert server.poll() is None, (folder / "log.txt").read_text()[-4000:]
-                time.sleep(1)
-        yield url
-        assert server.poll() is None
-        server.send_signal(signal.SIGINT)
-        assert server.wait(60) in (0, 130, -signal.SIGINT)
-    finally:
-        server.kill()
-        log.close()
-
-
 def test_many_requests(tmp_path, cache):
     model = sparse("llama")
     model.save_pretrained(tmp_path)
     byte_tokenizer(chat_template=CHAT).save_pretrained(tmp_path)
     expected = {"prompts": prompts(), "tokens": continued(model, 40)}
     name = str(tmp_path)
-    with serving(tmp_path, cache) as url:
+    options = ("--engine", "vllm", "--enforce-eager", "--max-model-len", "400")  # the last two are of vLLM
+    with serving(tmp_path, {"VLLM_CACHE_ROOT": str(cache)}, *options) as url:
         found = asyncio.run(run(url, name, expected, CLIENTS, REQUESTS))
         assert found.items() >= {"right": REQUESTS}.items()
 

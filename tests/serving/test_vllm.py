@@ -40,15 +40,6 @@ def test_llama_in_chunks_and_with_kept_prefixes(tmp_path, cache):
     assert {1, len(prompts())} <= set(sizes)  # steps of one request, and of all
 
 
-def test_gpt2_with_compensation(tmp_path, cache):
-    """Its linear layers are no nn.Linear, and names of its weights look like those that vLLM drops."""
-    model = sparse("gpt2", compensation_rank=4)
-    model.save_pretrained(tmp_path)
-    found = serve(tmp_path, cache)
-    assert found["layers"] == [[["PackedFFN"] * 3, ["cpu"]]]
-    check_tokens(found, model)
-
-
 def test_phi3_quantised_and_compiled(tmp_path, cache):
     """Gate and up are one projection, in int8. vLLM's compiler sees one operation in place of an FFN."""
     model = lte.quantise_(sparse("phi3"), "int8")
@@ -69,7 +60,7 @@ def test_opt(tmp_path, cache):
 
 def test_two_processes(tmp_path, cache):
     """Attention is divided, and each process has all experts."""
-    model = sparse("llama")
+    model = sparse("llama", compensation_rank=4)
     model.save_pretrained(tmp_path)
     found = serve(tmp_path, cache, tensor_parallel_size=2)
     assert found["layers"] == [[["PackedFFN"] * 3, ["cpu"]]] * 2
@@ -125,6 +116,7 @@ def test_bfloat16(tmp_path, cache):
         ({"lora_config": object()}, "merge the adapter"),
         ({"quant_config": object()}, "use lte quantise"),
         ({"parallel_config": SimpleNamespace(pipeline_parallel_size=2)}, "leave --pipeline-parallel-size out"),
+        ({"model_config": SimpleNamespace(hf_config=dense("gpt2").config)}, "take lte serve --engine transformers"),
     ],
 )
 def test_what_is_refused(change, cure):
@@ -142,4 +134,4 @@ def test_what_cannot_be_divided():
     with pytest.raises(ValueError, match="has a threshold on its inputs"):
         _check_divisible(dense("llama"), ["layers.0.self_attn.q_proj"])
     with pytest.raises(ValueError, match="no plan to divide it"):
-        _check_divisible(dense("gpt2"), [])
+        _check_divisible(dense("opt"), [])

@@ -23,8 +23,8 @@ class TransformersForCausalLM(backend.TransformersForCausalLM):
     """A sparse causal language model. vLLM asks for the name of this class to know its Transformers backend.
 
     Raises:
-        ValueError: vLLM is asked for LoRA adapters, quantisation, pipeline stages, or tensor parallelism that this
-            model does not allow.
+        ValueError: the model is GPT-2, or vLLM is asked for LoRA adapters, quantisation, pipeline stages, or tensor
+            parallelism that this model does not allow.
     """
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
@@ -34,13 +34,9 @@ class TransformersForCausalLM(backend.TransformersForCausalLM):
             raise ValueError("vLLM does not quantise sparse FFNs: leave --quantization out, and use lte quantise")
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
             raise ValueError("a sparse model has no pipeline stages: leave --pipeline-parallel-size out")
+        if vllm_config.model_config.hf_config.model_type == "gpt2":  # attention's output loses its shape there
+            raise ValueError("vLLM cannot run GPT-2 as transformers has it: take lte serve --engine transformers")
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-
-    def _create_hf_to_vllm_mapper(self) -> None:
-        # vLLM drops every weight with one of these keys in its name, also if the model has it: "attn.bias" of GPT-2
-        # drops attn.c_attn.bias. The folder of a sparse model has no weight to drop.
-        self.model._keys_to_ignore_on_load_unexpected = None
-        super()._create_hf_to_vllm_mapper()
 
     def recursive_replace(self) -> None:
         """Put vLLM's layers in the places of Hugging Face's, but not inside FFNs or where a layer has a threshold."""
