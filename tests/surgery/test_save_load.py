@@ -80,7 +80,8 @@ def test_what_is_on_disk_and_in_memory(original, folder):
         assert isinstance(one, LlamaConfig)
         assert one.model_type == "llama"
         assert one.lte == on_disk["lte"]
-        assert not {"auto_map", "transformers_weights", "base_model_type"} & one.to_dict().keys()
+        assert not {"transformers_weights", "base_model_type"} & one.to_dict().keys()
+    assert config.auto_map["AutoModelForCausalLM"] == "modeling_lte.LTELlamaForCausalLM"
 
 
 def test_own_class_and_output_loading_info(original, folder):

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from safetensors.torch import load_file
 from saved.make import IDS
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 import lte
 from lte.surgery.loading import load_model
@@ -23,6 +25,36 @@ def test_it_computes_what_it_computed(folder):
         with torch.no_grad():
             found = model.eval()(input_ids=IDS).logits
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def filled_as_by_vllm(folder):
+    """The model of an engine that makes and fills parameters itself, and copies the checkpoint into buffers."""
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    assert not [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            assert parameter.is_meta
+            setattr(module, name, nn.Parameter(torch.full_like(parameter, torch.nan, device="cpu")))
+    model.tie_weights()
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    return model.eval()
+
+
+@pytest.mark.parametrize("folder", SAVED, ids=lambda folder: folder.name)
+def test_an_engine_can_fill_it(folder):
+    expected = load_file(folder / "computed.safetensors")["logits"]
+    with torch.no_grad():
+        assert torch.allclose(filled_as_by_vllm(folder)(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_an_engine_can_fill_quantised_experts(weights, tmp_path):
+    model = lte.quantise_(load_model(str(SAVED[0].parent / "lte"), "causal", torch.float32), weights)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(filled_as_by_vllm(tmp_path)(input_ids=IDS).logits, model(input_ids=IDS).logits)
 
 
 def test_the_code_beside_a_model_still_finds_its_classes():

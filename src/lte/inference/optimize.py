@@ -63,27 +63,52 @@ def optimize_(
             or :func:`lte.quantise_` refuses them. In all cases the model is not changed.
         ImportError: the model is quantised, and torchao is missing.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}, but it is one of {', '.join(BACKENDS)}")
-    check_not_shared(model, "optimize_ packs")
-    linears, stored = cut_layers(model), weights_of(model)
-    routed = not linears or weights or any(isinstance(module, Selecting) for module in model.modules())
-    found = _packed_sites(model, backend) if routed else []
+    found, stored = _checked_sites(model, backend, weights), weights_of(model)
     if weights or stored:
         torchao()
     if weights is not None and weights != stored:
         quantise_(model, weights)  # in place: the projections that were found are the same modules
+    _pack_(found)
+    setattr(model, FASTER_GENERATE, generate_packed)
+    if form := weights_of(model):
+        quantise_others_(model, form)
+    pack_linears_(cut_layers(model), backend)
+    return model.eval()
+
+
+def pack_ffns_(model: PreTrainedModel, backend: BackendName = "auto") -> None:
+    """Make only the FFNs of ``model`` skip idle experts, in place, for an engine that runs all other layers itself.
+
+    The FFNs of a model of TEAL do not change.
+
+    Raises:
+        ValueError: as :func:`optimize_`. The model is not changed then.
+    """
+    _pack_(_checked_sites(model, backend))
+
+
+def _checked_sites(
+    model: PreTrainedModel, backend: BackendName, weights: Quantised | None = None
+) -> list[tuple[Selecting, Packed]]:
+    """Return the sparse FFNs with what they need to skip experts; none for a model that has thresholds alone.
+
+    Raises:
+        ValueError: the model cannot be packed.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}, but it is one of {', '.join(BACKENDS)}")
+    check_not_shared(model, "optimize_ packs")
+    routed = not cut_layers(model) or weights or any(isinstance(module, Selecting) for module in model.modules())
+    return _packed_sites(model, backend) if routed else []
+
+
+def _pack_(found: list[tuple[Selecting, Packed]]) -> None:
     for layer, packed in found:
         for projection in (packed.gate, packed.up, packed.down):
             if projection is not None:
                 projection.pack_()
         layer.lte_router.fold_temperature()
         _become_packed_(layer, packed)
-    setattr(model, FASTER_GENERATE, generate_packed)
-    if form := weights_of(model):
-        quantise_others_(model, form)
-    pack_linears_(linears, backend)
-    return model.eval()
 
 
 def _packed_sites(model: PreTrainedModel, backend: BackendName) -> list[tuple[Selecting, Packed]]:

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 import transformers
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
@@ -34,7 +35,9 @@ CODE_FILE = "modeling_lte"
 REFUSAL = "this model is sparse and stock classes would run it densely: pip install lte, import lte, use AutoModel..."
 FASTER_GENERATE = "_faster_generate"
 """The attribute of a model that has a function to call instead of Hugging Face's ``generate``."""
-_ON_DISK = ("base_model_type", "auto_map", "transformers_weights")
+_ON_DISK = ("base_model_type", "transformers_weights")
+_MADE_FROM = "_made_from"
+"""The attribute of an ``LTE...`` class that has the class of Hugging Face from which it was made."""
 _CLASSES: dict[type, type] = {}
 
 
@@ -114,6 +117,7 @@ class LTEModelMixin:
         if made is None or made.stock:
             raise ValueError(f"{type(self).__name__} needs a config with a section lte; make one with lte.sparsify_")
         made.install_(self)
+        _make_buffers_(self)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -224,19 +228,32 @@ def lte_model_class(base: type) -> type[PreTrainedModel]:
 
 
 def _subclass(mixin: type, base: type) -> type:
-    return type(f"LTE{base.__name__}", (mixin, base), {"__module__": __name__, "__doc__": mixin.__doc__})
+    """Return the class. It keeps ``base`` itself: other libraries add to ``__bases__``."""
+    return type(
+        f"LTE{base.__name__}", (mixin, base), {"__module__": __name__, "__doc__": mixin.__doc__, _MADE_FROM: base}
+    )
+
+
+def _make_buffers_(model: Any) -> None:
+    """Put buffers from the meta device on the default device. A checkpoint fills them.
+
+    An engine may make only the parameters on the meta device and fill only these (vLLM). ``from_pretrained`` makes
+    both there. Then the default device is the meta device, and nothing changes.
+    """
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
 
 
 def dense_class(made: type) -> Any:
     """Return the Hugging Face model class from which :func:`lte_model_class` made this one."""
-    _mixin, base = made.__bases__
-    return base
+    return getattr(made, _MADE_FROM)
 
 
 def dense_config(config: Any) -> Any:
     """Return a copy of an LTE config in its Hugging Face form."""
-    _mixin, base = type(config).__bases__
-    made = conversion_of(config)
+    base, made = getattr(type(config), _MADE_FROM), conversion_of(config)
     assert made is not None
     left_out = (made.section, "auto_map", "architectures")
     return base.from_dict({name: value for name, value in config.to_dict().items() if name not in left_out})
@@ -272,7 +289,7 @@ def forget_gguf_(model: PreTrainedModel) -> None:
 
 
 def _auto_map(config_class: type) -> dict[str, str]:
-    _mixin, base = config_class.__bases__
+    base = getattr(config_class, _MADE_FROM)
     models = {name: f"{CODE_FILE}.LTE{model.__name__}" for name, model in models_of(base).items()}
     return {"AutoConfig": f"{CODE_FILE}.{LTEAutoConfig.__name__}", **models}
 

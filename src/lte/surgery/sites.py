@@ -115,6 +115,11 @@ class FFNSite(Site):
     def projections(self) -> dict[str, nn.Module]:
         return {f"{self.name}.{path}": self.module(path) for path in self.paths}
 
+    def modules(self) -> list[str]:
+        """Return the names of the modules that make up the FFN: one module, or activation and projections."""
+        family = self.family
+        return [f"{self.name}.{path}" for path in ([family.site] if family.site else [family.act, *self.paths])]
+
     @property
     def paths(self) -> list[str]:
         """The paths of the projections: gate if there is one, up, down."""

@@ -46,7 +46,7 @@ CHOOSE = ("eval_strategy", "eval_steps", "eval_delay", "save_strategy", "save_st
 """These options do change the result if the best of several evaluations becomes the result."""
 
 _NOT_THE_MODEL = frozenset(
-    ["_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "lte"]
+    ["_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache", "lte"]
 )
 """Keys of a config that are not compared: origin and names, and values that are compared elsewhere."""
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -1,0 +1,1 @@
+"""Serving: engines of others run a sparse model, and its FFNs stay ours."""
