@@ -61,6 +61,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)  # it asks `pip` for all packages
 
 
 @pytest.fixture
