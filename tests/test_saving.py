@@ -2,11 +2,12 @@
 
 import errno
 import os
+import shutil
 import stat
 
 import pytest
 
-from lte.files import NotWritten
+from lte.files import NotWritten, write_whole
 from lte.saving import finish_saving, saving
 from processes import each_kill, failing, names
 
@@ -191,3 +192,38 @@ def test_a_file_in_the_folders_place_is_named(tmp_path):
     (tmp_path / "model").touch()
     with pytest.raises(NotWritten, match=r"model could not be written .File exists.: there is a file of that name"):
         save(tmp_path / "model", SINGLE)
+
+
+def test_unfinished_work_goes_on_after_a_kill_at_any_step(tmp_path):
+    out, work = tmp_path / "out", tmp_path / "out" / ".work"
+    after = []
+
+    def act():
+        with saving(out, ".work") as fresh:
+            for name, content in SINGLE.items():
+                if not (fresh / name).exists():
+                    write_whole(fresh / name, content)
+
+    for _ in each_kill(act, lambda: shutil.rmtree(out, ignore_errors=True)):
+        finish_saving(out)
+        whole = {name: (work / name).stat().st_ino for name in SINGLE if (work / name).exists()}
+        act()
+        assert held(out) == SINGLE
+        assert all((out / name).stat().st_ino == inode for name, inode in whole.items())
+        after.append(len(whole))
+    assert {*after} >= {0, 1, 2, 3, 4}
+
+
+def fail(folder, error):
+    with saving(folder, ".work") as fresh:
+        put(fresh, SINGLE)
+        raise error
+
+
+def test_bad_input_leaves_no_unfinished_work(tmp_path):
+    with pytest.raises(ValueError, match="bad"):
+        fail(tmp_path / "out", ValueError("bad"))
+    assert names(tmp_path) == []
+    with pytest.raises(OSError, match="full"):
+        fail(tmp_path / "out", OSError("full"))
+    assert held(tmp_path / "out" / ".work") == SINGLE

@@ -145,6 +145,26 @@ def new_path(folder: Path, suffix: str | None = None) -> Iterator[Path]:
             return
 
 
+@contextmanager
+def kept_folder(path: Path) -> Iterator[Path]:
+    """Give a folder, new or with the work of a process that was interrupted. It stays, and is locked in the context.
+
+    Bad input does not stay: a ValueError removes it.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    path.mkdir(exist_ok=True)
+    with locked(path, wait=False) as held:
+        if held is False:
+            raise ValueError(f"{path} is in use by another process: wait for its end")
+        try:
+            yield path
+        except ValueError:
+            _remove(path)
+            raise
+
+
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lte.files import locked, new_path, sync, writing
+from lte.files import kept_folder, locked, new_path, sync, writing
 
 _SAVED = ".lte-saved"
 _WHOLE = ".whole"
@@ -30,7 +30,7 @@ _TOKENIZER = (
 
 
 @contextmanager
-def saving(folder: str | Path) -> Iterator[Path]:
+def saving(folder: str | Path, unfinished: str | None = None) -> Iterator[Path]:
     """Give an empty folder to save a model to. Afterwards its files are moved into ``folder``.
 
     Files of the same name are replaced. Weights and tokenizer files of the old model are removed. All other files stay.
@@ -39,15 +39,21 @@ def saving(folder: str | Path) -> Iterator[Path]:
 
     The disk must have room for both models. Modes follow the umask.
 
+    Args:
+        folder: the folder of the model.
+        unfinished: the name of a folder in it to save to. If saving is interrupted, that folder stays, and the next
+            call gives it again. None begins with an empty folder each time.
+
     Raises:
         NotWritten: as :func:`writing`.
+        ValueError: another process has the unfinished folder.
     """
     folder = Path(folder)
     made = [one for one in (folder, *folder.parents) if not one.exists()]
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            with new_path(folder) as fresh:
+            with new_path(folder) if unfinished is None else kept_folder(folder / unfinished) as fresh:
                 yield fresh
                 mode = fresh.stat().st_mode & 0o666  # some libraries make files that only their owner can read
                 for file in _files(fresh):

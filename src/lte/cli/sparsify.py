@@ -1,7 +1,7 @@
 """``lte sparsify``: makes a sparse checkpoint of a dense one, by any conversion."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -20,6 +20,7 @@ from lte.saving import saving
 from lte.surgery.conversion import Conversion
 from lte.surgery.convert import sparsify_
 from lte.surgery.loading import load_config, load_tokenizer
+from lte.surgery.streaming import streaming
 
 
 @dataclass
@@ -38,13 +39,16 @@ class Sparsify:
             "become 0: wanda, with --text, and magnitude. --method NAME --help shows the options of that one."
         ),
     ] = "lte"
+    stream: bool = False
+    """Keep one block of the model in memory, for a model that is larger than memory. It must be a folder of safetensors
+    files, and the method must read no data. After an interruption the same command goes on."""
     data: Inputs = field(default_factory=Inputs)
     where: DeviceOptions = field(default_factory=DeviceOptions)
 
 
 def main(argv: Sequence[str]) -> None:
     options = parse_sparsify(argv)
-    convert(options, options.chosen_method, shlex.join(["lte", "sparsify", *argv]))
+    (stream if options.stream else convert)(options, options.chosen_method, shlex.join(["lte", "sparsify", *argv]))
 
 
 def convert(options: Any, conversion: Conversion, command: str) -> PreTrainedModel:
@@ -71,6 +75,26 @@ def convert(options: Any, conversion: Conversion, command: str) -> PreTrainedMod
         keep_conversion(config, fresh, _made(options, conversion, command), conversion)
     out.print(f"{options.output}: {conversion.outcome(model)}", soft_wrap=True, markup=False)
     return model
+
+
+def stream(options: Any, conversion: Conversion, command: str) -> None:
+    """Do the same as :func:`convert` with one block of the model in memory."""
+    device, dtype = options.where.resolve()
+    trusted = options.where.trust_remote_code
+    config = load_config(options.model, trusted)
+    options.data.kept_head(config)
+    tokenizer = load_tokenizer(options.model, trusted)
+
+    def shown(parts: Iterable[Any]) -> Iterable[Any]:
+        return track(parts, conversion.doing)
+
+    try:
+        with streaming(options.model, conversion, options.output, device, dtype, trusted, shown) as (fresh, model):
+            tokenizer.save_pretrained(fresh)
+            keep_conversion(config, fresh, _made(options, conversion, command), conversion)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted: the same command goes on with the next weight file") from None
+    out.print(f"{options.output}: {conversion.outcome(model)}", soft_wrap=True, markup=False)
 
 
 def _made(options: Any, conversion: Conversion, command: str) -> Made:

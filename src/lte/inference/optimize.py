@@ -21,6 +21,7 @@ from lte.inference.packed import (
 )
 from lte.inference.packed_linear import pack_linears_
 from lte.modules.input_threshold import cut_layers
+from lte.modules.offloading import check_in_memory
 from lte.modules.quantised_linear import QuantisedLinear
 from lte.modules.recording import check_hard, check_lte_routers, sparse_layers
 from lte.modules.sparse_ffn import Selecting, SparseFFN
@@ -59,8 +60,8 @@ def optimize_(
     Raises:
         ValueError: the backend is unknown. The model is dense, in mode dense or soft, or of another method.
             Projections are quantised by another library, adapted or of mixed precision. ``sparse_ffn`` does not know
-            the activation. Weights are divided by tensor parallelism. The experts have another quantised form already,
-            or :func:`lte.quantise_` refuses them. In all cases the model is not changed.
+            the activation. Weights are divided by tensor parallelism or offloaded. The experts have another quantised
+            form already, or :func:`lte.quantise_` refuses them. In all cases the model is not changed.
         ImportError: the model is quantised, and torchao is missing.
     """
     found, stored = _checked_sites(model, backend, weights), weights_of(model)
@@ -98,6 +99,7 @@ def _checked_sites(
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, but it is one of {', '.join(BACKENDS)}")
     check_not_shared(model, "optimize_ packs")
+    check_in_memory(model)
     routed = not cut_layers(model) or weights or any(isinstance(module, Selecting) for module in model.modules())
     return _packed_sites(model, backend) if routed else []
 

@@ -20,6 +20,10 @@ import transformers
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lte.files import write_whole
@@ -224,6 +228,8 @@ def lte_model_class(base: type) -> type[PreTrainedModel]:
     if base not in _CLASSES:
         _CLASSES[base] = _subclass(LTEModelMixin, base)
         _CLASSES[base].config_class = config_class  # pyright: ignore[reportAttributeAccessIssue]
+        if renamed := get_checkpoint_conversion_mapping(base.__name__):  # weights that files have under other names
+            register_checkpoint_conversion_mapping(_CLASSES[base].__name__, renamed, overwrite=True)
     return _CLASSES[base]
 
 

@@ -80,9 +80,10 @@ def check_complete(name: Any, model: PreTrainedModel, report: dict[str, Any], re
 
 
 def check_numbers(name: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Raise ValueError, with the first name, unless all weights are finite. It waits once for a GPU."""
+    """Raise ValueError, with the first name, unless all weights in memory are finite. It waits once for a GPU."""
     local = ((key, tensor.to_local() if isinstance(tensor, DTensor) else tensor) for key, tensor in tensors)
-    floats = {key: tensor for key, tensor in local if tensor.is_floating_point() and tensor.numel()}
+    present = ((key, tensor) for key, tensor in local if tensor.numel() and not tensor.is_meta)
+    floats = {key: tensor for key, tensor in present if tensor.is_floating_point()}
     if not floats:
         return
     extremes = [torch.stack(tensor.detach().aminmax()).double() for tensor in floats.values()]  # NaN stays NaN here

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lte.modules.input_threshold import CUT, cut_layers, switch_cuts_
+from lte.modules.offloading import check_in_memory
 from lte.modules.quantised_linear import is_quantised
 from lte.modules.recording import sparse_layers
 from lte.modules.sparse_ffn import Mode
@@ -51,8 +52,8 @@ def sparsify_(
 
     Raises:
         ValueError: an unknown family, an expert size that does not divide d_ff, a model that is sparse already, wrapped
-            or quantised weights, weights divided by tensor parallelism, or missing data. Then the model does not
-            change.
+            or quantised weights, weights divided by tensor parallelism or offloaded, or missing data. Then the model
+            does not change.
     """
     _check(model, config)
     config.convert_(model, _needed(data, config), progress)
@@ -78,6 +79,7 @@ def _check(model: PreTrainedModel, config: Conversion) -> None:
     if is_sparse(model.config):
         raise ValueError("the model is sparse already: load the dense checkpoint to convert it")
     check_not_shared(model, "a conversion needs")
+    check_in_memory(model)
     config.check(model)
     if not config.stock:
         lte_model_class(type(model))  # made now, so that an error does not change the model
@@ -106,9 +108,11 @@ def densify(model: PreTrainedModel) -> PreTrainedModel:
         A new model on the same device; the two share no weights.
 
     Raises:
-        ValueError: the model has no sparse FFNs, its experts are quantised, or it is divided by tensor parallelism.
+        ValueError: the model has no sparse FFNs, its experts are quantised, or it is divided by tensor parallelism or
+            offloaded.
     """
     check_not_shared(model, "densify copies")
+    check_in_memory(model)
     if is_quantised(model):
         raise ValueError("the experts are quantised: densify the model that they were made from")
     ours = tuple(f"{name}.{child}." for name in sparse_layers(model) for child in ("router", "compensation"))

@@ -111,13 +111,23 @@ def count_numbers(folder: Path) -> int | None:
     Raises:
         ValueError: a file is missing, incomplete or damaged.
     """
+    files = present_files(folder)
+    counts = (_count_in(path) if path.suffix == ".safetensors" else path.stat().st_size for path in files)
+    return sum(counts) if files else None
+
+
+def present_files(folder: Path) -> list[Path]:
+    """Return the weight files of a folder; [] if it has none.
+
+    Raises:
+        ValueError: a file is missing or empty, or the index of shards is damaged.
+    """
     files = _weight_files(folder)
     for path in files:
         if not path.is_file():
             raise ValueError(f"{path} is missing: copy it again")
         check_file(path)
-    counts = (_count_in(path) if path.suffix == ".safetensors" else path.stat().st_size for path in files)
-    return sum(counts) if files else None
+    return files
 
 
 def _weight_files(folder: Path) -> list[Path]:

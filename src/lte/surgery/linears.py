@@ -9,9 +9,9 @@ Linear = nn.Linear | Conv1D
 
 
 def check_plain(name: str, linear: nn.Module) -> None:
-    """Raise ValueError unless ``linear`` is a plain linear layer with weights that can be read and changed.
+    """Raise ValueError unless ``linear`` is a plain linear layer, neither wrapped nor quantised.
 
-    It may not be wrapped, quantised or on the meta device. ``name`` is its name in messages.
+    ``name`` is its name in messages.
     """
     if isinstance(linear, QuantisedLinear):
         raise ValueError(f"{name} is quantised: load the model that it was made from")
@@ -24,8 +24,6 @@ def check_plain(name: str, linear: nn.Module) -> None:
     if type(linear.weight) is not nn.Parameter:  # some quantisers show a float's dtype
         kind = type(linear.weight).__name__
         raise ValueError(f"{name} keeps its weight as a {kind}: load the model unquantised and whole")
-    if linear.weight.is_meta:
-        raise ValueError(f"{name} is on the meta device: load the model's weights first, without offloading")
 
 
 def sizes_of(linear: nn.Module) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -20,11 +21,12 @@ from transformers import (
 from lte.saving import finish_saving
 from lte.surgery.architectures import forget_gguf_
 from lte.surgery.complete import all_tensors, check_complete, check_numbers
-from lte.surgery.folder import check_adapter, check_config, check_generation, check_size, count_numbers
+from lte.surgery.folder import check_adapter, check_config, check_generation, check_size, count_numbers, present_files
 from lte.surgery.generation_settings import keep_generation_settings_
 from lte.surgery.gguf_file import check_all_read, check_gguf
-from lte.surgery.heads import is_encoder, own_auto_class
+from lte.surgery.heads import is_encoder, models_of, own_auto_class
 from lte.surgery.reading import read_json, reading
+from lte.surgery.tensor_files import StoredTensor, stored_tensors
 
 Head = Literal["causal", "seq2seq", "classification", "own"]
 """``own`` is the head that the checkpoint was saved with, or none if it was saved without."""
@@ -115,14 +117,7 @@ def load_model(
         model, report = auto.from_pretrained(
             place.path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **place.kwargs, **kwargs
         )
-    if getattr(model, "generation_config", None) is not None:
-        check_generation(name, model.generation_config.to_dict())
-    check_complete(name, model, report, resized="num_labels" in kwargs)
-    if report["missing_keys"] and not new_head:
-        what = "classification" if head == "classification" else "language modelling"
-        raise ValueError(
-            f"{name} has no head for {what} ({min(report['missing_keys'])} is missing): lte train gives it one"
-        )
+    _check_loaded(name, model, report, head, new_head, resized="num_labels" in kwargs)
     if place.gguf:
         check_all_read(place.gguf, model)
         forget_gguf_(model)
@@ -130,6 +125,63 @@ def load_model(
     check_numbers(name, all_tensors(model))
     keep_generation_settings_(model)
     return model
+
+
+def load_on_meta(
+    name: str, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, dict[str, StoredTensor]]:
+    """Return a model with its own head as :func:`load_model`, but on the meta device, and the tensors of its files.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it is no folder with safetensors files; or as :func:`load_model`. Values are not checked.
+    """
+    place = _locate(name)
+    if place.folder is None:
+        raise ValueError(f"{name} is no folder of safetensors files: download it first, or load it as a whole")
+    config = load_config(name, trust_remote_code)
+    place.check_json(("generation_config.json",))
+    paths = present_files(place.folder)
+    if not paths or any(path.suffix != ".safetensors" for path in paths):
+        raise ValueError(f"{name} has no safetensors files: save it with save_pretrained on a machine that can load it")
+    stored = stored_tensors(paths)
+    auto = own_auto_class(config)
+    made = models_of(type(config)).get(auto.__name__)
+    if made is None:
+        raise ValueError(f"{name} is of the type {config.model_type}, which has no {auto.__name__}")
+    with reading(name):
+        held = sum(one.on_meta().numel() for one in stored.values())
+        check_size(name, auto, config, held, trust_remote_code=trust_remote_code)
+        tensors: Any = {key: one.on_meta() for key, one in stored.items()}
+        loaded: Any = made.from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors,
+            device_map="meta",
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+        model, report = loaded
+        if model.can_generate() and (place.folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(place.path)
+    _check_loaded(name, model, report, "own", new_head=False)
+    keep_generation_settings_(model)
+    return model, stored
+
+
+def _check_loaded(
+    name: str, model: Any, report: dict[str, Any], head: Head, new_head: bool, resized: bool = False
+) -> None:
+    """Raise ValueError unless the model is complete and its generation settings have the right types."""
+    if getattr(model, "generation_config", None) is not None:
+        check_generation(name, model.generation_config.to_dict())
+    check_complete(name, model, report, resized)
+    if report["missing_keys"] and not new_head:
+        what = "classification" if head == "classification" else "language modelling"
+        raise ValueError(
+            f"{name} has no head for {what} ({min(report['missing_keys'])} is missing): lte train gives it one"
+        )
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

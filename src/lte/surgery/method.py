@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -73,11 +73,17 @@ class Method(Conversion):
     def group(self, sites: Sequence[FFNSite], activations: Sequence[Tensor]) -> Iterable[Tensor]:
         """Give the labels ``[F]`` of each FFN: the expert of each neuron.
 
+        FFN number ``i`` has the seed ``seed + i``, see :meth:`of_site`.
+
         Args:
             sites: all FFNs.
             activations: neurons of each FFN on data, ``[T, F]``; empty unless the method :attr:`needs_activations`.
         """
         raise NotImplementedError
+
+    def of_site(self, number: int) -> "Method":
+        """Return the method that groups one FFN alone as :meth:`group` groups FFN ``number`` among all."""
+        return replace(self, seed=self.seed + number)
 
     def build_router(self, site: FFNSite, device: torch.device) -> BaseRouter:
         """Return a router for this FFN, not yet initialised."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lte.modules.offloading import check_in_memory
 from lte.modules.quantised_linear import QuantisedLinear
 from lte.modules.recording import check_hard, sparse_layers
 from lte.modules.tensor_parallel import check_not_shared
@@ -67,6 +68,7 @@ def checked_sites(model: PreTrainedModel, weights: Quantised) -> list[FFNSite]:
     """
     check_form(weights)
     check_not_shared(model, "quantise_ reads")
+    check_in_memory(model)
     check_hard(sparse_layers(model).values(), "and experts are quantised for good")
     if stored := weights_of(model):
         raise ValueError(f"the experts are {stored} already: load the model that they were made from")

@@ -34,10 +34,7 @@ class Site:
         return sum(d_in * d_out for d_in, d_out in sizes)
 
     def check_projections(self) -> None:
-        """Raise ValueError unless the projections are plain linear layers with weights that can be changed.
-
-        A projection may not be wrapped, quantised or on the meta device.
-        """
+        """Raise ValueError unless the projections are plain linear layers, neither wrapped nor quantised."""
         for where, linear in self.projections().items():
             check_plain(where, linear)
 
