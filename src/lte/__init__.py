@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lte.modules.recording import record_scores, track_sparsity
     from lte.ops.sparse_ffn import sparse_ffn
     from lte.ops.weights import FFNWeights
+    from lte.surgery.adapter_folder import load_adapter_
     from lte.surgery.convert import densify, set_mode_, sparsify_
     from lte.surgery.cost import cost_per_token, weight_sparsity
     from lte.surgery.families import Family, register_family
@@ -65,6 +66,7 @@ __all__ = [
     "densify",
     "efficiency_loss",
     "generate",
+    "load_adapter_",
     "optimize_",
     "prune_",
     "quantise_",
@@ -104,6 +106,7 @@ _HOMES = {
     "lte.modules.recording": "record_scores track_sparsity",
     "lte.ops.sparse_ffn": "sparse_ffn",
     "lte.ops.weights": "FFNWeights",
+    "lte.surgery.adapter_folder": "load_adapter_",
     "lte.surgery.convert": "densify set_mode_ sparsify_",
     "lte.surgery.cost": "cost_per_token weight_sparsity",
     "lte.surgery.families": "Family register_family",

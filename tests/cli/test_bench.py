@@ -113,6 +113,17 @@ def test_train(files, capsys):
     assert found.keys() == FIELDS
     assert len(found["rows"]) == 4
     assert all(row["ratio"] == pytest.approx(row["lte_ms"] / row["dense_ms"]) for row in found["rows"])
+    assert all(row["begin_s"] > 0 for row in found["rows"])
+
+
+@pytest.mark.slow
+def test_train_adapters(files, capsys):
+    given = ["--lora-rank", "4", "--dtype", "bfloat16", "--bf16", "--gradient-checkpointing", "--loss-in-pieces"]
+    given += ["--model", str(files / "llama"), "--variant", "default", "--json"]
+    assert main([*TRAIN, "--steps", "2", *given]) == 0
+    (row,) = last_json(capsys)["rows"]
+    assert (row["lora_rank"], row["dtype"], row["loss_in_pieces"]) == (4, "bfloat16", True)
+    assert row["begin_steps"] == pytest.approx(1e3 * row["begin_s"] / row["lte_ms"])
 
 
 def test_a_picture_that_fails_costs_no_result(files, monkeypatch, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -12,17 +13,21 @@ import torch
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
+def run_two(folder, **options):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*torchrun, tiny_training.__file__, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    environment = {**os.environ, "TINY_OPTIONS": json.dumps(options)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return [
         {**json.loads((folder / f"run-{rank}.json").read_text()), "weights": torch.load(folder / f"weights-{rank}.pt")}
         for rank in (0, 1)
     ]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return run_two(tmp_path_factory.mktemp("two"))
 
 
 def test_both_end_with_the_same_weights(two):
@@ -46,3 +51,11 @@ def test_both_measure_and_steer_alike(two):
         assert math.isfinite(entry["loss"])
         both = (entry["sparsity/layer_00"] + entry["sparsity/layer_01"]) / 2
         assert entry["sparsity"] == pytest.approx(both, abs=1e-5)
+
+
+def test_adapters_of_both_are_merged_alike(tmp_path):
+    one, other = (run["weights"] for run in run_two(tmp_path, lora_rank=4))
+    assert not any("lora" in name for name in one)
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    frozen = "model.embed_tokens.weight"
+    assert torch.equal(one[frozen], tiny_training.dense_llama().state_dict()[frozen])

@@ -133,6 +133,7 @@ OPTIONS = {
     "restart_hard": True,
     "distillation_weight": 0.5,
     "feature_distillation_weight": 0.5,
+    "lora_rank": 4,
 }
 
 
@@ -149,8 +150,16 @@ def test_another_schedule_is_refused(begun):
 
 def test_options_of_lte_all_count():
     ours = {one.name for one in fields(LTETrainingArguments)} - {one.name for one in fields(TrainingArguments)}
-    assert ours - {*OPTIONS} == {"schedule", "recipe", "eta", "overwrite"}
-    assert ours & MAY_CHANGE == {"overwrite"}
+    assert ours - {*OPTIONS} == {
+        "schedule",
+        "recipe",
+        "eta",
+        "overwrite",
+        "lora_targets",
+        "save_adapter",
+        "loss_in_pieces",
+    }
+    assert ours & MAY_CHANGE == {"overwrite", "save_adapter", "loss_in_pieces"}
 
 
 def test_the_table_names_options_that_there_are():

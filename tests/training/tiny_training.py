@@ -125,8 +125,10 @@ def main(folder: str, kill_after: str | None = None) -> None:
     kill = [Kill(int(kill_after))] if kill_after else []
     saving = {"save_strategy": "steps", "save_steps": 2} if kill_after else {}
     several = "RANK" in os.environ
-    backend, model = {"ddp_backend": "gloo"} if several else {}, sparse_llama(attention_sparsity=0.25 * several)
-    trainer = trainer_for(folder, model, callbacks=kill, **saving, **backend)
+    options = json.loads(os.environ.get("TINY_OPTIONS", "{}"))
+    backend = {"ddp_backend": "gloo"} if several else {}
+    model = sparse_llama(attention_sparsity=0.25 * (several and not options))
+    trainer = trainer_for(folder, model, callbacks=kill, **saving, **backend, **options)
     trainer.train()
     rank = os.environ.get("RANK", "0")
     torch.save(trainer.model.state_dict(), Path(folder, f"weights-{rank}.pt"))

@@ -1,21 +1,32 @@
-"""The time of a training step: ``LTETrainer`` itself, with a clock at the end of every step."""
+"""The time of a training step: ``LTETrainer`` itself, with a clock."""
 
 import statistics
-import time
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from lte.data.batches import PackedBlocks
 from lte.training.arguments import LTETrainingArguments
+from lte.training.step_clock import StepClock
 from lte.training.trainer import LTETrainer
 
 
-def step_seconds(model: Any, args: LTETrainingArguments, dataset: PackedBlocks, warmup: int) -> float:
-    """Return the median seconds of an optimizer step with the schedule of ``args``, including the data loader.
+@dataclass(frozen=True)
+class StepTime:
+    """The seconds of a run.
+
+    Attributes:
+        step: the median of an optimizer step, including the data loader.
+        begin: of the start of all stages together: grouping neurons, fitting routers.
+    """
+
+    step: float
+    begin: float
+
+
+def step_seconds(model: Any, args: LTETrainingArguments, dataset: PackedBlocks, warmup: int) -> StepTime:
+    """Run the schedule of ``args`` and return its times.
 
     Args:
         model: sparse, in any mode. It is trained.
@@ -30,32 +41,10 @@ def step_seconds(model: Any, args: LTETrainingArguments, dataset: PackedBlocks, 
         calibration_dataset=dataset.head(1),
         data_collator=dataset.collator,
     )
-    clock = _Clock(args.device)
+    clock = StepClock(args.device)
+    trainer.stages.enter = clock.timed(trainer.stages.enter)
     trainer.add_callback(clock)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.train()
-    return statistics.median(clock.seconds()[warmup:])
-
-
-class _Clock(TrainerCallback):
-    """Marks the end of each step: on CUDA by events, which the host does not wait for."""
-
-    def __init__(self, device: torch.device):
-        self._cuda = device.type == "cuda"
-        self._marks: list[Any] = []
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append(event)
-        else:
-            self._marks.append(time.perf_counter())
-
-    def seconds(self) -> list[float]:
-        """Return the seconds of each step except the first."""
-        if self._cuda:
-            torch.cuda.synchronize()
-            return [before.elapsed_time(after) / 1e3 for before, after in pairwise(self._marks)]
-        return [after - before for before, after in pairwise(self._marks)]
+    return StepTime(statistics.median(clock.seconds()[warmup:]), clock.begin)

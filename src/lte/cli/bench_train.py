@@ -1,11 +1,10 @@
 """``lte bench train``: a step of LTE's soft stage against a dense step of the same model."""
 
-import copy
 import gc
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lte.bench.decode import random_model
 from lte.bench.shapes import shape_config
-from lte.bench.train import step_seconds
+from lte.bench.train import StepTime, step_seconds
 from lte.cli.bench_report import BenchOutput, BenchReport, ShapeName, check_positive
 from lte.cli.console import err
 from lte.cli.main import parse
@@ -25,10 +24,16 @@ from lte.evaluation.result_row import ResultRow
 from lte.inference.generate import error_line
 from lte.methods.lte import LTEConfig
 from lte.modules.sparse_ffn import Selecting
-from lte.surgery.convert import sparsify_
+from lte.surgery.convert import install_routers_
+from lte.surgery.loading import load_config
 from lte.training.arguments import LTETrainingArguments
 
 _WARMUP = 5
+_SETTINGS = (
+    *("dtype", "lora_rank", "optim", "optim_args", "optim_target_modules"),
+    *("gradient_checkpointing", "loss_in_pieces"),
+)
+"""Options that a row has if they are not the usual ones."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {"schedule": "default", "target_sparsity": 0.5},
@@ -51,7 +56,18 @@ class BenchTrain:
     """Tokens of a row."""
     steps: Annotated[int, tyro.conf.arg(help="Steps for the median, after some steps of warm-up.")] = 12
     bf16: bool | None = None
-    """Autocast to bf16; the default is yes on CUDA, no on a CPU. Weights are fp32."""
+    """Autocast to bf16; the default is yes on CUDA, no on a CPU."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights."""
+    lora_rank: int | None = None
+    """Train adapters of this rank, in both runs (--lora-rank of lte train)."""
+    optim: str = "adamw_torch_fused"
+    """The optimizer of both runs, and --optim-args and --optim-target-modules for it."""
+    optim_args: str | None = None
+    optim_target_modules: str | None = None
+    gradient_checkpointing: bool = False
+    loss_in_pieces: bool = False
+    """Logits of a few tokens at a time, in both runs."""
     compile: bool = False
     """Compile the dense and the sparse model (--torch-compile of lte train)."""
     graphs: bool = False
@@ -80,34 +96,33 @@ def main(argv: Sequence[str]) -> int:
     device, _ = DeviceOptions(options.device).resolve()
     if device.index is not None:
         raise ValueError(f"device is {options.device!r}, but training takes the first: set CUDA_VISIBLE_DEVICES")
-    model = _model(options, device)
     name = options.model or options.shape
     report = BenchReport("train", argv, device, None, options.to.output)
     err.print(
         f"{len(options.variant)} variants, each beside a dense run, {_WARMUP + options.steps} steps a run", markup=False
     )
     with tempfile.TemporaryDirectory() as folder:
-        report.collect(_rows(options, name, model, device, folder), _line)
+        report.collect(_rows(options, name, device, folder), _line)
     return report.finish(f"a training step of {name}", _COLUMNS, options.to.json)
 
 
 def _model(options: BenchTrain, device: torch.device) -> PreTrainedModel:
-    """The sparse model that every run starts from."""
+    """The sparse model that every run starts from. Its neurons are not grouped yet."""
+    dtype = getattr(torch, options.dtype)
     if options.model is None:
-        model = random_model(shape_config(options.shape), torch.float32, device, options.seed)
+        model = random_model(shape_config(options.shape), dtype, device, options.seed)
     else:
-        model = open_model(options.model, "causal", device, torch.float32, options.trust_remote_code)
+        model = open_model(options.model, "causal", device, dtype, options.trust_remote_code)
     if not any(isinstance(module, Selecting) for module in model.modules()):
-        sparsify_(model, LTEConfig(expert_size=options.expert_size, grouping="random", seed=options.seed))
+        install_routers_(model, LTEConfig(expert_size=options.expert_size, seed=options.seed))
     return model
 
 
-def _rows(
-    options: BenchTrain, name: str, model: PreTrainedModel, device: torch.device, folder: str
-) -> Iterator[ResultRow]:
+def _rows(options: BenchTrain, name: str, device: torch.device, folder: str) -> Iterator[ResultRow]:
     """A row a variant, its dense run just before it."""
     tokens = options.batch * options.sequence_length
-    vocabulary = min(model.config.get_text_config().vocab_size, 2**16)
+    config = shape_config(options.shape) if options.model is None else load_config(options.model)
+    vocabulary = min(config.get_text_config().vocab_size, 2**16)
     ids = (
         np.random.default_rng(options.seed)
         .integers(0, vocabulary, tokens * (_WARMUP + options.steps + 1))
@@ -121,34 +136,38 @@ def _rows(
             "bf16": _bf16(options, device),
             "compiled": options.compile,
             "graphs": options.graphs,
+            **{one: value for one in _SETTINGS if (value := getattr(options, one)) != getattr(BenchTrain, one)},
         }
         try:
-            dense, dense_memory = _run(options, model, device, folder, dataset, {"schedule": "dense"})
-            lte, lte_memory = _run(options, model, device, folder, dataset, VARIANTS[variant])
+            made, dense_memory = _run(options, device, folder, dataset, {"schedule": "dense"})
+            dense = made.step
+            made, lte_memory = _run(options, device, folder, dataset, VARIANTS[variant])
+            lte = made.step
         except Exception as error:  # out of memory with a teacher, say; the other variants may fit
             yield {**row, "error": error_line(error)}
             continue
         row |= {"dense_ms": 1e3 * dense, "lte_ms": 1e3 * lte, "ratio": lte / dense}
         row |= {"dense_tokens_per_s": tokens / dense, "lte_tokens_per_s": tokens / lte}
+        row |= {"begin_s": made.begin, "begin_steps": made.begin / lte}
         yield {**row, "dense_memory_gb": dense_memory, "lte_memory_gb": lte_memory}
 
 
 def _run(
-    options: BenchTrain,
-    model: PreTrainedModel,
-    device: torch.device,
-    folder: str,
-    dataset: PackedBlocks,
-    settings: dict[str, Any],
-) -> tuple[float, float | None]:
-    """Seconds a step, and on CUDA the most memory that was allocated, in GB."""
+    options: BenchTrain, device: torch.device, folder: str, dataset: PackedBlocks, settings: dict[str, Any]
+) -> tuple[StepTime, float | None]:
+    """The times of a run, and on CUDA the most memory that was allocated, in GB."""
     args = LTETrainingArguments(
         folder,
         **{"dense_fraction": 0.0, "hard_fraction": 0.0, **settings},
         max_steps=_WARMUP + options.steps + 1,
         per_device_train_batch_size=options.batch,
         learning_rate=1e-5,
-        optim="adamw_torch_fused",
+        optim=options.optim,
+        optim_args=options.optim_args,
+        optim_target_modules=options.optim_target_modules,
+        lora_rank=options.lora_rank,
+        gradient_checkpointing=options.gradient_checkpointing or None,
+        loss_in_pieces=options.loss_in_pieces,
         bf16=_bf16(options, device),
         torch_compile=options.compile,
         torch_compile_mode="reduce-overhead" if options.graphs else None,
@@ -164,8 +183,8 @@ def _run(
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    seconds = step_seconds(copy.deepcopy(model), args, dataset, _WARMUP)
-    return seconds, torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
+    times = step_seconds(_model(options, device), args, dataset, _WARMUP)
+    return times, torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
 
 
 def _bf16(options: BenchTrain, device: torch.device) -> bool:
@@ -179,6 +198,8 @@ _COLUMNS: dict[str, Callable[[ResultRow], str]] = {
     "lte / dense": lambda r: f"{r['ratio']:.2f}",
     "dense tok/s": lambda r: f"{r['dense_tokens_per_s']:,.0f}",
     "lte tok/s": lambda r: f"{r['lte_tokens_per_s']:,.0f}",
+    "steps to group and fit": lambda r: f"{r['begin_steps']:.1f}",
+    "GB": lambda r: "" if r["lte_memory_gb"] is None else f"{r['lte_memory_gb']:.1f}",
 }
 
 

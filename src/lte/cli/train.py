@@ -1,5 +1,6 @@
 """``lte train``: trains a sparse model from a checkpoint and data. Options override those of a YAML recipe."""
 
+import contextlib
 import json
 import logging
 import shlex
@@ -16,6 +17,7 @@ import yaml
 
 from lte.cli.console import print_json
 from lte.cli.eval_tables import show
+from lte.cli.failures import UsageError
 from lte.cli.main import parse
 from lte.cli.method_options import chosen, method_in, with_method
 from lte.cli.options import DeviceOptions, as_written, check_folder
@@ -26,7 +28,7 @@ from lte.surgery.training_options import DENSE, check_target
 from lte.training.arguments import LTETrainingArguments
 
 if TYPE_CHECKING:
-    from lte.training.run import Trained
+    from lte.training.run import Trained, Watcher
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +82,10 @@ class Train:
     ] = "lte"
     resume: bool = False
     """Continue from the newest complete checkpoint in the output folder, if there is one."""
+    dry_run: bool = False
+    """Load model and data, show stages, parameters and an estimate of memory, and train nothing."""
+    time_it: bool = False
+    """With --dry-run: run a few steps of each stage and show the time of the whole run."""
     json: bool = False
     """Print one JSON object on the last line."""
     typed: tyro.conf.Suppress[tyro.conf.Fixed[tuple[str, ...]]] = ()
@@ -87,6 +93,11 @@ class Train:
 
 def main(argv: Sequence[str]) -> None:
     options = parse_train(argv)
+    if options.time_it and not options.dry_run:
+        raise UsageError("--time-it needs --dry-run")
+    if options.dry_run:
+        _plan(options, argv)
+        return
     made = train(options, argv)
     show(made.evaluation)
     if options.json:
@@ -173,7 +184,17 @@ def _as_argument(value: Any, text: Any, hint: Any) -> str:
     return str(value) if numbers or not isinstance(text, str) or (isinstance(value, bool) and bool in types) else text
 
 
-def train(options: Train, argv: Sequence[str]) -> "Trained":
+def _plan(options: Train, argv: Sequence[str]) -> None:
+    from lte.cli.dry_run import DryRun, DryRunEnds
+
+    shown = DryRun(options.time_it)
+    with contextlib.suppress(DryRunEnds):
+        train(options, argv, shown)
+    if options.json:
+        print_json(shown.found)
+
+
+def train(options: Train, argv: Sequence[str], watcher: "Watcher | None" = None) -> "Trained":
     """Call :func:`lte.training.run.train` with these options, with bars and lines on the terminal."""
     from lte.cli.progress import OnTerminal  # imported after parsing: --help needs no trainer
     from lte.training.run import train as run
@@ -197,7 +218,7 @@ def train(options: Train, argv: Sequence[str]) -> "Trained":
         device=device,
         dtype=dtype,
         trust_remote_code=options.where.trust_remote_code,
-        watcher=OnTerminal(),
+        watcher=watcher or OnTerminal(),
         command=shlex.join(["lte", "train", *argv]),
         args=args,
     )

@@ -43,22 +43,25 @@ def regroup_(
     method: "Method",
     data: Iterable[Batch],
     progress: Progress = iter,
-) -> None:
+) -> dict[str, Tensor]:
     """Group the neurons of a sparse model in mode dense, by its current weights (LTE paper, section 4.1).
 
-    All ranks take the order of the first rank.
+    All ranks take the order of the first rank. Return the order ``[F]`` of each FFN's neurons, by its name.
 
     Args:
         data: read only by a method that groups by activations.
         progress: wraps the iteration over FFNs.
     """
     sites = find_sites(model, model.config.model_type)
+    orders: dict[str, Tensor] = {}
     if is_sharded(model):
         _regroup_parts_(model, sites, method, progress)
     else:
         for site, order in zip(sites, group(model, sites, method, data, progress), strict=True):
-            site.permute_neurons(broadcast(order.to(model.device)))  # pyright: ignore[reportArgumentType]
+            orders[site.name] = broadcast(order.to(model.device))  # pyright: ignore[reportArgumentType]
+            site.permute_neurons(orders[site.name])
     section_of(model.config).pop("grouped", None)
+    return orders
 
 
 def _regroup_parts_(model: PreTrainedModel, sites: list[FFNSite], method: "Method", progress: Progress) -> None:

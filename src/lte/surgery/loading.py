@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from lte.saving import finish_saving
+from lte.surgery.adapter_folder import SETTINGS, has_adapter, load_adapter_, settings_of
 from lte.surgery.architectures import forget_gguf_
 from lte.surgery.complete import all_tensors, check_complete, check_numbers
 from lte.surgery.folder import check_adapter, check_config, check_generation, check_size, count_numbers, present_files
@@ -104,6 +105,8 @@ def load_model(
     """
     place = _locate(name)
     config = load_config(name, trust_remote_code)
+    if place.folder is not None and has_adapter(place.folder):
+        return _load_adapted(place.folder, config, head, dtype, trust_remote_code)
     auto = own_auto_class(config) if head == "own" else _AUTO[head]
     if place.gguf and dtype == "auto":
         dtype = torch.float32
@@ -182,6 +185,27 @@ def _check_loaded(
         raise ValueError(
             f"{name} has no head for {what} ({min(report['missing_keys'])} is missing): lte train gives it one"
         )
+
+
+def _load_adapted(
+    folder: Path, config: PretrainedConfig, head: Head, dtype: torch.dtype | str, trust_remote_code: bool
+) -> PreTrainedModel:
+    """Return the model of a folder with an adapter: the frozen model that it names, with all merged into it."""
+    settings, labels = settings_of(folder), {}
+    own: Head = "classification" if classifies(config) else "seq2seq" if config.is_encoder_decoder else "own"
+    if head == "classification" != own:
+        raise ValueError(f"{folder} holds an adapter of a model without a head for classification: give another model")
+    if own == "classification":
+        labels = {name: getattr(config, name) for name in ("id2label", "label2id", "problem_type")}
+    try:
+        trained_in = getattr(torch, settings["dtype"])
+        model = load_model(settings["base"], own, trained_in, trust_remote_code=trust_remote_code, **labels)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}: {folder / SETTINGS} names it as base; correct it there") from error
+    model.config.pad_token_id = config.pad_token_id
+    load_adapter_(model, folder)
+    model.name_or_path = str(folder)  # its base has other weights
+    return model if dtype == "auto" else model.to(dtype)  # pyright: ignore
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

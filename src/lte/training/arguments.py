@@ -3,12 +3,14 @@
 import json
 import os
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, cast
 
 from transformers import TrainingArguments
 
 from lte.surgery.training_options import TrainingOptions
 from lte.training.loggers import check_loggers
+from lte.training.optimizers import check_optimizer
 
 
 @dataclass
@@ -45,6 +47,25 @@ class LTETrainingArguments(TrainingOptions, TrainingArguments):
         default=False,
         metadata={"help": "Leave a loss of NaN or inf out of the log. Then each step waits for its loss."},
     )
+    lora_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train adapters of this rank (LoRA) and freeze the weights; norms, routers and compensation train "
+            "in full. The adapters are merged at the end."
+        },
+    )
+    lora_targets: list[str] | None = field(
+        default=None,
+        metadata={"help": "Linear layers with an adapter, e.g. q_proj v_proj; without it all of the blocks."},
+    )
+    save_adapter: bool = field(
+        default=False,
+        metadata={"help": "With lora_rank, save adapters, norms, routers and compensation alone, not a merged model."},
+    )
+    loss_in_pieces: bool = field(
+        default=False,
+        metadata={"help": "Compute logits and loss for a few tokens at a time: less memory for a large vocabulary."},
+    )
     overwrite: bool = field(
         default=False, metadata={"help": "Delete the checkpoints of an earlier run in the output folder."}
     )
@@ -57,6 +78,11 @@ class LTETrainingArguments(TrainingOptions, TrainingArguments):
                 f"{name} could choose a model of the dense or soft stage, where more experts are active: only "
                 "schedule='dense' takes it"
             )
+        check_optimizer(str(getattr(self.optim, "value", self.optim)))
+        self._check_lora()
+        if self.loss_in_pieces and (self.torch_compile or self.label_smoothing_factor):
+            other = "torch_compile" if self.torch_compile else "label_smoothing_factor"
+            raise ValueError(f"loss_in_pieces and {other} do not go together: drop one of them")
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = (
                 True  # routers are frozen, and in the dense stage they are not in the graph
@@ -84,6 +110,26 @@ class LTETrainingArguments(TrainingOptions, TrainingArguments):
     def dense_learning_rate_factor(self) -> float:
         """The peak learning rate of the dense stage, divided by that of the other stages."""
         return (self.dense_learning_rate or self.learning_rate) / self.learning_rate if self.learning_rate else 1.0
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether the backward pass computes activations again. transformers has two names for it."""
+        return any(getattr(self, name, None) for name in ("activation_checkpointing", "gradient_checkpointing"))
+
+    def _check_lora(self) -> None:
+        if self.lora_rank is None:
+            if self.lora_targets or self.save_adapter:
+                name = "lora_targets" if self.lora_targets else "save_adapter"
+                raise ValueError(f"{name} needs lora_rank, e.g. 16")
+            return
+        if self.lora_rank < 1:
+            raise ValueError(f"lora_rank is {self.lora_rank}, but it is at least 1, e.g. 16")
+        if (optim := str(getattr(self.optim, "value", self.optim))).startswith(("galore", "apollo")):
+            raise ValueError(f"lora_rank and optim={optim!r} do not go together: drop one of them")
+        if self.save_adapter and self.is_dense:
+            raise ValueError("schedule='dense' saves a plain checkpoint: drop save_adapter")
+        if find_spec("peft") is None:
+            raise ImportError('lora_rank needs the package peft: pip install "lte[lora]"')
 
     def _checkpoint_without_reentry(self) -> None:
         """Make checkpointing non-reentrant: a reentrant forward pass has no gradient, and it records the scores."""

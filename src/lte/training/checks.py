@@ -7,6 +7,7 @@ import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from lte.modules.in_full import InFull
 from lte.modules.recording import sparse_layers
 from lte.modules.sharding import is_sharded
 from lte.modules.tensor_parallel import check_not_shared
@@ -33,9 +34,11 @@ def check_model(model: Any, args: LTETrainingArguments) -> None:
         raise ValueError("LTETrainer needs a model, made sparse by lte.sparsify_: it does not take model_init")
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
-            "LTETrainer trains all weights, and this model has adapters of peft: merge them first, or put them on "
-            "the trained model and use transformers.Trainer"
+            "this model has adapters of peft: merge them first (merge_and_unload); with lora_rank, LTETrainer adds "
+            "adapters of its own"
         )
+    if any(isinstance(module, InFull) for module in model.modules()):
+        raise ValueError("this model has the adapters of a run that did not end: load it again")
     sparse_layers(model)  # raises ValueError if there are none
     check_not_shared(model, "LTETrainer groups and fits")
     name = type(model).__name__
@@ -61,6 +64,9 @@ def check_sharded(trainer: Any) -> None:
         raise ValueError("neurons cannot be grouped when DeepSpeed divides parameters: take FSDP2 (--fsdp)")
     if not trainer.is_fsdp_enabled or not is_sharded(trainer.plain):
         return
+    for name in ("lora_rank", "loss_in_pieces"):
+        if getattr(trainer.args, name):
+            raise ValueError(f"{name} needs whole weights in each process: drop it, or train without FSDP")
     if trainer.training.needs_whole_model and not trainer.args.is_dense:
         raise ValueError(
             f"{trainer.method.name} sets its routers on data, which needs a model that is not sharded: take a method "

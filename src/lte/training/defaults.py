@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 STEPS, EPOCHS = 1200, 10
 TOKENS = 16 * 1024
 """The tokens with a loss in each step of the runs that gave the constants."""
+ADAPTERS = 10
+"""The learning rate of adapters over that of what trains in full."""
 _EPOCHS_OF_TRAINER = 3.0  # without effect, because max_steps is set
 _OF_WEIGHTS = 3.1e-3  # the learning rate over the root mean square of the FFN weights
 _DENSE = 0.5  # the learning rate of the dense stage over that of the other stages
@@ -50,7 +52,8 @@ def settle_rates(args: LTETrainingArguments, model: Any, batches: Iterable[dict[
     the FFN weights, as in Adafactor (Shazeer and Stern, 2018, https://arxiv.org/abs/1804.04235). With fewer tokens in a
     step than :data:`TOKENS`, it shrinks with the square root of their number (Malladi et al., 2022,
     https://arxiv.org/abs/2205.10287). A router's logit changes by at most the rate times the sum of the absolute values
-    of its input. So the rate of routers is inversely proportional to this sum.
+    of its input. So the rate of routers is inversely proportional to this sum. Adapters have ten times the rate of
+    weights (Schulman et al., 2025, LoRA Without Regret, https://thinkingmachines.ai/blog/lora).
 
     Args:
         model: with sparse FFNs and whole weights.
@@ -65,11 +68,12 @@ def settle_rates(args: LTETrainingArguments, model: Any, batches: Iterable[dict[
     def measure() -> tuple[float, float]:
         seen = list(islice(batches, _BATCHES))
         tokens = _tokens_in(seen) * args.gradient_accumulation_steps * args.world_size
-        return rate_of_weights(model, tokens) if weights else 0.0, rate_of_routers(model, seen) if routers else 0.0
+        rate = rate_of_weights(model, tokens) * (ADAPTERS if args.lora_rank else 1) if weights else 0.0
+        return rate, rate_of_routers(model, seen) if routers else 0.0
 
     rate, router_rate = agreed(args.process_index == 0, measure)
     if weights:
-        args.learning_rate = rate
+        args.learning_rate = _rounded(rate)
         args.dense_learning_rate = args.dense_learning_rate or _rounded(_DENSE * rate)
         logger.info("learning rate %g, and %g in the dense stage", rate, args.dense_learning_rate)
     if routers:

@@ -101,10 +101,14 @@ class DistilledLoss:
         if shift_labels is None:
             shift_labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
         shift_labels = shift_labels.to(logits.device).masked_fill(shift_labels == ignore_index, IGNORED)
-        loss, *parts = summed_mix(logits, self.teacher, shift_labels, self.share, self.piece)
+        loss, *parts = self.sums(logits, shift_labels)
         items = (shift_labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         self.parts = parts[0] / items, parts[1] / items
         return loss / items
+
+    def sums(self, student: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the result of :func:`summed_mix` for the student's logits."""
+        return summed_mix(student, self.teacher, labels, self.share, self.piece)
 
     def mix(
         self,

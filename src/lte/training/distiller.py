@@ -11,14 +11,18 @@ from accelerate.utils import compile_regions
 from accelerate.utils.operations import ConvertOutputsToFp32
 from torch import Tensor, nn
 
+from lte.modules.evaluating import evaluating
 from lte.modules.sharding import is_sharded, whole_state
 from lte.modules.step_log import StepLog
 from lte.modules.token_masks import TokenMasks
+from lte.surgery.adapters import Adapters
 from lte.surgery.convert import set_mode_
+from lte.surgery.method import mode_of
 from lte.surgery.reading import reading
 from lte.surgery.training_options import TrainingOptions
 from lte.training.compiling import Compilation
 from lte.training.distillation import DistilledLoss, block_error, mix_rows, predicts, show_hidden_states_
+from lte.training.pieces import PiecewiseLoss, headless
 from lte.training.sharded import copy_parts
 
 KEPT_IN = "lte_teacher"
@@ -64,12 +68,38 @@ class Lesson:
         return self.feature_weight * error
 
 
+class FrozenTeacher:
+    """The teacher of a student with adapters: the student's own frozen weights, in mode dense."""
+
+    def __init__(self, whole: nn.Module, plain: Any, adapters: Adapters):
+        """
+        Args:
+            whole: the student as it is called in training, compiled or not.
+            plain: the student without wrappers.
+            adapters: of the student.
+        """
+        self._whole, self._plain, self._adapters = whole, plain, adapters
+
+    def get_output_embeddings(self) -> Any:
+        return self._plain.get_output_embeddings()
+
+    def __call__(self, **inputs: Any) -> Any:
+        mode = mode_of(self._plain.config)
+        set_mode_(self._plain, "dense")
+        try:
+            with self._adapters.off(), evaluating(self._whole):
+                return self._whole(**inputs)
+        finally:
+            set_mode_(self._plain, mode)
+
+
 class Distiller:
     """The teacher of a run.
 
     Attributes:
         teacher: None until the dense stage is over, and in a run without distillation.
         wanted: arguments of student and teacher for outputs besides logits.
+        head: of the student if its loss is computed in pieces, else None.
     """
 
     def __init__(self, model: nn.Module, options: TrainingOptions, compilation: Compilation, dtype: torch.dtype | None):
@@ -80,8 +110,9 @@ class Distiller:
         """
         self._options, self._compilation, self._dtype = options, compilation, dtype
         self._mix_rows = compilation.only(mix_rows)
-        self.teacher: nn.Module | None = None
+        self.teacher: nn.Module | FrozenTeacher | None = None
         self.wanted: dict[str, bool] = {}
+        self.head: nn.Linear | None = None
         if options.feature_distillation_weight:
             show_hidden_states_(model)
             self.wanted = {"output_hidden_states": True}
@@ -125,8 +156,14 @@ class Distiller:
         """Run the teacher on a batch and return its lesson."""
         if self.teacher is None:
             return Lesson()
-        outputs, share = self.teacher(**inputs, **self.wanted), self._options.distillation_weight
-        loss = DistilledLoss(outputs["logits"], share, self._mix_rows) if share else None
+        head = None if self.head is None else cast(Any, self.teacher).get_output_embeddings()
+        with headless(head):
+            outputs = self.teacher(**inputs, **self.wanted)
+        share, loss = self._options.distillation_weight, None
+        if share and self.head is not None:
+            loss = PiecewiseLoss(self.head, outputs["logits"], head, share)
+        elif share:
+            loss = DistilledLoss(outputs["logits"], share, self._mix_rows)
         return Lesson(outputs, loss, cast(float, self._options.feature_distillation_weight))
 
     def _frozen(self, teacher: nn.Module) -> nn.Module:

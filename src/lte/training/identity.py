@@ -23,7 +23,7 @@ _REASONS = {
     "where and what it writes": """
         output_dir overwrite run_name project save_only_model save_strategy save_steps save_on_each_node
         save_total_limit enable_jit_checkpoint push_to_hub hub_token hub_private_repo hub_model_id hub_strategy
-        hub_always_push hub_revision trackio_space_id trackio_bucket_id trackio_static_space_id""",
+        hub_always_push hub_revision save_adapter trackio_space_id trackio_bucket_id trackio_static_space_id""",
     "what it logs": """
         logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level
         log_level_replica disable_tqdm report_to include_num_input_tokens_seen debug skip_memory_metrics""",
@@ -32,7 +32,7 @@ _REASONS = {
         eval_do_concat_batches eval_use_gather_object prediction_loss_only include_for_metrics batch_eval_metrics
         bf16_full_eval fp16_full_eval do_train do_eval do_predict""",
     "on what device and how it is computed: the result is the same except for rounding": """
-        use_cpu local_rank torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps
+        use_cpu local_rank loss_in_pieces torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps
         activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs
         ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout
         dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor

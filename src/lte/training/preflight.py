@@ -110,8 +110,8 @@ def _wanted(trainer: Any, model: nn.Module, teacher: bool) -> dict[str, int]:
         most = max(args.save_total_limit, PROVEN) + 1  # the oldest is deleted after the newest is written
         saves = min(saves, max(0, most - there))
     return {
-        "the model": weights,
-        f"{saves} checkpoints": saves * (weights + states),
+        "the model": trained if args.save_adapter else weights,
+        f"{saves} checkpoints": saves * ((trained if args.lora_rank else weights) + states),
         "the dense model to learn from": weights if teacher else 0,
     }
 

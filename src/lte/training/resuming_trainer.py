@@ -1,6 +1,6 @@
 """A ``Trainer`` whose run owns its folder and continues only from a checkpoint of the same run."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,6 +9,7 @@ from transformers import Trainer
 from lte.training.checkpoints import MEMORY
 from lte.training.identity import model_identity, run_identity
 from lte.training.lock import alone_in
+from lte.training.optimizers import reading_states
 from lte.training.resuming import agreed, begin_run
 
 
@@ -68,6 +69,10 @@ class ResumingTrainer(Trainer):
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading_states(str(getattr(self.args.optim, "value", self.args.optim))) if checkpoint else nullcontext():
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_callback_state(self) -> None:
         """As ``Trainer``'s, but not for our own callback. ``Trainer`` would make a new one without a trainer."""

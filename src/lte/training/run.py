@@ -250,7 +250,8 @@ class _Run:
         made = conversion_of(model.config)
         if not isinstance(made, Method):
             install_routers_(model, self.method)
-            if self.args.dense_fraction == 0:  # otherwise the trainer groups neurons after the dense stage
+            # the trainer groups neurons after the dense stage, and it must know their order for an adapter
+            if self.args.dense_fraction == 0 and not self.args.lora_rank:
                 batches = DataLoader(train_set, batch_size=1, shuffle=True, collate_fn=train_set.collator)
                 progress = partial(self.watcher.track, what="grouping neurons")
                 regroup_(model, self.method, batches if self.method.needs_activations else (), progress)

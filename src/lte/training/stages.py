@@ -9,10 +9,12 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from lte.surgery.adapters import Adapters
 from lte.surgery.experts import regroup_
 from lte.surgery.stages import Stage, StagePlan
 from lte.training.checks import check_sharded
-from lte.training.distiller import keep_dtypes
+from lte.training.distiller import FrozenTeacher, keep_dtypes
+from lte.training.optimizers import restart_
 from lte.training.preflight import try_out
 from lte.training.recomputing import check_recomputing
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_CALIBRATIONS = 4  # in the hard stage, evenly spaced: the inputs of frozen routers change while the model trains
+CALIBRATIONS = 4  # in the hard stage, evenly spaced: the inputs of frozen routers change while the model trains
 
 
 class _Stages(TrainerCallback, ExportableState):  # its name in checkpoints
@@ -49,7 +51,7 @@ class _Stages(TrainerCallback, ExportableState):  # its name in checkpoints
         keep_dtypes(cast(nn.Module, trainer.model_wrapped))
         if resumed:
             self._go_on(resumed)
-        try_out(trainer, teacher=trainer.args.distils and not resumed)
+        try_out(trainer, teacher=trainer.args.distils and not resumed and trainer.adapters is None)
 
     def _go_on(self, resumed: dict[str, Any]) -> None:
         trainer, plan = self.trainer, [*astuple(self.plan)]
@@ -64,7 +66,10 @@ class _Stages(TrainerCallback, ExportableState):  # its name in checkpoints
         if stage != "dense":
             trainer.plain.config.lte.pop("grouped", None)  # the checkpoint's neurons are grouped
             if trainer.args.distils and trainer.state.global_step < self.plan.total:
-                trainer.distiller.load(trainer.folder, trainer.plain)
+                if trainer.adapters is not None:
+                    self._share_weights(trainer.adapters)
+                else:
+                    trainer.distiller.load(trainer.folder, trainer.plain)
 
     def begin_step(self, step: int) -> None:
         """Called before each optimizer step. Change the stage at the right step."""
@@ -83,7 +88,7 @@ class _Stages(TrainerCallback, ExportableState):  # its name in checkpoints
         trainer.training.after_step(self.stage, self.progress, step, sparsity, trainer.rows)
         if self.stage == "hard":
             done = step - self.plan.dense - self.plan.soft
-            if done % max(1, self.plan.hard // _CALIBRATIONS) == 0 or step == self.plan.total:
+            if done % max(1, self.plan.hard // CALIBRATIONS) == 0 or step == self.plan.total:
                 self.calibrate()
 
     @torch.no_grad()
@@ -91,21 +96,42 @@ class _Stages(TrainerCallback, ExportableState):  # its name in checkpoints
         """Begin a stage. Not called if a run is resumed inside the stage."""
         trainer, model, before = self.trainer, self.trainer.plain, self.stage
         if self.plan.begins_sparse(stage):
-            if before == "dense":
-                trainer.stop_if_diverged()
-            if before == "dense" or not model.config.lte.get("grouped", True):
-                regroup_(model, trainer.method, trainer.rows.training())
-            if trainer.args.distils:
-                plain = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-                trainer.distiller.make(plain, trainer.folder if trainer.args.should_save else None)
-        trainer.training.enter(stage, trainer.rows)
+            with trainer.aside():
+                self._begin_sparse(before)
+                trainer.training.enter(stage, trainer.rows)
+        else:
+            trainer.training.enter(stage, trainer.rows)
         goes_on = before == "soft" and not trainer.args.restart_hard
         if before is not None and not goes_on and trainer.optimizer is not None:
-            trainer.optimizer.state.clear()  # pyright: ignore[reportAttributeAccessIssue]
+            restart_(trainer.optimizer, trainer.first_state)
         self.stage = stage
         if stage == "hard":
             self.calibrate()
         logger.info("stage %s begins at step %d of %s", stage, trainer.state.global_step, type(model).__name__)
+
+    def _begin_sparse(self, before: Stage | None) -> None:
+        """Group neurons by the weights of the dense stage, and make its model the teacher."""
+        trainer, model, adapters = self.trainer, self.trainer.plain, self.trainer.adapters
+        if before == "dense":
+            trainer.stop_if_diverged()
+            if adapters is not None:
+                adapters.absorb()
+        if before == "dense" or not model.config.lte.get("grouped", True):
+            orders = regroup_(model, trainer.method, trainer.rows.training())
+            if adapters is not None:
+                adapters.orders = orders
+        if not trainer.args.distils:
+            return
+        if adapters is not None:
+            self._share_weights(adapters)
+        else:
+            plain = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+            trainer.distiller.make(plain, trainer.folder if trainer.args.should_save else None)
+
+    def _share_weights(self, adapters: Adapters) -> None:
+        """Make the frozen weights, which the student has too, the teacher."""
+        whole = self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped, keep_torch_compile=True)
+        self.trainer.distiller.teacher = FrozenTeacher(cast(nn.Module, whole), self.trainer.plain, adapters)
 
     def calibrate(self) -> None:
         """Move the thresholds so that held-out rows have the target's sparsity."""

@@ -14,19 +14,23 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from lte.data.batches import hold_out_for_calibration
 from lte.modules.recording import sparse_layers, track_sparsity
+from lte.surgery.adapters import Adapters
 from lte.surgery.convert import install_routers_
 from lte.surgery.method import Method
 from lte.surgery.stages import Stage, StagePlan
 from lte.surgery.training import Rows
+from lte.training.adapting_trainer import AdaptingTrainer
 from lte.training.arguments import LTETrainingArguments
 from lte.training.checks import check_callbacks, check_model
 from lte.training.compiling import Compilation
-from lte.training.defaults import settle_rates, settle_steps
+from lte.training.defaults import ADAPTERS, settle_rates, settle_steps
 from lte.training.distillation import causal_loss, is_causal
 from lte.training.distiller import Distiller
 from lte.training.divergence import WatchedTrainer
 from lte.training.learning_rate import stage_factors
 from lte.training.loss_warning import LossWarning
+from lte.training.optimizers import first_state, slow_down_
+from lte.training.pieces import PiecewiseLoss, check_pieces, headless
 from lte.training.resuming_trainer import ResumingTrainer
 from lte.training.saving_trainer import SavingTrainer
 from lte.training.stages import _Stages
@@ -34,7 +38,7 @@ from lte.training.stages import _Stages
 logger = logging.getLogger(__name__)
 
 
-class LTETrainer(ResumingTrainer, WatchedTrainer, SavingTrainer):
+class LTETrainer(ResumingTrainer, WatchedTrainer, SavingTrainer, AdaptingTrainer):
     """Makes a model sparse and trains it: dense (optional), soft and hard stage in one ``train()``.
 
     If the method's routers are not trained, there is no soft stage. After the dense stage neurons are grouped and
@@ -52,6 +56,8 @@ class LTETrainer(ResumingTrainer, WatchedTrainer, SavingTrainer):
             the dense stage.
         calibration_dataset: rows for thresholds in the hard stage. ``target_sparsity`` is met on text like these rows,
             so they should be like the text that the model will see. None keeps some training rows out for it.
+
+    With ``lora_rank`` the weights are frozen, and the adapters are merged when training ends.
 
     Attributes:
         method: of the model.
@@ -106,7 +112,14 @@ class LTETrainer(ResumingTrainer, WatchedTrainer, SavingTrainer):
         self.compilation = Compilation(args, self.accelerator)
         # the teacher has no gradients and no optimizer, so it does not need fp32; bf16 is read faster
         self.distiller = Distiller(model, args, self.compilation, torch.bfloat16 if args.bf16 else None)
+        self._head = self.distiller.head = None
+        if args.loss_in_pieces:
+            self._head = self.distiller.head = check_pieces(model)
         self._causal_loss = self.compilation.only(ForCausalLMLoss)
+        if args.lora_rank:
+            self.adapters = Adapters(
+                model, args.lora_rank, args.lora_targets or (), args.seed, autocast=args.bf16 or args.fp16
+            )
         self._plain: tuple[Any, Any] = (None, None)
         self._flops_per_token: int | None = None
         self.stages = _Stages(self)
@@ -155,7 +168,13 @@ class LTETrainer(ResumingTrainer, WatchedTrainer, SavingTrainer):
 
     # ---- methods that Trainer calls
 
+    def _identity(self) -> dict[str, Any]:
+        with self.aside():
+            return super()._identity()
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self.adapters is not None and self.adapters.finished:
+            raise ValueError("the adapters of this run are merged: make a new LTETrainer to train the model again")
         check_callbacks(self.callback_handler.callbacks, self.args)
         self._settle_rates()
         return super().train(*args, **kwargs)
@@ -173,13 +192,16 @@ class LTETrainer(ResumingTrainer, WatchedTrainer, SavingTrainer):
         result = super().train_from(checkpoint, *args, **kwargs)
         # mixed precision wrapped forward in autocast; the trained model must run without this wrapper
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        if self.adapters is not None:
+            self.adapters.finish()
         if self._use_cache is not None:  # Trainer turns the KV cache off, but the trained model generates with it
             self.plain.config.use_cache = self._use_cache
         return result
 
     def _settle_rates(self) -> None:
         rows = () if self.train_dataset is None else self._batches(self.train_dataset, self.args.seed, labels=True)
-        settle_rates(self.args, self.plain, rows)
+        with self.aside():
+            settle_rates(self.args, self.plain, rows)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -189,11 +211,14 @@ class LTETrainer(ResumingTrainer, WatchedTrainer, SavingTrainer):
             ids = {id(parameter) for parameter in routers}
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if id(p) not in ids]
+            if self.adapters is not None:
+                slow_down_(optimizer, self.adapters.matrices, 1 / ADAPTERS)
             matrices, vectors = [p for p in routers if p.ndim == 2], [p for p in routers if p.ndim < 2]
             for parameters, decay in ((matrices, self.args.router_weight_decay), (vectors, 0.0)):
                 optimizer.add_param_group(
                     {"params": parameters, "lr": self.args.router_learning_rate, "weight_decay": decay}
                 )
+            self.first_state = first_state(optimizer)
         return cast(torch.optim.Optimizer, self.optimizer)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
@@ -225,13 +250,15 @@ class LTETrainer(ResumingTrainer, WatchedTrainer, SavingTrainer):
     ) -> Any:
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.clamp_min(1)  # a batch of padding has a loss of 0, not 0 / 0
-        stage = self.stage
+        stage, head = self.stage, self._head if model.training else None
+        own_loss = self._causal_loss if head is None else PiecewiseLoss(head, None, None, 0.0)
         if not model.training or stage not in ("soft", "hard"):
-            with causal_loss(model, self._causal_loss if model.training else None):
+            with causal_loss(model, own_loss if model.training else None), headless(head):
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with self.accelerator.autocast():
             lesson = self.distiller.lesson(self._read_by_model(inputs))
-        with self.training.recording(stage) as recording, causal_loss(model, lesson.loss or self._causal_loss):
+        loss_of = causal_loss(model, lesson.loss or own_loss)
+        with self.training.recording(stage) as recording, loss_of, headless(head):
             wanted = {**inputs, **self.distiller.wanted}
             loss, outputs = cast(Any, super().compute_loss(model, wanted, True, num_items_in_batch))
         scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
