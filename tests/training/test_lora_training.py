@@ -312,6 +312,7 @@ def test_a_merged_run_is_not_trained_on(whole):
 
 
 @SLOW
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own
 def test_compiled_blocks_train_the_same(tmp_path, whole):
     trainer = lora_trainer(tmp_path, torch_compile=True, torch_compile_backend="eager")
     trainer.train()
