@@ -38,7 +38,8 @@ def main(argv: Sequence[str]) -> None:
     if more:
         raise UsageError(f"unrecognized options: {' '.join(more)} (see lte serve --help)")
     tokenizer = load_tokenizer(options.model, where.trust_remote_code)
-    model = open_model(options.model, "causal", *where.resolve(), where.trust_remote_code).eval()
+    device, dtype = where.resolve()
+    model = open_model(options.model, "causal", device, dtype, where.trust_remote_code).eval()
     optimize_where_possible_(model, "auto")
     run_transformers(options.model, model, tokenizer, options.host, options.port)
 

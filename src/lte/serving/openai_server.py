@@ -65,5 +65,12 @@ def _app(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
     models, state = OneModel(), GenerationState()
     models.force_model = name
-    handlers = (ChatCompletionHandler, CompletionHandler, ResponseHandler, TranscriptionHandler, SystemOneHandler)
-    return build_server(models, *(handler(models, state) for handler in handlers), state)
+    return build_server(
+        models,
+        ChatCompletionHandler(models, state),
+        CompletionHandler(models, state),
+        ResponseHandler(models, state),
+        TranscriptionHandler(models, state),
+        SystemOneHandler(models, state),
+        state,
+    )
