@@ -8,7 +8,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 def register() -> None:
     """Tell vLLM which class serves ``LTELlamaForCausalLM`` and so on. It imports the class when a model needs it."""
-    from vllm import ModelRegistry  # pyright: ignore[reportMissingImports]
+    from vllm import ModelRegistry  # pyright: ignore
 
     for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         ModelRegistry.register_model(f"LTE{name}", "lte.serving.vllm:TransformersForCausalLM")
