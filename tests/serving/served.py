@@ -36,10 +36,13 @@ _SIZES = {
     "max_position_embeddings": 512,
     "initializer_range": 0.15,
 }
+_OPT = {
+    name: size for name, size in _SIZES.items() if name not in ("num_key_value_heads", "head_dim")
+}  # vLLM reads them
 SIZES: dict[str, dict[str, Any]] = {
     "llama": _SIZES,
     "phi3": _SIZES,
-    "opt": {**_SIZES, "ffn_dim": 256, "word_embed_proj_dim": 128, "init_std": 0.15},
+    "opt": {**_OPT, "ffn_dim": 256, "word_embed_proj_dim": 128, "init_std": 0.15},
     "gpt2": {"vocab_size": VOCABULARY},
 }
 ENVIRONMENT = {
@@ -96,7 +99,7 @@ def serve(folder: Path, cache: Path, *, logprobs: bool = False, **engine: Any) -
     path.write_text(json.dumps(case))
     made = start([str(Path(__file__).with_name("engine.py")), str(path)], cache)
     assert made.returncode == 0, (made.stdout + made.stderr)[-6000:]
-    return {**json.loads(made.stdout.rpartition("FOUND ")[2]), "log": made.stdout + made.stderr}
+    return {**json.loads(made.stdout.rpartition("FOUND ")[2].splitlines()[0]), "log": made.stdout + made.stderr}
 
 
 def start(arguments: list[str], cache: Path) -> subprocess.CompletedProcess[str]:
@@ -135,6 +138,7 @@ def serving(folder: Path, more: dict[str, str], *options: str) -> Iterator[str]:
         assert server.wait(60) in (0, 130, -signal.SIGINT)
     finally:
         server.kill()
+        server.wait()
         log.close()
 
 

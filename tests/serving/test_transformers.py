@@ -45,7 +45,8 @@ def test_the_server_of_transformers(tmp_path):
         assert (status, json.loads(answer)["choices"][0]["text"]) == (200, expected)
         status, streamed = ask(f"{url}/v1/completions", {**body, "stream": True})
         chunks = [line.removeprefix("data: ") for line in streamed.splitlines() if line.startswith("data: {")]
-        assert "".join(choice["text"] for one in chunks for choice in json.loads(one)["choices"]) == expected
+        whole = "".join(choice["text"] for one in chunks for choice in json.loads(one)["choices"])
+        assert whole == expected.rstrip("\N{REPLACEMENT CHARACTER}")  # a stream leaves out half a character at its end
         chat = {"model": name, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
         assert ask(f"{url}/v1/chat/completions", chat)[0] == 200
         assert ask(f"{url}/v1/completions", {**body, "model": "another"})[0] == 400

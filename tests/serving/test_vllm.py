@@ -67,21 +67,15 @@ def test_two_processes(tmp_path, cache):
     check_tokens(found, model)
 
 
-@pytest.mark.parametrize("kind", ["soft", "teal"])
-def test_a_model_that_computes_every_expert(kind, tmp_path, cache):
-    """TEAL's thresholds are on the inputs of all layers, attention too: vLLM replaces none of these layers."""
-    if kind == "teal":
-        model = lte.sparsify_(dense("llama"), lte.TEALConfig(0.5), batches())
-    else:
-        model = sparse("llama")
-        lte.set_mode_(model, "soft")
+def test_mode_soft(tmp_path, cache):
+    """All experts are computed, and the log says why."""
+    model = sparse("llama")
+    lte.set_mode_(model, "soft")
     model.save_pretrained(tmp_path)
     found = serve(tmp_path, cache)
-    expected = continued(model, max(NEW))
-    assert found["alone"] == expected
-    assert found["batch"] == expected
-    assert all(one != other for one, other in zip(continued(dense("llama"), max(NEW)), expected, strict=True))
-    assert ("idle experts are computed too: the model is in mode soft" in found["log"]) == (kind == "soft")
+    assert "idle experts are computed too: the model is in mode soft" in found["log"]
+    assert found["layers"] == [[["SparseFFN"] * 3, ["cpu"]]]
+    check_tokens(found, model)
 
 
 def logprobs(model, chosen):
@@ -107,6 +101,20 @@ def test_bfloat16(tmp_path, cache):
     of_dense = (ours - logprobs(exact, found["chosen"])).abs().mean()
     assert off < 2 * of_transformers
     assert off < of_dense / 4
+
+
+def test_teal(tmp_path, cache):
+    """Thresholds are on the inputs of all layers, attention too: vLLM replaces none of these layers.
+
+    An input near a threshold may be 0 in one engine alone, so greedy tokens are not compared.
+    """
+    model = lte.sparsify_(dense("llama"), lte.TEALConfig(0.5), batches())
+    model.save_pretrained(tmp_path)
+    found = serve(tmp_path, cache, logprobs=True)
+    ours = torch.tensor(found["logprobs"])
+    off = (ours - logprobs(model, found["chosen"])).abs()
+    assert off.median() < 1e-4
+    assert off.mean() < (ours - logprobs(dense("llama"), found["chosen"])).abs().mean() / 20
 
 
 @pytest.mark.filterwarnings("ignore")  # vLLM is imported in this process
